@@ -1,0 +1,204 @@
+"""Where things lie on a canvas: cells in pixels, regions in patches, tokens in a stack.
+
+A visual prompt is a grid of cells: each example shows an input beside its output, and the query stands beside the
+output to be painted (*Visual Prompting via Image Inpainting*, NeurIPS 2022, §3; below *VP*). The transformer sees the
+canvas as square patches, numbered row by row. Every fact about that geometry lives in this module:
+
+    >>> layout = Layout()                       # the published 2x2 grid on 224 pixels
+    >>> layout.cells["output"]
+    (slice(113, 224, None), slice(113, 224, None))
+    >>> layout.regions["output"][:3]
+    tensor([105, 106, 107])
+
+Positions are absolute. Position 0 is the CLS token and position 1 + i is patch i, whichever patches a stack sees and in
+whatever order it sees them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+ORDERS = ("vertical", "horizontal")
+CLS = 0
+"""The absolute position of the CLS token."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A grid of `examples` + 1 rows of an input and an output cell, on a square canvas cut into square patches.
+
+    Args:
+        canvas_size: Side of the canvas in pixels.
+        patch_size: Side of a patch in pixels.
+        examples: Number of solved examples before the query.
+        order: "vertical" stacks examples from top to bottom, inputs on the left (the papers' default); "horizontal" is
+            its transpose: inputs on top, outputs below (the papers' *flip*, VP §4.4).
+
+    Raises:
+        ValueError: when the patches do not tile the canvas, or the cells are smaller than a patch.
+    """
+
+    canvas_size: int = 224
+    patch_size: int = 16
+    examples: int = 1
+    order: str = "vertical"
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r} is not a layout order; choose one of {', '.join(ORDERS)}.")
+        if self.examples < 1:
+            raise ValueError(f"examples={self.examples} leaves nothing to learn from; a layout needs 1 or more.")
+        if self.patch_size < 1 or self.canvas_size < 1 or self.canvas_size % self.patch_size:
+            raise ValueError(
+                f"canvas_size={self.canvas_size} is not a multiple of patch_size={self.patch_size}; "
+                "choose a patch size that tiles the canvas."
+            )
+        if self.cell_size < self.patch_size:
+            raise ValueError(
+                f"examples={self.examples} leaves cells of {self.cell_size} pixels, smaller than a patch of "
+                f"{self.patch_size}; use fewer examples or a larger canvas."
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of the canvas."""
+        return self.canvas_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def num_positions(self) -> int:
+        """CLS and every patch."""
+        return 1 + self.num_patches
+
+    @property
+    def gap(self) -> int:
+        """White pixels between neighbouring cells: 2 on the 2x2 grid, 1 on larger ones (VP §4.3)."""
+        return 2 if self.examples == 1 else 1
+
+    @property
+    def cell_size(self) -> int:
+        """Side of a cell in pixels: 111 on the published canvas, 74 with two examples."""
+        return (self.canvas_size - self.gap * self.examples) // (self.examples + 1)
+
+    @cached_property
+    def cells(self) -> dict[str, tuple[slice, slice]]:
+        """Name of each cell → (row slice, column slice) in pixels."""
+        across = (0, self.canvas_size // 2 + self.gap // 2)
+        cells = {}
+        for pair in range(self.examples + 1):
+            number = f"_{pair + 1}" if self.examples > 1 else ""
+            names = (
+                ("query", "output")
+                if pair == self.examples
+                else (f"example_input{number}", f"example_output{number}")
+            )
+            along = pair * (self.cell_size + self.gap)
+            for name, offset in zip(names, across):
+                row, column = (along, offset) if self.order == "vertical" else (offset, along)
+                cells[name] = (slice(row, row + self.cell_size), slice(column, column + self.cell_size))
+        return cells
+
+    @cached_property
+    def regions(self) -> dict[str, torch.Tensor]:
+        """Name of each cell → LongTensor of the patches that it touches, in row-major order."""
+        return {name: self._patches(rows, columns) for name, (rows, columns) in self.cells.items()}
+
+    @cached_property
+    def all_patches(self) -> torch.Tensor:
+        return torch.arange(self.num_patches)
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """What the encoder sees one-shot: all patches but those of the output."""
+        return self.all_patches[~torch.isin(self.all_patches, self.regions["output"])]
+
+    @cached_property
+    def query_band(self) -> torch.Tensor:
+        """What the decoder sees zero-shot: the whole rows (columns, when horizontal) of the query and the output
+        (*Finding Visual Task Vectors*, ECCV 2024, §4)."""
+        rows, columns = self.cells["query"]
+        whole = slice(0, self.canvas_size)
+        return self._patches(rows, whole) if self.order == "vertical" else self._patches(whole, columns)
+
+    def index(self, seen: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Token indices, in a stack that sees CLS and the patches `seen` in that order, of some of those `patches`.
+
+        Raises:
+            ValueError: when a patch is not among those seen.
+        """
+        matches = patches[:, None] == seen.to(patches.device)[None, :]
+        if not matches.any(1).all():
+            absent = patches[~matches.any(1)].tolist()
+            raise ValueError(f"patches {absent} are not among the {len(seen)} patches that this stack sees.")
+        return 1 + matches.int().argmax(1)
+
+    def _patches(self, rows: slice, columns: slice) -> torch.Tensor:
+        ids = torch.arange(self.num_patches).view(self.grid, self.grid)
+        first, last = rows.start // self.patch_size, (rows.stop - 1) // self.patch_size
+        left, right = columns.start // self.patch_size, (columns.stop - 1) // self.patch_size
+        return ids[first : last + 1, left : right + 1].flatten()
+
+
+def positions(seen: torch.Tensor) -> torch.Tensor:
+    """Absolute positions of the tokens of a stack that sees CLS and the patches `seen`: [..., patch] → [..., token]."""
+    return torch.cat([torch.full_like(seen[..., :1], CLS), 1 + seen], dim=-1)
+
+
+def take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Select tokens [batch, token, ...] by an index shared by the batch [n] or one a row [batch, n]."""
+    if index.ndim == 1:
+        return tokens.index_select(1, index)
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+def decoder_sources(visible: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+    """Where the decoder takes each of its tokens from, in the sequence [CLS, visible patches…, mask token].
+
+    Args:
+        visible: [..., visible patch] ids in the encoder's order.
+        decoded: [..., decoded patch] ids.
+
+    Returns:
+        LongTensor [..., 1 + decoded patch].
+    """
+    matches = decoded[..., :, None] == visible[..., None, :]
+    rank = 1 + matches.int().argmax(-1)
+    hidden = torch.full_like(rank, 1 + visible.shape[-1])
+    patches = torch.where(matches.any(-1), rank, hidden)
+    return torch.cat([torch.zeros_like(patches[..., :1]), patches], dim=-1)
+
+
+def tile(decoded: torch.Tensor, grid: int) -> torch.Tensor:
+    """For every patch of the grid, the rank of the decoded patch that stands for it.
+
+    A patch that was decoded stands for itself. When only a block of rows and columns was decoded, it is repeated
+    periodically: zero-shot, the bottom half is repeated as the top half before the VQGAN (ECCV 2024, released code).
+
+    Args:
+        decoded: LongTensor [decoded patch].
+        grid: Patches along a side.
+
+    Returns:
+        LongTensor [grid * grid].
+
+    Raises:
+        ValueError: when the decoded patches are not a block of whole rows and columns.
+    """
+    rows, columns = (decoded // grid).unique(), (decoded % grid).unique()
+    if len(rows) * len(columns) != len(decoded) or len(decoded.unique()) != len(decoded):
+        raise ValueError(
+            f"the {len(decoded)} decoded patches do not fill a block of {len(rows)} rows and {len(columns)} columns; "
+            "decode whole rows or columns of the canvas to generate an image."
+        )
+    rank = torch.empty(grid * grid, dtype=torch.long, device=decoded.device)
+    rank[decoded] = torch.arange(len(decoded), device=decoded.device)
+    every = torch.arange(grid, device=decoded.device)
+    row = rows[(every - rows[0]) % len(rows)]
+    column = columns[(every - columns[0]) % len(columns)]
+    return rank[(row[:, None] * grid + column[None, :]).flatten()]

@@ -1,0 +1,178 @@
+"""A batch of visual prompts: canvases that share a layout, and what each stack of the model sees of them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+from torch.nn import functional as F
+
+from vtv_nnsight.images import to_pil
+from vtv_nnsight.layouts import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class VisualPrompt:
+    """Canvases with an example, a query and an output to be painted.
+
+    A canvas holds the truth in its output cell, where the model never sees it; without a truth the cell is white.
+
+    Args:
+        canvas: Float [batch, 3, height, width] in [0, 1], not normalised.
+        visible: LongTensor [visible patch] of the patches that the encoder sees, shared by the batch.
+        decoded: LongTensor [decoded patch] of the patches that the decoder sees.
+        layout: Where the cells lie.
+
+    Raises:
+        TypeError, ValueError: naming what is wrong with the canvas or the patch ids.
+    """
+
+    canvas: torch.Tensor
+    visible: torch.Tensor
+    decoded: torch.Tensor
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        _check_canvas(self.canvas, self.layout)
+        for name in ("visible", "decoded"):
+            _check_patches(name, getattr(self, name), self.layout)
+
+    @classmethod
+    def from_canvas(cls, canvas: torch.Tensor, layout: Layout | None = None) -> VisualPrompt:
+        """One-shot prompts of ready canvases [batch, 3, height, width] or [3, height, width]: float in [0, 1] or
+        uint8. The encoder sees all but the output; the decoder sees everything."""
+        layout = layout or Layout()
+        if isinstance(canvas, torch.Tensor):
+            canvas = canvas[None] if canvas.ndim == 3 else canvas
+            canvas = canvas.float() / 255 if canvas.dtype == torch.uint8 else canvas
+        return cls(canvas, layout.visible, layout.all_patches, layout)
+
+    @classmethod
+    def from_cells(cls, cells: Mapping[str, torch.Tensor], layout: Layout) -> VisualPrompt:
+        """One one-shot prompt from pixels [3, cell, cell] by cell name; cells without pixels stay white."""
+        canvas = torch.ones(1, 3, layout.canvas_size, layout.canvas_size)
+        for name, pixels in cells.items():
+            rows, columns = layout.cells[name]
+            canvas[0, :, rows, columns] = pixels
+        return cls.from_canvas(canvas, layout)
+
+    @classmethod
+    def cat(cls, prompts: Sequence[VisualPrompt]) -> VisualPrompt:
+        """Prompts that share layout and patches, one after the other."""
+        if not prompts:
+            raise ValueError("there are no prompts to concatenate; give at least one.")
+        first = prompts[0]
+        for other in prompts[1:]:
+            if other.layout != first.layout:
+                raise ValueError(f"prompts of {first.layout} and {other.layout} cannot share a batch; run them apart.")
+            if not (torch.equal(other.visible, first.visible) and torch.equal(other.decoded, first.decoded)):
+                raise ValueError(
+                    f"prompts that show {len(first.visible)} and {len(other.visible)} patches cannot share a batch; "
+                    "call query_only() on all of them or on none."
+                )
+        return replace(first, canvas=torch.cat([p.canvas for p in prompts]))
+
+    def __len__(self) -> int:
+        return len(self.canvas)
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | torch.Tensor) -> VisualPrompt:
+        """Some of the rows, always as a batch: an int gives a batch of one."""
+        if isinstance(rows, int):
+            rows = [range(len(self))[rows]]
+        return replace(self, canvas=self.canvas[rows])
+
+    def __iter__(self) -> Iterator[VisualPrompt]:
+        return (self[i] for i in range(len(self)))
+
+    def split(self, batch_size: int) -> Iterator[VisualPrompt]:
+        """Batches of at most `batch_size` rows, in order."""
+        return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
+
+    def to(self, *args, **kwargs) -> VisualPrompt:
+        """Move the canvas (device, dtype) and the ids (device) as `torch.Tensor.to` does."""
+        canvas = self.canvas.to(*args, **kwargs)
+        return replace(
+            self, canvas=canvas, visible=self.visible.to(canvas.device), decoded=self.decoded.to(canvas.device)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.canvas.device
+
+    def query_only(self) -> VisualPrompt:
+        """The zero-shot form: the encoder sees the query alone, the decoder the query's band of the canvas, with the
+        output hidden (ECCV 2024, §4)."""
+        return replace(
+            self,
+            visible=self.layout.regions["query"].to(self.device),
+            decoded=self.layout.query_band.to(self.device),
+        )
+
+    def region(self, name: str) -> torch.Tensor:
+        """Pixels [batch, 3, cell, cell] of a cell, such as "query" or "output" (the truth)."""
+        return crop(self.canvas, name, self.layout)
+
+    def picture(self, most: int = 8) -> Image.Image:
+        """The first canvases side by side, patches that the encoder does not see dimmed."""
+        side, patch = self.layout.grid, self.layout.patch_size
+        hidden = torch.ones(self.layout.num_patches).index_fill(0, self.visible.cpu(), 0.0).view(side, side)
+        hidden = repeat(hidden, "h w -> 1 (h p) (w q)", p=patch, q=patch)
+        canvas = self.canvas[:most].float().cpu()
+        canvas = F.pad(canvas * (1 - 0.6 * hidden) + 0.3 * hidden, (4, 4, 4, 4), value=1.0)
+        return to_pil(rearrange(canvas, "b c h w -> c h (b w)"))
+
+    def __repr__(self) -> str:
+        size = self.layout.canvas_size
+        return (
+            f"VisualPrompt({len(self)} canvases of {size}x{size}, {len(self.visible)} patches visible, "
+            f"{len(self.decoded)} decoded, {self.layout.order}, {self.layout.examples} example(s))"
+        )
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.picture().save(buffer, format="PNG")
+        return buffer.getvalue()
+
+
+def crop(canvas: torch.Tensor, name: str, layout: Layout) -> torch.Tensor:
+    """The pixels [..., cell, cell] of a cell of canvases [..., height, width]."""
+    if name not in layout.cells:
+        raise ValueError(f"{name!r} is not a cell of this layout; choose one of {', '.join(layout.cells)}.")
+    rows, columns = layout.cells[name]
+    return canvas[..., rows, columns]
+
+
+def _check_canvas(canvas: torch.Tensor, layout: Layout) -> None:
+    if not isinstance(canvas, torch.Tensor):
+        raise TypeError(f"canvas is a {type(canvas).__name__}; expected a float tensor [batch, 3, height, width].")
+    size = layout.canvas_size
+    if canvas.ndim != 4 or tuple(canvas.shape[1:]) != (3, size, size):
+        raise ValueError(f"canvas has shape {tuple(canvas.shape)}; this layout expects [batch, 3, {size}, {size}].")
+    if not canvas.is_floating_point():
+        raise TypeError(f"canvas is {canvas.dtype}; expected floating point in [0, 1] (divide 8-bit values by 255).")
+    if canvas.device.type == "meta" or not len(canvas):
+        return
+    low, high = (bound.item() for bound in canvas.detach().aminmax())
+    if not (low >= 0 and high <= 1):
+        found = "NaN" if low != low else f"values from {low:.3g} to {high:.3g}"
+        raise ValueError(f"canvas holds {found}; expected pixels in [0, 1], not normalised: the model normalises.")
+
+
+def _check_patches(name: str, ids: torch.Tensor, layout: Layout) -> None:
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.long or ids.ndim != 1:
+        raise TypeError(f"{name} must be a LongTensor [patch] of patch ids.")
+    if not len(ids):
+        raise ValueError(f"{name} is empty; the model must see at least one patch.")
+    if ids.device.type == "meta":
+        return
+    if ids.min() < 0 or ids.max() >= layout.num_patches:
+        raise ValueError(
+            f"{name} holds patch ids from {ids.min().item()} to {ids.max().item()}; "
+            f"this layout's grid has 0 to {layout.num_patches - 1}."
+        )
+    if len(ids.unique()) != len(ids):
+        raise ValueError(f"{name} names a patch twice; give each patch id once.")
