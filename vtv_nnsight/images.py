@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 SMALLEST = 8
 """Pictures with a side of fewer pixels than this are refused."""
@@ -24,17 +24,24 @@ def as_rgb(image: Image.Image) -> Image.Image:
         width, height = image.size
         raise ValueError(f"the image is {width}x{height} pixels; expected at least {SMALLEST} on a side.")
     try:
+        image.load()
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"the image {getattr(image, 'filename', '')!r} cannot be decoded: {error}") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
-        scale = 1 if values.max() <= 255 else 257
+        scale = 257 if image.mode.startswith("I;16") or values.max() > 255 else 1
         image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture when it is turned as its EXIF says."""
+    on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return image.size[::-1] if on_its_side else image.size
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:

@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageColor
 
 from vtv_nnsight import metrics
-from vtv_nnsight.images import as_rgb, resize, to_tensor
+from vtv_nnsight.images import as_rgb, resize, to_tensor, upright_size
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -81,7 +81,7 @@ class Task:
     def cells(self, row: Row, size: int, place: Place = CENTER) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The input and the target of one row, [3, size, size] in [0, 1] each."""
         if "image" not in row:
-            raise ValueError(f"a row with {', '.join(row) or 'nothing'} has no 'image'; give a PIL image under that name.")
+            raise ValueError(f"a row with {', '.join(row) or 'nothing'} has no 'image'; give a PIL image of that name.")
         cell = to_tensor(resize(as_rgb(row["image"]), size))
         shown = self.corrupt(cell, place)
         return shown, self.target(row, cell, shown)
@@ -285,7 +285,7 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
     groups = [group for group in groups if len(group) > examples]
     if not groups:
         what = "images" if labels is None else "images of a class"
-        raise ValueError(f"a prompt needs {examples + 1} different {what}, and these data have not as many; add images.")
+        raise ValueError(f"a prompt needs {examples + 1} different {what}, more than there are in these data.")
     sizes = np.array([len(group) for group in groups])
     choice = generator.choice(len(groups), size=n, p=sizes / sizes.sum())
     return np.stack([generator.choice(groups[c], size=examples + 1, replace=False) for c in choice])
@@ -300,8 +300,9 @@ def _column(images: Any, name: str) -> np.ndarray | None:
 def _binary(row: Row) -> Image.Image:
     """The row's mask as PIL "L", 0 or 255; refused without foreground or in another size than its image."""
     mask = row["mask"].convert("L")
-    if mask.size != row["image"].size:
-        raise ValueError(f"a mask of {mask.size} pixels belongs to an image of {row['image'].size}; give equal sizes.")
+    size = upright_size(row["image"])
+    if mask.size != size:
+        raise ValueError(f"a mask of {mask.size} pixels belongs to an upright image of {size}; give equal sizes.")
     low, high = mask.getextrema()
     if high == 0:
         raise ValueError("a mask is black all over; give one with some foreground (255), or leave the row out.")

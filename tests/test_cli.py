@@ -1,0 +1,137 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA
+from PIL import Image
+
+from vtv_nnsight import cli, tasks
+from vtv_nnsight.images import as_rgb, resize, to_tensor
+from vtv_nnsight.layouts import Layout
+from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight.model.checkpoints import load_checkpoint
+from vtv_nnsight.prompts import VisualPrompt
+
+SUPPORT, QUERY = DATA / "support_image.png", DATA / "query_image.png"
+
+
+@pytest.fixture
+def vtv(monkeypatch, capsys):
+    """vtv(*args) → (exit code, what was printed, what was complained about)."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["vtv", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def picture(path):
+    return to_tensor(Image.open(path))
+
+
+def test_help_is_grouped_by_step(vtv):
+    code, out, _ = vtv("--help")
+    assert code == 0 and out.index("Model") < out.index("convert") < out.index("Prompts") < out.index("prompt ")
+    assert "Example" in vtv("convert", "-h")[1]
+
+
+def test_info_of_a_published_file(vtv, checkpoint, split_checkpoint):
+    code, out, _ = vtv("info", checkpoint)
+    assert code == 0 and "24 blocks of width 64, 16 heads" in out and "1024 codes of width 16" in out
+    assert f"{sum(p.numel() for p in load_checkpoint(checkpoint).parameters()):,}" in out
+    path, vqgan = split_checkpoint
+    code, out, _ = vtv("info", path, "--vqgan", vqgan)
+    assert code == 0 and f"tokenizer from {vqgan}" in out
+
+
+def test_convert_writes_what_info_reads(vtv, checkpoint, tmp_path):
+    code, out, _ = vtv("convert", checkpoint, tmp_path / "model", "--heads", 8)
+    assert (code, out) == (0, f"wrote {tmp_path / 'model'}\n")
+    assert MAEVQGANModel.from_pretrained(tmp_path / "model").config.num_attention_heads == 8
+    assert "24 blocks of width 64, 8 heads" in vtv("info", tmp_path / "model")[1]
+
+
+def as_they_are(*pictures):
+    names = ("example_input", "example_output", "query")
+    cells = {name: to_tensor(resize(as_rgb(Image.open(file)), 111)) for name, file in zip(names, pictures)}
+    return VisualPrompt.from_cells(cells, Layout())
+
+
+@pytest.mark.parametrize("options", [["--example", SUPPORT, QUERY], ["--example", SUPPORT, "--example", QUERY]])
+def test_prompt_of_two_example_files_shows_them_as_they_are(vtv, tmp_path, options):
+    out = tmp_path / "prompt.png"
+    code, printed, _ = vtv("prompt", "--task", "colorization", *options, "--query", SUPPORT, "-o", out)
+    assert (code, printed) == (0, f"wrote {out}\n")
+    assert np.array_equal(Image.open(out), as_they_are(SUPPORT, QUERY, SUPPORT).picture())
+
+
+@pytest.mark.parametrize("order", ["vertical", "horizontal"])
+def test_prompt_of_one_example_file_shows_the_tasks_corruptions(vtv, tmp_path, order):
+    out = tmp_path / "prompt.png"
+    args = ("prompt", "--task", "colorization", "--example", SUPPORT, "--query", QUERY, "--order", order)
+    assert vtv(*args, "--output", out)[0] == 0
+    rows = ({"image": Image.open(file)} for file in (SUPPORT, QUERY))
+    assert np.array_equal(Image.open(out), tasks.colorization.prompt(*rows, Layout(order=order)).picture())
+
+
+def test_prompt_with_a_mask(vtv, tmp_path, rows):
+    support, query = rows
+    support["mask"].save(tmp_path / "mask.png")
+    out = tmp_path / "prompt.png"
+    args = ("prompt", "--task", "segmentation+inpainting", "--example", SUPPORT, "--query", QUERY, "-o", out)
+    assert vtv(*args, "--mask", tmp_path / "mask.png")[0] == 0
+    expected = tasks.get("segmentation+inpainting").prompt(support, {"image": query["image"]})
+    assert np.array_equal(Image.open(out), expected.picture())
+
+
+def test_a_model_paints_the_output(vtv, tmp_path, checkpoint):
+    out = tmp_path / "completed.png"
+    args = ("prompt", "--task", "identity", "--example", SUPPORT, QUERY, "--query", SUPPORT, "-o", out)
+    assert vtv(*args, "--model", checkpoint)[0] == 0
+    prompt = as_they_are(SUPPORT, QUERY, SUPPORT)
+    expected = load_checkpoint(checkpoint).generate(prompt.canvas, prompt.visible, prompt.decoded)[0]
+    assert torch.equal((picture(out) * 255).round(), (expected * 255).round())
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["info", "nowhere.pth"], "Error: there is no file nowhere.pth."),
+        (["info", QUERY], "is not a PyTorch checkpoint"),
+        (["convert", QUERY, "out"], "is not a PyTorch checkpoint"),
+        (["prompt", "--task", "sing", "--example", SUPPORT, "--query", QUERY], "'sing' is not a task"),
+        (["prompt", "--example", SUPPORT, "--query", "none.png"], "Error: there is no file none.png."),
+        (["prompt", "--example", DATA / "make_checkpoint.py", "--query", QUERY], "cannot be read as a picture"),
+        (["prompt", "--example", SUPPORT, QUERY, QUERY, "--query", QUERY], "--example names 3 files"),
+        (["prompt", "--example", SUPPORT, QUERY, "--mask", QUERY, "--query", QUERY], "single --example"),
+        (["prompt", "--task", "segmentation", "--example", SUPPORT, "--query", QUERY], "has no 'mask'"),
+        (["prompt", "--example", SUPPORT, "--query", QUERY, "--order", "round"], "order='round'"),
+    ],
+)
+def test_mistakes_are_one_sentence(vtv, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, complaint = vtv(*args, *(["-o", "out.png"] if args[0] == "prompt" else []))
+    assert code == 1 and not out and words in complaint
+    assert complaint.startswith("Error: ") and complaint.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_brackets_in_a_message_are_shown(vtv):
+    assert "Error: there is no file [bold]x.pth." in vtv("info", "[bold]x.pth")[2]
+
+
+def test_debug_shows_the_traceback(vtv, monkeypatch):
+    for args in (["--debug", "info", "nowhere.pth"], ["info", "nowhere.pth", "--debug"]):
+        monkeypatch.setattr(sys, "argv", ["vtv", *args])
+        with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+            cli.main()
+
+
+def test_a_command_without_its_arguments_says_which(vtv):
+    code, _, complaint = vtv("info")
+    assert code == 2 and "SOURCE" in complaint.upper()

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vtv_nnsight import metrics
+from vtv_nnsight.layouts import Layout
+from vtv_nnsight.prompts import crop
+
+
+@pytest.mark.parametrize("name", ["iou", "mse", "accuracy"])
+def test_published_numbers(golden, name):
+    pair = (golden[f"metric_{side}"].permute(0, 3, 1, 2).double() / 255 for side in ("generated", "target"))
+    found = getattr(metrics, name)(*(crop(canvas, "output", Layout()) for canvas in pair))
+    torch.testing.assert_close(found.double(), golden[f"metric_{name}"], atol=1e-6, rtol=0)
+
+
+def paint(*rows):
+    """Pictures [1, 3, height, width] of grey values."""
+    return torch.tensor(rows)[None, None].expand(1, 3, -1, -1)
+
+
+def test_iou_of_halves():
+    top, left = paint([1.0, 1.0], [0.0, 0.0]), paint([1.0, 0.0], [1.0, 0.0])
+    assert metrics.iou(top, left).item() == pytest.approx(1 / 3)
+    assert metrics.iou(torch.cat([top, top]), torch.cat([top, 1 - top])).tolist() == [1, 0]
+    assert metrics.accuracy(top, left).item() == 0.5
+
+
+def test_two_empty_masks_agree():
+    black = paint([0.0, 0.0])
+    assert metrics.iou(black, black).item() == 1 and metrics.iou(black, 1 - black).item() == 0
+
+
+def test_ties_are_foreground():
+    grey, white = paint([0.5]), paint([1.0])
+    assert metrics.iou(grey, white).item() == 1
+
+
+def test_other_colours():
+    yellow, purple = (253, 231, 37), (68, 1, 84)
+    target = torch.tensor([yellow, purple]).T[None, :, None] / 255
+    assert metrics.iou(target, target, yellow, purple).item() == 1
+    assert metrics.accuracy(target, target.flip(-1), yellow, purple).item() == 0
+
+
+def test_mse_is_of_normalised_values():
+    a, b = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    b[1, 0] = 0.229
+    assert metrics.mse(a, b).tolist() == pytest.approx([0, 1 / 3])
+
+
+def test_token_loss_is_cross_entropy_of_each_row(golden):
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    codes = torch.tensor([[0, 1, 2, 3, 4], [6, 6, 6, 6, 6]])
+    expected = [F.cross_entropy(row, code) for row, code in zip(logits, codes)]
+    torch.testing.assert_close(metrics.token_loss(logits, codes), torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target"), [((1, 3, 4, 5), (1, 3, 4, 4)), ((3, 4, 4), (3, 4, 4)), ((1, 1, 4, 4), (1, 1, 4, 4))]
+)
+def test_shapes_that_do_not_fit_are_refused(prediction, target):
+    with pytest.raises(ValueError, match="crop both"):
+        metrics.mse(torch.zeros(prediction), torch.zeros(target))

@@ -1,0 +1,235 @@
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA
+from datasets import Dataset
+from PIL import ExifTags, Image
+
+from vtv_nnsight import tasks
+from vtv_nnsight.images import as_rgb, to_pil, to_tensor
+from vtv_nnsight.layouts import Layout
+
+CENTERED = tasks.Inpainting("center")
+PUBLISHED = {
+    "colorization": tasks.colorization,
+    "identity": tasks.identity,
+    "inpainting_center": CENTERED,
+    "inpainting_center_and_lowlight": CENTERED + tasks.lowlight,
+    "lowlight": tasks.lowlight,
+    "segmentation": tasks.segmentation,
+    "segmentation_and_inpainting_center": tasks.segmentation + CENTERED,
+    "segmentation_purple": tasks.Segmentation(tasks.YELLOW, tasks.PURPLE),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name + flip for name in PUBLISHED for flip in ("", "_flip") if name + flip != "segmentation_purple_flip"]
+)
+def test_canvases_are_the_published_ones(golden, rows, name):
+    order = "horizontal" if name.endswith("_flip") else "vertical"
+    prompt = PUBLISHED[name.removesuffix("_flip")].prompt(*rows, Layout(order=order))
+    assert torch.equal(prompt.canvas[0].mul(510).round().short(), golden[name])
+
+
+def photo(size=(40, 30), seed=0):
+    """A smooth RGB picture."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def mask(size=(40, 30), box=(5, 5, 25, 20)):
+    image = Image.new("L", size)
+    image.paste(255, box)
+    return image
+
+
+def row(seed=0, **more):
+    return {"image": photo(seed=seed), "mask": mask(), **more}
+
+
+def test_names_and_sums():
+    assert [task.name for task in tasks.VTV] == ["segmentation", "lowlight", "identity", "inpainting", "colorization"]
+    assert all(tasks.get(name).name == name for name in (*tasks.names(), "segmentation+inpainting+lowlight"))
+    assert tasks.get("inpainting+lowlight") == tasks.inpainting + tasks.lowlight
+    with pytest.raises(ValueError, match="'sharpening' is not a task.*lowlight"):
+        tasks.get("inpainting+sharpening")
+    with pytest.raises(ValueError, match="position='left'"):
+        tasks.Inpainting("left")
+
+
+def test_a_sum_corrupts_in_turn_and_scores_as_the_task_that_wants_something():
+    both = tasks.lowlight + tasks.segmentation
+    shown, target = both.cells(row(), 32)
+    assert both.metric == "iou" and both.higher_is_better
+    assert torch.equal(shown, tasks.lowlight.cells(row(), 32)[0])
+    assert torch.equal(target, tasks.segmentation.cells(row(), 32)[1])
+    clean = tasks.lowlight + tasks.colorization
+    assert clean.metric == "mse" and torch.equal(clean.cells(row(), 32)[1], tasks.identity.cells(row(), 32)[1])
+
+
+def test_the_square_has_a_quarter_of_the_side_and_stays_inside():
+    for place in [(0.0, 0.0), (0.5, 0.99), (0.999999, 0.999999)]:
+        shown, target = tasks.inpainting.cells({"image": Image.new("RGB", (50, 50), "white")}, 111, place)
+        black = (shown == 0).all(0).nonzero()
+        assert len(black) == 27 * 27 and (target == 1).all()
+        assert (black.max(0).values - black.min(0).values).tolist() == [26, 26]
+
+
+def test_random_squares_move_between_prompts_and_agree_within_one():
+    white = [{"image": Image.new("RGB", (50, 50), "white")}] * 4
+    prompts = tasks.inpainting.prompts(white, n=6, seed=3)
+    assert torch.equal(prompts.region("example_input"), prompts.region("query"))
+    assert len({tuple((cell == 0).nonzero()[0].tolist()) for cell in prompts.region("query")}) > 1
+
+
+def test_scores_and_losses():
+    black, white = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
+    assert tasks.segmentation.loss(white, white).tolist() == [-1, -1]
+    assert tasks.lowlight.loss(white, white).tolist() == [0, 0]
+    assert (tasks.lowlight.loss(black, white) == tasks.lowlight.score(black, white)).all()
+    assert (tasks.lowlight.loss(black, white) > 0).all() and not tasks.lowlight.higher_is_better
+
+
+def test_a_coloured_segmentation_scores_its_own_colours():
+    task = tasks.Segmentation("#fde725", "#440154")
+    _, target = task.cells(row(), 64)
+    assert task.score(target[None], target[None]).item() == 1
+    assert task.score(torch.tensor([68, 1, 84]).view(1, 3, 1, 1).expand(1, 3, 64, 64) / 255, target[None]).item() == 0
+
+
+def test_the_truth_is_in_the_output_cell_and_white_where_it_is_unknown():
+    known = tasks.segmentation.prompt(row(0), row(1))
+    assert torch.equal(known.region("output")[0], tasks.segmentation.cells(row(1), 111)[1])
+    unknown = tasks.segmentation.prompt(row(0), {"image": photo()})
+    assert (unknown.region("output") == 1).all()
+    with pytest.raises(ValueError, match="example of segmentation has no 'mask'"):
+        tasks.segmentation.prompt({"image": photo()}, row())
+
+
+def test_several_examples():
+    layout = Layout(examples=2)
+    prompt = tasks.identity.prompt([row(0), row(1)], row(2), layout)
+    for name, seed in (("example_output_1", 0), ("example_input_2", 1), ("query", 2)):
+        assert torch.equal(prompt.region(name)[0], tasks.identity.cells(row(seed), 74)[0]), name
+    with pytest.raises(ValueError, match="1 examples were given for a layout of 2"):
+        tasks.identity.prompt(row(), row(), layout)
+
+
+@pytest.mark.parametrize("data", [list, Dataset.from_list], ids=["list", "dataset"])
+def test_prompts_pair_images_of_a_class_and_repeat_with_the_seed(data):
+    colours = [
+        {"image": Image.new("RGB", (20, 20), (50 * label, i, 0)), "label": label} for label in (1, 2) for i in (0, 9)
+    ]
+    prompts = tasks.identity.prompts(data(colours), n=20, seed=5)
+    example, query = (prompts.region(name)[:, :, 0, 0] for name in ("example_input", "query"))
+    assert torch.equal(example[:, 0], query[:, 0]) and not (example[:, 1] == query[:, 1]).any()
+    assert len(example[:, 0].unique()) == 2
+    assert torch.equal(prompts.canvas, tasks.identity.prompts(data(colours), n=20, seed=5).canvas)
+    assert not torch.equal(prompts.canvas, tasks.identity.prompts(data(colours), n=20, seed=6).canvas)
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="2 different images of a class"):
+        tasks.identity.prompts([row(label=0), row(label=1)], n=1)
+    with pytest.raises(ValueError, match="2 different images,"):
+        tasks.identity.prompts([row()], n=1)
+    with pytest.raises(ValueError, match="n=0"):
+        tasks.identity.prompts([row(), row()], n=0)
+
+
+def test_a_new_task_is_a_class_with_one_method():
+    @dataclass(frozen=True)
+    class Negative(tasks.Task):
+        def target(self, row, cell, shown):
+            return 1 - cell
+
+    prompt = Negative().prompt(row(0), row(1))
+    assert torch.equal(prompt.region("output"), 1 - prompt.region("query"))
+    assert (Negative() + tasks.lowlight).name == "negative+lowlight"
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        ({"mask": mask()}, ValueError, "no 'image'"),
+        ({"image": np.zeros((30, 40, 3))}, TypeError, "ndarray"),
+        ({"image": photo((40, 7)), "mask": mask()}, ValueError, "40x7 pixels.*at least 8"),
+        ({"image": photo(), "mask": Image.new("L", (40, 30))}, ValueError, "black all over"),
+        ({"image": photo(), "mask": mask((30, 40))}, ValueError, r"\(30, 40\).*\(40, 30\)"),
+        ({"image": photo(), "mask": mask().point(lambda v: v // 17)}, ValueError, "from 0 to 15"),
+    ],
+)
+def test_bad_rows_are_refused(bad, error, words):
+    with pytest.raises(error, match=words):
+        tasks.segmentation.cells(bad, 32)
+
+
+def test_modes_of_pictures():
+    """Whatever the mode, the picture is the one that a viewer shows."""
+    rgb = photo()
+    grey = rgb.convert("L")
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert wide.mode == "I;16"
+    for image, expected in {
+        "L": (grey, grey.convert("RGB")),
+        "16 bit": (wide, grey.convert("RGB")),
+        "32 bit": (wide.convert("I"), grey.convert("RGB")),
+        "float": (grey.convert("F"), grey.convert("RGB")),
+        "CMYK": (rgb.convert("CMYK"), rgb),
+        "1": (mask().convert("1"), mask().convert("RGB")),
+    }.values():
+        assert np.array_equal(as_rgb(image), expected)
+    palette = rgb.quantize(16)
+    assert palette.mode == "P" and np.array_equal(as_rgb(palette), palette.convert("RGB"))
+
+
+def test_dark_16_bit_pictures_stay_dark():
+    dark = Image.fromarray(np.full((10, 10), 200, dtype=np.uint16))
+    assert as_rgb(dark).getpixel((0, 0)) == (1, 1, 1)
+
+
+def test_transparency_is_white():
+    rgba = photo().convert("RGBA")
+    rgba.paste((255, 0, 0, 0), (0, 0, 20, 30))
+    assert as_rgb(rgba).getpixel((5, 5)) == (255, 255, 255)
+    assert as_rgb(rgba).getpixel((30, 5)) == photo().getpixel((30, 5))
+    palette = Image.new("P", (10, 10), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.info["transparency"] = 1
+    assert as_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
+    assert as_rgb(Image.new("LA", (10, 10), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def on_its_side(upright, path):
+    """A JPEG whose pixels lie on their side and whose EXIF says so."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    return Image.open(path)
+
+
+def test_exif_rotation(tmp_path):
+    upright = photo((48, 32))
+    turned = on_its_side(upright, tmp_path / "photo.jpg")
+    assert turned.size == (32, 48) and as_rgb(turned).size == (48, 32)
+    difference = np.abs(np.asarray(as_rgb(turned), float) - np.asarray(upright, float))
+    assert difference.mean() < 6
+    shown, target = tasks.segmentation.cells({"image": turned, "mask": mask((48, 32))}, 32)
+    assert torch.equal(target, tasks.segmentation.cells({"image": upright, "mask": mask((48, 32))}, 32)[1])
+    with pytest.raises(ValueError, match=r"mask of \(32, 48\).*upright image of \(48, 32\)"):
+        tasks.segmentation.cells({"image": turned, "mask": mask((32, 48))}, 32)
+
+
+def test_truncated_pictures_are_refused(tmp_path):
+    photo((200, 200)).save(tmp_path / "photo.jpg")
+    whole = (tmp_path / "photo.jpg").read_bytes()
+    (tmp_path / "photo.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="photo.jpg.*cannot be decoded"):
+        as_rgb(Image.open(tmp_path / "photo.jpg"))
+
+
+def test_pixels_go_to_tensors_and_back():
+    picture = Image.open(DATA / "query_image.png").convert("RGB")
+    assert np.array_equal(to_pil(to_tensor(picture)), picture)
