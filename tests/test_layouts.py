@@ -57,7 +57,7 @@ def test_several_examples_are_numbered_and_do_not_overlap():
 
 def test_the_output_of_three_rows_lies_in_the_patches_that_it_touches():
     rows, columns = Layout(examples=2).cells["output"]
-    assert (rows.start, columns.start) == (150, 112)
+    assert (rows.start, columns.start) == (150, 113)
     assert torch.equal(Layout(examples=2).regions["output"], GRID[9:, 7:12].flatten())
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-MODEL, PROMPTS = "Model", "Prompts"
+MODEL, PROMPTS, TRAINING = "Model", "Prompts", "Training"
 """The steps that commands are grouped by in the help."""
 
 
@@ -170,6 +170,30 @@ def prompt(
 
 def main() -> None:
     app()
+
+
+@app.command(
+    rich_help_panel=TRAINING,
+    epilog="Examples: vtv pretrain tokenizer --config tiny --out runs/tiny\n\n"
+    "vtv pretrain mae --config tiny --out runs/tiny --resume",
+)
+def pretrain(
+    stage: Annotated[str, typer.Argument(help='"tokenizer" first, then "mae".', metavar="tokenizer|mae")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; the stages go in tokenizer/ and mae/.")],
+    config: Annotated[str, typer.Option(help='"tiny" (the embedded model), "small", "published" or "smoke".')] = "tiny",
+    images: Annotated[
+        Path | None, typer.Option(help="Pictures to train on beside the generated scenes, instead of the photographs "
+        "that scikit-image and scikit-learn carry.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of the config's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str | None, typer.Option(help="A torch device; by default the first GPU, or the CPU.")] = None,
+) -> None:
+    """Train a MAE-VQGAN of your own: its tokenizer, then its transformer."""
+    from vtv_nnsight.pretraining import pretrain as run
+
+    _wrote(run(stage, config, out, images=images, steps=steps, resume=resume, seed=seed, device=device))
 
 
 def _as_they_are(example_input, example_output, query, layout):

@@ -49,6 +49,12 @@ def resize(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
+def luma(pixels: torch.Tensor) -> torch.Tensor:
+    """ITU-R 601-2 luma of 8-bit pixels [3, height, width] in [0, 1], rounded as PIL's "L": [height, width]."""
+    red, green, blue = (pixels * 255).round().long()
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(pixels.dtype) / 255
+
+
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """PIL RGB → float [3, height, width] in [0, 1]."""
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").float().div(255)

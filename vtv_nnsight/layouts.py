@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from PIL import ImageColor
 
 ORDERS = ("vertical", "horizontal")
 CLS = 0
@@ -36,6 +37,7 @@ class Layout:
         examples: Number of solved examples before the query.
         order: "vertical" stacks examples from top to bottom, inputs on the left (the papers' default); "horizontal" is
             its transpose: inputs on top, outputs below (the papers' *flip*, VP §4.4).
+        background: Colour of the canvas between and beside the cells, in any form that PIL knows.
 
     Raises:
         ValueError: when the patches do not tile the canvas, or the cells are smaller than a patch.
@@ -45,6 +47,7 @@ class Layout:
     patch_size: int = 16
     examples: int = 1
     order: str = "vertical"
+    background: str = "white"
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -61,6 +64,7 @@ class Layout:
                 f"examples={self.examples} leaves cells of {self.cell_size} pixels, smaller than a patch of "
                 f"{self.patch_size}; use fewer examples or a larger canvas."
             )
+        ImageColor.getrgb(self.background)
 
     @property
     def grid(self) -> int:
@@ -78,7 +82,7 @@ class Layout:
 
     @property
     def gap(self) -> int:
-        """White pixels between neighbouring cells: 2 on the 2x2 grid, 1 on larger ones (VP §4.3)."""
+        """Pixels between neighbouring cells: 2 on the 2x2 grid, 1 on larger ones (VP §4.3)."""
         return 2 if self.examples == 1 else 1
 
     @property
@@ -88,15 +92,14 @@ class Layout:
 
     @cached_property
     def cells(self) -> dict[str, tuple[slice, slice]]:
-        """Name of each cell → (row slice, column slice) in pixels."""
-        across = (0, self.canvas_size // 2 + self.gap // 2)
+        """Name of each cell → (row slice, column slice) in pixels: outputs begin one pixel past the canvas's middle."""
+        middle = self.canvas_size // 2 + 1
+        across = (middle - self.gap - self.cell_size, middle)
         cells = {}
         for pair in range(self.examples + 1):
             number = f"_{pair + 1}" if self.examples > 1 else ""
             names = (
-                ("query", "output")
-                if pair == self.examples
-                else (f"example_input{number}", f"example_output{number}")
+                ("query", "output") if pair == self.examples else (f"example_input{number}", f"example_output{number}")
             )
             along = pair * (self.cell_size + self.gap)
             for name, offset in zip(names, across):
@@ -108,6 +111,12 @@ class Layout:
     def regions(self) -> dict[str, torch.Tensor]:
         """Name of each cell → LongTensor of the patches that it touches, in row-major order."""
         return {name: self._patches(rows, columns) for name, (rows, columns) in self.cells.items()}
+
+    @property
+    def canvas_colour(self) -> tuple[float, float, float]:
+        """The background as RGB in [0, 1]."""
+        red, green, blue, *_ = ImageColor.getrgb(self.background)
+        return red / 255, green / 255, blue / 255
 
     @cached_property
     def all_patches(self) -> torch.Tensor:
@@ -143,6 +152,10 @@ class Layout:
         first, last = rows.start // self.patch_size, (rows.stop - 1) // self.patch_size
         left, right = columns.start // self.patch_size, (columns.stop - 1) // self.patch_size
         return ids[first : last + 1, left : right + 1].flatten()
+
+
+REASONING = Layout(examples=2, background="black")
+"""The canvas of VP's reasoning study (§4.3): three rows of cells of 74 pixels on black."""
 
 
 def positions(seen: torch.Tensor) -> torch.Tensor:

@@ -53,9 +53,11 @@ class VisualPrompt:
 
     @classmethod
     def from_cells(cls, cells: Mapping[str, torch.Tensor], layout: Layout) -> VisualPrompt:
-        """One one-shot prompt from pixels [3, cell, cell] by cell name; cells without pixels stay white."""
-        canvas = torch.ones(1, 3, layout.canvas_size, layout.canvas_size)
-        for name, pixels in cells.items():
+        """One one-shot prompt from pixels [3, cell, cell] by cell name, on the layout's background; cells without
+        pixels are white."""
+        size = layout.canvas_size
+        canvas = torch.tensor(layout.canvas_colour).view(1, 3, 1, 1).repeat(1, 1, size, size)
+        for name, pixels in (dict.fromkeys(layout.cells, 1.0) | dict(cells)).items():
             rows, columns = layout.cells[name]
             canvas[0, :, rows, columns] = pixels
         return cls.from_canvas(canvas, layout)

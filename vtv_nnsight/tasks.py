@@ -6,7 +6,8 @@ A task is a value. The papers' own are instances in this module, and `+` asks fo
     True
     >>> prompt = tasks.segmentation.prompt(example=images[0], query=images[1], layout=model.layout)
 
-A row of data is a mapping with "image" (PIL) and, where the task needs them, "mask" (PIL "L", 0 or 255) and "label".
+A row of data is a mapping with "image" (PIL) and, where the task needs them, "mask" (PIL "L", 0 or 255), "label" and
+"answer" (PIL: the output itself).
 To write a new task, subclass `Task` and say what it does to the input (`corrupt`) or what it wants (`target`).
 
 Sources: VP is *Visual Prompting via Image Inpainting* (NeurIPS 2022), VTV *Finding Visual Task Vectors* (ECCV 2024).
@@ -22,10 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from einops import rearrange
+from PIL import Image, ImageColor, ImageFilter
+from torch.nn import functional as F
 
 from vtv_nnsight import metrics
-from vtv_nnsight.images import as_rgb, resize, to_tensor, upright_size
+from vtv_nnsight.images import as_rgb, luma, resize, to_tensor, upright_size
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -33,9 +36,26 @@ Row = Mapping[str, Any]
 Place = tuple[float, float]
 """A random point of the unit square, drawn once a prompt: what the example and the query share."""
 
+_COLUMNS = {"image": "PIL", "mask": "PIL 'L', 0 or 255", "answer": "PIL: the output itself"}
 CENTER: Place = (0.5, 0.5)
 PURPLE, YELLOW = "#440154", "#fde725"
 """The colours of VP's other segmentation masks, (68, 1, 84) and (253, 231, 37)."""
+GREEN, BLUE = (0, 255, 0), (0, 0, 255)
+"""The colours of VP's reasoning study."""
+_PALETTES = {
+    ("color",): (BLUE, GREEN, metrics.WHITE),
+    ("shape",): (GREEN, metrics.WHITE),
+    ("size",): (BLUE, GREEN, metrics.WHITE),
+    ("color", "shape"): (GREEN, BLUE, metrics.WHITE),
+    ("color", "size"): (GREEN, BLUE, metrics.WHITE),
+    ("shape", "size"): (GREEN, metrics.WHITE),
+}
+"""The colours that the reasoning study (released code) allows an answer's pixels, nearest first on a tie."""
+
+
+def _choose(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
 
 
 @dataclass(frozen=True)
@@ -43,10 +63,12 @@ class Task:
     """The identity task, and the base of the others: input and target are the image.
 
     Class attributes:
-        metric: "mse" (lower is better) or "iou" (higher is better).
+        metric: "mse" or "lpips" (lower is better), or "iou" (higher is better).
+        needs: The column of a row that the answer is made of, if it is not the image.
     """
 
     metric = "mse"
+    needs = "image"
 
     @property
     def name(self) -> str:
@@ -107,7 +129,7 @@ class Task:
             if target is not None:
                 cells[answer] = target
             elif row is not query:
-                raise ValueError(f"an example of {self.name} has no 'mask'; give one (PIL 'L', 0 or 255).")
+                raise ValueError(f"an example of {self.name} has no {self.needs!r}; give one ({_COLUMNS[self.needs]}).")
         return VisualPrompt.from_cells(cells, layout)
 
     def prompts(self, images: Any, n: int = 100, seed: int = 0, layout: Layout | None = None) -> VisualPrompt:
@@ -140,24 +162,71 @@ class Segmentation(Task):
 
     Args:
         foreground, background: Colours of the mask, in any form that PIL knows ("white", "#440154").
+        fill: "solid"; "edges" shows the outline of the mask only; "texture" fills it with checks of two tones, both
+            nearer to the foreground's colour (VP §4.4).
     """
 
     foreground: str = "white"
     background: str = "black"
+    fill: str = "solid"
     metric = "iou"
+    needs = "mask"
+
+    def __post_init__(self) -> None:
+        _choose("fill", self.fill, "solid", "edges", "texture")
 
     def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor | None:
         if row.get("mask") is None:
             return None
-        mask = _binary(row)
+        size = cell.shape[-1]
+        mask = self.mask(row)
+        if self.fill == "edges":
+            mask = _outline(resize(mask, size))
         colours = Image.new("RGB", mask.size, self.background)
         colours.paste(self.foreground, mask=mask)
-        return to_tensor(resize(colours, cell.shape[-1]))
+        target = to_tensor(resize(colours, size))
+        if self.fill == "texture":
+            dim = (_checks(size) > 0) & (to_tensor(resize(mask, size).convert("RGB")) > 0.5)
+            other = target.new_tensor(self.colours[1]).view(3, 1, 1) / 255
+            target = torch.where(dim, 0.65 * target + 0.35 * other, target)
+        return target
+
+    def mask(self, row: Row) -> Image.Image:
+        """The mask of a row that has one, PIL "L" of its image's size, 0 or 255."""
+        return _binary(row)
+
+    @property
+    def colours(self) -> tuple[metrics.Colour, metrics.Colour]:
+        """Foreground and background as RGB, 0 to 255."""
+        return ImageColor.getrgb(self.foreground)[:3], ImageColor.getrgb(self.background)[:3]
 
     def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return metrics.iou(
-            prediction, target, ImageColor.getrgb(self.foreground)[:3], ImageColor.getrgb(self.background)[:3]
-        )
+        return metrics.iou(prediction, target, *self.colours)
+
+
+@dataclass(frozen=True)
+class Detection(Segmentation):
+    """Image → the filled box around the mask; an answer is squared off before it is scored (VP §4.2)."""
+
+    def mask(self, row: Row) -> Image.Image:
+        mask = _binary(row)
+        mask.paste(255, mask.getbbox())
+        return mask
+
+    def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().score(metrics.squared_off(prediction, *self.colours), target)
+
+
+@dataclass(frozen=True)
+class Edges(Task):
+    """Image → its edges, white on black: Sobel's gradient of the luma, in steps of 1/255."""
+
+    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        across = cell.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
+        kernels = rearrange([across, across.T], "k h w -> k 1 h w")
+        gradient = F.conv2d(F.pad(luma(cell)[None, None], (1, 1, 1, 1), mode="replicate"), kernels)[0]
+        magnitude = gradient.square().sum(0).sqrt().clamp(max=1)
+        return magnitude.mul(255).round().div(255).expand(3, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -185,8 +254,7 @@ class Inpainting(Task):
     position: str = "random"
 
     def __post_init__(self) -> None:
-        if self.position not in ("random", "center"):
-            raise ValueError(f"position={self.position!r} is not a place for the square; choose 'random' or 'center'.")
+        _choose("position", self.position, "random", "center")
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
         size = cell.shape[-1]
@@ -202,12 +270,61 @@ class Inpainting(Task):
 
 @dataclass(frozen=True)
 class Colorization(Task):
-    """Luma of the image (ITU-R 601-2, as PIL's "L") in three channels → image."""
+    """Luma of the image (ITU-R 601-2, as PIL's "L") in three channels → image.
+
+    Args:
+        metric: "mse", or "lpips" (an optional package; see `metrics.lpips`).
+    """
+
+    metric: str = "mse"
+
+    def __post_init__(self) -> None:
+        _choose("metric", self.metric, "mse", "lpips")
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
-        red, green, blue = (cell * 255).round().long()
-        luma = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
-        return (luma / 255).expand(3, -1, -1).to(cell.dtype)
+        return luma(cell).expand(3, -1, -1)
+
+    def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return getattr(metrics, self.metric)(prediction, target)
+
+
+@dataclass(frozen=True)
+class Reasoning(Task):
+    """A green circle on white → the same, changed (VP §4.3). `data.reasoning` draws the rows; `+` joins changes:
+
+        >>> (tasks.color + tasks.shape).name
+        'color+shape'
+
+    An answer is scored by its colour-aware IoU: every pixel goes to the nearest of black and the colours that the
+    study allows its answers.
+
+    Args:
+        changes: Some of "color" (to blue), "shape" (to a rectangle) and "size" (to a radius of 20 from 30).
+    """
+
+    changes: tuple[str, ...]
+    metric = "iou"
+    needs = "answer"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "changes", tuple(sorted(set(self.changes))))
+        if self.changes not in _PALETTES:
+            known = ", ".join("+".join(changes) for changes in _PALETTES)
+            raise ValueError(f"{'+'.join(self.changes) or 'nothing'!r} is not among the reasoning tasks: {known}.")
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.changes)
+
+    def __add__(self, other: Task) -> Task:
+        return Reasoning(self.changes + other.changes) if isinstance(other, Reasoning) else super().__add__(other)
+
+    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor | None:
+        return to_tensor(resize(as_rgb(row["answer"]), cell.shape[-1])) if row.get("answer") is not None else None
+
+    def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        foreground = BLUE if "color" in self.changes else GREEN
+        return metrics.colour_iou(prediction, target, foreground, (*_PALETTES[self.changes], metrics.BLACK))
 
 
 @dataclass(frozen=True)
@@ -229,6 +346,10 @@ class Sum(Task):
     def metric(self) -> str:
         return self._wanted.metric
 
+    @property
+    def needs(self) -> str:
+        return self._wanted.needs
+
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
         return reduce(lambda shown, part: part.corrupt(shown, place), self.parts, cell)
 
@@ -244,11 +365,19 @@ lowlight = Lowlight()
 identity = Identity()
 inpainting = Inpainting()
 colorization = Colorization()
+detection = Detection()
+edges = Edges()
+color = Reasoning(("color",))
+shape = Reasoning(("shape",))
+size = Reasoning(("size",))
 
 VTV = (segmentation, lowlight, identity, inpainting, colorization)
 """The five tasks whose vectors VTV finds."""
 
-_REGISTRY = {task.name: task for task in VTV}
+REASONING = (color, shape, size, color + shape, color + size, shape + size)
+"""VP's reasoning study: three changes and their pairs."""
+
+_REGISTRY = {task.name: task for task in (*VTV, detection, edges, color, shape, size)}
 
 
 def get(name: str) -> Task:
@@ -259,9 +388,7 @@ def get(name: str) -> Task:
     """
     unknown = [part for part in name.split("+") if part not in _REGISTRY]
     if unknown:
-        raise ValueError(
-            f"{unknown[0]!r} is not a task; choose from {', '.join(_REGISTRY)}, or join several with '+'."
-        )
+        raise ValueError(f"{unknown[0]!r} is not a task; choose from {', '.join(_REGISTRY)}, or join several with '+'.")
     return reduce(add, (_REGISTRY[part] for part in name.split("+")))
 
 
@@ -289,6 +416,20 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
     sizes = np.array([len(group) for group in groups])
     choice = generator.choice(len(groups), size=n, p=sizes / sizes.sum())
     return np.stack([generator.choice(groups[c], size=examples + 1, replace=False) for c in choice])
+
+
+def _outline(mask: Image.Image) -> Image.Image:
+    """The edge of a mask, PIL "L", a thirtieth of its side thick."""
+    mask = mask.point(lambda value: 255 * (value > 127))
+    thick = 2 * max(1, round(mask.width / 60)) + 1
+    inner = np.asarray(mask.filter(ImageFilter.MinFilter(thick)))
+    return Image.fromarray(np.where(inner == 0, np.asarray(mask), np.uint8(0)))
+
+
+def _checks(size: int) -> torch.Tensor:
+    """A checkerboard of 0 and 1, [size, size], fourteen checks across."""
+    stripes = torch.arange(size) * 14 // size % 2
+    return stripes[:, None] ^ stripes[None, :]
 
 
 def _column(images: Any, name: str) -> np.ndarray | None:

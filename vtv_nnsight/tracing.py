@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnsight.intervention.batching import Batcher
 from nnsight.intervention.envoy import Envoy, eproperty, traceable
 from nnsight.intervention.interleaver import Mediator
 from nnsight.modeling.huggingface import HuggingFaceModel
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig
 
-from vtv_nnsight.layouts import Layout
+from vtv_nnsight.layouts import Layout, positions
 from vtv_nnsight.model.config import MAEVQGANConfig
-from vtv_nnsight.model.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.model.mae_vqgan import Decoder, Encoder, MAEVQGANModel
 from vtv_nnsight.model.vit import Attention
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -99,6 +100,33 @@ class AttentionEnvoy(Envoy):
         return value
 
 
+class StackEnvoy(Envoy):
+    """The encoder or the decoder, which knows where its tokens lie."""
+
+    @eproperty(key="input", description="absolute positions of the tokens, [token]")
+    def positions(self, value: Any) -> torch.Tensor:
+        """Absolute position of every token of the stack, 0 for CLS and 1 + i for patch i: LongTensor [token].
+
+        Like any input, it comes before what is inside the stack: read it first.
+        """
+        (*_, seen), _ = value
+        return positions(seen)
+
+
+class PromptBatcher(Batcher):
+    """Rows of invokes are rows of canvases. Patch ids are shared by the batch, also when there are as many as rows."""
+
+    def _narrow_tensor(self, tensor: torch.Tensor, group: list) -> torch.Tensor:
+        return tensor if _is_ids(tensor) else super()._narrow_tensor(tensor, group)
+
+    def _widen_tensor(self, full: torch.Tensor, group: list, edited: torch.Tensor) -> torch.Tensor:
+        return edited if _is_ids(full) else super()._widen_tensor(full, group, edited)
+
+
+def _is_ids(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 1 and tensor.dtype == torch.long
+
+
 class MAEVQGAN(HuggingFaceModel):
     """A MAE-VQGAN that can be traced.
 
@@ -115,8 +143,9 @@ class MAEVQGAN(HuggingFaceModel):
         └── vqgan            encode(pixels) → codes, decode(codes) → pixels
 
     Every module has `.input` and `.output`; a block's `.output` is the residual stream [batch, token, width].
-    `attn.heads` is [batch, token, head, head_dim] and `attn.pattern` [batch, head, query token, key token]. All can be
-    read, replaced (`attn.heads = z`) and edited in place (`attn.heads[:, 0] = 0`), and gradients flow through them.
+    `attn.heads` is [batch, token, head, head_dim], `attn.pattern` [batch, head, query token, key token], and
+    `encoder.positions` and `decoder.positions` say where on the canvas the tokens lie: [token]. Values can be read,
+    replaced (`attn.heads = z`) and edited in place (`attn.heads[:, 0] = 0`), and gradients flow through them.
 
         import torch
         from vtv_nnsight import MAEVQGAN, VisualPrompt
@@ -148,6 +177,8 @@ class MAEVQGAN(HuggingFaceModel):
         TypeError, ValueError, OSError: naming the source and what is wrong with it.
     """
 
+    _batcher_class = PromptBatcher
+
     def __init__(
         self, source: str | os.PathLike | MAEVQGANModel = "tiny", *, revision: str | None = None, **kwargs: Any
     ) -> None:
@@ -160,7 +191,7 @@ class MAEVQGAN(HuggingFaceModel):
             )
         envoys = kwargs.pop("envoys", None) or {}
         if isinstance(envoys, dict):
-            envoys = {Attention: AttentionEnvoy, **envoys}
+            envoys = {Attention: AttentionEnvoy, Encoder: StackEnvoy, Decoder: StackEnvoy, **envoys}
         super().__init__(source, revision=revision, envoys=envoys, **kwargs)
 
     @property

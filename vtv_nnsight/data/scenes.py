@@ -132,7 +132,7 @@ def _object(keys: np.ndarray, names: np.ndarray, x: np.ndarray, y: np.ndarray) -
 def _object_colours(keys: np.ndarray, hue: np.ndarray, bright: np.ndarray, pattern: np.ndarray) -> np.ndarray:
     """The texture in the class's hue, in light or in dark tones: RGB [n, y, x, 3] in [0, 1]."""
     jitter, vivid, level, spread = _uniform(keys, 2, 4)[..., 0, 0]
-    hue, saturation = hue + 10 * (jitter - 0.5), 0.8 + 0.2 * vivid
+    hue, saturation = hue + 10 * (jitter - 0.5), 0.7 + 0.2 * vivid
     middle = np.where(bright, 0.73, 0.29) + 0.06 * (level - 0.5)
     half = 0.11 + 0.03 * spread
     return _ramp(pattern, _colour(middle - half, hue, saturation), _colour(middle + half, hue, saturation))
@@ -198,15 +198,15 @@ def _crescent(u, v):
 
 
 def _arrow(u, v):
-    v_, u = np.abs(v), u
-    head = np.maximum(0.707 * (u + v_) - 0.707, -u)
-    return np.minimum(head, np.maximum(np.abs(u + 0.4) - 0.55, v_ - 0.38))
+    v = np.abs(v)
+    head = np.maximum(0.707 * (u + v) - 0.707, -u)
+    return np.minimum(head, np.maximum(np.abs(u + 0.4) - 0.55, v - 0.38))
 
 
 def _drop(u, v):
     v = v - 0.35
-    cone = np.maximum(0.894 * np.abs(u) - 0.447 * v - 0.65, np.abs(v + 0.6) - 0.9)
-    return np.minimum(np.hypot(u, v) - 0.65, cone)
+    tip = np.maximum(0.866 * np.abs(u) - 0.5 * v - 0.7, v + 0.35)
+    return np.minimum(np.hypot(u, v) - 0.7, tip)
 
 
 SHAPES = {
@@ -216,7 +216,7 @@ SHAPES = {
 _POINTS = np.mgrid[-1.5:1.5:0.02, -1.5:1.5:0.02]
 UNIT_AREA = {shape: 9 * np.mean(inside(*_POINTS[::-1]) < 0) for shape, inside in SHAPES.items()}
 
-# Textures: (u, v) in picture widths around an object of the given radius -> tones in [0, 1], 1 the lighter.
+# Textures: (u, v) in picture widths around an object of the given radius -> tones in [0, 1], 1 is lighter.
 
 
 def _sharpen(wave):
@@ -236,7 +236,7 @@ TEXTURES = {
     "fading": lambda u, v, radius, frequency, phase: np.clip(0.5 + 0.6 * v / radius, 0, 1),
 }
 
-# Grounds: (x, y) in [0, 1], random numbers grid [n, 8, 8], a scale near 1 and a phase -> tones in [0, 1], 1 the lighter.
+# Grounds: (x, y) in [0, 1], random numbers grid [n, 8, 8], a scale near 1 and a phase -> tones in [0, 1], 1 is lighter.
 
 
 def _noise(grid, x, y):
@@ -259,11 +259,11 @@ def _grass(x, y, grid, scale, phase):
 
 
 def _sand(x, y, grid, scale, phase):
-    return 0.5 + 0.35 * np.sin(2 * np.pi * (x + 2 * y + 1.2 * _noise(grid[:, :3, :3], x, y)) / (0.5 * scale) + phase)
+    return 0.5 + 0.3 * np.sin(2 * np.pi * (x + 2 * y + 1.2 * _noise(grid[:, :3, :3], x, y)) / (0.7 * scale) + phase)
 
 
 def _water(x, y, grid, scale, phase):
-    return 0.5 + 0.5 * np.sin(2 * np.pi * y / (0.19 * scale) + 1.3 * np.sin(2 * np.pi * x / (0.45 * scale) + phase))
+    return 0.5 + 0.4 * np.sin(2 * np.pi * y / (0.22 * scale) + 1.2 * np.sin(2 * np.pi * x / (0.5 * scale) + phase))
 
 
 def _brick(x, y, grid, scale, phase):
@@ -275,7 +275,7 @@ def _brick(x, y, grid, scale, phase):
 
 
 def _wood(x, y, grid, scale, phase):
-    return 0.5 + 0.45 * np.sin(2 * np.pi * (x / (0.2 * scale) + 1.2 * _noise(grid[:, :3, :3], x, y)) + phase)
+    return 0.5 + 0.4 * np.sin(2 * np.pi * (x / (0.25 * scale) + 0.9 * _noise(grid[:, :2, :4], x, y)) + phase)
 
 
 def _clouds(x, y, grid, scale, phase):
@@ -301,7 +301,8 @@ GROUNDS = {  # how it is painted, then the hue in degrees and the saturation of 
 
 def _pure(hue: np.ndarray) -> np.ndarray:
     """The fully saturated colour of hues in degrees: [n] -> RGB [n, 3]."""
-    return np.clip(np.abs((hue[:, None] / 60 - np.array([0, 2, 4], np.float32) + 3) % 6 - 3) * -1 + 2, 0, 1)
+    sixths = np.abs((hue[:, None] / 60 - np.array([0, 2, 4], np.float32) + 3) % 6 - 3)
+    return np.clip(2 - sixths, 0, 1)
 
 
 def _colour(luma: np.ndarray, hue: np.ndarray, saturation: np.ndarray) -> np.ndarray:

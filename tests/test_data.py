@@ -1,0 +1,203 @@
+"""Scenes, photographs and folders: what they promise to the tasks and to training."""
+
+import colorsys
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vtv_nnsight import data
+from vtv_nnsight.data.photographs import PHOTOGRAPHS, crops
+from vtv_nnsight.data.scenes import GROUNDS, HUES, NAMES, SHAPES, SPLITS, TEXTURES, render
+
+ALL_FOLDS = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return render("train", range(400), folds=ALL_FOLDS)
+
+
+def test_scenes_are_a_dataset_of_images_masks_and_named_labels():
+    images = data.scenes("train", n=5)
+    assert images.column_names == ["image", "mask", "label"] and len(images) == 5
+    row, arrays = images[3], render("train", [3])
+    assert (row["image"].mode, row["mask"].mode, row["image"].size) == ("RGB", "L", (64, 64))
+    assert np.array_equal(row["image"], arrays.images[0]) and np.array_equal(row["mask"], arrays.masks[0])
+    assert row["label"] == arrays.labels[0] and images.features["label"].names == list(NAMES)
+
+
+def test_a_scene_depends_on_its_split_index_and_seed_only(drawn):
+    alone = render("train", [399, 7], folds=ALL_FOLDS)
+    for batched, single in zip(drawn, alone):
+        assert np.array_equal(batched[[399, 7]], single)
+    assert not np.array_equal(render("train", [7], seed=1, folds=ALL_FOLDS).images, alone.images[1:])
+
+
+def test_splits_share_no_scene():
+    pictures = [
+        image.tobytes() for split in SPLITS for seed in (0, 1) for image in render(split, range(200), seed).images
+    ]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_the_default_never_shows_the_fourth_fold(drawn):
+    assert set(render("train", range(300)).labels) == set(range(15))
+    assert set(render("test", range(100), folds=[3]).labels) == set(range(15, 20))
+    assert np.bincount(drawn.labels, minlength=20).min() >= 5
+
+
+def test_classes_are_unique_and_only_the_heart_is_a_shape_of_the_fourth_fold_alone():
+    pairs = [name.split() for name in NAMES]
+    assert len(set(HUES.values())) == len(NAMES) == 20 and len(GROUNDS) == 8
+    assert {texture for texture, _ in pairs} == set(TEXTURES) and {shape for _, shape in pairs} == set(SHAPES)
+    seen = {shape for _, shape in pairs[:15]}
+    assert set(SHAPES) - seen == {"heart"}
+
+
+@pytest.mark.parametrize("size", [32, 64, 97])
+def test_masks_are_binary_and_cover_a_reasonable_part(size):
+    masks = render("validation", range(100), folds=ALL_FOLDS, size=size).masks
+    assert masks.shape == (100, size, size) and set(np.unique(masks)) == {0, 255}
+    area = (masks > 0).mean((1, 2))
+    assert area.min() > 0.08 and area.max() < 0.47
+
+
+def test_the_mask_is_where_the_class_is_seen(drawn):
+    """Inside the mask the mean hue is the class's, and the lightness differs from the ground's."""
+    images, masks = drawn.images / 255, drawn.masks > 0
+    luma = images @ [0.299, 0.587, 0.114]
+    contrasts = []
+    for picture, grey, mask, label in zip(images, luma, masks, drawn.labels):
+        hue, _, _ = colorsys.rgb_to_hsv(*picture[mask].mean(0))
+        assert abs((hue * 360 - list(HUES.values())[label] + 180) % 360 - 180) < 12
+        contrasts.append(abs(grey[mask].mean() - grey[~mask].mean()))
+    assert np.quantile(contrasts, 0.02) > 0.2
+
+
+def test_a_mask_has_no_pixel_of_the_ground(drawn):
+    """Away from the edge, every pixel inside has the hue of its class."""
+    masks = drawn.masks > 0
+    inner = masks[:, 1:-1, 1:-1] & masks[:, :-2, 1:-1] & masks[:, 2:, 1:-1] & masks[:, 1:-1, :-2] & masks[:, 1:-1, 2:]
+    for picture, mask, label in zip(drawn.images[:60, 1:-1, 1:-1], inner, drawn.labels):
+        hues = [360 * colorsys.rgb_to_hsv(*pixel)[0] for pixel in picture[mask][::5] / 255]
+        away = np.abs((np.array(hues) - list(HUES.values())[label] + 180) % 360 - 180)
+        assert away.max() < 12
+
+
+def test_no_ground_is_flat(drawn):
+    greys = drawn.images.mean(-1)
+    spread = [grey[mask == 0].std() for grey, mask in zip(greys, drawn.masks)]
+    assert min(spread) > 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(split="training"), "split='training'.*train.*validation.*test"),
+        (dict(n=0), "n=0.*at least 1"),
+        (dict(n=-2), "n=-2.*at least 1"),
+        (dict(folds=(0, 4)), r"folds=\(0, 4\).*\(0, 1, 2, 3\)"),
+        (dict(folds=()), r"folds=\(\)"),
+        (dict(size=8), "size=8.*at least 32"),
+    ],
+)
+def test_what_scenes_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        data.scenes(**arguments)
+
+
+def test_what_render_refuses():
+    for indices in ([], [-1], [[0]]):
+        with pytest.raises(ValueError, match="rows from 0"):
+            render("train", indices)
+
+
+def test_photographs_are_read_from_the_installed_wheels(monkeypatch):
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr("socket.socket.connect", None)
+    everything, train, test = (data.photographs(split) for split in (None, "train", "test"))
+    assert sorted(everything["name"]) == sorted(PHOTOGRAPHS)
+    assert not set(train["name"]) & set(test["name"]) and len(train) + len(test) == len(everything)
+    for row in everything:
+        assert row["image"].mode == "RGB" and min(row["image"].size) >= 300
+        assert PHOTOGRAPHS[row["name"]].licence in row["source"]
+
+
+def test_photographs_without_colour_can_be_left_out():
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    for row in data.photographs(grey=False):
+        assert np.ptp(np.asarray(row["image"], int), axis=-1).mean() > 1
+    assert len(data.photographs("train")) > len(data.photographs("train", grey=False))
+
+
+def test_an_unknown_split_of_photographs_is_refused():
+    with pytest.raises(ValueError, match="split='validation'"):
+        data.photographs("validation")
+
+
+def test_photographs_say_which_extra_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ImportError, match=r"scikit-image.*pip install vtv-nnsight\[pretraining\]"):
+        data.photographs()
+
+
+def test_crops_are_deterministic_varied_and_of_the_picture():
+    red = Image.new("RGB", (90, 50), (200, 40, 40))
+    green = Image.new("RGB", (400, 700), (40, 200, 40))
+    cut = crops([red, green], range(20), seed=3, size=48)
+    assert cut.shape == (20, 48, 48, 3) and cut.dtype == np.uint8
+    assert np.array_equal(crops([red, green], [11, 4], seed=3, size=48), cut[[11, 4]])
+    assert not np.array_equal(crops([red, green], range(20), seed=4, size=48), cut)
+    strongest = cut.mean((1, 2)).argmax(1)
+    assert set(strongest) == {0, 1}
+    assert len(np.unique(cut.mean((1, 2)), axis=0)) == 20
+
+
+def test_crops_are_mirrored_half_of_the_time():
+    ramp = Image.fromarray(np.tile(np.linspace(20, 220, 128, dtype=np.uint8)[None, :, None], (128, 1, 3)))
+    rising = [cut[:, -1].mean() > cut[:, 0].mean() for cut in crops([ramp], range(60))]
+    assert 15 < sum(rising) < 45
+
+
+def test_crops_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="no images to crop"):
+        crops([], range(3))
+
+
+def test_a_folder_of_mixed_pictures_with_broken_ones(tmp_path):
+    picture = Image.fromarray(render("train", [0], size=96).images[0])
+    (tmp_path / "deeper").mkdir()
+    picture.save(tmp_path / "a.png")
+    picture.resize((200, 77)).save(tmp_path / "deeper" / "b.JPG", "JPEG")
+    picture.convert("L").save(tmp_path / "c.bmp")
+    picture.putalpha(128)
+    picture.save(tmp_path / "train [1].webp")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / ".d.png").write_text("hidden")
+    (tmp_path / "broken.png").write_text("not a picture either")
+    (tmp_path / "short.jpg").write_bytes((tmp_path / "deeper" / "b.JPG").read_bytes()[:1500])
+    with pytest.warns(UserWarning, match=r"2 of 6 files .* left out: broken\.png, short\.jpg") as caught:
+        images = data.folder(tmp_path)
+    assert caught[0].filename == __file__
+    assert images.column_names == ["image"]
+    assert [row["image"].size for row in images] == [(96, 96), (96, 96), (200, 77), (96, 96)]
+    assert [row["image"].mode for row in images] == ["RGB", "L", "RGB", "RGBA"]
+
+
+def test_a_folder_of_whole_pictures_warns_of_nothing(tmp_path, recwarn):
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
+    assert len(data.folder(str(tmp_path))) == 1 and not recwarn.list
+
+
+def test_what_folder_refuses(tmp_path):
+    with pytest.raises(ValueError, match="no picture that can be read"):
+        data.folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        data.folder(tmp_path / "missing")
+    (tmp_path / "broken.png").write_text("not a picture")
+    with pytest.warns(UserWarning, match="broken.png"), pytest.raises(ValueError, match="no picture that can be read"):
+        data.folder(tmp_path)

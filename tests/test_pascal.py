@@ -1,0 +1,251 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vtv_nnsight import tasks
+from vtv_nnsight.data.pascal import CLASSES, detection, pascal
+
+SIZE = (48, 36)
+
+
+def label_map(*boxes, border=None):
+    """A mask with a palette: boxes of (class from 1, left, top, right, bottom)."""
+    image = Image.new("P", SIZE)
+    image.putpalette([value for colour in range(256) for value in (colour, 255 - colour, 7)])
+    for value, *box in boxes:
+        image.paste(value, tuple(box))
+    if border:
+        image.paste(255, border)
+    return image
+
+
+MAPS = {  # "b…" are VOC's val
+    "a1": label_map((1, 2, 2, 20, 20), border=(2, 2, 20, 4)),
+    "a2": label_map((1, 5, 5, 30, 30), (2, 31, 5, 40, 30)),
+    "a3": label_map((2, 0, 0, 24, 36), (15, 24, 0, 48, 36)),
+    "b1": label_map((1, 0, 0, 24, 36)),
+    "b2": label_map((1, 8, 0, 24, 36)),
+    "b3": label_map((6, 8, 0, 24, 36)),
+}
+OBJECTS = {
+    "a1": [("cat", 1, 1, 24, 18)],
+    "a2": [("cat", 3, 5, 26, 30), ("dog", 1, 1, 4, 4)],
+    "a3": [("cat", 9, 5, 26, 30)],
+    "b1": [("dog", 1, 1, 48, 36)],
+    "b2": [],
+    "b3": [("dog", 2, 3, 21, 33)],
+}
+
+
+def annotation(objects):
+    text = "".join(
+        f"<object><name>{name}</name><bndbox><xmax>{x1}</xmax><xmin>{x0}</xmin><ymin>{y0}</ymin><ymax>{y1}</ymax>"
+        "</bndbox><part><name>head</name></part></object>"
+        for name, x0, y0, x1, y1 in objects
+    )
+    return f"<annotation><size><width>{SIZE[0]}</width><height>{SIZE[1]}</height></size>{text}</annotation>"
+
+
+@pytest.fixture
+def root(tmp_path):
+    voc = tmp_path / "VOCdevkit" / "VOC2012"
+    folders = ("JPEGImages", "SegmentationClassAug", "Annotations", "ImageSets/Segmentation", "ImageSets/Main")
+    for folder in folders:
+        (voc / folder).mkdir(parents=True)
+    for i, (name, mask) in enumerate(MAPS.items()):
+        Image.new("RGB", SIZE, (40 * i, 100, 200)).save(voc / "JPEGImages" / f"{name}.jpg")
+        mask.save(voc / "SegmentationClassAug" / f"{name}.png")
+        (voc / "Annotations" / f"{name}.xml").write_text(annotation(OBJECTS[name]))
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("b1\nb2\nb3\n")
+    for split, letter in (("train", "a"), ("val", "b")):
+        names = [name for name in MAPS if name.startswith(letter)]
+        (voc / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def voc(root):
+    return root / "VOCdevkit" / "VOC2012"
+
+
+@pytest.fixture
+def load(root, tmp_path):
+    return lambda *args, **kwargs: pascal(root, *args, cache_dir=tmp_path / "cache", **kwargs)
+
+
+def names(images):
+    """(picture, class from 1) of every row."""
+    paths = images.cast_column("image", type(images.features["image"])(decode=False))["image"]
+    return [(cell["path"].rsplit("/", 1)[1][:2], label + 1) for cell, label in zip(paths, images["label"])]
+
+
+def test_lists_are_made_of_the_masks_fold_by_fold(load):
+    assert names(load(0, "trn")) == [("a1", 1), ("a2", 1), ("a2", 2), ("a3", 2)]
+    assert names(load(0, "val")) == [("b1", 1), ("b2", 1)]
+    with pytest.warns(UserWarning, match="val of fold 1 has one picture of bus: it has no example"):
+        assert names(load(1, "val")) == [("b3", 6)]
+    with pytest.warns(UserWarning, match="trn has one picture of person"):
+        assert len(load(None, "trn")) == 5
+
+
+def test_a_mask_shows_its_rows_class_and_no_boundary(load):
+    images = load(0, "trn")
+    for row, (name, value) in zip(images, names(images)):
+        assert row["mask"].mode == "L" and row["image"].size == row["mask"].size == SIZE
+        expected = np.where(np.asarray(MAPS[name]) == value, 255, 0)
+        assert np.array_equal(row["mask"], expected) and 0 < (expected > 0).mean() < 1
+    assert images.features["label"].names == list(CLASSES)
+    assert not np.asarray(images[0]["mask"])[:4].any()
+
+
+def test_pictures_are_decoded_when_a_row_is_read(load, voc):
+    images = load(0, "val")
+    (voc / "JPEGImages" / "b2.jpg").write_bytes(b"no picture")
+    (voc / "SegmentationClassAug" / "b2.png").write_bytes(b"no picture")
+    assert list(images["label"]) == [0, 0] and images.select([0])[0]["mask"].size == SIZE
+    with pytest.raises(ValueError, match="b2.png cannot be decoded"):
+        images["mask"][1]
+
+
+def test_episodes_pair_other_pictures_of_the_class(load):
+    images = load(0, "trn")
+    prompts = tasks.segmentation.prompts(images, n=30, seed=1)
+    drawn = tasks.draw_rows(images, 30, 1, np.random.default_rng(1))
+    who = names(images)
+    for example, query in drawn:
+        assert who[example][1] == who[query][1] and who[example][0] != who[query][0]
+    example, query = (images[int(i)] for i in drawn[0])
+    assert torch.equal(prompts[0].canvas, tasks.segmentation.prompt(example, query).canvas)
+    assert torch.equal(prompts.canvas, tasks.segmentation.prompts(images, n=30, seed=1).canvas)
+
+
+def test_lists_are_remembered_until_the_masks_change(load, voc, monkeypatch):
+    first = names(load(0, "trn"))
+    with monkeypatch.context() as patch:
+        patch.setattr("vtv_nnsight.data.pascal._label_map", lambda path: pytest.fail("read again"))
+        assert names(load(0, "trn")) == first
+    label_map((2, 2, 2, 20, 20), (3, 30, 2, 40, 20)).save(voc / "SegmentationClassAug" / "a1.png")
+    with pytest.warns(UserWarning, match="aeroplane|bird"):
+        assert names(load(0, "trn"))[:2] == [("a1", 2), ("a1", 3)]
+
+
+@pytest.fixture
+def splits(root):
+    folder = root / "splits"
+    for split in ("trn", "val"):
+        (folder / split).mkdir(parents=True)
+        for fold in range(4):
+            (folder / split / f"fold{fold}.txt").write_text("")
+    return folder
+
+
+def test_published_lists_are_taken_where_they_are(load, splits, root):
+    (splits / "trn" / "fold0.txt").write_text("a2__02\na3__02\n")
+    assert names(load(0, "trn")) == [("a2", 2), ("a3", 2)]
+    splits.rename(root / "elsewhere")
+    assert len(load(0, "trn")) == 4
+    assert names(load(0, "trn", splits=root / "elsewhere")) == [("a2", 2), ("a3", 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a1__01\nx1__01\nx2__02\n", r"fold0.txt names 2 pictures that have no .jpg in .*JPEGImages: x1, x2"),
+        ("a1__01\na1_1\n", "line 2: 'a1_1' cannot be read"),
+        ("a1__21\n", "from 1 to 20"),
+        ("", "trn of fold 0 is empty"),
+    ],
+)
+def test_bad_lists_are_refused(load, splits, text, words):
+    (splits / "trn" / "fold0.txt").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load(0, "trn")
+
+
+def test_a_missing_list_is_named(load, splits):
+    (splits / "val" / "fold2.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="val/fold2.txt"):
+        load(2, "val")
+
+
+@pytest.mark.parametrize(
+    ("folder", "download"),
+    [
+        ("JPEGImages", "VOCtrainval_11-May-2012"),
+        ("SegmentationClassAug", "SBD"),
+        ("ImageSets/Segmentation", "VOCtrainval_11-May-2012"),
+    ],
+)
+def test_a_missing_folder_is_named_with_its_download(load, voc, folder, download):
+    (voc / folder).rename(voc / "away")
+    with pytest.raises(FileNotFoundError, match=f"{folder}; download .*{download}"):
+        load(0, "val")
+
+
+def test_what_is_no_fold_or_split_or_mask_is_refused(load, voc):
+    with pytest.raises(ValueError, match="fold=4"):
+        load(4)
+    with pytest.raises(ValueError, match="split='test'"):
+        load(0, "test")
+    with pytest.raises(ValueError, match="val of fold 3 is empty"):
+        load(3, "val")
+    Image.new("L", SIZE, 60).save(voc / "SegmentationClassAug" / "a1.png")
+    with pytest.raises(ValueError, match="mask a1.png holds the value 60"):
+        load(0, "val")
+    (voc / "JPEGImages" / "a2.jpg").unlink()
+    label_map((1, 0, 0, 9, 9)).save(voc / "SegmentationClassAug" / "a1.png")
+    with pytest.raises(ValueError, match="names 1 pictures that have no .jpg in .*: a2"):
+        load(0, "trn")
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused(load, voc):
+    images = load(0, "val")
+    images[0]["mask"].resize((20, 20)).point(lambda v: v // 255).save(voc / "SegmentationClassAug" / "b1.png")
+    with pytest.raises(ValueError, match=r"mask of \(20, 20\).*image of \(48, 36\)"):
+        tasks.segmentation.prompt(images[1], images[0])
+
+
+def test_detection_keeps_small_single_objects(root):
+    assert names(detection(root, "trn")) == [("a1", 8), ("a3", 8)]
+    images = detection(root, "val")
+    assert names(images) == [("b3", 12)]
+    expected = np.zeros(SIZE[::-1], int)
+    expected[2:33, 1:21] = 255
+    assert np.array_equal(images[0]["mask"], expected)
+    assert names(detection(root, "val", largest=1.0)) == [("b1", 12), ("b3", 12)]
+
+
+def test_detection_prompts_are_boxes(root):
+    images = detection(root, "trn")
+    prompt = tasks.detection.prompts(images, n=1, seed=0)
+    _, target = tasks.detection.cells(images[0], 111)
+    assert any(torch.equal(prompt.region(name)[0], target) for name in ("example_output", "output"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<annotation>", "a1.xml is not an annotation"),
+        (annotation([("unicorn", 1, 1, 5, 5)]), "a1.xml is not an annotation.*unicorn"),
+        (annotation([("cat", 1, 1, 5, 5)]).replace("bndbox", "box"), "a1.xml is not an annotation"),
+    ],
+)
+def test_bad_annotations_are_named(root, voc, text, words):
+    (voc / "Annotations" / "a1.xml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        detection(root, "trn")
+
+
+def test_detection_without_pictures_is_refused(root, voc):
+    (voc / "Annotations" / "b3.xml").write_text(annotation([]))
+    with pytest.raises(ValueError, match="none of the 3 pictures of .*val.txt has a single object"):
+        detection(root, "val")
+    (voc / "Annotations" / "b3.xml").unlink()
+    with pytest.raises(ValueError, match="1 pictures that have no .xml"):
+        detection(root, "val")
+    (voc / "Annotations").rename(voc / "away")
+    with pytest.raises(FileNotFoundError, match="Annotations; download VOCtrainval"):
+        detection(root, "val")
+    with pytest.raises(ValueError, match="split='test'"):
+        detection(root, "test")

@@ -1,0 +1,49 @@
+"""A folder of one's own pictures."""
+
+import warnings
+from pathlib import Path
+
+from datasets import Dataset, Features, Image
+from PIL import Image as PILImage
+
+
+def folder(path: str | Path) -> Dataset:
+    """Every picture in a folder and the folders inside it, sorted by path, as column image (in its own size and mode).
+
+    A picture is any file whose suffix Pillow knows how to open; hidden files are passed over. Files that turn out to be
+    broken are left out, with a warning that names them. The Dataset refers to the files where they lie.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder and a folder of pictures was expected: check the path.")
+    readable = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in readable and not file.name.startswith(".") and file.is_file()
+    ]
+    broken = [file for file in files if not _decodes(file)]
+    if broken:
+        names = ", ".join(str(file.relative_to(path)) for file in broken)
+        warnings.warn(
+            f"{len(broken)} of {len(files)} files in {path} cannot be read and are left out: {names}.", stacklevel=2
+        )
+    pictures = [str(file.absolute()) for file in files if file not in set(broken)]
+    if not pictures:
+        raise ValueError(
+            f"{path} holds no picture that can be read and at least 1 was expected: add PNG or JPEG files."
+        )
+    return Dataset.from_dict({"image": pictures}, Features(image=Image()))
+
+
+def _decodes(file: Path) -> bool:
+    """Whether a picture is whole: reading only its header would miss one that was cut short."""
+    try:
+        with PILImage.open(file) as picture:
+            picture.draft("RGB", (64, 64))  # a JPEG is then decoded at an eighth of its size
+            picture.load()
+    except (
+        Exception
+    ):  # what a broken file raises depends on its format: OSError, SyntaxError, ValueError, struct.error…
+        return False
+    return True

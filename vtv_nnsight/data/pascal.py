@@ -1,0 +1,314 @@
+"""Pascal VOC 2012 as both papers use it: Pascal-5i for segmentation, single objects for detection.
+
+    >>> images = pascal("/data", fold=0, split="val")          # datasets.Dataset: image, mask, label
+    >>> prompts = tasks.segmentation.prompts(images, n=1000, seed=0, layout=model.layout)
+    >>> boxes = detection("/data", split="val")
+    >>> prompts = tasks.detection.prompts(boxes, n=1000, seed=0, layout=model.layout)
+
+ROOT holds `VOCdevkit/VOC2012`, as the VOC archive unpacks. Pictures and masks are decoded when a row is read. A mask
+shows one class: its pixels are 255 and all others 0, the boundary (255 in the files) among them, as in the papers'
+released code. Labels are classes from 0; the files count them from 1.
+
+Episodes are drawn by `Task.prompts`: a seed, a query, and an example of the query's class that is another picture.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+from xml.etree import ElementTree
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, Features
+from datasets.features.features import register_feature
+from PIL import Image
+
+from vtv_nnsight.files import write_text
+
+CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+FOLDS = (0, 1, 2, 3)
+PER_FOLD = len(CLASSES) // len(FOLDS)
+SPLITS = ("trn", "val")
+VOC = "VOCtrainval_11-May-2012.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/)"
+SBD = (
+    "SegmentationClassAug, VOC2012's masks with SBD's (see the data preparation of Volumetric-Aggregation-Transformer)"
+)
+DOWNLOADS = {
+    "JPEGImages": VOC,
+    "SegmentationClassAug": SBD,
+    "ImageSets/Segmentation": VOC,
+    "ImageSets/Main": VOC,
+    "Annotations": VOC,
+}
+"""The folders of VOC2012 that are read, and what to download for them."""
+
+
+class Entry(NamedTuple):
+    """A line of a split file: a picture, and one of the classes that it shows, from 0."""
+
+    name: str
+    label: int
+
+    def __str__(self) -> str:
+        return f"{self.name}__{self.label + 1:02d}"
+
+    @classmethod
+    def read(cls, line: str) -> Entry:
+        name, separator, number = line.strip().rpartition("__")
+        if not (name and separator and number.isdecimal() and 1 <= int(number) <= len(CLASSES)):
+            raise ValueError(f"expected a picture and a class from 1 to {len(CLASSES)}, as in 2008_000009__10")
+        return cls(name, int(number) - 1)
+
+
+def pascal(
+    root: str | os.PathLike,
+    fold: int | None = 0,
+    split: str = "val",
+    *,
+    splits: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Dataset:
+    """One fold of Pascal-5i: columns image, mask ("L", 0 or 255, of the row's class) and label.
+
+    A picture with several classes of the fold is as many rows.
+
+    Args:
+        root: The folder that holds `VOCdevkit/VOC2012`, with `JPEGImages` and `SegmentationClassAug`.
+        fold: 0 to 3, for classes 5 fold to 5 fold + 4; None for all twenty.
+        split: "trn", where VTV collects and searches, or "val", where both papers report.
+        splits: A folder of the published lists, `{split}/fold{fold}.txt` with lines such as `2008_000009__10`; `splits`
+            in `root` where that is there. Without one, the same kind of list is made of the masks: "val" is VOC's own
+            (`ImageSets/Segmentation/val.txt`), and all other masks are "trn".
+        cache_dir: Where that list is kept; the datasets library's cache by default.
+
+    Raises:
+        FileNotFoundError: when a folder is missing, naming it and what to download.
+        ValueError: when fold or split is unknown, a list names pictures that are not there or lines that cannot be
+            read, or the fold is empty.
+
+    Warns:
+        UserWarning: when a class has a single picture, which can have no example.
+    """
+    if fold not in (*FOLDS, None):
+        raise ValueError(f"fold={fold!r} is not a fold of Pascal-5i; choose 0, 1, 2, 3, or None for all classes.")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not a split of Pascal-5i; choose 'trn' or 'val'.")
+    folds = FOLDS if fold is None else (fold,)
+    voc = _voc(root, "JPEGImages", "SegmentationClassAug")
+    splits = Path(splits) if splits is not None else Path(root) / "splits"
+    if splits.is_dir():
+        entries = [entry for f in folds for entry in _listed(splits / split / f"fold{f}.txt", voc)]
+    else:
+        classes = {PER_FOLD * f + i for f in folds for i in range(PER_FOLD)}
+        entries = [entry for entry in _computed(voc, split, cache_dir) if entry.label in classes]
+    where = f"{split} of fold {fold}" if fold is not None else split
+    if not entries:
+        raise ValueError(f"{where} is empty: {voc} has no picture with a mask of these classes; check the files.")
+    for label, count in Counter(entry.label for entry in entries).items():
+        if count == 1:
+            warnings.warn(f"{where} has one picture of {CLASSES[label]}: it has no example.", stacklevel=2)
+    return _dataset(
+        [voc / "JPEGImages" / f"{entry.name}.jpg" for entry in entries],
+        [
+            {"path": str(voc / "SegmentationClassAug" / f"{entry.name}.png"), "value": entry.label + 1}
+            for entry in entries
+        ],
+        [entry.label for entry in entries],
+        ClassMask(),
+    )
+
+
+def detection(root: str | os.PathLike, split: str = "val", *, largest: float = 0.5) -> Dataset:
+    """VOC's pictures of a single object (VP §4.2): columns image, mask ("L", the object's box filled) and label.
+
+    Pictures with several objects or none are left out, and those whose box covers more than `largest` of the picture.
+
+    Args:
+        root: The folder that holds `VOCdevkit/VOC2012`, with `JPEGImages`, `Annotations` and `ImageSets/Main`.
+        split: "trn" (VOC's train.txt) or "val".
+        largest: Share of the picture.
+
+    Raises:
+        FileNotFoundError: when a folder is missing, naming it and what to download.
+        ValueError: when an annotation cannot be read, a list names pictures that are not there, or none is left.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not a split of Pascal VOC; choose 'trn' or 'val'.")
+    voc = _voc(root, "JPEGImages", "Annotations", "ImageSets/Main")
+    file = voc / "ImageSets" / "Main" / ("train.txt" if split == "trn" else "val.txt")
+    names = _lines(file)
+    _all_there(file, names, voc / "JPEGImages", ".jpg")
+    _all_there(file, names, voc / "Annotations", ".xml")
+    kept = []
+    for name in names:
+        size, objects = _annotation(voc / "Annotations" / f"{name}.xml")
+        if len(objects) == 1:
+            ((label, (left, top, right, bottom)),) = objects
+            if 0 < (right - left) * (bottom - top) <= largest * size[0] * size[1]:
+                kept.append((name, size, [left, top, right, bottom], label))
+    if not kept:
+        raise ValueError(f"none of the {len(names)} pictures of {file} has a single object that is small enough.")
+    names, sizes, boxes, labels = zip(*kept)
+    images = [voc / "JPEGImages" / f"{name}.jpg" for name in names]
+    return _dataset(images, [{"size": s, "box": b} for s, b in zip(sizes, boxes)], labels, BoxMask())
+
+
+@dataclass
+class ClassMask:
+    """A feature: one class of a label map on disk, decoded as PIL "L", 255 where the map has its value and else 0."""
+
+    pa_type: ClassVar[Any] = pa.struct({"path": pa.string(), "value": pa.int32()})
+    _type: str = field(default="ClassMask", init=False, repr=False)
+
+    def __call__(self) -> Any:
+        return self.pa_type
+
+    def encode_example(self, value: dict) -> dict:
+        return value
+
+    def decode_example(self, value: dict, token_per_repo_id: Any = None) -> Image.Image:
+        return Image.fromarray(np.where(_label_map(value["path"]) == value["value"], np.uint8(255), np.uint8(0)))
+
+
+@dataclass
+class BoxMask:
+    """A feature: a filled box, decoded as PIL "L" of a picture's size, 255 inside and else 0."""
+
+    pa_type: ClassVar[Any] = pa.struct({"size": pa.list_(pa.int32()), "box": pa.list_(pa.int32())})
+    _type: str = field(default="BoxMask", init=False, repr=False)
+
+    def __call__(self) -> Any:
+        return self.pa_type
+
+    def encode_example(self, value: dict) -> dict:
+        return value
+
+    def decode_example(self, value: dict, token_per_repo_id: Any = None) -> Image.Image:
+        mask = Image.new("L", tuple(value["size"]))
+        mask.paste(255, tuple(value["box"]))
+        return mask
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # registering is "experimental"
+    for feature in (ClassMask, BoxMask):
+        register_feature(feature, feature.__name__)
+
+
+def _dataset(images: Iterable[Path], masks: list[dict], labels: Sequence[int], mask: ClassMask | BoxMask) -> Dataset:
+    columns = {"image": [str(path) for path in images], "mask": masks, "label": list(labels)}
+    features = Features(image=datasets.Image(), mask=mask, label=ClassLabel(names=list(CLASSES)))
+    return Dataset.from_dict(columns, features)
+
+
+def _voc(root: str | os.PathLike, *needed: str) -> Path:
+    """The folder VOC2012, once the sub-folders that are needed are known to be there."""
+    voc = Path(root).expanduser().absolute() / "VOCdevkit" / "VOC2012"
+    for folder in needed:
+        if not (voc / folder).is_dir():
+            raise FileNotFoundError(f"there is no folder {voc / folder}; download {DOWNLOADS[folder]}.")
+    return voc
+
+
+def _listed(file: Path, voc: Path) -> list[Entry]:
+    entries = []
+    for number, line in enumerate(_lines(file), 1):
+        try:
+            entries.append(Entry.read(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {line!r} cannot be read; {error}.") from error
+    names = [entry.name for entry in entries]
+    _all_there(file, names, voc / "JPEGImages", ".jpg")
+    _all_there(file, names, voc / "SegmentationClassAug", ".png")
+    return entries
+
+
+def _computed(voc: Path, split: str, cache_dir: str | os.PathLike | None) -> list[Entry]:
+    """Every picture of a split with every class in its mask; remembered until the masks change."""
+    masks = sorted((voc / "SegmentationClassAug").glob("*.png"))
+    if not masks:
+        raise ValueError(f"{voc / 'SegmentationClassAug'} has no masks (.png); download {SBD}.")
+    _voc(voc.parent.parent, "ImageSets/Segmentation")
+    held_out = set(_lines(voc / "ImageSets" / "Segmentation" / "val.txt"))
+    stamp = datasets.fingerprint.Hasher.hash([(str(path), *_stamp(path)) for path in masks])
+    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vtv_nnsight" / f"pascal-{stamp}.txt"
+    if cache.is_file():
+        entries = [Entry.read(line) for line in _lines(cache)]
+    else:
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda path: np.unique(_label_map(path)), masks)
+            entries = [Entry(mask.stem, int(v) - 1) for mask, values in zip(masks, found) for v in values if v]
+        entries = [entry for entry in entries if entry.label + 1 != 255]
+        if strange := [entry for entry in entries if entry.label >= len(CLASSES)]:
+            name, label = strange[0]
+            raise ValueError(
+                f"the mask {name}.png holds the value {label + 1}; expected classes 1 to {len(CLASSES)}, 0 and 255."
+            )
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_text(cache, "".join(f"{entry}\n" for entry in entries))
+    entries = [entry for entry in entries if (entry.name in held_out) == (split == "val")]
+    _all_there(voc / "SegmentationClassAug", {entry.name for entry in entries}, voc / "JPEGImages", ".jpg")
+    return entries
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _label_map(path: str | Path) -> np.ndarray:
+    """Class numbers [height, width] of a mask file, with a palette or without."""
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"the mask {path} cannot be decoded: {error}.") from error
+    if values.ndim != 2:
+        raise ValueError(f"the mask {path} is a picture in colours; expected one class number a pixel.")
+    return values
+
+
+def _annotation(file: Path) -> tuple[list[int], list[tuple[int, list[int]]]]:
+    """Width and height of a picture; and label and box (left, top, right, bottom) of its objects.
+
+    VOC's corners are pixels, counted from 1 and inside the box.
+    """
+    try:
+        tree = ElementTree.parse(file).getroot()
+        size = [int(tree.findtext(f"size/{side}")) for side in ("width", "height")]
+        objects = []
+        for item in tree.findall("object"):
+            left, top, right, bottom = (
+                round(float(item.findtext(f"bndbox/{side}"))) for side in ("xmin", "ymin", "xmax", "ymax")
+            )
+            if (name := item.findtext("name")) not in CLASSES:
+                raise ValueError(f"{name!r} is not a class of VOC")
+            objects.append((CLASSES.index(name), [left - 1, top - 1, right, bottom]))
+    except (ElementTree.ParseError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not an annotation as VOC writes them: {error}.") from error
+    return size, objects
+
+
+def _lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}.")
+    return [line for line in file.read_text().splitlines() if line.strip()]
+
+
+def _all_there(source: Path, names: Iterable[str], folder: Path, suffix: str) -> None:
+    """Refuse names without a file, counted and listed."""
+    there = {entry.name for entry in os.scandir(folder)}
+    if absent := sorted({name for name in names if name.strip() + suffix not in there}):
+        shown = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
+        raise ValueError(f"{source} names {len(absent)} pictures that have no {suffix} in {folder}: {shown}.")

@@ -1,0 +1,76 @@
+"""Training of a MAE-VQGAN from nothing: the tokenizer first, then the transformer.
+
+    >>> pretrain("tokenizer", "tiny", "runs/tiny")   # runs/tiny/tokenizer/: checkpoint.pt, log.jsonl, vqgan.safetensors
+    >>> pretrain("mae", "tiny", "runs/tiny")            # runs/tiny/mae/: checkpoint.pt, log.jsonl, model/
+    >>> model = MAEVQGAN("runs/tiny/mae/model")
+
+The embedded model was trained by these two calls; its card is weights/tiny/README.md.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from vtv_nnsight import data
+from vtv_nnsight.images import as_rgb
+from vtv_nnsight.pretraining import recipes
+from vtv_nnsight.pretraining.mae import train_mae
+from vtv_nnsight.pretraining.tokenizer import load_tokenizer, train_tokenizer
+
+STAGES = ("tokenizer", "mae")
+
+__all__ = ["STAGES", "pretrain", "recipes", "train_mae", "train_tokenizer"]
+
+
+def pretrain(
+    stage: str,
+    size: str,
+    out: str | os.PathLike,
+    *,
+    images: str | os.PathLike | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+) -> Path:
+    """Train one stage of a size (`recipes.get`) in the folder `out`, and return what it wrote: the tokenizer's file or
+    the model's folder.
+
+    Args:
+        images: A folder of pictures to train on beside the scenes; without it, the photographs that scikit-image and
+            scikit-learn carry.
+        steps: Optimiser steps in place of the recipe's; a resumed run may change them.
+        resume: Continue the run in `out`, if there is one.
+        device: A torch device; by default the first GPU, or the CPU.
+
+    Raises:
+        ValueError: for a stage or a size that does not exist.
+        FileExistsError: when `out` holds a run and `resume` is off.
+        FileNotFoundError: when the tokenizer that "mae" builds on has not been trained in `out`.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"{stage!r} is not a stage of training; choose one of {', '.join(STAGES)}.")
+    chosen, out = recipes.get(size), Path(out)
+    recipe = getattr(chosen, stage)
+    if steps is not None:
+        recipe = replace(recipe, steps=steps)
+    options = {
+        "photographs": _pictures(images),
+        "resume": resume,
+        "seed": seed,
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    }
+    if stage == "tokenizer":
+        return train_tokenizer(chosen.config, recipe, out / stage, **options)
+    vqgan = load_tokenizer(chosen.config, out / "tokenizer")
+    return train_mae(chosen.config, vqgan, recipe, out / stage, **options)
+
+
+def _pictures(images: str | os.PathLike | None) -> list[Image.Image]:
+    rows = data.photographs("train", grey=False) if images is None else data.folder(images)
+    return [as_rgb(row["image"]) for row in rows]

@@ -1,0 +1,113 @@
+"""The second stage: the transformer learns the codes of hidden patches (VP §3), with the tokenizer frozen.
+
+Most steps hide the output as a prompt does, often with some of the other patches dropped; some show the query alone, as
+zero-shot runs it, and some hide patches at random over the whole canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from vtv_nnsight import tasks
+from vtv_nnsight.data.scenes import scenes
+from vtv_nnsight.layouts import Layout, take
+from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.model.vqgan import VQGAN
+from vtv_nnsight.pretraining.recipes import Recipe
+from vtv_nnsight.pretraining.stream import training_prompts
+from vtv_nnsight.pretraining.training import train
+from vtv_nnsight.prompts import VisualPrompt, crop
+
+QUERY_ONLY, RANDOM = 0.08, 0.10
+"""Shares of the steps that show the query alone, and that hide patches all over the canvas."""
+DROPPING = 0.5
+"""Share of the other steps that drop patches beside the output."""
+MOST_DROPPED, LEAST_HIDDEN, MOST_HIDDEN = 0.6, 0.5, 0.8
+
+
+def draw_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Visible and hidden patch ids of a step's `n` canvases, [patch] where they are the same for all and [n, patch]
+    where each has its own."""
+    kind, share, device = *torch.rand(2, generator=generator, device=generator.device).tolist(), generator.device
+    output, visible = layout.regions["output"].to(device), layout.visible.to(device)
+    if kind < QUERY_ONLY:
+        return layout.regions["query"].to(device), output
+    if kind < QUERY_ONLY + RANDOM:
+        shown = round(layout.num_patches * (1 - LEAST_HIDDEN - share * (MOST_HIDDEN - LEAST_HIDDEN)))
+        order = _shuffled(layout.all_patches.to(device), n, generator)
+        return order[:, :shown], order[:, shown:]
+    if kind < QUERY_ONLY + RANDOM + DROPPING * (1 - QUERY_ONLY - RANDOM):
+        shown = round(len(visible) * (1 - share * MOST_DROPPED))
+        return _shuffled(visible, n, generator)[:, :shown], output.expand(n, -1)
+    return visible, output
+
+
+def masked_loss(
+    model: MAEVQGANModel, canvas: torch.Tensor, codes: torch.Tensor, visible: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Mean cross-entropy of the hidden patches of canvases [batch, 3, height, width] against their codes
+    [batch, patch]; a scalar."""
+    logits = model(canvas, visible, torch.cat([visible, hidden], dim=-1)).logits[:, visible.shape[-1] :]
+    target = take(codes[..., None], hidden)[..., 0]
+    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+
+
+def train_mae(
+    config: MAEVQGANConfig,
+    vqgan: VQGAN,
+    recipe: Recipe,
+    out: Path,
+    *,
+    photographs: Sequence[Image.Image] = (),
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Path:
+    """Train the transformer over a trained tokenizer; `out` receives `checkpoint.pt`, `log.jsonl` and the averaged
+    model as a folder for `from_pretrained`, whose path is returned."""
+    torch.manual_seed(seed)
+    model = MAEVQGANModel(config)
+    model.vqgan.load_state_dict(vqgan.state_dict())
+    model.vqgan.requires_grad_(False).to(memory_format=torch.channels_last)
+    if torch.device(device).type == "cpu":
+        model.set_attn_implementation("eager")  # twice as fast there: its fused kernel is slow on small heads
+    layout = config.layout
+    held_out = {task: _validation_prompts(task, layout) for task in tasks.VTV}
+
+    def loss(model: MAEVQGANModel, step: int, generator: torch.Generator):
+        canvas = training_prompts(step, recipe.batch_size, layout, seed, photographs).canvas.to(device)
+        with torch.no_grad():
+            codes = model.vqgan.encode(canvas.contiguous(memory_format=torch.channels_last))
+        return masked_loss(model, canvas, codes, *draw_mask(layout, len(canvas), generator)), {}
+
+    def validate(model: MAEVQGANModel) -> dict[str, float]:
+        numbers = {}
+        for task, prompts in held_out.items():
+            numbers[task.name] = one_shot(model, task, prompts.to(device))
+            numbers[f"{task.name} without example"] = one_shot(model, task, prompts.query_only().to(device))
+        return numbers
+
+    average = train(model, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
+    average.set_attn_implementation("sdpa")
+    average.cpu().save_pretrained(out / "model")
+    return out / "model"
+
+
+@torch.no_grad()
+def one_shot(model: MAEVQGANModel, task: tasks.Task, prompts: VisualPrompt) -> float:
+    """The task's mean metric of the model's answers to prompts."""
+    painted = model.generate(prompts.canvas, prompts.visible, prompts.decoded)
+    return task.score(crop(painted, "output", prompts.layout), prompts.region("output")).mean().item()
+
+
+def _validation_prompts(task: tasks.Task, layout: Layout) -> VisualPrompt:
+    return task.prompts(scenes("validation", n=96), n=32, layout=layout)
+
+
+def _shuffled(patches: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+    return patches[torch.rand(n, len(patches), generator=generator, device=patches.device).argsort(1)]

@@ -1,0 +1,145 @@
+"""The loop that both stages share: bf16, warm-up and cosine, clipping, averaged weights, resumable checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vtv_nnsight.files import replacing
+from vtv_nnsight.pretraining.recipes import Recipe
+
+SAVE_EVERY = 120.0
+"""Seconds between checkpoints."""
+
+Loss = Callable[[nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
+Validation = Callable[[nn.Module], dict[str, float]]
+
+
+def train(
+    module: nn.Module,
+    loss: Loss,
+    validate: Validation,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Minimise `loss(module, step, generator)` and return the moving average of the weights.
+
+    What happens in a step depends on the seed and the step alone, so a run that is killed and resumed ends as one that
+    was not. `out` receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a validation.
+
+    Args:
+        loss: Returns a scalar, and numbers for the progress bar. It runs under bf16 autocast.
+        validate: Numbers about the averaged module, such as {"psnr": 23.1}.
+
+    Raises:
+        FileExistsError: when `out` already holds a run that `resume` does not continue.
+        FloatingPointError: naming the step whose loss is not finite.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists() and not resume:
+        raise FileExistsError(f"{checkpoint} is there already; continue it with resume, or choose another folder.")
+    device = torch.device(device)
+    module.to(device).train()
+    average = deepcopy(module).eval().requires_grad_(False)
+    optimizers = _optimizers(module, recipe)
+    step, seconds = 0, 0.0
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        module.load_state_dict(state["module"])
+        average.load_state_dict(state["average"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        step, seconds = state["step"], state["seconds"]
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in _optimizers(module, recipe)]
+
+    def save() -> None:
+        state = {
+            "module": module.state_dict(),
+            "average": average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "step": step,
+            "seconds": seconds,
+        }
+        with replacing(checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    began, saved_at = time.monotonic() - seconds, time.monotonic()
+    bar = tqdm(total=recipe.steps, initial=step, desc=out.name, unit="step", mininterval=2.0)
+    while step < recipe.steps:
+        for optimizer, rates in zip(optimizers, peaks):
+            for group, peak in zip(optimizer.param_groups, rates):
+                group["lr"] = peak * _schedule(step, recipe)
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+        with torch.autocast(device.type, torch.bfloat16):
+            value, numbers = loss(module, step, generator)
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"the loss of step {step} is {value.item()}; lower the learning rate.")
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        _update_average(average, module, min(recipe.ema, step / (step + 10)))
+        seconds = time.monotonic() - began
+        bar.update()
+        bar.set_postfix({"loss": f"{value.item():.3f}", **{k: f"{v:.3g}" for k, v in numbers.items()}}, refresh=False)
+        if step % recipe.validate == 0 or step == recipe.steps:
+            line = {"step": step, "seconds": round(seconds, 1), "loss": value.item(), **numbers, **validate(average)}
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            bar.write(json.dumps({k: round(v, 4) for k, v in line.items()}))
+        if time.monotonic() - saved_at > SAVE_EVERY or step == recipe.steps:
+            save()
+            saved_at = time.monotonic()
+    bar.close()
+    return average
+
+
+def _optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW; and Muon for the matrices of the transformer's blocks, where the recipe has a rate for it."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    matrices = {n for n, p in trained.items() if recipe.matrix_learning_rate and p.ndim == 2 and "blocks." in n}
+    decayed = [p for n, p in trained.items() if n not in matrices and p.ndim > 1]
+    plain = [p for n, p in trained.items() if n not in matrices and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(0.9, 0.95))
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                [trained[n] for n in sorted(matrices)], lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay
+            )
+        )
+    return optimizers
+
+
+def _schedule(step: int, recipe: Recipe) -> float:
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, module: nn.Module, keep: float) -> None:
+    for old, new in zip(average.state_dict().values(), module.state_dict().values()):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - keep)
+        else:
+            old.copy_(new)
