@@ -1,3 +1,6 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -41,6 +44,50 @@ def test_other_colours():
     target = torch.tensor([yellow, purple]).T[None, :, None] / 255
     assert metrics.iou(target, target, yellow, purple).item() == 1
     assert metrics.accuracy(target, target.flip(-1), yellow, purple).item() == 0
+
+
+def test_colour_iou_goes_to_the_nearest_of_a_palette():
+    green, blue, white = (0, 255, 0), (0, 0, 255), (255, 255, 255)
+    target = torch.tensor([blue, blue, green, white]).T[None, :, None] / 255
+    answer = torch.tensor([(10, 90, 200), (0, 200, 200), (0, 200, 200), white]).T[None, :, None] / 255
+    assert metrics.colour_iou(answer, target, blue, (blue, green, white)).item() == pytest.approx(2 / 3)
+    assert metrics.colour_iou(answer, target, blue, (green, blue, white)).item() == pytest.approx(1 / 2)
+    assert metrics.colour_iou(answer, target, white, (green, blue, white)).item() == 1
+
+
+def test_an_answer_is_squared_off_to_the_box_of_its_largest_piece():
+    answer = torch.zeros(2, 3, 9, 9)
+    for row, column in [(2, 2), (3, 3), (4, 2), (5, 1)]:  # a piece held together by its corners
+        answer[0, :, row, column] = 0.8
+    answer[0, :, 7:, 7:] = torch.tensor([[1.0, 1.0], [1.0, 0.3]])
+    expected = torch.zeros(2, 3, 9, 9)
+    expected[0, :, 2:6, 1:4] = 1
+    assert torch.equal(metrics.squared_off(answer), expected)
+    yellow, purple = (253, 231, 37), (68, 1, 84)
+    painted = metrics.squared_off(answer, yellow, purple)
+    assert metrics.iou(painted, painted, yellow, purple).tolist() == [1, 1]
+    assert (painted[1] * 255).round()[:, 0, 0].tolist() == list(purple)
+
+
+def test_lpips_says_what_to_install(monkeypatch):
+    metrics._lpips_network.cache_clear()
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ImportError, match=r"pip install 'vtv-nnsight\[lpips\]'"):
+        metrics.lpips(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4))
+
+
+def test_lpips_gives_the_network_pixels_around_zero(monkeypatch):
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+
+        def forward(self, a, b):
+            return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+    metrics._lpips_network.cache_clear()
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=LPIPS))
+    assert metrics.lpips(torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)).tolist() == [2, 2]
+    metrics._lpips_network.cache_clear()
 
 
 def test_mse_is_of_normalised_values():

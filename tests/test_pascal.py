@@ -1,10 +1,14 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vtv_nnsight import tasks
+from vtv_nnsight import cli, data, tasks
 from vtv_nnsight.data.pascal import CLASSES, detection, pascal
+from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight.vectors import TaskVectors
 
 SIZE = (48, 36)
 
@@ -123,7 +127,7 @@ def test_episodes_pair_other_pictures_of_the_class(load):
 def test_lists_are_remembered_until_the_masks_change(load, voc, monkeypatch):
     first = names(load(0, "trn"))
     with monkeypatch.context() as patch:
-        patch.setattr("vtv_nnsight.data.pascal._label_map", lambda path: pytest.fail("read again"))
+        patch.setattr(sys.modules[pascal.__module__], "_label_map", lambda path: pytest.fail("read again"))
         assert names(load(0, "trn")) == first
     label_map((2, 2, 2, 20, 20), (3, 30, 2, 40, 20)).save(voc / "SegmentationClassAug" / "a1.png")
     with pytest.warns(UserWarning, match="aeroplane|bird"):
@@ -249,3 +253,37 @@ def test_detection_without_pictures_is_refused(root, voc):
         detection(root, "val")
     with pytest.raises(ValueError, match="split='test'"):
         detection(root, "test")
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_data_by_name(root, cached):
+    assert names(data.load(f"pascal:{root}:0", "train")) == [("a1", 1), ("a2", 1), ("a2", 2), ("a3", 2)]
+    assert names(data.load(f"pascal:{root}:0", "test")) == names(data.load(f"pascal:{root}:0", "val"))
+    with pytest.warns(UserWarning, match="one picture"):
+        everything = data.load(f"pascal:{root}", "validation")
+    assert names(everything) == [("b1", 1), ("b2", 1), ("b3", 6)]
+    assert names(data.load(f"detection:{root}", "train")) == [("a1", 8), ("a3", 8)]
+    few = [names(data.load(f"pascal:{root}:0", "train", n=2, seed=seed)) for seed in range(9)]
+    assert {len(rows) for rows in few} == {2} and len({str(rows) for rows in few}) > 1
+    assert len(data.load("reasoning:color+size", n=4)) == 4
+    for spec in ("pascal:", "nowhere", "reasoning"):
+        with pytest.raises(ValueError, match=f"'{spec}' is not a source of data; give scenes, .*pascal:ROOT"):
+            data.load(spec)
+    with pytest.raises(ValueError, match="split='trian'"):
+        data.load(f"pascal:{root}:0", "trian")
+
+
+def test_task_vectors_of_a_voc_tree(root, cached, small_config, tmp_path, monkeypatch):
+    MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
+    out = tmp_path / "vectors.safetensors"
+    options = ("--tasks", "segmentation,lowlight", "--data", f"pascal:{root}:0", "--split", "train", "--n", "3")
+    monkeypatch.setattr("sys.argv", ["vtv", "collect", str(tmp_path / "model"), *options, "-o", str(out)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    vectors = TaskVectors.load(out)
+    assert {name: vector.count for name, vector in vectors.items()} == {"segmentation": 3, "lowlight": 3}

@@ -64,15 +64,18 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
         torch.manual_seed(0)
         return nn.Linear(3, 3)
 
-    def loss(module, step, generator, stop_at=None):
-        if step == stop_at:
-            raise KeyboardInterrupt
-        return module(torch.randn(4, 3, generator=generator)).float().square().mean(), {}
+    def batches(step):
+        return torch.full((4, 3), float(step))
 
-    whole = training.train(module(), loss, lambda m: {}, recipe, tmp_path / "whole")
+    def loss(module, batch, generator, stop_at=None):
+        if batch[0, 0] == stop_at:
+            raise KeyboardInterrupt
+        return module(batch + torch.randn(4, 3, generator=generator)).float().square().mean(), {}
+
+    whole = training.train(module(), batches, loss, lambda m: {}, recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        training.train(module(), lambda *a: loss(*a, stop_at=5), lambda m: {}, recipe, tmp_path / "broken")
-    broken = training.train(module(), loss, lambda m: {}, recipe, tmp_path / "broken", resume=True)
+        training.train(module(), batches, lambda *a: loss(*a, stop_at=5), lambda m: {}, recipe, tmp_path / "broken")
+    broken = training.train(module(), batches, loss, lambda m: {}, recipe, tmp_path / "broken", resume=True)
     assert not torch.equal(whole.weight, module().weight)
     assert torch.equal(whole.weight, broken.weight)
 
@@ -80,7 +83,9 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
     recipe = Recipe(steps=3, batch_size=1, learning_rate=0.1)
     with pytest.raises(FloatingPointError, match="step 0"):
-        training.train(nn.Linear(1, 1), lambda m, *_: (m.weight.sum() * torch.nan, {}), dict, recipe, tmp_path)
+        training.train(
+            nn.Linear(1, 1), torch.zeros, lambda m, *_: (m.weight.sum() * torch.nan, {}), dict, recipe, tmp_path
+        )
 
 
 def test_prompts_depend_on_seed_and_step_alone():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import DATA
 from datasets import Dataset
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageDraw
+from scipy import ndimage
 
 from vtv_nnsight import tasks
 from vtv_nnsight.images import as_rgb, to_pil, to_tensor
@@ -97,6 +98,66 @@ def test_a_coloured_segmentation_scores_its_own_colours():
     _, target = task.cells(row(), 64)
     assert task.score(target[None], target[None]).item() == 1
     assert task.score(torch.tensor([68, 1, 84]).view(1, 3, 1, 1).expand(1, 3, 64, 64) / 255, target[None]).item() == 0
+
+
+def test_a_mask_can_be_its_outline():
+    _, target = tasks.Segmentation(fill="edges").cells(row(), 120)
+    _, solid = tasks.segmentation.cells(row(), 120)
+    drawn, inside = target[0] > 0.5, solid[0] > 0.5
+    assert 0 < drawn.sum() < 0.4 * inside.sum() and not (drawn & ~inside).any()
+    rows_, columns = drawn.nonzero().T
+    everywhere = inside.nonzero().T
+    assert (rows_.min(), columns.max()) == (everywhere[0].min(), everywhere[1].max())
+    middle = everywhere.float().mean(1).round().long()
+    assert not drawn[middle[0], middle[1]]
+
+
+def test_a_mask_can_be_filled_with_a_texture_that_counts_as_foreground():
+    for colours in (("white", "black"), (tasks.YELLOW, tasks.PURPLE)):
+        textured, plain = tasks.Segmentation(*colours, fill="texture"), tasks.Segmentation(*colours)
+        (_, target), (_, solid) = textured.cells(row(), 111), plain.cells(row(), 111)
+        changed = (target != solid).any(0)
+        assert 0.3 < changed.sum() / (solid[0] > 0.5).sum() < 0.7
+        assert textured.score(target[None], solid[None]).item() == 1
+    with pytest.raises(ValueError, match="fill='spots'.*solid, edges, texture"):
+        tasks.Segmentation(fill="spots")
+
+
+def test_detection_wants_the_box_and_squares_answers_off():
+    disc = Image.new("L", (40, 30))
+    ImageDraw.Draw(disc).ellipse((8, 6, 27, 21), fill=255)
+    picture = {"image": photo(), "mask": disc}
+    _, target = tasks.detection.cells(picture, 111)
+    box = Image.new("L", (40, 30))
+    box.paste(255, (8, 6, 28, 22))
+    assert torch.equal(target, tasks.segmentation.cells(picture | {"mask": box}, 111)[1])
+    _, answer = tasks.segmentation.cells(picture, 111)
+    noisy = answer.clone()
+    noisy[:, 100:103, 100:103] = 1
+    assert tasks.segmentation.score(noisy[None], target[None]).item() < 0.8
+    assert tasks.detection.score(noisy[None], target[None]).item() > 0.95
+    assert tasks.get("detection") == tasks.detection and tasks.detection.higher_is_better
+
+
+def test_edges_are_sobels():
+    step = Image.new("RGB", (40, 40))
+    step.paste((255, 255, 255), (20, 0, 40, 40))
+    shown, edges = tasks.edges.cells({"image": step}, 40)
+    assert torch.equal(edges[0, :, [19, 20]], torch.ones(40, 2)) and edges.sum() == 3 * 40 * 2
+    assert tasks.edges.metric == "mse"
+    _, edges = tasks.edges.cells(row(), 64)
+    shown = tasks.colorization.corrupt(tasks.identity.cells(row(), 64)[0], tasks.CENTER)[0].numpy()
+    sobel = np.hypot(*(ndimage.sobel(shown, axis=axis, mode="nearest") for axis in (0, 1))) / 4
+    assert np.abs(edges[0].numpy() - sobel.clip(max=1)).max() < 0.003 and edges.max() > 0.05
+
+
+def test_colorization_can_be_scored_by_lpips(monkeypatch):
+    monkeypatch.setattr("vtv_nnsight.metrics.lpips", lambda prediction, target: torch.tensor([0.25]))
+    task = tasks.Colorization(metric="lpips")
+    assert task.score(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)).item() == 0.25
+    assert (task + tasks.lowlight).metric == "lpips" and not task.higher_is_better
+    with pytest.raises(ValueError, match="metric='ssim'.*mse, lpips"):
+        tasks.Colorization(metric="ssim")
 
 
 def test_the_truth_is_in_the_output_cell_and_white_where_it_is_unknown():

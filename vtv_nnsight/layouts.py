@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from einops import repeat
 from PIL import ImageColor
 
 ORDERS = ("vertical", "horizontal")
@@ -146,6 +147,12 @@ class Layout:
             absent = patches[~matches.any(1)].tolist()
             raise ValueError(f"patches {absent} are not among the {len(seen)} patches that this stack sees.")
         return 1 + matches.int().argmax(1)
+
+    def pixels(self, patches: torch.Tensor) -> torch.Tensor:
+        """Which pixels some patches cover: LongTensor [patch] → bool [height, width]."""
+        covered = torch.zeros(self.num_patches, dtype=torch.bool, device=patches.device).index_fill(0, patches, True)
+        side = self.patch_size
+        return repeat(covered.view(self.grid, self.grid), "h w -> (h p) (w q)", p=side, q=side)
 
     def _patches(self, rows: slice, columns: slice) -> torch.Tensor:
         ids = torch.arange(self.num_patches).view(self.grid, self.grid)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.files import write_text
 from vtv_nnsight.layouts import CLS, Layout, positions
@@ -301,8 +301,15 @@ def patch(
 ) -> None:
     """Put a task vector's activations in the place of the model's own, inside `trace`, `generate` or `edit`.
 
-    Patches come first in a block, before anything that is read of the encoder or the decoder, and a block has one call:
-    to patch several vectors, give lists of them and of their patches; later ones go on top.
+    A block goes through the model once, and so does this: call it once in a block (lists of vectors and of patches
+    patch several, later ones on top), before anything else that the block reads of the encoder or the decoder. What lies
+    before the last patched layer is read in a block of its own, which sees the patches:
+
+        with model.trace() as tracer:
+            with tracer.invoke(prompts):
+                patch(model, vector, patches)
+            with tracer.invoke():
+                z = model.decoder.blocks[0].attn.heads.save()
 
     Args:
         model: The model that is traced (or the one that `edit` hands out).
@@ -321,14 +328,16 @@ def patch(
     if len(vectors) != len(sets):
         raise ValueError(f"{len(vectors)} vectors and {len(sets)} patch sets were given; give as many of both.")
     facts = fingerprint(model)
+    with unset_fake_temporarily():  # in a scan, too, what is patched is real
+        masks = [chosen.mask if isinstance(chosen, PatchSet) else chosen for chosen in sets]
     for v, chosen in zip(vectors, sets):
         refuse(f"the vector of {v.task!r}", v.fingerprint, "this model", facts)
         if isinstance(chosen, PatchSet):
             refuse("the patch set", chosen.fingerprint, "this model", facts)
             refuse("the patch set", chosen.fingerprint, f"the vector of {v.task!r}", v.fingerprint)
     for stack in STACKS:
-        masks = [getattr(chosen.mask if isinstance(chosen, PatchSet) else chosen, stack) for chosen in sets]
-        steps = [_Step(stack, v, mask, scale) for v, mask in zip(vectors, masks)]
+        with unset_fake_temporarily():
+            steps = [_Step(stack, v, getattr(mask, stack), scale) for v, mask in zip(vectors, masks)]
         layers = sorted({layer for step in steps for layer in step.layers})
         if not layers:
             continue
@@ -345,7 +354,9 @@ def patch(
 
 def ablate(model: Any, patches: PatchSet | Stacks, to: TaskVector | None = None) -> None:
     """Silence units: `patch` with zeros, or with `to`, such as the mean over tasks (`vectors.mean()`)."""
-    patch(model, zero_vector(model) if to is None else to, patches)
+    with unset_fake_temporarily():
+        to = zero_vector(model) if to is None else to
+    patch(model, to, patches)
 
 
 class _Step:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 
@@ -120,9 +120,7 @@ class VisualPrompt:
 
     def picture(self, most: int = 8) -> Image.Image:
         """The first canvases side by side, patches that the encoder does not see dimmed."""
-        side, patch = self.layout.grid, self.layout.patch_size
-        hidden = torch.ones(self.layout.num_patches).index_fill(0, self.visible.cpu(), 0.0).view(side, side)
-        hidden = repeat(hidden, "h w -> 1 (h p) (w q)", p=patch, q=patch)
+        hidden = (~self.layout.pixels(self.visible.cpu())).float()
         canvas = self.canvas[:most].float().cpu()
         canvas = F.pad(canvas * (1 - 0.6 * hidden) + 0.3 * hidden, (4, 4, 4, 4), value=1.0)
         return to_pil(rearrange(canvas, "b c h w -> c h (b w)"))

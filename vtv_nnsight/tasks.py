@@ -186,9 +186,9 @@ class Segmentation(Task):
         colours.paste(self.foreground, mask=mask)
         target = to_tensor(resize(colours, size))
         if self.fill == "texture":
-            dim = (_checks(size) > 0) & (to_tensor(resize(mask, size).convert("RGB")) > 0.5)
-            other = target.new_tensor(self.colours[1]).view(3, 1, 1) / 255
-            target = torch.where(dim, 0.65 * target + 0.35 * other, target)
+            near, far = (target.new_tensor(colour).view(3, 1, 1) / 255 for colour in self.colours)
+            dimmed = (target == near).all(0) & _checks(size)
+            target = torch.where(dimmed, 0.65 * near + 0.35 * far, target)
         return target
 
     def mask(self, row: Row) -> Image.Image:
@@ -427,9 +427,9 @@ def _outline(mask: Image.Image) -> Image.Image:
 
 
 def _checks(size: int) -> torch.Tensor:
-    """A checkerboard of 0 and 1, [size, size], fourteen checks across."""
+    """A checkerboard, bool [size, size], fourteen checks across."""
     stripes = torch.arange(size) * 14 // size % 2
-    return stripes[:, None] ^ stripes[None, :]
+    return stripes[:, None] != stripes[None, :]
 
 
 def _column(images: Any, name: str) -> np.ndarray | None:

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.layouts import Layout, positions
+from vtv_nnsight.progress import tqdm
 from vtv_nnsight.prompts import VisualPrompt
 
 SAVE_EVERY = 10.0
@@ -328,7 +328,7 @@ class TaskVectors(Mapping[str, TaskVector]):
                 return None
             presents = (tensors[f"{name}/{stack}/present"] for stack in STACKS)
             values = (tensors[f"{name}/{stack}/{field}"] for stack in STACKS)
-            return Stacks(*(_scatter(v, p.nonzero()[:, 0], len(p)) for v, p in zip(values, presents)))
+            return Stacks(*(scatter(v, p.nonzero()[:, 0], len(p)) for v, p in zip(values, presents)))
 
         return cls(
             {
@@ -372,8 +372,8 @@ def measure(model: Any, prompts: VisualPrompt) -> Moments:
                 f"{name}.blocks.{layer}.attn.heads[{head}] is not finite (NaN or infinite) on these prompts; check the "
                 "weights, or load the model in another dtype."
             )
-        means.append(_scatter(mean, positions(seen).cpu(), places))
-        spreads.append(_scatter(spread, positions(seen).cpu(), places))
+        means.append(scatter(mean, positions(seen).cpu(), places))
+        spreads.append(scatter(spread, positions(seen).cpu(), places))
     return Moments(len(prompts), Stacks(*means), Stacks(*spreads))
 
 
@@ -402,7 +402,7 @@ def _merge(a: Moments, b: Moments) -> Moments:
     return Moments(n + m, mean, spread)
 
 
-def _scatter(values: torch.Tensor, at: torch.Tensor, places: int) -> torch.Tensor:
+def scatter(values: torch.Tensor, at: torch.Tensor, places: int) -> torch.Tensor:
     """[layer, token, ...] → [layer, position, ...], NaN at the positions that no token has."""
     out = values.new_full((len(values), places, *values.shape[2:]), torch.nan)
     out[:, at] = values

@@ -1,7 +1,11 @@
 """Where pictures come from; each function returns a `datasets.Dataset`."""
 
 from vtv_nnsight.data.folder import folder
+from vtv_nnsight.data.hub import hub
+from vtv_nnsight.data.pascal import detection, pascal
 from vtv_nnsight.data.photographs import photographs
+from vtv_nnsight.data.reasoning import reasoning
 from vtv_nnsight.data.scenes import scenes
+from vtv_nnsight.data.source import load
 
-__all__ = ["folder", "photographs", "scenes"]
+__all__ = ["detection", "folder", "hub", "load", "pascal", "photographs", "reasoning", "scenes"]

@@ -327,7 +327,7 @@ def _read(mapped: mmap.mmap, stored: _Stored, span: range, dtype: torch.dtype | 
 # in the same file: in a zip archive as entries "<name>/data/<key>", before torch 1.6 one after another behind the
 # pickles.
 
-_DTYPES = {
+DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -382,7 +382,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor"): self._tensor,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+            **{("torch", name): dtype for name, dtype in DTYPES.items()},
         }
 
     def find_class(self, module: str, name: str) -> Any:

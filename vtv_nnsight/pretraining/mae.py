@@ -79,8 +79,10 @@ def train_mae(
     layout = config.layout
     held_out = {task: _validation_prompts(task, layout) for task in tasks.VTV}
 
-    def loss(model: MAEVQGANModel, step: int, generator: torch.Generator):
-        canvas = training_prompts(step, recipe.batch_size, layout, seed, photographs).canvas.to(device)
+    def canvases(step: int) -> torch.Tensor:
+        return training_prompts(step, recipe.batch_size, layout, seed, photographs).canvas
+
+    def loss(model: MAEVQGANModel, canvas: torch.Tensor, generator: torch.Generator):
         with torch.no_grad():
             codes = model.vqgan.encode(canvas.contiguous(memory_format=torch.channels_last))
         return masked_loss(model, canvas, codes, *draw_mask(layout, len(canvas), generator)), {}
@@ -92,7 +94,7 @@ def train_mae(
             numbers[f"{task.name} without example"] = one_shot(model, task, prompts.query_only().to(device))
         return numbers
 
-    average = train(model, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
+    average = train(model, canvases, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
     average.set_attn_implementation("sdpa")
     average.cpu().save_pretrained(out / "model")
     return out / "model"

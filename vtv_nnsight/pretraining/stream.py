@@ -41,8 +41,9 @@ def training_prompts(
 
 
 def _scene_rows(step: int, n: int, seed: int) -> list[dict]:
-    """Twice as many scenes as prompts, so that most classes come in pairs."""
-    drawn = render("train", range(step * 2 * n, (step + 1) * 2 * n), seed)
+    """Twice as many scenes as prompts and never few, so that most classes come in pairs."""
+    count = max(2 * n, 32)
+    drawn = render("train", range(step * count, (step + 1) * count), seed)
     return [
         {"image": Image.fromarray(image), "mask": Image.fromarray(mask), "label": int(label)}
         for image, mask, label in zip(*drawn)

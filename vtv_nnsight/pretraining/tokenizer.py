@@ -98,18 +98,22 @@ def train_tokenizer(
     torch.manual_seed(seed)
     layout = config.layout
 
-    def canvases(step: int, n: int) -> torch.Tensor:
+    def canvases(step: int, n: int = recipe.batch_size) -> torch.Tensor:
         canvas = training_prompts(step, n, layout, seed, photographs).canvas
-        return canvas.to(device).contiguous(memory_format=torch.channels_last)
+        return canvas.contiguous(memory_format=torch.channels_last)
 
-    held_out = canvases(VALIDATION_STEP, 64)
-
-    def loss(module: TokenizerTraining, step: int, generator: torch.Generator):
-        return module.loss(canvases(step, recipe.batch_size), generator)
-
+    held_out = canvases(VALIDATION_STEP, 64).to(device)
     module = TokenizerTraining(config).to(memory_format=torch.channels_last)
     average = train(
-        module, loss, lambda m: reconstruction(m.vqgan, held_out), recipe, out, resume=resume, seed=seed, device=device
+        module,
+        canvases,
+        TokenizerTraining.loss,
+        lambda m: reconstruction(m.vqgan, held_out),
+        recipe,
+        out,
+        resume=resume,
+        seed=seed,
+        device=device,
     )
     path = out / WEIGHTS
     with replacing(path) as temporary:

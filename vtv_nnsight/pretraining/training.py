@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vtv_nnsight.files import replacing
@@ -19,12 +20,14 @@ from vtv_nnsight.pretraining.recipes import Recipe
 SAVE_EVERY = 120.0
 """Seconds between checkpoints."""
 
-Loss = Callable[[nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
+Batches = Callable[[int], torch.Tensor]
+Loss = Callable[[nn.Module, torch.Tensor, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 Validation = Callable[[nn.Module], dict[str, float]]
 
 
 def train(
     module: nn.Module,
+    batches: Batches,
     loss: Loss,
     validate: Validation,
     recipe: Recipe,
@@ -34,12 +37,13 @@ def train(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Minimise `loss(module, step, generator)` and return the moving average of the weights.
+    """Minimise `loss(module, batches(step), generator)` and return the moving average of the weights.
 
     What happens in a step depends on the seed and the step alone, so a run that is killed and resumed ends as one that
     was not. `out` receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a validation.
 
     Args:
+        batches: The tensor that a step learns from; called in a process of its own, a few steps ahead.
         loss: Returns a scalar, and numbers for the progress bar. It runs under bf16 autocast.
         validate: Numbers about the averaged module, such as {"psnr": 23.1}.
 
@@ -78,13 +82,14 @@ def train(
 
     began, saved_at = time.monotonic() - seconds, time.monotonic()
     bar = tqdm(total=recipe.steps, initial=step, desc=out.name, unit="step", mininterval=2.0)
-    while step < recipe.steps:
+    ahead = DataLoader(_Steps(batches), batch_size=None, sampler=range(step, recipe.steps), num_workers=1)
+    for batch in ahead:
         for optimizer, rates in zip(optimizers, peaks):
             for group, peak in zip(optimizer.param_groups, rates):
                 group["lr"] = peak * _schedule(step, recipe)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         with torch.autocast(device.type, torch.bfloat16):
-            value, numbers = loss(module, step, generator)
+            value, numbers = loss(module, batch.to(device), generator)
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss of step {step} is {value.item()}; lower the learning rate.")
         for optimizer in optimizers:
@@ -108,6 +113,16 @@ def train(
             saved_at = time.monotonic()
     bar.close()
     return average
+
+
+class _Steps(Dataset):
+    """Batches by step, as a DataLoader takes them."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        return self.batches(step)
 
 
 def _optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:

@@ -17,7 +17,7 @@ def gates(
     init: float = -1.0,
     lr: float = 0.1,
     penalty: float = 0.05,
-    prompts: int = 16,
+    images: int = 16,
     tolerance: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Hard-concrete gates (Louizos et al., *Learning Sparse Neural Networks through L0 Regularization*, ICLR 2018),
@@ -30,7 +30,7 @@ def gates(
         init: Initial location of every gate, in logits.
         lr: Adam's learning rate.
         penalty: Price of all gates being open, in units of the loss.
-        prompts: Prompts a step, each with gates of its own drawing.
+        images: Prompts a step, each with gates of its own drawing.
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
 
     Returns:
@@ -38,17 +38,16 @@ def gates(
     """
     alpha = torch.full((run.units,), init, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([alpha], lr)
-    cost, held_out = GRADIENT_COST * prompts, len(run.held_out)
+    cost, held_out = GRADIENT_COST * images, len(run.held_out)
     reserve = run.budget // 5 + held_out
     every = max(1, run.budget // 10 // cost)
     run.require(reserve + cost + held_out, "one step and the end")
     for step in run.steps():
         if run.left < reserve + cost + held_out:
             break
-        rows = run.draw(prompts)
-        gate = hard_concrete(alpha, torch.rand(prompts, run.units, dtype=torch.float64, generator=run.generator))
+        rows = run.draw(images)
+        gate = hard_concrete(alpha, torch.rand(images, run.units, dtype=torch.float64, generator=run.generator))
         losses, gradients = run.gradient(gate.detach().float(), rows)
-        weights = 1 / _spread(losses, run.objective.group[rows])
         adam.zero_grad()
         (run.mean((gradients * gate).T, rows).sum() + penalty * is_open(alpha).mean()).backward()
         adam.step()

@@ -10,7 +10,7 @@ from vtv_nnsight.search.run import Run, algorithm
 
 @algorithm
 def greedy(
-    run: Run, *, prompts: int = 16, start: float = 0.1, flips: int = 1, candidates: int = 16, validate_every: float = 0.1
+    run: Run, *, images: int = 16, start: float = 0.1, flips: int = 1, candidates: int = 16, validate_every: float = 0.1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random sets, kept when better (the greedy random search that ECCV 2024, §5, compares with).
 
@@ -18,7 +18,7 @@ def greedy(
     random units, and takes the best of them if that lowers the training loss.
 
     Args:
-        prompts: Training prompts that each set is tried on.
+        images: Training prompts that each set is tried on.
         start: Share of the budget for the random sets that it starts from.
         flips: Most units in which a proposal differs.
         candidates: Proposals a step.
@@ -27,7 +27,7 @@ def greedy(
     Returns:
         Its scores are, for each unit, how much the loss fell when it was flipped to what it is in the end, summed.
     """
-    rows, held_out = run.train[:prompts], len(run.held_out)
+    rows, held_out = run.train[:images], len(run.held_out)
     run.require(len(rows) * (1 + candidates) + held_out, "one step")
     sets = draw_sets(run, max(1, int(start * run.budget) // len(rows)))
     losses = run.mean(run.losses(sets, rows), rows)

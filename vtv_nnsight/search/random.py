@@ -8,18 +8,18 @@ from vtv_nnsight.search.run import Run, algorithm
 
 
 @algorithm
-def random(run: Run, *, size: int | None = None, prompts: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def random(run: Run, *, size: int | None = None, images: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """The best of as many random sets as the budget pays for.
 
     Args:
         size: Units in each set, such as the size that another search found; None draws a size for each set too, all
             sizes being equally likely.
-        prompts: Training prompts that each set is tried on.
+        images: Training prompts that each set is tried on.
 
     Returns:
         Its scores are, for each unit, how much lower the loss was over the sets that had it.
     """
-    rows = run.train[:prompts]
+    rows = run.train[:images]
     count = (run.left - len(run.held_out)) // len(rows)
     run.require(len(rows) + len(run.held_out), "one set")
     sets = draw_sets(run, count, size)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from vtv_nnsight.search.run import Run, algorithm
+from vtv_nnsight.search.run import Run, algorithm, prefixes
 
 
 class Published(NamedTuple):
@@ -23,6 +23,9 @@ class Published(NamedTuple):
 
 PUBLISHED = Published()
 
+FEWEST = 4
+"""Prompts under which the effect of dropping a unit is not worth measuring."""
+
 
 @algorithm
 def reinforce(
@@ -31,7 +34,7 @@ def reinforce(
     recipe: str = "coupled",
     init: float = -1.0,
     lr: float = 0.2,
-    prompts: int = 16,
+    images: int = 16,
     masks: int = 2,
     antithetic: bool = True,
     baseline: str = "prompt",
@@ -63,7 +66,7 @@ def reinforce(
         recipe: "coupled" or "published".
         init: Initial logit of every unit.
         lr: Adam's learning rate.
-        prompts, masks: Prompts a step, and masks for each of them.
+        images, masks: Prompts a step, and masks for each of them.
         antithetic: Draw the masks in pairs; False draws them independently.
         baseline: "prompt" (leave-one-out), or "batch" standardises over the step, as published.
         patience: Held-out evaluations without a better one before the search stops; None never does.
@@ -81,7 +84,7 @@ def reinforce(
 
     logits = torch.full((run.units,), init, dtype=torch.float64)
     adam = torch.optim.Adam([logits], lr)
-    cost, held_out = prompts * masks, len(run.held_out)
+    cost, held_out = images * masks, len(run.held_out)
     reserve = (run.budget // 3 if prune else 0) + held_out
     every = max(1, run.budget // 12 // cost)
     run.require(reserve + cost + held_out, "one step and the end")
@@ -89,9 +92,9 @@ def reinforce(
     for step in run.steps():
         if run.left < reserve + cost + held_out or patience is not None and waited >= patience:
             break
-        rows, probabilities = run.draw(prompts), logits.sigmoid()
-        choices = sample(probabilities, prompts, masks, antithetic, run.generator)
-        losses = run.losses(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None]).view(prompts, masks)
+        rows, probabilities = run.draw(images), logits.sigmoid()
+        choices = sample(probabilities, images, masks, antithetic, run.generator)
+        losses = run.losses(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None]).view(images, masks)
         advantage = _loo(losses) if baseline == "prompt" else losses - losses.mean()
         advantage = advantage / _scale(advantage, run.objective.group[rows])
         logits.grad = gradient(choices, advantage, probabilities, antithetic and baseline == "prompt")
@@ -155,18 +158,23 @@ def _scale(advantage: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 
 
 def _prune(run: Run, probabilities: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """The smallest good set of the most likely units, less the units that it does without: [unit]."""
+    """The smallest good set of the likeliest units, less the units that it does without: [unit]."""
     order = probabilities.argsort(descending=True, stable=True)
-    spare, held_out = run.left, len(run.held_out)
-    likely = order[: max(1, int(1.5 * (probabilities > 0.5).sum()))]
-    lengths = sorted({round(len(likely) * share / 12) for share in range(13)})
-    rows = run.train[: max(1, (spare // 2 - held_out) // len(lengths))]
-    sets = prefixes(likely, run.units, lengths)
+    likely = order[: max(1, 3 * int((probabilities > 0.5).sum()) // 2)]
+    chosen = run.cut(likely, tolerance=tolerance, spend=run.left // 2)
+    units = chosen.nonzero()[:, 0]
+    images = min(len(run.train), (run.left - len(run.held_out)) // (2 * len(units) + 1))
+    if images < FEWEST or not len(units):
+        return chosen
+    rows = run.train[:images]
+    without = chosen.repeat(len(units), 1)
+    without[torch.arange(len(units)), units] = False
+    needs = run.mean(run.losses(without, rows), rows)
+    sets = prefixes(units[needs.argsort(descending=True, stable=True)], run.units, list(range(len(units) + 1)))
     losses = run.losses(sets, rows)
     best = run.smallest_best(sets, losses, rows, tolerance)
-    chosen = sets[best]
-    run.validate(chosen, run.mean(losses[best], rows))
-    return chosen
+    run.validate(sets[best], run.mean(losses[best], rows))
+    return sets[best]
 
 
 def _published(run: Run) -> tuple[torch.Tensor, torch.Tensor, bool]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from vtv_nnsight.patches import PatchSet
+from vtv_nnsight.files import read_tensors, write_tensors
+from vtv_nnsight.patches import PatchSet, PatchSpace
 
 
 class Step(NamedTuple):
@@ -29,3 +28,78 @@ class Step(NamedTuple):
     train_loss: float
     held_out_loss: float
     size: int
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """A set of units, and the search that found it.
+
+    Args:
+        algorithm: The function's name.
+        patches: The set.
+        scores: Float64 [unit]: what the algorithm thinks of every unit; its docstring says what that is.
+        probabilistic: Whether the scores are probabilities.
+        held_out_loss: Mean loss of the set on the held-out prompts.
+        evaluations: Patched evaluations spent.
+        history: The sets tried on the held-out prompts, in order.
+        settings: The algorithm's own options.
+        seed: Of all that was random.
+    """
+
+    algorithm: str
+    patches: PatchSet
+    scores: torch.Tensor
+    probabilistic: bool
+    held_out_loss: float
+    evaluations: int
+    history: tuple[Step, ...]
+    settings: dict[str, Any]
+    seed: int
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """Probability of every unit, [unit].
+
+        Raises:
+            ValueError: when the algorithm gives scores of another kind.
+        """
+        if not self.probabilistic:
+            raise ValueError(f"{self.algorithm} gives no probabilities; read result.scores.")
+        return self.scores
+
+    def __repr__(self) -> str:
+        return (
+            f"SearchResult({self.algorithm}, seed {self.seed}: {len(self.patches)} of {len(self.patches.space)} units, "
+            f"held-out loss {self.held_out_loss:.4f} after {self.evaluations} evaluations)"
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file."""
+        tensors = {
+            "choices": self.patches.choices,
+            "scores": self.scores,
+            "history": torch.tensor(self.history, dtype=torch.float64).view(-1, len(Step._fields)),
+        }
+        facts = {
+            "space": self.patches.fingerprint,
+            "algorithm": self.algorithm,
+            "probabilistic": self.probabilistic,
+            "held_out_loss": self.held_out_loss,
+            "evaluations": self.evaluations,
+            "settings": self.settings,
+            "seed": self.seed,
+        }
+        write_tensors(path, "search result", tensors, facts)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SearchResult:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: when there is no such file, it is incomplete, or it is something else.
+        """
+        tensors, facts = read_tensors(path, "search result")
+        space = PatchSpace.from_fingerprint(facts.pop("space"))
+        rows = tensors["history"].tolist()
+        history = tuple(Step(int(n), seconds, train, held, int(size)) for n, seconds, train, held, size in rows)
+        return cls(patches=PatchSet(space, tensors["choices"]), scores=tensors["scores"], history=history, **facts)

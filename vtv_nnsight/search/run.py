@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 
 from vtv_nnsight.patches import PatchSet
+from vtv_nnsight.progress import tqdm
 from vtv_nnsight.search.journal import Answer, Journal, digest
 from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.search.result import SearchResult, Step
@@ -70,7 +70,7 @@ class Run:
         self.train, self.held_out = objective.train, objective.held_out
         self.generator = torch.Generator().manual_seed(seed)
         self.evaluations, self.step, self.history = 0, 0, []
-        self._offset = 0
+        self._offset, self._judged = 0, {}
         self._journal = self._open(resume)
         self._clock = time.perf_counter()
         self._bar = tqdm(
@@ -154,6 +154,7 @@ class Run:
         losses = self.losses(choices[None], self.held_out)[0]
         held_out = self.mean(losses, self.held_out).item()
         size = int(choices.sum())
+        self._judged[digest(choices)] = held_out
         self.history.append(Step(self.evaluations, self.seconds, float(train_loss), held_out, size))
         self._bar.set_postfix_str(f"held-out loss {held_out:.4f}, {size} units")
         return losses
@@ -176,35 +177,53 @@ class Run:
         ties = torch.where(sizes == sizes.min(), mean, torch.inf)
         return int(ties.argmin())
 
-    def cut(self, order: torch.Tensor, size: int | None = None, tolerance: float = 1.0) -> torch.Tensor:
+    def cut(
+        self, order: torch.Tensor, size: int | None = None, tolerance: float = 0.5, spend: int | None = None
+    ) -> torch.Tensor:
         """The first units of an order, as a set [unit], tried on the held-out prompts.
 
         Args:
             order: Unit numbers, the best first.
-            size: How many to keep; None tries about twenty sizes on the training prompts and keeps the smallest that is
-                within `tolerance` standard errors of the best.
+            size: How many to keep; None tries up to 16 sizes on the training prompts, then as many about the best of
+                them, and keeps the smallest that is within `tolerance` standard errors of the best.
+            spend: Evaluations that this may take; None is all that are left.
         """
         if size is not None and not 0 <= size <= self.units:
             raise ValueError(f"size={size} is not a number of units from 0 to {self.units}.")
-        sets = prefixes(order, self.units, sizes(len(order)) if size is None else [size])
         train_loss = float("nan")
         if size is None:
-            prompts = min(len(self.train), max(1, (self.left - len(self.held_out)) // len(sets)))
-            self.require(len(sets) * prompts + len(self.held_out), f"trying {len(sets)} sizes")
-            rows = self.train[:prompts]
-            losses = self.losses(sets, rows)
-            best = self.smallest_best(sets, losses, rows, tolerance)
-            sets, train_loss = sets[best : best + 1], self.mean(losses[best], rows)
+            coarse = sizes(0, len(order))
+            images = ((spend or self.left) - len(self.held_out)) // (2 * len(coarse))
+            images = min(len(self.train), max(1, images))
+            self.require(2 * len(coarse) * images + len(self.held_out), "trying sizes")
+            rows = self.train[:images]
+            size, _ = self._best_size(order, coarse, rows, tolerance)
+            at = coarse.index(size)
+            fine = sizes(coarse[max(0, at - 1)], coarse[min(at + 1, len(coarse) - 1)])
+            size, train_loss = self._best_size(order, fine, rows, tolerance)
         self.require(len(self.held_out), "the held-out loss")
-        self.validate(sets[0], train_loss)
-        return sets[0]
+        chosen = prefixes(order, self.units, [size])[0]
+        self.validate(chosen, train_loss)
+        return chosen
+
+    def _best_size(
+        self, order: torch.Tensor, lengths: list[int], rows: torch.Tensor, tolerance: float
+    ) -> tuple[int, float]:
+        """Of the first units of an order, how many to keep, and their mean loss on the prompts `rows`."""
+        sets = prefixes(order, self.units, lengths)
+        losses = self.losses(sets, rows)
+        best = self.smallest_best(sets, losses, rows, tolerance)
+        return lengths[best], self.mean(losses[best], rows).item()
 
     def result(self, choices: torch.Tensor, scores: torch.Tensor, probabilistic: bool = False) -> SearchResult:
+        """What a search found: a set [unit] that was validated, and the scores of the units."""
         return SearchResult(
             algorithm=self.name,
             patches=PatchSet(self.objective.space, choices),
             scores=scores.double(),
             probabilistic=probabilistic,
+            held_out_loss=self._judged[digest(choices)],
+            evaluations=self.evaluations,
             history=tuple(self.history),
             settings=self.settings,
             seed=self.seed,
@@ -314,10 +333,10 @@ def algorithm(function: Callable[..., tuple]) -> Callable[..., SearchResult]:
     return search
 
 
-def sizes(units: int, count: int = 20) -> list[int]:
-    """About `count` set sizes from 0 to `units`, in equal ratios."""
-    ratios = torch.logspace(0, 1, count, base=max(units, 1), dtype=torch.float64)
-    return sorted({0, *(int(size) for size in ratios.round())})
+def sizes(low: int, high: int, count: int = 16) -> list[int]:
+    """At most `count` set sizes from `low` to `high`, in about equal ratios."""
+    ratios = torch.logspace(0, 1, count, base=high - low + 1, dtype=torch.float64)
+    return sorted({low + int(size) - 1 for size in ratios.round()})
 
 
 def prefixes(order: torch.Tensor, units: int, lengths: list[int]) -> torch.Tensor:

@@ -1,0 +1,80 @@
+import math
+
+import pytest
+import torch
+
+from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt, data, ensembles, tasks
+from vtv_nnsight.model import MAEVQGANModel
+
+
+@pytest.fixture
+def model(small_config):
+    torch.manual_seed(0)
+    module = MAEVQGANModel(small_config()).eval()
+    for parameter in module.decoder.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return MAEVQGAN(module)
+
+
+@pytest.fixture
+def prompts():
+    images = data.scenes("train", n=12, seed=0)
+    layouts = [Layout(64, 16, order=order) for order in ("vertical", "horizontal")]
+    return [tasks.segmentation.prompts(images, n=3, seed=0, layout=layout) for layout in layouts]
+
+
+def test_rules_are_what_they_say():
+    logits = [torch.tensor([[2.0, 1.0, -1.0]]), torch.tensor([[-3.0, 0.5, 2.0]]), torch.tensor([[0.0, 0.0, 9.0]])]
+    probabilities = torch.stack(logits).softmax(-1)
+    expected = {
+        "softmax": probabilities.mean(0),
+        "product": probabilities.prod(0),
+        "maximum": probabilities.max(0).values,
+    }
+    for rule, values in expected.items():
+        torch.testing.assert_close(ensembles.combine(logits, rule).exp(), values)
+    torch.testing.assert_close(ensembles.combine(logits, "logits"), torch.stack(logits).mean(0))
+    assert ensembles.combine(logits, "softmax").exp().sum().item() == pytest.approx(1)
+
+
+def test_rules_disagree_where_they_should():
+    sure, unsure = torch.tensor([9.0, 0.0, 0.0]), torch.tensor([-20.0, 1.0, 0.9])
+    winners = {rule: ensembles.combine([sure, unsure], rule).argmax().item() for rule in ensembles.RULES}
+    assert winners == {"softmax": 0, "logits": 1, "product": 1, "maximum": 0}
+
+
+def test_products_of_many_do_not_vanish():
+    logits = [torch.tensor([0.0, 60.0, 59.0])] * 40 + [torch.tensor([300.0, 0.0, 0.0])]
+    scores = ensembles.combine(logits, "product")
+    assert scores.isfinite().all() and scores[0] - scores[1] == pytest.approx(300 - 40 * 60, rel=1e-4)
+    assert ensembles.combine([torch.zeros(2)], "softmax").tolist() == pytest.approx([math.log(0.5)] * 2)
+
+
+@pytest.mark.parametrize("rule", ensembles.RULES)
+def test_an_ensemble_paints_what_both_agree_on(model, prompts, rule):
+    logits = [model._module(p.canvas, p.visible, p.decoded).logits for p in prompts]
+    first = prompts[0]
+    codes = ensembles.combine(logits, rule).argmax(-1)
+    expected = model._module.paint(codes, first.canvas, first.visible, first.decoded)
+    assert torch.equal(ensembles.generate(model, prompts, rule), expected)
+    alone = [logit.argmax(-1) for logit in logits]
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_an_ensemble_of_one_is_its_own_answer(model, prompts):
+    for rule in ensembles.RULES:
+        assert torch.equal(ensembles.generate(model, prompts[:1], rule), model.generate(prompts[0]))
+
+
+def test_what_cannot_be_ensembled_is_refused(model, prompts):
+    one, other = prompts
+    with pytest.raises(ValueError, match="3 and 2 prompts"):
+        ensembles.generate(model, [one, other[:2]])
+    with pytest.raises(ValueError, match="query_only"):
+        ensembles.generate(model, [one.query_only(), other.query_only()])
+    with pytest.raises(ValueError, match="output lies elsewhere"):
+        ensembles.generate(model, [one, VisualPrompt.from_canvas(torch.rand(3, 3, 64, 64), Layout(64, 16, examples=2))])
+    with pytest.raises(ValueError, match="rule='vote'.*softmax, logits, product, maximum"):
+        ensembles.generate(model, prompts, "vote")
+    with pytest.raises(ValueError, match="nothing to ensemble"):
+        ensembles.combine([])

@@ -1,0 +1,384 @@
+import json
+
+import pytest
+import torch
+from test_vectors import LAYOUT, all_heads, random_module, random_prompts
+
+from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, ablate, patch
+from vtv_nnsight.layouts import CLS, positions
+from vtv_nnsight.patches import GRANULARITIES
+from vtv_nnsight.vectors import Stacks, zero_vector
+
+
+@pytest.fixture(scope="module")
+def module():
+    return random_module()
+
+
+@pytest.fixture(scope="module")
+def model(module):
+    return MAEVQGAN(module)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts(4)
+
+
+@pytest.fixture(scope="module")
+def vectors(model, prompts):
+    other = random_prompts(5, 1)
+    by_task = {"a": prompts[:1], "b": other, "zero-shot": other.query_only()}
+    return TaskVectors.collect(model, by_task, progress=False)
+
+
+def logits(model, prompts, *args, **kwargs):
+    with torch.no_grad(), model.trace(prompts):
+        if args:
+            patch(model, *args, **kwargs)
+        out = model.output.logits.save()
+    return out
+
+
+def by_hand(module, prompts, vector, mask, scale=1.0):
+    """Logits of a patch with forward hooks and loops: what `patch` must equal."""
+    handles = []
+    for i, stack in enumerate(("encoder", "decoder")):
+        seen = positions(prompts.visible if stack == "encoder" else prompts.decoded)
+        for layer, block in enumerate(getattr(module, stack).blocks):
+            attention = block.attn
+
+            def hook(_, args, attention=attention, layer=layer, i=i, seen=seen):
+                z = args[0].reshape(*args[0].shape[:-1], attention.num_heads, attention.head_dim).clone()
+                for row in range(len(z)):
+                    chosen = (mask[i][row] if mask[i].ndim == 4 else mask[i])[layer]
+                    for token, position in enumerate(seen.tolist()):
+                        for head in chosen[position].nonzero()[:, 0].tolist():
+                            new = vector.mean[i][layer, position, head]
+                            z[row, token, head] += scale * (new - z[row, token, head])
+                return (z.flatten(-2),)
+
+            handles.append(attention.proj.register_forward_pre_hook(hook))
+    try:
+        with torch.no_grad():
+            return module(prompts.canvas, prompts.visible, prompts.decoded).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.fixture(scope="module")
+def golden_traced(golden, golden_model):
+    model = MAEVQGAN(golden_model)
+    a, b = (VisualPrompt.from_canvas(golden[f"canvas_{name}"]) for name in "ab")
+    return model, a, TaskVectors.collect(model, {"b": b}, progress=False)["b"]
+
+
+@pytest.mark.parametrize(
+    "shot, name, granularity",
+    [
+        ("zero_shot", "g0", "head"),
+        ("one_shot", "g0", "head"),
+        ("zero_shot", "g1", "quadrant"),
+        ("zero_shot", "g2", "token"),
+    ],
+)
+def test_golden(golden, golden_traced, shot, name, granularity):
+    model, a, b = golden_traced
+    chosen = PatchSet(PatchSpace(model, a.layout, granularity), golden[f"mask_{name}"])
+    a = a.query_only() if shot == "zero_shot" else a
+    output = a.layout.index(a.decoded, a.layout.regions["output"]) - 1
+    expected = golden[f"a_{shot}_patched_{name}_logits_q4"]
+    found = logits(model, a, b, chosen)[0, output]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert (expected - golden[f"a_{shot}_logits_q4"]).abs().max() > 1e-3
+    with model.generate(a, paste=False) as tracer:
+        patch(model, b, chosen)
+        drawn = tracer.result.save()
+    published = golden[f"a_{shot}_patched_{name}_image"].permute(2, 0, 1).int()
+    assert ((drawn[0] * 255).round().int() - published).abs().le(1).float().mean() >= 0.999
+
+
+def test_published_counts_and_order(golden_traced):
+    model, a, _ = golden_traced
+    spaces = {name: PatchSpace(model, a.layout, name) for name in GRANULARITIES}
+    assert [len(space) for space in spaces.values()] == [512, 1152, 31872]
+    names = spaces["quadrant"].names
+    assert names[3 * 32 + 5 * 2 + 1] == "encoder.blocks.3.attn.heads[5] @ query"
+    assert names[768 + 2 * 48 + 7 * 3 + 2] == "decoder.blocks.2.attn.heads[7] @ output"
+    assert spaces["token"].names[50 * 17 + 1] == "encoder.blocks.1.attn.heads[1] @ patch 98"
+    assert spaces["token"].names[19200 + 99] == "decoder.blocks.0.attn.heads[1] @ cls"
+    for stack, sizes in (("encoder", (384, 768, 19200)), ("decoder", (128, 384, 12672))):
+        assert tuple(len(PatchSpace(model, a.layout, name, stack)) for name in GRANULARITIES) == sizes
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_masks_hold_the_units_positions(model, granularity):
+    space = PatchSpace(model, granularity=granularity)
+    where = {"cls": torch.tensor([CLS]), "all tokens": positions(LAYOUT.all_patches)}
+    where |= {region: 1 + ids for region, ids in LAYOUT.regions.items()}
+    for i in torch.randperm(len(space), generator=torch.Generator().manual_seed(0))[:12].tolist():
+        stack, layer, head, group = (int(part[i]) for part in space.units)
+        name = list(space.groups[stack])[group]
+        expected = Stacks(torch.zeros(3, 197, 4, dtype=torch.bool), torch.zeros(2, 197, 2, dtype=torch.bool))
+        expected[stack][layer, where.get(name) if name in where else 1 + int(name.split()[1]), head] = True
+        found = space.mask(torch.arange(len(space)) == i)
+        assert all(map(torch.equal, found, expected))
+        path = ("encoder", "decoder")[stack]
+        at = "" if granularity == "head" else f" @ {name}"
+        assert space.names[i] == f"{path}.blocks.{layer}.attn.heads[{head}]{at}"
+    assert space.mask(torch.zeros(5, len(space))).decoder.shape == (5, 2, 197, 2)
+
+
+def test_split_and_average_follow_the_units(model):
+    space = PatchSpace(model)
+    values = torch.arange(len(space)).double()
+    split = space.split(values)
+    for i, (stack, layer, head, group) in enumerate(zip(*(part.tolist() for part in space.units))):
+        assert split[stack][layer, head, group] == i
+    masks = space.mask(values)
+    torch.testing.assert_close(space.average(masks), values)
+    masks.encoder[0, 1 + LAYOUT.regions["query"][:5], 0] = torch.nan
+    torch.testing.assert_close(space.average(masks), values)
+    decoder = PatchSpace(model, stacks="decoder")
+    torch.testing.assert_close(decoder.average(masks), values[24:])
+    assert not decoder.mask(torch.ones(len(decoder))).encoder.any()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shot", ["one-shot", "zero-shot"])
+def test_patches_equal_hooks(model, module, prompts, vectors, granularity, shot):
+    space = PatchSpace(model, LAYOUT, granularity)
+    chosen = PatchSet.random(space, len(space) // 3)
+    prompts = prompts.query_only() if shot == "zero-shot" else prompts
+    expected = by_hand(module, prompts, vectors["b"], chosen.mask)
+    found = logits(model, prompts, vectors["b"], chosen)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - logits(model, prompts)).abs().max() > 1e-2
+    with model.trace(prompts):
+        patch(model, vectors["b"], chosen)
+        with_gradients = model.output.logits.save()
+    torch.testing.assert_close(with_gradients, expected, rtol=0, atol=1e-5)
+
+
+def test_a_mask_for_each_row(model, module, prompts, vectors):
+    space = PatchSpace(model, granularity="token")
+    choices = torch.rand(4, len(space), generator=torch.Generator().manual_seed(0)) < torch.tensor(
+        [[0.0], [0.1], [0.5], [1]]
+    )
+    masks, zero_shot = space.mask(choices), prompts.query_only()
+    found = logits(model, zero_shot, vectors["zero-shot"], masks)
+    torch.testing.assert_close(found, by_hand(module, zero_shot, vectors["zero-shot"], masks), rtol=0, atol=1e-5)
+    for row in range(4):
+        alone = logits(model, zero_shot[row], vectors["zero-shot"], PatchSet(space, choices[row]))
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="a mask for 4 rows was given; this batch has 2"):
+        logits(model, zero_shot[:2], vectors["zero-shot"], masks)
+
+
+@pytest.mark.parametrize("shot", ["one-shot", "zero-shot"])
+def test_a_prompts_own_vector_everywhere_changes_nothing_and_anothers_does(model, prompts, shot):
+    form = (lambda p: p.query_only()) if shot == "zero-shot" else (lambda p: p)
+    own, other = (TaskVectors.collect(model, {"x": form(prompts[i])}, progress=False)["x"] for i in (0, 1))
+    everywhere = PatchSet(PatchSpace(model, granularity="head"), torch.ones(16))
+    plain = logits(model, form(prompts[0]))
+    torch.testing.assert_close(logits(model, form(prompts[0]), own, everywhere), plain, rtol=0, atol=1e-5)
+    patched = logits(model, form(prompts[0]), other, everywhere)
+    assert (patched - plain).abs().max() > 1e-2
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(form(prompts[0])):
+            patch(model, other, everywhere)
+        with tracer.invoke():
+            seen = [block.attn.heads for block in model.decoder.blocks].save()
+            patched_again = model.output.logits.save()
+    for layer, z in enumerate(seen):
+        at = positions(form(prompts).decoded)
+        torch.testing.assert_close(z[0], other.mean.decoder[layer, at], rtol=0, atol=0)
+    assert torch.equal(patched, patched_again)
+
+
+def test_only_layers_with_something_to_do_are_touched(model, prompts, vectors, monkeypatch):
+    space = PatchSpace(model)
+    chosen = PatchSet.named(
+        space, ["encoder.blocks.1.attn.heads[2] @ query", "decoder.blocks.1.attn.heads[0] @ output"]
+    )
+    from vtv_nnsight import patches
+
+    touched, apply = [], patches._Step.apply
+    monkeypatch.setattr(
+        patches._Step, "apply", lambda s, a, i, seen: touched.append((s.stack, i)) or apply(s, a, i, seen)
+    )
+    logits(model, prompts, vectors["b"], chosen)
+    assert touched == [("encoder", 1), ("decoder", 1)]
+    before = all_heads(model, prompts)
+    with model.edit() as (_, edited):
+        patch(edited, vectors["b"], chosen)
+    with torch.no_grad(), edited.trace(prompts):
+        z = edited.encoder.blocks[1].attn.heads.clone().save()
+    changed = (z != before.encoder[1]).any(-1).any(0)
+    expected = torch.zeros_like(changed)
+    expected[LAYOUT.index(prompts.visible, LAYOUT.regions["query"]), 2] = True
+    assert torch.equal(changed, expected)
+
+
+def test_scale_gates_and_their_gradients(model, module, prompts, vectors):
+    space, zero_shot = PatchSpace(model), prompts.query_only()
+    chosen = PatchSet.random(space, 15)
+    plain, patched = logits(model, zero_shot), logits(model, zero_shot, vectors["b"], chosen)
+    half = logits(model, zero_shot, vectors["b"], chosen, scale=0.5)
+    torch.testing.assert_close(half, by_hand(module, zero_shot, vectors["b"], chosen.mask, 0.5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(model, zero_shot, vectors["b"], chosen, scale=0), plain, rtol=0, atol=1e-6)
+    gates = space.mask(0.5 * chosen.choices.float().expand(4, -1))
+    torch.testing.assert_close(logits(model, zero_shot, vectors["b"], gates), half, rtol=0, atol=1e-6)
+    assert (half - patched).abs().max() > 1e-2
+
+    def loss(gates):
+        with model.trace(zero_shot):
+            patch(model, vectors["zero-shot"], space.mask(gates))
+            total = model.output.logits.square().mean().save()
+        return total
+
+    gates = torch.zeros(len(space), requires_grad=True)
+    loss(gates).backward()
+    for i in (1, 20, 35):
+        step = torch.zeros(len(space))
+        step[i] = 1e-2
+        with torch.no_grad():
+            slope = (loss(step) - loss(-step)) / 2e-2
+        torch.testing.assert_close(gates.grad[i], slope, rtol=0.05, atol=1e-4)
+    idle = [space.names[i] for i in (gates.grad == 0).nonzero()[:, 0].tolist()]
+    assert idle == [f"decoder.blocks.1.attn.heads[{head}] @ cls" for head in range(2)]
+
+
+def test_several_vectors_at_once(model, module, prompts, vectors):
+    space, zero_shot = PatchSpace(model), prompts.query_only()
+    first, second = PatchSet.random(space, 10, seed=1), PatchSet.random(space, 10, seed=2)
+    both = logits(model, zero_shot, [vectors["a"], vectors["b"]], [first, second])
+    made = vectors["b"].mean.map(torch.clone)
+    for i in range(2):
+        only_first = (first.mask[i] & ~second.mask[i])[..., None]
+        made[i][:] = torch.where(only_first, vectors["a"].mean[i], made[i])
+    from dataclasses import replace
+
+    expected = by_hand(module, zero_shot, replace(vectors["b"], mean=made), (first | second).mask)
+    torch.testing.assert_close(both, expected, rtol=0, atol=1e-5)
+    assert len(first & second) and (both - logits(model, zero_shot, vectors["b"], second)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="2 vectors and 1 patch sets"):
+        logits(model, zero_shot, [vectors["a"], vectors["b"]], [first])
+
+
+def test_edit_generate_and_scan(model, module, prompts, vectors, tmp_path):
+    space, zero_shot = PatchSpace(model), prompts.query_only()
+    chosen = PatchSet.random(space, 12)
+    with model.edit() as (_, edited):
+        patch(edited, vectors["b"], chosen)
+    for form in (zero_shot, prompts, zero_shot[:2]):
+        expected = logits(model, form, vectors["b"], chosen)
+        assert torch.equal(logits(edited, form), expected)
+        assert not torch.equal(logits(model, form), expected)
+    with model.generate(zero_shot) as tracer:
+        patch(model, vectors["b"], chosen)
+        canvas = tracer.result.save()
+    assert torch.equal(edited.generate(zero_shot), canvas)
+    module.save_pretrained(tmp_path)
+    lazy = MAEVQGAN(tmp_path)
+    with lazy.scan(zero_shot):
+        patch(lazy, vectors["b"], chosen)
+        shape = lazy.output.logits.shape.save()
+    assert shape == (4, 98, 64) and lazy.encoder.cls_token.device.type == "meta"
+
+
+def test_invokes_patch_their_own_rows(model, vectors):
+    """49 rows are as many as the query's patches: ids are not rows."""
+    space, many = PatchSpace(model), random_prompts(49, 5).query_only()
+    chosen = [PatchSet.random(space, 12, seed=seed) for seed in (1, 2)]
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(many[:30]):
+            patch(model, vectors["b"], chosen[0])
+            first = model.output.logits.save()
+        with tracer.invoke(many[30:45]):
+            patch(model, vectors["zero-shot"], space.mask(chosen[1].choices.expand(15, -1)))
+            second = model.output.logits.save()
+        with tracer.invoke(many[45:]):
+            third = model.output.logits.save()
+    torch.testing.assert_close(first, logits(model, many[:30], vectors["b"], chosen[0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(second, logits(model, many[30:45], vectors["zero-shot"], chosen[1]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(third, logits(model, many[45:]), rtol=0, atol=1e-5)
+
+
+def test_ablation(model, module, prompts, vectors):
+    chosen = PatchSet.random(PatchSpace(model), 12)
+    with torch.no_grad(), model.trace(prompts):
+        ablate(model, chosen)
+        zeroed = model.output.logits.save()
+    torch.testing.assert_close(zeroed, by_hand(module, prompts, zero_vector(model), chosen.mask), rtol=0, atol=1e-5)
+    mean = TaskVectors({name: vectors[name] for name in "ab"}).mean()
+    with torch.no_grad(), model.trace(prompts):
+        ablate(model, chosen, to=mean)
+        averaged = model.output.logits.save()
+    torch.testing.assert_close(averaged, by_hand(module, prompts, mean, chosen.mask), rtol=0, atol=1e-5)
+    assert (averaged - zeroed).abs().max() > 1e-2
+
+
+def test_what_does_not_belong_together_is_refused(model, prompts, vectors):
+    space = PatchSpace(model)
+    chosen, zero_shot = PatchSet.random(space, 36), prompts.query_only()
+    heads = PatchSet.random(PatchSpace(model, granularity="head"), 16)
+    with pytest.raises(
+        ValueError, match=r"encoder cannot be patched at patch 0, patch 1, .* more: the vector of 'zero-shot' lacks"
+    ):
+        logits(model, prompts, vectors["zero-shot"], heads)
+    upper = VisualPrompt(prompts.canvas, LAYOUT.regions["example_input"], LAYOUT.all_patches, LAYOUT)
+    with pytest.raises(ValueError, match=r"encoder cannot be patched at patch 98.* do not show them"):
+        logits(model, upper, vectors["b"], chosen)
+    assert logits(model, upper, TaskVectors.collect(model, {"u": upper}, progress=False)["u"], heads) is not None
+    with pytest.raises(ValueError, match="vector of 'b' does not fit this model: it has other weights"):
+        logits(MAEVQGAN(random_module(1)), zero_shot, vectors["b"], chosen)
+    with pytest.raises(ValueError, match="encoder layers 3, not 2"):
+        logits(MAEVQGAN(random_module(num_hidden_layers=2)), zero_shot, vectors["b"], chosen)
+    horizontal = PatchSet.random(PatchSpace(model, Layout(112, 8, order="horizontal")), 10)
+    with pytest.raises(ValueError, match="patch set does not fit .* order 'horizontal', not 'vertical'"):
+        logits(model, zero_shot, vectors["b"], horizontal)
+    with pytest.raises(ValueError, match=r"a mask of shape \[36\] does not fit the encoder"):
+        logits(model, zero_shot, vectors["b"], Stacks(chosen.choices, chosen.choices))
+
+
+def test_sets(model):
+    space = PatchSpace(model)
+    a, b = PatchSet.random(space, 10, seed=1), PatchSet.random(space, 12, seed=2)
+    assert len(a) == 10 and a == PatchSet.random(space, 10, seed=1) and a != b
+    assert set(a | b) == set(a) | set(b) and set(a & b) == set(a) & set(b) and set(a - b) == set(a) - set(b)
+    assert (
+        a.jaccard(b) == len(set(a) & set(b)) / len(set(a) | set(b))
+        and a.jaccard(a) == 1
+        and (a - a).jaccard(a - a) == 1
+    )
+    assert next(iter(a)) in a and next(iter(b - a)) not in a and "nonsense" not in a
+    assert PatchSet.named(space, reversed(list(a))) == a
+    with pytest.raises(ValueError, match="granularity 'token', not 'quadrant'"):
+        a | PatchSet.random(PatchSpace(model, granularity="token"), 3)
+    with pytest.raises(ValueError, match="shape \\[35\\]"):
+        PatchSet(space, torch.zeros(35))
+    with pytest.raises(ValueError, match="k=37"):
+        PatchSet.random(space, 37)
+    with pytest.raises(ValueError, match="'region' is unknown"):
+        PatchSpace(model, granularity="region")
+    with pytest.raises(ValueError, match=r"\['middle'\]"):
+        PatchSpace(model, stacks="middle")
+
+
+def test_sets_save_and_load(model, tmp_path):
+    path = tmp_path / "patches.json"
+    chosen = PatchSet.random(PatchSpace(model, Layout(112, 8, order="horizontal"), "token", "decoder"), 9)
+    chosen.save(path)
+    loaded = PatchSet.load(path)
+    assert loaded == chosen and loaded.space.layout.order == "horizontal" and list(tmp_path.iterdir()) == [path]
+    assert all(map(torch.equal, loaded.mask, chosen.mask))
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(ValueError, match="not a complete patch set"):
+        PatchSet.load(path)
+    path.write_text(json.dumps({"kind": "other"}))
+    with pytest.raises(ValueError, match="not a patch set"):
+        PatchSet.load(path)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        PatchSet.load(tmp_path / "nothing.json")

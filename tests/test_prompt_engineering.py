@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from vtv_nnsight import MAEVQGAN, Layout, data, ensembles, tasks
+from vtv_nnsight import prompt_engineering as engineering
+from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight.prompts import crop
+
+
+@pytest.fixture
+def module(small_config):
+    torch.manual_seed(0)
+    module = MAEVQGANModel(small_config(decoder_num_hidden_layers=2)).eval()
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return module
+
+
+@pytest.fixture
+def images():
+    return data.scenes("train", n=12, seed=0)
+
+
+def test_the_table_scores_every_layout_in_every_colour(module, images):
+    model = MAEVQGAN(module)
+    scores = engineering.compare(model, images, n=5, seed=1, batch_size=2)
+    layouts, colours = ["vertical", "horizontal", "vertical + horizontal"], ["black/white", "purple/yellow"]
+    assert list(scores) == [(layout, colour) for colour in colours for layout in layouts]
+    task = tasks.Segmentation(tasks.YELLOW, tasks.PURPLE)
+    prompts = [task.prompts(images, 5, 1, Layout(64, 16, order=order)) for order in ("vertical", "horizontal")]
+    truth = prompts[1].region("output")
+    answer = crop(model.generate(prompts[1]), "output", prompts[1].layout)
+    assert torch.equal(scores["horizontal", "purple/yellow"], task.score(answer, truth))
+    answer = crop(ensembles.generate(model, prompts), "output", prompts[0].layout)
+    assert torch.equal(scores["vertical + horizontal", "purple/yellow"], task.score(answer, truth))
+
+
+def test_other_looks_of_a_mask_can_be_compared(module, images):
+    looks = {"edges": tasks.Segmentation(fill="edges"), "texture": tasks.Segmentation(fill="texture")}
+    scores = engineering.compare(MAEVQGAN(module), images, n=2, tasks=looks)
+    assert {look for _, look in scores} == set(looks) and all(len(values) == 2 for values in scores.values())
+
+
+def test_the_table_in_text():
+    scores = {
+        (layout, colour): torch.tensor([value, value + 0.1])
+        for value, (layout, colour) in enumerate([(a, b) for b in ("x", "colour") for a in ("vertical", "flip")])
+    }
+    assert engineering.table(scores).splitlines() == [
+        "          x  colour",
+        "vertical  0.050   2.050",
+        "flip      1.050   3.050",
+    ]
+
+
+@pytest.mark.parametrize("zero_shot", [False, True])
+def test_attention_to_regions_is_the_pattern_summed(module, images, zero_shot):
+    module.set_attn_implementation("eager")
+    prompts = tasks.identity.prompts(images, n=3, layout=Layout(64, 16))
+    prompts = prompts.query_only() if zero_shot else prompts
+    found = engineering.attention_to_regions(MAEVQGAN(module), prompts)
+    assert set(found) == {"cls", "query", "output"} | (set() if zero_shot else {"example_input", "example_output"})
+    patterns = []
+    for block in module.decoder.blocks:
+        block.attn.softmax.register_forward_hook(lambda *args: patterns.append(args[-1]))
+    module(prompts.canvas, prompts.visible, prompts.decoded)
+    seen = prompts.decoded.tolist()
+    rank = {name: [1 + seen.index(i) for i in prompts.layout.regions[name].tolist()] for name in found if name != "cls"}
+    for layer, pattern in enumerate(patterns):
+        mean = pattern.mean((0, 1))[rank["output"]].mean(0)
+        for name in found:
+            expected = mean[rank[name]].sum() if name != "cls" else mean[0]
+            torch.testing.assert_close(found[name][layer], expected)
+    torch.testing.assert_close(sum(found.values()), torch.ones(2))
+
+
+def test_attention_needs_to_be_eager(module, images):
+    module.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match='attn_implementation="eager"'):
+        engineering.attention_to_regions(MAEVQGAN(module), tasks.identity.prompts(images, n=1, layout=Layout(64, 16)))

@@ -1,0 +1,663 @@
+import inspect
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vtv_nnsight import MAEVQGAN, VisualPrompt, cli, search, tasks
+from vtv_nnsight.layouts import positions
+from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.patches import PatchSet, PatchSpace, patch
+from vtv_nnsight.prompts import crop
+from vtv_nnsight.search import plots, run
+from vtv_nnsight.search.reinforce import PUBLISHED, gradient, sample
+from vtv_nnsight.vectors import TaskVectors
+
+ROOT = Path(__file__).parents[1]
+
+
+class Planted:
+    """An objective with a known best set: a weighted count of wrong units, on prompts that differ in level.
+
+    `interaction` makes pairs of neighbouring units worth more together. Gates between 0 and 1 interpolate.
+    """
+
+    def __init__(self, space, prompts=32, held_out=8, seed=0, groups=1, interaction=0.0, fail_after=math.inf):
+        generator = torch.Generator().manual_seed(seed)
+        self.space, n = space, len(space)
+        self.best = torch.rand(n, generator=generator) < 0.3
+        self.weights = 0.5 + torch.rand(n, generator=generator)
+        self.levels = 20 * torch.randn(prompts + held_out, generator=generator)
+        self.train, self.held_out = torch.arange(prompts), prompts + torch.arange(held_out)
+        self.group = torch.arange(prompts + held_out) % groups
+        self.scales = 10.0 ** torch.arange(groups)
+        self.interaction, self.fail_after = interaction, fail_after
+        self.evaluations, self.stride = 0, 50
+
+    def _loss(self, gates, rows):
+        wrong = (gates - self.best.to(gates)).square() * self.weights
+        pairs = wrong[:, :-1] * wrong[:, 1:]
+        loss = wrong.sum(1) + self.interaction * pairs.sum(1)
+        return (loss + self.levels[rows]) * self.scales[self.group[rows]]
+
+    def __call__(self, choices, rows):
+        if self.evaluations >= self.fail_after:
+            raise KeyboardInterrupt
+        self.evaluations += len(rows)
+        return self._loss(choices.double(), rows)
+
+    def gradient(self, gates, rows):
+        if self.evaluations >= self.fail_after:
+            raise KeyboardInterrupt
+        self.evaluations += run.GRADIENT_COST * len(rows)
+        gates = gates.double().clone().requires_grad_()
+        losses = self._loss(gates, rows)
+        return losses.detach(), torch.autograd.grad(losses.sum(), gates)[0]
+
+
+def build_model():
+    """A model of which every unit shows in the loss."""
+    torch.manual_seed(0)
+    config = MAEVQGANConfig(
+        image_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=2,
+        num_codes=24,
+        code_dim=8,
+        vqgan_z_channels=8,
+        vqgan_channels=32,
+        vqgan_channel_multipliers=(1, 1, 2),
+        vqgan_num_res_blocks=1,
+        vqgan_attention_levels=(),
+        vqgan_fold=4,
+    )
+    module = MAEVQGANModel(config).eval()
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return MAEVQGAN(module)
+
+
+def build_prompts(model):
+    canvas = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    return VisualPrompt.from_canvas(canvas, model.layout)
+
+
+def build_vectors(model, prompts):
+    other = VisualPrompt.from_canvas(1 - prompts.canvas.flip(0).square(), model.layout)
+    return TaskVectors.collect(model, {"identity": other, "segmentation": prompts}, progress=False)
+
+
+def search_in_processes(path):
+    """What each process of the launched test runs."""
+    model = build_model()
+    prompts = build_prompts(model)
+    vector = build_vectors(model, prompts)["identity"]
+    args = model, vector, tasks.identity, prompts.query_only(), PatchSpace(model)
+    result = search.reinforce(*args, budget=300, batch_size=4, images=4, progress=False, resume=f"{path}.jsonl")
+    if int(os.environ.get("RANK", 0)) == 0:
+        result.save(path)
+    return result
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model()
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    return build_prompts(model)
+
+
+@pytest.fixture(scope="module")
+def vectors(model, prompts):
+    return build_vectors(model, prompts)
+
+
+@pytest.fixture(scope="module")
+def space(model):
+    return PatchSpace(model)
+
+
+@pytest.fixture
+def objective(model, prompts, vectors, space):
+    def make(**options):
+        return search.Objective(model, vectors["identity"], tasks.identity, prompts.query_only(), space, **options)
+
+    return make
+
+
+def some_pairs(objective, count=6, seed=0):
+    """Sets and prompts: a row each."""
+    generator = torch.Generator().manual_seed(seed)
+    choices = torch.rand(count, len(objective.space), generator=generator) < 0.4
+    return choices, torch.randint(0, len(objective.prompts), (count,), generator=generator)
+
+
+def one_by_one(objective, vector, choices, rows):
+    """Logits [row, decoded patch, code] by hooks on the plain module, a set and a prompt at a time."""
+    module = objective.model._module
+    found = []
+    for own, row in zip(choices, rows):
+        prompt, mask, handles = objective.prompts[int(row)], objective.space.mask(own), []
+        for name, seen in (("encoder", prompt.visible), ("decoder", prompt.decoded)):
+            at = positions(seen)
+            for layer, block in enumerate(getattr(module, name).blocks):
+                new, where = getattr(vector.mean, name)[layer, at], getattr(mask, name)[layer, at]
+
+                def hook(_, args, new=new, where=where):
+                    return (torch.where(where[..., None], new, args[0].view(1, *new.shape)).flatten(-2),)
+
+                handles.append(block.attn.proj.register_forward_pre_hook(hook))
+        with torch.no_grad():
+            found.append(module(prompt.canvas, prompt.visible, prompt.decoded).logits)
+        for handle in handles:
+            handle.remove()
+    return torch.cat(found)
+
+
+# The objective
+
+
+def test_token_loss_is_the_cross_entropy_of_the_outputs_codes(objective, vectors):
+    objective = objective(batch_size=4)
+    choices, rows = some_pairs(objective)
+    logits = one_by_one(objective, vectors["identity"], choices, rows)
+    canvas, output = objective.prompts.canvas[rows], objective.prompts.layout.regions["output"]
+    codes = objective.model._module.vqgan.encode(canvas)[:, output]
+    at = (objective.prompts.decoded[:, None] == output).int().argmax(0)
+    expected = torch.stack([F.cross_entropy(own, truth) for own, truth in zip(logits[:, at], codes)])
+    losses = objective(choices, rows)
+    assert losses.dtype == torch.float64
+    torch.testing.assert_close(losses.float(), expected, rtol=1e-5, atol=1e-5)
+    nothing = objective(torch.zeros_like(choices), rows)
+    assert (losses - nothing).abs().min() > 1e-4
+
+
+def test_pixel_loss_is_the_tasks_own_of_the_decoded_answer(objective, vectors):
+    objective = objective(loss="pixels", batch_size=4)
+    choices, rows = some_pairs(objective)
+    losses, expected = objective(choices, rows), []
+    for own, row in zip(choices, rows):
+        prompt = objective.prompts[int(row)]
+        with torch.no_grad(), objective.model.generate(prompt) as tracer:
+            patch(objective.model, vectors["identity"], PatchSet(objective.space, own))
+            canvas = tracer.result.save()
+        answer, truth = (crop(pixels, "output", prompt.layout) for pixels in (canvas, prompt.canvas))
+        expected.append(tasks.identity.loss(answer, truth))
+    torch.testing.assert_close(losses, torch.cat(expected))
+
+
+def test_batches_and_their_size_do_not_show(objective):
+    choices, rows = some_pairs(objective(), count=7)
+    expected = objective(batch_size=7)(choices, rows)
+    for size in (1, 3):
+        torch.testing.assert_close(objective(batch_size=size)(choices, rows), expected, rtol=0, atol=1e-5)
+
+
+def test_evaluations_are_counted(objective):
+    objective = objective()
+    objective(*some_pairs(objective, count=5))
+    assert objective.evaluations == 5
+
+
+def test_batches_are_halved_when_memory_runs_out(objective, monkeypatch):
+    objective = objective(batch_size=8)
+    choices, rows = some_pairs(objective, count=7)
+    expected = objective(choices, rows)
+    attention, sizes = F.scaled_dot_product_attention, []
+
+    def greedy(query, *args):
+        sizes.append(len(query))
+        if len(query) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return attention(query, *args)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", greedy)
+    torch.testing.assert_close(objective(choices, rows), expected, rtol=0, atol=1e-5)
+    assert sizes[:2] == [7, 3] and max(sizes[2:]) == 1
+
+    def broken(*_):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        objective(choices, rows)
+
+
+def test_bf16_is_near_and_its_truth_is_the_same(model, prompts, vectors, space, objective):
+    half = MAEVQGAN(model._module, dtype=torch.bfloat16)
+    args = vectors["identity"], tasks.identity, prompts.query_only(), space
+    low, full = search.Objective(half, *args), objective()
+    choices, rows = some_pairs(full)
+    torch.testing.assert_close(low(choices, rows), full(choices, rows), rtol=0.05, atol=0.05)
+
+
+def test_gradient_is_that_of_the_loss(objective):
+    objective = objective(batch_size=3)
+    rows = torch.tensor([0, 3, 5, 1])
+    gates = torch.rand(4, len(objective.space), generator=torch.Generator().manual_seed(0))
+    losses, gradients = objective.gradient(gates, rows)
+    assert gradients.shape == gates.shape
+    step = 1e-2
+    for unit in (0, 7, len(objective.space) - 1):
+        shift = step * F.one_hot(torch.tensor(unit), len(objective.space))
+        ends = [objective.gradient(gates + sign * shift, rows)[0] for sign in (1, -1)]
+        torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), gradients[:, unit], rtol=0.05, atol=2e-4)
+    whole = torch.ones(4, len(objective.space))
+    torch.testing.assert_close(objective.gradient(whole, rows)[0], objective(whole.bool(), rows), rtol=0, atol=1e-5)
+
+
+def test_several_tasks_each_have_their_vector_and_metric(model, prompts, vectors, space):
+    both = [vectors["identity"], vectors["segmentation"]], [tasks.identity, tasks.segmentation]
+    objective = search.Objective(
+        model, *both, [prompts.query_only()[:6], prompts.query_only()[2:]], space, loss="pixels"
+    )
+    assert objective.group[objective.train].tolist()[:4] == [0, 1, 0, 1]
+    assert set(objective.group[objective.held_out].tolist()) == {0, 1}
+    choices = torch.rand(12, len(space), generator=torch.Generator().manual_seed(0)) < 0.4
+    losses = objective(choices, torch.arange(12))
+    for group, (vector, task) in enumerate(zip(*both)):
+        alone = search.Objective(model, vector, task, objective.prompts, space, loss="pixels", held_out=1 / 12)
+        where = (alone.prompts.canvas[:, None] == objective.prompts.canvas).flatten(2).all(2).int()
+        own = objective.group == group
+        torch.testing.assert_close(losses[own], alone(choices[own], where.argmax(0)[own]))
+
+
+def test_the_split_is_fixed_by_its_seed(objective, prompts):
+    def held_out(seed):
+        made = objective(seed=seed)
+        assert not set(made.train.tolist()) & set(made.held_out.tolist())
+        return made.prompts.canvas[made.held_out]
+
+    assert len(held_out(0)) == 2 and torch.equal(held_out(0), held_out(0)) and not torch.equal(held_out(0), held_out(1))
+    apart = objective(held_out=prompts.query_only()[:3])
+    assert len(apart.train) == 8 and torch.equal(apart.prompts.canvas[apart.held_out], prompts.canvas[:3])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(loss="iou"), "loss='iou' is unknown; choose from tokens, pixels"),
+        (dict(held_out=1.0), "leave 0 to train on and 8 held out"),
+        (dict(batch_size=-1), "batch_size=-1 holds nothing"),
+    ],
+)
+def test_objective_refuses(objective, options, message):
+    with pytest.raises(ValueError, match=message):
+        objective(**options)
+
+
+def test_objective_refuses_uneven_lists(model, vectors, prompts, space):
+    with pytest.raises(ValueError, match="2 vectors, 1 tasks, 1 prompts, 1 held_out were given"):
+        search.Objective(model, list(vectors.values()), tasks.identity, prompts, space)
+
+
+def test_pixels_have_no_gradient(objective):
+    with pytest.raises(ValueError, match="loss='pixels' has no gradient"):
+        search.gates.on(objective(loss="pixels"), budget=2000, progress=False)
+
+
+# Algorithms
+
+
+def find(name, objective, **options):
+    if name == "ranking":
+        options["scores"] = torch.where(objective.best, 2.0, 1.0) + 0.1 * objective.weights
+    return search.ALGORITHMS[name].on(objective, progress=False, **options)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "gates", "attribution", "mediation", "ranking", "greedy"])
+def test_a_planted_optimum_is_found(space, name):
+    objective = Planted(space)
+    result = find(name, objective, budget=8000, seed=1)
+    assert torch.equal(result.patches.choices, objective.best)
+    assert result.algorithm == name and result.seed == 1
+    expected = objective.levels[objective.held_out].mean().item()
+    assert result.held_out_loss == pytest.approx(expected, abs=1e-4)
+
+
+def test_published_recipe_approaches_a_planted_optimum(space):
+    objective = Planted(space, interaction=1.0)
+    result = find("reinforce", objective, recipe="published", budget=200 * 320, seed=0)
+    wrong = (result.probabilities - objective.best.double()).abs()
+    assert wrong.mean() < 0.15
+    assert result.patches.choices.sum() > 0
+
+
+def test_random_gives_the_best_of_its_sets(space):
+    objective = Planted(space)
+    result = find("random", objective, budget=3000, seed=0, size=12)
+    assert len(result.patches) == 12
+    ours = objective(result.patches.choices[None], torch.tensor([0]))
+    others = torch.stack([PatchSet.random(space, 12, seed=s).choices for s in range(40)])
+    assert (ours < objective(others, torch.zeros(40, dtype=torch.long))).double().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ["reinforce", "greedy"])
+def test_an_optimum_with_interactions_is_found(space, name):
+    objective = Planted(space, interaction=3.0)
+    assert torch.equal(find(name, objective, budget=16000).patches.choices, objective.best)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "gates"])
+def test_tasks_of_different_scales_share_a_set(space, name):
+    objective = Planted(space, groups=2)
+    assert torch.equal(find(name, objective, budget=12000).patches.choices, objective.best)
+
+
+def test_a_set_is_no_larger_than_it_needs_to_be(space):
+    objective = Planted(space)
+    objective.weights = torch.where(objective.best, objective.weights, 0.0)
+    result = find("reinforce", objective, budget=8000)
+    assert torch.equal(result.patches.choices, objective.best)
+
+
+@pytest.mark.parametrize("name", search.ALGORITHMS)
+def test_a_seed_gives_one_result_and_the_budget_is_kept(space, name):
+    first, second = Planted(space), Planted(space)
+    a, b = (find(name, o, budget=1000, seed=3) for o in (first, second))
+    assert torch.equal(a.patches.choices, b.patches.choices) and torch.equal(a.scores, b.scores)
+    assert [s._replace(seconds=0) for s in a.history] == [s._replace(seconds=0) for s in b.history]
+    assert a.evaluations == first.evaluations <= 1000
+    assert all(x.evaluations < y.evaluations for x, y in zip(a.history, a.history[1:]))
+
+
+@pytest.mark.parametrize("name", search.ALGORITHMS)
+def test_a_budget_that_pays_for_nothing_is_refused(space, name):
+    with pytest.raises(ValueError, match=f"budget=9 is too small for {name}: .* evaluations"):
+        find(name, Planted(space), budget=9)
+    with pytest.raises(ValueError, match="budget=0 pays for nothing"):
+        find(name, Planted(space), budget=0)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_search(space):
+    objective = Planted(space)
+    objective.levels[objective.train[5]] = torch.nan
+    with pytest.raises(ValueError, match=r"step 1 of reinforce, after 16 evaluations: a loss is nan"):
+        find("reinforce", objective, budget=1000, images=4)
+
+
+def test_unknown_options_are_named(space):
+    with pytest.raises(TypeError, match="greedy has no option masks; its own are: images, start"):
+        find("greedy", Planted(space), masks=3)
+    for options in (dict(recipe="best"), dict(baseline="none"), dict(masks=3)):
+        (name,) = options
+        with pytest.raises(ValueError, match=name):
+            find("reinforce", Planted(space), **options)
+    with pytest.raises(ValueError, match="size=99 is not a number of units"):
+        find("mediation", Planted(space), size=99)
+
+
+def test_algorithms_share_a_signature():
+    shared = ["model", "vector", "task", "prompts", "space", "budget", "loss", "seed", "batch_size", "held_out"]
+    for function in search.ALGORITHMS.values():
+        assert list(inspect.signature(function).parameters)[:10] == shared and function.__doc__
+    assert "recipe" in inspect.signature(search.reinforce).parameters
+
+
+@pytest.mark.parametrize("name", search.ALGORITHMS)
+def test_every_algorithm_runs_on_a_model(model, vectors, prompts, space, name):
+    options = {"scores": vectors.score()} if name == "ranking" else {"images": 4} if name != "mediation" else {}
+    options = {} if name == "attribution" else options
+    args = model, vectors["identity"], tasks.identity, prompts.query_only(), space
+    result = search.ALGORITHMS[name](*args, budget=400, batch_size=8, progress=False, **options)
+    assert isinstance(result, search.SearchResult) and result.scores.shape == (len(space),)
+    again = search.Objective(*args)
+    losses = again(result.patches.choices.expand(len(again.held_out), -1), again.held_out)
+    assert losses.mean().item() == pytest.approx(result.held_out_loss, abs=1e-5)
+
+
+# The estimators
+
+
+def test_coupled_gradient_is_unbiased():
+    probabilities = torch.tensor([0.2, 0.7, 0.5, 0.9], dtype=torch.float64)
+    table = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    bits = 2 ** torch.arange(4)
+    every = (torch.arange(16)[:, None] & bits) > 0
+    weight = torch.where(every, probabilities, 1 - probabilities).prod(1)
+    expected = (weight * table) @ (every.double() - probabilities)
+    for masks, antithetic in ((2, True), (4, True), (2, False)):
+        choices = sample(probabilities, 100_000, masks, antithetic, torch.Generator().manual_seed(0))
+        losses = table[(choices * bits).sum(-1)]
+        advantage = (losses - losses.mean(1, keepdim=True)) * masks / (masks - 1)
+        found = gradient(choices, advantage, probabilities, antithetic)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
+
+
+def test_antithetic_masks_disagree_wherever_they_can():
+    probabilities = torch.tensor([0.3, 0.5, 0.8])
+    pairs = sample(probabilities, 1000, 2, True, torch.Generator().manual_seed(0))
+    assert not (pairs[:, 0] & pairs[:, 1])[:, :2].any() and (pairs[:, 0] | pairs[:, 1])[:, 1:].all()
+    torch.testing.assert_close(pairs.double().mean((0, 1)), probabilities.double(), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_published_recipe_is_the_papers_update(space, groups):
+    steps = 3
+    objective = Planted(space, prompts=12, held_out=3, groups=groups)
+    budget = steps * 320 + 3
+    result = search.reinforce.on(objective, recipe="published", budget=budget, seed=5, progress=False)
+
+    generator, n = torch.Generator().manual_seed(5), len(space)
+    theta = [-1.0] * n
+    first, second = [0.0] * n, [0.0] * n
+    for step in range(1, steps + 1):
+        p = [1 / (1 + math.exp(-t)) for t in theta]
+        masks = torch.rand(320, n, dtype=torch.float64, generator=generator) < torch.tensor(p, dtype=torch.float64)
+        rows = [i % 10 for i in range(320)]
+        losses = [objective._loss(mask[None].double(), torch.tensor([r])).item() for mask, r in zip(masks, rows)]
+
+        def standardise(values):
+            mean = sum(values) / len(values)
+            std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+            return [(v - mean) / (std + 1e-6) for v in values]
+
+        if groups == 2:
+            losses[0::2], losses[1::2] = standardise(losses[0::2]), standardise(losses[1::2])
+        advantage = standardise(losses)
+        for u in range(n):
+            slope = sum(a * (float(m) - p[u]) / n for a, m in zip(advantage, masks[:, u].tolist())) / 320
+            first[u] = 0.9 * first[u] + 0.1 * slope
+            second[u] = 0.999 * second[u] + 0.001 * slope**2
+            theta[u] -= 0.1 * first[u] / (1 - 0.9**step) / (math.sqrt(second[u] / (1 - 0.999**step)) + 1e-8)
+        if step == 1:
+            after_one = torch.tensor(theta, dtype=torch.float64).sigmoid()
+            chosen = torch.rand(n, dtype=torch.float64, generator=generator) < after_one
+    torch.testing.assert_close(result.probabilities, after_one, rtol=0, atol=1e-12)
+    assert torch.equal(result.patches.choices, chosen)
+    assert [step.evaluations for step in result.history] == [323]
+    assert result.evaluations == objective.evaluations == budget
+
+
+def test_published_recipe_keeps_the_best_of_its_samples(space):
+    objective = Planted(space, held_out=4)
+    result = search.reinforce.on(objective, recipe="published", budget=101 * 320 + 12, seed=0, progress=False)
+    assert [step.evaluations for step in result.history] == [324, 51 * 320 + 8, 101 * 320 + 12]
+    assert result.held_out_loss == min(step.held_out_loss for step in result.history)
+    assert PUBLISHED == (-1.0, 0.1, 500, 320, 10, 50, 1e-6)
+
+
+def test_published_recipe_runs_its_steps_without_a_budget(space, monkeypatch):
+    module = sys.modules["vtv_nnsight.search.reinforce"]
+    monkeypatch.setattr(module, "PUBLISHED", PUBLISHED._replace(steps=60, masks=20))
+    result = search.reinforce.on(Planted(space, held_out=4), recipe="published", progress=False)
+    assert result.evaluations == 60 * 20 + 2 * 4
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("name", ["reinforce", "gates", "greedy", "mediation"])
+def test_an_interrupted_search_ends_as_an_unbroken_one(space, tmp_path, name):
+    unbroken = find(name, Planted(space), budget=2000, seed=2)
+    path = tmp_path / "search.jsonl"
+    broken = Planted(space, fail_after=700)
+    with pytest.raises(KeyboardInterrupt):
+        find(name, broken, budget=2000, seed=2, resume=path)
+    with path.open("ab") as file:
+        file.write(b'{"query": "cut sh')
+    rest = Planted(space)
+    resumed = find(name, rest, budget=2000, seed=2, resume=path)
+    assert torch.equal(resumed.patches.choices, unbroken.patches.choices)
+    assert torch.equal(resumed.scores, unbroken.scores)
+    assert [s._replace(seconds=0) for s in resumed.history] == [s._replace(seconds=0) for s in unbroken.history]
+    assert 0 < rest.evaluations <= unbroken.evaluations - 650
+    third = Planted(space)
+    assert find(name, third, budget=2000, seed=2, resume=path).history[-1].seconds > 0 and third.evaluations == 0
+
+
+def test_a_killed_search_resumes(space, tmp_path):
+    path = tmp_path / "search.jsonl"
+    script = textwrap.dedent(f"""
+        import sys, time
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        import test_search
+        from vtv_nnsight.patches import PatchSpace
+        from vtv_nnsight import search
+        space = PatchSpace.from_fingerprint({space.fingerprint!r})
+        class Slow(test_search.Planted):
+            def __call__(self, *args):
+                time.sleep(0.05)
+                return super().__call__(*args)
+        search.greedy.on(Slow(space), budget=20000, seed=0, resume={str(path)!r}, progress=False)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and len(path.read_bytes().splitlines()) >= 12:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 12 <= len(path.read_bytes().splitlines()) < 200
+    rest = Planted(space)
+    resumed = find("greedy", rest, budget=20000, resume=path)
+    unbroken = find("greedy", Planted(space), budget=20000)
+    assert torch.equal(resumed.scores, unbroken.scores) and resumed.evaluations == unbroken.evaluations
+    assert rest.evaluations < unbroken.evaluations
+
+
+def test_a_journal_of_another_search_is_refused(space, tmp_path):
+    path = tmp_path / "search.jsonl"
+    find("greedy", Planted(space), budget=1000, resume=path)
+    with pytest.raises(ValueError, match="is of another search: its seed is 0, this one's 1"):
+        find("greedy", Planted(space), budget=1000, seed=1, resume=path)
+    with pytest.raises(ValueError, match="its flips is 1, this one's 2"):
+        find("greedy", Planted(space), budget=1000, flips=2, resume=path)
+    path.write_text("my notes\n")
+    with pytest.raises(ValueError, match="is not the journal of a search"):
+        find("greedy", Planted(space), budget=1000, resume=path)
+    assert path.read_text() == "my notes\n"
+
+
+def test_processes_share_the_work_and_agree(tmp_path):
+    path = tmp_path / "two.safetensors"
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        f"import test_search; test_search.search_in_processes({str(path)!r})\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
+    done = subprocess.run(
+        launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two, one = search.SearchResult.load(path), search_in_processes(tmp_path / "one.safetensors")
+    assert two.patches == one.patches and two.evaluations == one.evaluations
+    torch.testing.assert_close(two.scores, one.scores, rtol=0, atol=1e-6)
+
+
+# Results
+
+
+@pytest.fixture
+def result(space):
+    return find("reinforce", Planted(space), budget=2000, seed=4)
+
+
+def test_a_result_is_saved_whole(result, tmp_path):
+    result.save(tmp_path / "result.safetensors")
+    loaded = search.SearchResult.load(tmp_path / "result.safetensors")
+    assert loaded.patches == result.patches and torch.equal(loaded.probabilities, result.probabilities)
+    assert loaded.history == result.history and loaded.seed == 4 and loaded.algorithm == "reinforce"
+    assert loaded.settings == result.settings and loaded.settings["recipe"] == "coupled"
+    assert loaded.held_out_loss == result.held_out_loss
+    assert f"{len(result.patches)} of {len(result.scores)} units" in repr(loaded) and "seed 4" in repr(loaded)
+
+
+def test_scores_are_not_probabilities(space):
+    with pytest.raises(ValueError, match="mediation gives no probabilities; read result.scores"):
+        find("mediation", Planted(space), budget=2000).probabilities  # noqa: B018
+
+
+def test_plots(space, result, tmp_path):
+    other = find("greedy", Planted(space), budget=2000, seed=1)
+    figure = plots.curves({"reinforce": result, "greedy": [other, result]})
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["reinforce", "greedy"]
+    line = axes.lines[0].get_ydata()
+    assert (line[1:] <= line[:-1]).all() and line[-1] == min(step.held_out_loss for step in result.history)
+    maps = plots.score_maps(result)
+    panels = [axes for axes in maps.axes if axes.images]
+    assert [axes.get_title() for axes in panels] == [
+        "encoder, cls",
+        "encoder, query",
+        "decoder, cls",
+        "decoder, query",
+        "decoder, output",
+    ]
+    assert (
+        panels[0].images[0].get_array()[2, 3]
+        == result.scores[space.names.index("encoder.blocks.2.attn.heads[3] @ cls")]
+    )
+    overlap = plots.overlap({"a": result, "b": other, "c": other.patches})
+    assert overlap.axes[0].images[0].get_array()[0, 1] == pytest.approx(result.patches.jaccard(other.patches))
+    for name, drawn in {"curves": figure, "maps": maps, "overlap": overlap}.items():
+        drawn.savefig(tmp_path / f"{name}.png")
+
+
+# The command line
+
+
+def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    model._module.save_pretrained(tmp_path / "model")
+    vectors.save(tmp_path / "vectors.safetensors")
+
+    def vtv(*args):
+        given = ["search", tmp_path / "model", "--vectors", tmp_path / "vectors.safetensors", "--n", 8, "--images", 20]
+        monkeypatch.setattr(sys, "argv", ["vtv", *map(str, given + list(args))])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    found, plot = tmp_path / "found.safetensors", tmp_path / "plot"
+    code, out, error = vtv("--task", "identity", "--algorithm", "ranking", "--size", 5, "-o", found, "--plot", plot)
+    assert code == 0, error
+    assert "5 of 36 units" in out and f"wrote {found}" in out
+    assert len(search.SearchResult.load(found).patches) == 5
+    assert {path.name for path in plot.iterdir()} == {"curve.png", "units.png"}
+
+    both = ["--task", "identity,segmentation", "--algorithm", "random", "--budget", 60, "--stacks", "decoder"]
+    code, _, error = vtv(*both, "-o", tmp_path / "both.json")
+    assert code == 0, error
+    assert PatchSet.load(tmp_path / "both.json").space.fingerprint["stacks"] == ["decoder"]
+
+    code, _, error = vtv("--algorithm", "annealing", "-o", found)
+    assert code == 1 and "'annealing' is not an algorithm; choose from reinforce, gates" in error
+    code, _, error = vtv("--task", "lowlight", "-o", found)
+    assert code == 1 and "no vector of 'lowlight'" in error

@@ -1,0 +1,266 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_tracing import SIZES
+
+import vtv_nnsight.vectors as code
+from vtv_nnsight import MAEVQGAN, Layout, TaskVectors, VisualPrompt
+from vtv_nnsight.layouts import positions
+from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.vectors import STACKS, Stacks, TaskVector, fingerprint, zero_vector
+
+LAYOUT = Layout(112, 8)
+QUERY = positions(LAYOUT.regions["query"])
+
+
+def random_module(seed=0, **sizes):
+    """A small model whose weights are large enough for every edit to show in the logits."""
+    torch.manual_seed(seed)
+    module = MAEVQGANModel(MAEVQGANConfig(**SIZES | sizes)).eval()
+    for parameter in module.parameters():
+        if parameter.ndim < 2:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return module
+
+
+def random_prompts(n, seed=0, layout=LAYOUT):
+    shape = (n, 3, layout.canvas_size, layout.canvas_size)
+    return VisualPrompt.from_canvas(torch.rand(shape, generator=torch.Generator().manual_seed(seed)), layout)
+
+
+@pytest.fixture(scope="module")
+def module():
+    return random_module()
+
+
+@pytest.fixture(scope="module")
+def model(module):
+    return MAEVQGAN(module)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return {"a": random_prompts(7, 1), "b": random_prompts(5, 2), "c": random_prompts(6, 3).query_only()}
+
+
+@pytest.fixture(scope="module")
+def vectors(model, prompts):
+    return TaskVectors.collect(model, prompts, batch_size=4, progress=False)
+
+
+def all_heads(model, prompts):
+    """Every head's activation, without task vectors' code: per stack [layer, prompt, token, head, head_dim]."""
+    with torch.no_grad(), model.trace(prompts):
+        encoder = [block.attn.heads.clone() for block in model.encoder.blocks].save()
+        decoder = [block.attn.heads.clone() for block in model.decoder.blocks].save()
+    return Stacks(torch.stack(encoder), torch.stack(decoder))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_collecting_equals_two_passes_in_float64(model, prompts, batch_size):
+    found = TaskVectors.collect(model, prompts, batch_size=batch_size, progress=False)
+    for task, rows in prompts.items():
+        assert found[task].count == len(rows)
+        seen = Stacks(positions(rows.visible), positions(rows.decoded))
+        for i, z in enumerate(all_heads(model, rows)):
+            mean, variance = z.double().mean(1), z.double().var(1).mean(-1)
+            torch.testing.assert_close(found[task].mean[i][:, seen[i]].double(), mean, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found[task].variance[i][:, seen[i]].double(), variance, rtol=1e-5, atol=1e-9)
+
+
+def test_what_a_prompt_hides_is_absent(vectors):
+    assert torch.equal(vectors["c"].present.encoder.nonzero()[:, 0], QUERY)
+    assert torch.equal(vectors["c"].present.decoder.nonzero()[:, 0], positions(LAYOUT.query_band))
+    assert (
+        vectors["a"].present.decoder.all()
+        and not vectors["a"].present.encoder[positions(LAYOUT.regions["output"])[1:]].any()
+    )
+    assert vectors["c"].mean.encoder[:, 1].isnan().all() and vectors["c"].variance.encoder[:, 1].isnan().all()
+    assert torch.equal((vectors["a"] + vectors["c"]).present.encoder, vectors["c"].present.encoder)
+
+
+def test_arithmetic(vectors):
+    a, b, c = vectors.values()
+    made = 2 * a - b / 4 + -a
+    for i in range(2):
+        expected = a.mean[i] - b.mean[i] / 4
+        torch.testing.assert_close(made.mean[i], expected, equal_nan=True)
+    assert made.variance is None and made.count == 5 and "b" in made.task
+    mean = vectors.mean().mean.decoder
+    torch.testing.assert_close(mean, (a.mean.decoder + b.mean.decoder + c.mean.decoder) / 3, equal_nan=True)
+    assert a.to(torch.float64).mean.encoder.dtype == torch.float64
+    with pytest.raises(TypeError):
+        a * b
+
+
+def test_score_equals_its_definition(model, prompts, vectors):
+    heads = {task: all_heads(model, rows) for task, rows in prompts.items()}
+    seen = {task: Stacks(positions(rows.visible), positions(rows.decoded)) for task, rows in prompts.items()}
+    scores, over_positions, over_heads = vectors.score(), vectors.score("position"), vectors.score("head")
+    for stack, size in enumerate([(3, 4), (2, 2)]):
+        shared = seen["c"][stack]
+        assert torch.equal(scores[stack][0, :, 0].isfinite().nonzero()[:, 0], shared)
+        between, within = torch.zeros(size[0], len(shared), size[1]), torch.zeros(size[0], len(shared), size[1])
+        for p, position in enumerate(shared):
+            z = [heads[t][stack][:, :, seen[t][stack] == position][:, :, 0].double() for t in prompts]
+            between[:, p] = torch.stack([x.mean(1) for x in z]).var(0).mean(-1)
+            within[:, p] = torch.stack([x.var(1).mean(-1) for x in z]).mean(0)
+        torch.testing.assert_close(scores[stack][:, shared], between / within, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(over_positions[stack], between.sum(1) / within.sum(1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(over_heads[stack][:, shared], between.sum(2) / within.sum(2), rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_tells_tasks_apart_scores_high(vectors):
+    planted = {}
+    for i, (name, vector) in enumerate(vectors.items()):
+        mean = vector.mean.map(torch.clone)
+        mean.encoder[1, :, 2] += 10 * i
+        planted[name] = TaskVector(name, mean, vector.variance, vector.count, vector.fingerprint)
+    scores = TaskVectors(planted).score().encoder
+    assert scores[1, QUERY, 2].min() > 10 * scores.nan_to_num(0).index_fill(2, torch.tensor(2), 0).max()
+
+
+def test_score_needs_tasks_and_variance(model, vectors):
+    with pytest.raises(ValueError, match="there is only a"):
+        TaskVectors({"a": vectors["a"]}).score()
+    with pytest.raises(ValueError, match="'b' has no variance"):
+        TaskVectors(
+            {"a": vectors["a"], "b": TaskVectors.collect(model, {"b": random_prompts(1)}, progress=False)["b"]}
+        ).score()
+    with pytest.raises(ValueError, match="over='token'"):
+        vectors.score(over="token")
+
+
+def test_save_and_load(vectors, tmp_path):
+    path = tmp_path / "vectors.safetensors"
+    vectors.save(path)
+    loaded = TaskVectors.load(path)
+    assert list(loaded) == ["a", "b", "c"] and list(tmp_path.iterdir()) == [path]
+    for name, vector in vectors.items():
+        assert loaded[name].count == vector.count and loaded[name].fingerprint == vector.fingerprint
+        for field in ("mean", "variance"):
+            for one, other in zip(getattr(loaded[name], field), getattr(vector, field)):
+                assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+
+
+def test_a_task_of_vit_l_takes_less_than_20_megabytes(tmp_path):
+    with torch.device("meta"):
+        zero = zero_vector(MAEVQGANModel(MAEVQGANConfig(vqgan_channels=32)))
+    mean = Stacks(*(torch.zeros(m.shape) for m in zero.mean))
+    mean.encoder[:, positions(Layout().regions["output"])[1:]] = torch.nan
+    vector = TaskVector("a", mean, mean.map(lambda m: m.mean(-1)), 100, zero.fingerprint)
+    TaskVectors({"a": vector}).save(tmp_path / "vit-l.safetensors")
+    assert 17e6 < (tmp_path / "vit-l.safetensors").stat().st_size < 20e6
+
+
+def test_files_that_are_not_whole_or_something_else(vectors, tmp_path):
+    path = tmp_path / "vectors.safetensors"
+    vectors.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        TaskVectors.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="expected task vectors"):
+        TaskVectors.load(path)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        TaskVectors.load(tmp_path / "nothing")
+
+
+def test_a_write_that_fails_leaves_the_old_file(vectors, tmp_path, monkeypatch):
+    path = tmp_path / "vectors.safetensors"
+    vectors.save(path)
+    before = path.read_bytes()
+
+    def half(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("vtv_nnsight.files.save_file", half)
+    with pytest.raises(OSError, match="no space"):
+        vectors.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_collection_goes_on_where_it_stopped(model, prompts, tmp_path, monkeypatch):
+    path, rows, measure = tmp_path / "state.safetensors", [], code.measure
+
+    def dying(model, batch):
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        rows.append(len(batch))
+        return measure(model, batch)
+
+    monkeypatch.setattr(code, "SAVE_EVERY", 0)
+    monkeypatch.setattr(code, "measure", dying)
+    with pytest.raises(KeyboardInterrupt):
+        TaskVectors.collect(model, prompts, batch_size=3, resume=path, progress=False)
+    done = load_file(path)
+    assert "a/mean/encoder" in done and "b/mean/encoder" not in done
+
+    monkeypatch.setattr(code, "measure", lambda model, batch: rows.append(len(batch)) or measure(model, batch))
+    resumed = TaskVectors.collect(model, prompts, batch_size=3, resume=path, progress=False)
+    assert rows == [3, 3, 1, 3, 2, 3, 3]
+    unbroken = TaskVectors.collect(model, prompts, batch_size=3, progress=False)
+    for name in prompts:
+        for one, other in zip(resumed[name].mean, unbroken[name].mean):
+            assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+
+    with pytest.raises(ValueError, match="of other prompts"):
+        TaskVectors.collect(model, prompts | {"a": random_prompts(7, 9)}, resume=path, progress=False)
+    with pytest.raises(ValueError, match="other weights"):
+        TaskVectors.collect(MAEVQGAN(random_module(1)), prompts, resume=path, progress=False)
+
+
+def test_nan_activations_are_named(prompts):
+    module = random_module()
+    module.decoder.blocks[1].attn.qkv.bias.data[2 * 16 + 8 :] = torch.nan
+    with pytest.raises(ValueError, match=r"decoder\.blocks\.1\.attn\.heads\[1\] is not finite"):
+        TaskVectors.collect(MAEVQGAN(module), prompts, progress=False)
+
+
+def test_bad_input(model, vectors, prompts):
+    with pytest.raises(ValueError, match="no tasks"):
+        TaskVectors.collect(model, {})
+    with pytest.raises(ValueError, match="no prompts of 'b'"):
+        TaskVectors.collect(model, {"a": prompts["a"], "b": prompts["a"][:0]})
+    with pytest.raises(ValueError, match="one layout at a time"):
+        TaskVectors.collect(
+            model, {"a": prompts["a"], "b": random_prompts(2, layout=Layout(112, 8, order="horizontal"))}
+        )
+    with pytest.raises(KeyError, match="choose from a, b, c"):
+        vectors["lowlight"]
+    with pytest.raises(ValueError, match="no task vectors"):
+        TaskVectors({})
+
+
+def test_vectors_of_other_models_and_layouts_do_not_mix(model, vectors):
+    horizontal = TaskVectors.collect(
+        model, {"h": random_prompts(2, layout=Layout(112, 8, order="horizontal"))}, progress=False
+    )["h"]
+    with pytest.raises(ValueError, match="'h' .* order 'horizontal', not 'vertical'"):
+        vectors["a"] + horizontal
+    other = TaskVectors.collect(MAEVQGAN(random_module(1)), {"o": random_prompts(2)}, progress=False)["o"]
+    with pytest.raises(ValueError, match="other weights"):
+        TaskVectors({"a": vectors["a"], "o": other})
+    smaller = TaskVectors.collect(
+        MAEVQGAN(random_module(num_hidden_layers=2)), {"s": random_prompts(2)}, progress=False
+    )["s"]
+    with pytest.raises(ValueError, match="encoder layers 2, not 3"):
+        vectors["a"] - smaller
+
+
+def test_another_dtype_is_the_same_model(module, vectors):
+    half = MAEVQGAN(module, dtype=torch.bfloat16)
+    found = TaskVectors.collect(half, {"a": random_prompts(7, 1)}, progress=False)["a"]
+    assert found.mean.encoder.dtype == torch.float32
+    close = (found - vectors["a"]).mean.encoder.nan_to_num(0).abs().max()
+    assert 0 < close < 0.1
+
+
+def test_a_lazy_model_is_loaded(module, tmp_path):
+    module.save_pretrained(tmp_path)
+    lazy = MAEVQGAN(tmp_path)
+    assert "weights" not in fingerprint(lazy)
+    assert "weights" in TaskVectors.collect(lazy, {"a": random_prompts(1)}, progress=False)["a"].fingerprint
+    assert list(STACKS) == ["encoder", "decoder"]

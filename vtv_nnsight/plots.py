@@ -1,0 +1,153 @@
+"""Pictures of what was found: each function returns a matplotlib Figure.
+
+>>> plots.score_map(vectors.score(), model.layout).savefig("scores.png")
+>>> plots.answers(table)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+
+from vtv_nnsight.clusters import region_positions, silhouette
+from vtv_nnsight.layouts import Layout
+from vtv_nnsight.vectors import STACKS, Stacks
+
+PANEL = 2.4
+"""Inches of a panel's side."""
+
+
+def score_map(scores: Stacks, layout: Layout, title: str = "between-task / within-task variance") -> Figure:
+    """Layer × head heat maps of a score, one for each stack and region that the stack sees.
+
+    Args:
+        scores: Stacks of [layer, position, head], such as `TaskVectors.score()`; NaN where absent.
+        layout: The layout of the prompts that were scored.
+        title: What the colours mean.
+    """
+    maps = {
+        (stack, region): values[:, places].nanmean(1)
+        for stack, values in scores._asdict().items()
+        for region, places in region_positions(layout).items()
+        if not values[:, places].isnan().all()
+    }
+    regions = [region for region in region_positions(layout) if any((stack, region) in maps for stack in STACKS)]
+    values = torch.cat([m.flatten() for m in maps.values()])
+    values = values[values.isfinite()]
+    positive = bool((values > 0).all()) and float(values.max()) > 20 * float(values.min())
+    norm = (LogNorm if positive else Normalize)(float(values.min()), float(values.max()))
+    figure = Figure(figsize=(PANEL * len(regions) + 1, 1.2 * PANEL * len(STACKS)), layout="constrained")
+    panels = figure.subplots(len(STACKS), len(regions), squeeze=False)
+    for row, stack in zip(panels, STACKS):
+        for panel, region in zip(row, regions):
+            if (stack, region) not in maps:
+                panel.set_axis_off()
+                continue
+            picture = panel.imshow(maps[stack, region], norm=norm, aspect="auto", interpolation="nearest")
+            panel.set_title(f"{stack} @ {region}", fontsize=9)
+            panel.set_xlabel("head")
+            panel.set_ylabel("layer")
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.get_major_locator().set_params(integer=True)
+    figure.colorbar(picture, ax=panels, label=title)
+    return figure
+
+
+def head_map(values: Stacks, title: str = "silhouette by task") -> Figure:
+    """Layer × head heat maps of one value a head: Stacks of [layer, head] (or None), such as `clusters.silhouettes`."""
+    present = {stack: v for stack, v in values._asdict().items() if v is not None}
+    low, high = (float(bound(torch.cat([v.flatten() for v in present.values()]))) for bound in (torch.min, torch.max))
+    figure = Figure(figsize=(1.6 * PANEL * len(present) + 1, 1.4 * PANEL), layout="constrained")
+    panels = figure.subplots(1, len(present), squeeze=False)
+    for panel, (stack, shown) in zip(panels[0], present.items()):
+        picture = panel.imshow(shown, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        panel.set_title(stack, fontsize=9)
+        panel.set_xlabel("head")
+        panel.set_ylabel("layer")
+    figure.colorbar(picture, ax=panels, label=title)
+    return figure
+
+
+def projection(heads: Stacks, stack: str, layer: int, head: int | Sequence[int], method: str = "pca") -> Figure:
+    """Prompts in the plane, coloured by task, as some heads see them; one panel a head, titled with its silhouette.
+
+    Args:
+        heads: What `clusters.activations` returns.
+        stack, layer: "encoder" or "decoder", and the layer in it.
+        head: One or several.
+        method: "pca", or "tsne" (with scikit-learn).
+
+    Raises:
+        ValueError: when the stack was not seen or the method is unknown.
+        ImportError: when scikit-learn is needed and missing.
+    """
+    by_task = getattr(heads, stack)
+    if by_task is None:
+        raise ValueError(f"the {stack} does not see the region of these activations; choose another stack or region.")
+    chosen = [head] if isinstance(head, int) else list(head)
+    labels = torch.arange(len(by_task)).repeat_interleave(torch.tensor([len(z) for z in by_task.values()]))
+    figure = Figure(figsize=(1.5 * PANEL * len(chosen) + 1, 1.5 * PANEL), layout="constrained")
+    panels = figure.subplots(1, len(chosen), squeeze=False)[0]
+    for panel, one in zip(panels, chosen):
+        points = torch.cat([z[:, layer, one] for z in by_task.values()])
+        flat = project(points, method)
+        for i, task in enumerate(by_task):
+            panel.scatter(*flat[labels == i].T, s=10, label=task, alpha=0.8)
+        width = float(silhouette(points, labels)) if len(by_task) > 1 else float("nan")
+        panel.set_title(f"{stack}.blocks.{layer} head {one}: silhouette {width:.2f}", fontsize=8)
+        panel.set_xticks([])
+        panel.set_yticks([])
+    panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def project(points: torch.Tensor, method: str = "pca") -> np.ndarray:
+    """Points [point, dim] → [point, 2]."""
+    if method == "pca":
+        centred = (points - points.mean(0)).double()
+        axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+        return (centred @ axes.T).numpy()
+    if method != "tsne":
+        raise ValueError(f"method={method!r} is unknown; choose 'pca' or 'tsne'.")
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError("t-SNE needs scikit-learn, which is not installed; use method='pca'.") from error
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points.numpy())
+
+
+def answers(table: Any, task: str | None = None) -> Figure:
+    """The first prompts of an evaluation, their truths, and every condition's answers with their scores.
+
+    Args:
+        table: What `evaluate` returned.
+        task: One of its tasks; the first by default.
+
+    Raises:
+        ValueError: when the table kept no pictures of the task.
+    """
+    task = task or table.tasks[0]
+    shown = table.pictures.get(task)
+    if not shown or not len(shown["truth"]):
+        raise ValueError(f"the table kept no pictures of {task!r}; evaluate with keep=6.")
+    rows = len(shown["truth"])
+    figure = Figure(figsize=(0.75 * PANEL * len(shown), 0.8 * PANEL * rows), layout="constrained")
+    panels = figure.subplots(rows, len(shown), squeeze=False)
+    for column, (name, cells) in zip(panels.T, shown.items()):
+        scores = table.values(task, name) if name not in ("prompt", "truth") else None
+        for i, (panel, cell) in enumerate(zip(column, cells)):
+            panel.imshow(cell.permute(1, 2, 0))
+            panel.set_xticks([])
+            panel.set_yticks([])
+            if i == 0:
+                panel.set_title(name, fontsize=7)
+            if scores is not None:
+                panel.set_xlabel(f"{scores[i]:.3f}", fontsize=7)
+    figure.suptitle(task, fontsize=9)
+    return figure

@@ -1,0 +1,248 @@
+"""The loss of sets of units on prompts: what every search asks, and the only place where it runs the model.
+
+    >>> objective = Objective(model, vector, task, prompts.query_only(), space)
+    >>> choices = torch.rand(64, len(space)) < 0.3                     # 64 sets
+    >>> objective(choices, objective.train[:1].expand(64))             # each on the first training prompt: [64]
+
+A batch holds a set of its own for every row and runs in one trace. What does not change is computed once: the codes of
+the truth, the prompts and the vector on the model's device. With loss="tokens" the VQGAN has no part in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+
+from vtv_nnsight import metrics
+from vtv_nnsight.patches import PatchSpace, patch
+from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.tasks import Task
+from vtv_nnsight.vectors import TaskVector, ready
+
+LOSSES = ("tokens", "pixels")
+
+
+class Objective:
+    """Called with sets and prompts, gives losses. Counts them, batches them, and shares them out over processes.
+
+    Under `accelerate launch`, batches go to the processes in turn and only losses come back, so that every process sees
+    the same ones: those of a single process, since the batches are the same.
+
+    Args:
+        model: A MAEVQGAN, on its device and in its dtype.
+        vector, task, prompts: What to patch in, how answers are scored, and prompts with the truth in their output cell
+            (`query_only()` for zero-shot). Lists of all three look for one set that serves several tasks.
+        space: The units.
+        loss: "tokens" is the mean cross-entropy of the output's logits against the tokenizer's codes of the truth;
+            "pixels" is the task's own loss of the decoded answer, as published.
+        batch_size: Rows a trace; halved when memory runs out. None: 16 on a CPU, 256 elsewhere.
+        held_out: The share of the prompts that is held out, or prompts of their own (a list, for several tasks).
+        seed: Of the split.
+
+    Attributes:
+        train, held_out: LongTensors of prompt numbers, tasks taking turns.
+        group: LongTensor [prompt], the number of each prompt's task.
+        evaluations: Patched evaluations made, one set on one prompt each, gradients included.
+
+    Raises:
+        ValueError: when vectors, tasks and prompts are not as many, or no prompts are left to train or hold out.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vector: TaskVector | Sequence[TaskVector],
+        task: Task | Sequence[Task],
+        prompts: VisualPrompt | Sequence[VisualPrompt],
+        space: PatchSpace,
+        *,
+        loss: str = "tokens",
+        batch_size: int | None = None,
+        held_out: float | VisualPrompt | Sequence[VisualPrompt] = 0.25,
+        seed: int = 0,
+    ) -> None:
+        if loss not in LOSSES:
+            raise ValueError(f"loss={loss!r} is unknown; choose from {', '.join(LOSSES)}.")
+        vectors, self.tasks, groups = _listed(vector), _listed(task), _listed(prompts)
+        apart = _listed(held_out) if not isinstance(held_out, (int, float)) else [held_out] * len(groups)
+        counts = [len(part) for part in (vectors, self.tasks, groups, apart)]
+        if len(set(counts)) > 1:
+            names = ("vectors", "tasks", "prompts", "held_out")
+            given = ", ".join(f"{count} {name}" for count, name in zip(counts, names))
+            raise ValueError(f"{given} were given; give one of each, or as many of each.")
+        device = ready(model)
+        self.model, self.space, self.loss = model, space, loss
+        self.batch_size = batch_size or (16 if device.type == "cpu" else 256)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
+        self._fits = self.batch_size
+        self.vectors = [v.to(device) for v in vectors]
+        parts = [_split(rows, part, seed) for rows, part in zip(groups, apart)]
+        self.prompts = VisualPrompt.cat([rows for pair in parts for rows in pair]).to(device)
+        sizes = torch.tensor([[len(rows) for rows in pair] for pair in parts])
+        self.group = torch.arange(len(parts)).repeat_interleave(sizes.sum(1))
+        numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
+        self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
+        self.evaluations = 0
+        self._output = self.prompts.layout.regions["output"].to(device)
+        self._truth = self._codes() if loss == "tokens" else crop(self.prompts.canvas, "output", self.prompts.layout)
+        self._logits = self.prompts.layout.index(self.prompts.decoded, self._output)
+
+    @property
+    def stride(self) -> int:
+        """Rows worth asking for at once: a few batches for every process."""
+        return self.batch_size * PartialState().num_processes * (1 if self._truth.device.type == "cpu" else 4)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the losses depend on, in words and digests."""
+        digest = hashlib.blake2b(digest_size=8)
+        means = [mean for vector in self.vectors for mean in vector.mean]
+        for tensor in (self.prompts.canvas, self.prompts.visible, self.prompts.decoded, self.train, *means):
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return {
+            "loss": self.loss,
+            "tasks": [task.name for task in self.tasks],
+            "prompts": f"{len(self.train)} + {len(self.held_out)} held out",
+            "dtype": str(self.model._module.dtype),
+            "data": digest.hexdigest(),
+            "space": self.space.fingerprint,
+        }
+
+    def __call__(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The loss of each set on its prompt.
+
+        Args:
+            choices: Bool [row, unit].
+            rows: Prompt numbers [row].
+
+        Returns:
+            Float64 [row], on the CPU.
+        """
+        with torch.no_grad():
+            losses = self._shared(lambda batch: self._losses(choices[batch], rows[batch]).double()[:, None], rows, 1)
+            return losses[:, 0]
+
+    def gradient(self, gates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each prompt under gates, and its gradient there.
+
+        Args:
+            gates: Float [row, unit], from 0 (the activation as it is) to 1 (the vector).
+            rows: Prompt numbers [row].
+
+        Returns:
+            Float64 losses [row] and gradients [row, unit], on the CPU.
+
+        Raises:
+            ValueError: with loss="pixels", whose arg-max has no gradient.
+        """
+        if self.loss != "tokens":
+            raise ValueError(f'loss={self.loss!r} has no gradient (its codes are an arg-max); use loss="tokens".')
+
+        def batch_gradient(batch: torch.Tensor) -> torch.Tensor:
+            own = gates[batch].to(self._truth.device, torch.float32).requires_grad_()
+            with torch.enable_grad():
+                losses = self._losses(own, rows[batch])
+                (gradient,) = torch.autograd.grad(losses.sum(), own)
+            return torch.column_stack([losses.detach(), gradient]).double()
+
+        values = self._shared(batch_gradient, rows, 1 + len(self.space))
+        return values[:, 0], values[:, 1:]
+
+    def _shared(self, function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, width: int) -> torch.Tensor:
+        """`function` of batches of row numbers → [row, width], each batch done by one of the processes."""
+        state = PartialState()
+        values = torch.zeros(len(rows), width, dtype=torch.float64)
+        found = []
+        for batch in list(self._batches(rows))[state.process_index :: state.num_processes]:
+            found += [(part, self._fitting(function, part)) for part in [batch]]
+        for batch, value in found:
+            values[batch] = value.cpu()
+        self.evaluations += len(rows)
+        if state.num_processes > 1:
+            values = reduce(values.to(state.device), "sum").cpu()
+        return values
+
+    def _batches(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Row numbers of at most `batch_size` rows of one task."""
+        groups = self.group[rows]
+        for group in groups.unique():
+            yield from (groups == group).nonzero()[:, 0].split(self.batch_size)
+
+    def _fitting(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        """`function` of a batch, in parts that fit into memory."""
+        while True:
+            try:
+                return torch.cat([function(part) for part in batch.split(self._fits)])
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error) or self._fits == 1:
+                    raise
+                self._fits = max(1, min(self._fits, len(batch)) // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _losses(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Losses [row] of one batch of one task."""
+        device, task = self._truth.device, int(self.group[rows[0]])
+        rows = rows.to(device)
+        prompts, truth = self.prompts[rows], self._truth[rows]
+        mask = self.space.mask(choices.to(device))
+        logits = self._trace(prompts, self.vectors[task], mask)
+        if self.loss == "tokens":
+            return metrics.token_loss(logits, truth)
+        inputs = prompts.canvas, prompts.visible, prompts.decoded
+        drawn = self.model._module.paint(logits.argmax(-1), *inputs)
+        return self.tasks[task].loss(crop(drawn, "output", prompts.layout), truth)
+
+    def _trace(self, prompts: VisualPrompt, vector: TaskVector, mask: Any) -> torch.Tensor:
+        """Logits [row, patch, code]: of the output's patches for "tokens", else of all that are decoded."""
+        model, kept = self.model, torch.cat([self._logits.new_zeros(1), self._logits])
+        with model.trace(prompts):
+            patch(model, vector, mask)
+            if self.loss == "tokens":
+                model.decoder.norm.output = model.decoder.norm.output[:, kept]
+            logits = model.output.logits.save()
+        return logits
+
+    def _codes(self) -> torch.Tensor:
+        """The tokenizer's codes of the truth, [prompt, output patch]."""
+        vqgan = self.model._module.vqgan
+        dtype = vqgan.codebook.weight.dtype
+        with torch.no_grad():
+            codes = [vqgan.encode(batch.canvas.to(dtype)) for batch in self.prompts.split(self.batch_size)]
+        return torch.cat(codes)[:, self._output]
+
+
+def _listed(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _split(prompts: VisualPrompt, held_out: float | VisualPrompt, seed: int) -> tuple[VisualPrompt, VisualPrompt]:
+    """Prompts to train on and prompts to judge by."""
+    if isinstance(held_out, VisualPrompt):
+        parts = prompts, held_out
+    else:
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).to(prompts.device)
+        count = max(1, round(held_out * len(prompts)))
+        parts = prompts[order[count:]], prompts[order[:count]]
+    if not all(map(len, parts)):
+        raise ValueError(
+            f"{len(prompts)} prompts and held_out={held_out!r} leave {len(parts[0])} to train on and {len(parts[1])} "
+            "held out; give more prompts."
+        )
+    return parts
+
+
+def _in_turn(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The numbers of several tasks, one of each in turn as far as they go."""
+    longest = max(map(len, numbers))
+    return torch.cat([part[place : place + 1] for place in range(longest) for part in numbers])
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in str(error).lower()
