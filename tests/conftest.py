@@ -78,7 +78,7 @@ def rows():
     return row("support"), row("query")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_config():
     """small_config(**sizes) → a config that is quick to build: a canvas of 64, patches of 16."""
 

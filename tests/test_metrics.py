@@ -62,6 +62,8 @@ def test_an_answer_is_squared_off_to_the_box_of_its_largest_piece():
     answer[0, :, 7:, 7:] = torch.tensor([[1.0, 1.0], [1.0, 0.3]])
     expected = torch.zeros(2, 3, 9, 9)
     expected[0, :, 2:6, 1:4] = 1
+    for dims in ([2], [3], [2, 3]):
+        assert torch.equal(metrics.squared_off(answer.flip(dims)), expected.flip(dims))
     assert torch.equal(metrics.squared_off(answer), expected)
     yellow, purple = (253, 231, 37), (68, 1, 84)
     painted = metrics.squared_off(answer, yellow, purple)

@@ -237,7 +237,7 @@ def test_batches_are_halved_when_memory_runs_out(objective, monkeypatch):
         objective(choices, rows)
 
 
-def test_bf16_is_near_and_its_truth_is_the_same(model, prompts, vectors, space, objective):
+def test_bf16_is_near(model, prompts, vectors, space, objective):
     half = MAEVQGAN(model._module, dtype=torch.bfloat16)
     args = vectors["identity"], tasks.identity, prompts.query_only(), space
     low, full = search.Objective(half, *args), objective()

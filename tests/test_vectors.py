@@ -10,6 +10,8 @@ from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.vectors import STACKS, Stacks, TaskVector, fingerprint, zero_vector
 
 LAYOUT = Layout(112, 8)
+FAST = dict(vqgan_fold=4, vqgan_channel_multipliers=(1, 1), vqgan_attention_levels=())
+"""Sizes of a tokenizer that draws quickly."""
 QUERY = positions(LAYOUT.regions["query"])
 
 

@@ -111,7 +111,7 @@ def run(
         str, typer.Option(help='"vertical", or "horizontal" for inputs above outputs.')
     ] = Settings.order,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = Settings.seed,
-    published: Annotated[bool, typer.Option("--published", help="The paper's own candidates, search and loss.")] = False,
+    published: Annotated[bool, typer.Option("--published", help="The paper's own search, loss and numbers.")] = False,
     redo: Annotated[bool, typer.Option("--redo", help="Do again what depends on settings that changed.")] = False,
     batch_size: Annotated[int | None, typer.Option(help="Prompts a forward.")] = None,
     vqgan: VQGAN = None,

@@ -302,8 +302,8 @@ def patch(
     """Put a task vector's activations in the place of the model's own, inside `trace`, `generate` or `edit`.
 
     A block goes through the model once, and so does this: call it once in a block (lists of vectors and of patches
-    patch several, later ones on top), before anything else that the block reads of the encoder or the decoder. What lies
-    before the last patched layer is read in a block of its own, which sees the patches:
+    patch several, later ones on top), before anything else that the block reads of the encoder or the decoder. What
+    lies before the last patched layer is read in a block of its own, which sees the patches:
 
         with model.trace() as tracer:
             with tracer.invoke(prompts):

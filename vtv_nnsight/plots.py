@@ -48,7 +48,7 @@ def score_map(scores: Stacks, layout: Layout, title: str = "between-task / withi
             if (stack, region) not in maps:
                 panel.set_axis_off()
                 continue
-            picture = panel.imshow(maps[stack, region], norm=norm, aspect="auto", interpolation="nearest")
+            picture = panel.imshow(maps[stack, region].numpy(), norm=norm, aspect="auto", interpolation="nearest")
             panel.set_title(f"{stack} @ {region}", fontsize=9)
             panel.set_xlabel("head")
             panel.set_ylabel("layer")
@@ -65,7 +65,7 @@ def head_map(values: Stacks, title: str = "silhouette by task") -> Figure:
     figure = Figure(figsize=(1.6 * PANEL * len(present) + 1, 1.4 * PANEL), layout="constrained")
     panels = figure.subplots(1, len(present), squeeze=False)
     for panel, (stack, shown) in zip(panels[0], present.items()):
-        picture = panel.imshow(shown, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        picture = panel.imshow(shown.numpy(), vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         panel.set_title(stack, fontsize=9)
         panel.set_xlabel("head")
         panel.set_ylabel("layer")
@@ -136,18 +136,16 @@ def answers(table: Any, task: str | None = None) -> Figure:
     shown = table.pictures.get(task)
     if not shown or not len(shown["truth"]):
         raise ValueError(f"the table kept no pictures of {task!r}; evaluate with keep=6.")
-    rows = len(shown["truth"])
-    figure = Figure(figsize=(0.75 * PANEL * len(shown), 0.8 * PANEL * rows), layout="constrained")
-    panels = figure.subplots(rows, len(shown), squeeze=False)
-    for column, (name, cells) in zip(panels.T, shown.items()):
+    rows, columns = len(shown["truth"]), len(shown)
+    figure = Figure(figsize=(0.75 * PANEL * columns, 0.8 * PANEL * rows + 0.4), layout="constrained")
+    sheet = figure.subplots()
+    for column, (name, cells) in enumerate(shown.items()):
+        sheet.text(column + 0.47, -0.04, name, ha="center", va="bottom", fontsize=7)
         scores = table.values(task, name) if name not in ("prompt", "truth") else None
-        for i, (panel, cell) in enumerate(zip(column, cells)):
-            panel.imshow(cell.permute(1, 2, 0))
-            panel.set_xticks([])
-            panel.set_yticks([])
-            if i == 0:
-                panel.set_title(name, fontsize=7)
+        for row, cell in enumerate(cells):
+            sheet.imshow(cell.permute(1, 2, 0).numpy(), extent=(column, column + 0.94, row + 0.88, row))
             if scores is not None:
-                panel.set_xlabel(f"{scores[i]:.3f}", fontsize=7)
-    figure.suptitle(task, fontsize=9)
+                sheet.text(column + 0.47, row + 0.9, f"{scores[row]:.3f}", ha="center", va="top", fontsize=7)
+    sheet.set(xlim=(0, columns), ylim=(rows, -0.15), aspect="auto", title=task)
+    sheet.set_axis_off()
     return figure

@@ -62,6 +62,9 @@ SHOWN = {
 ROWS = 4
 """Rows of pictures, a task."""
 
+BAR = "&nbsp;"
+"""The head of a column of bars, which phones do without."""
+
 INK = {"light": "#1c2126", "dark": "#e8e6e1"}
 
 
@@ -168,13 +171,13 @@ def overview(found: Found, row: int = 0) -> Figure:
     """A row of pictures for every task: example, query, answers, truth."""
     figure = Figure(figsize=(1.5 * len(SHOWN), 1.65 * len(found.tasks)), layout="constrained")
     panels = figure.subplots(len(found.tasks), len(SHOWN), squeeze=False)
-    for task, across in zip(found.tasks, panels):
+    for number, (task, across) in enumerate(zip(found.tasks, panels)):
         pictures = _cells(found, task)
         for panel, (name, label) in zip(across, SHOWN.items()):
             panel.imshow(pictures[name][row].permute(1, 2, 0))
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
-            if across is panels[0]:
+            if number == 0:
                 panel.set_title(label.replace(", ", ",\n"), fontsize=8)
         across[0].set_ylabel(task.name, fontsize=8)
     return figure
@@ -252,12 +255,11 @@ def _pictures(found: Found, task: Task) -> str:
     figures = []
     for i in range(rows):
         for name, label in SHOWN.items():
-            scored = name in CONDITIONS
-            score = f" <span>{_number(found.table.values(task.name, name)[i])}</span>" if scored else ""
+            score = _number(found.table.values(task.name, name)[i]) if name in CONDITIONS else "&nbsp;"
             alt = f"{label}, row {i + 1}"
             figures.append(
                 f"<figure><img src='{_uri(cells[name][i])}' alt='{escape(alt)}'>"
-                f"<figcaption>{label}{score}</figcaption></figure>"
+                f"<figcaption><b>{label}</b> <span>{score}</span></figcaption></figure>"
             )
     return f"<div class=row>{''.join(figures)}</div>"
 
@@ -271,12 +273,12 @@ def _results(task: Task, lines: list[Line]) -> str:
         mark = " class=mark" if line.condition == PATCHED else ""
         loss = losses[line.condition]
         rows.append(
-            f"<tr{mark}><th scope=row>{escape(line.condition)}<td>{_bar(line, low, high)}"
+            f"<tr{mark}><th scope=row>{escape(line.condition)}<td class=bar>{_bar(line, low, high)}"
             f"<td>{_interval(line.mean, line.low, line.high)}"
             f"<td>{_interval(line.difference, line.difference_low, line.difference_high, sign='+')}"
             f"<td>{_interval(loss.mean, loss.low, loss.high)}</tr>"
         )
-    head = ("", "", _metric(task), f"difference to {BASELINE}", "token loss ↓")
+    head = ("", BAR, _metric(task), f"difference to {BASELINE}", "token loss ↓")
     return _table(head, rows) + f"<p class=small>{scores[0].images} queries; 95 % bootstrap intervals.</p>"
 
 
@@ -326,10 +328,10 @@ def _compared(found: list[Found], task: Task, lines: dict[str, list[Line]]) -> s
         )
         patched = own[PATCHED]
         rows.append(
-            f"<tr><th scope=row>{escape(one.name)}{cells}<td>{_bar(patched, low, high)}"
+            f"<tr><th scope=row>{escape(one.name)}{cells}<td class=bar>{_bar(patched, low, high)}"
             f"<td>{_interval(patched.mean, patched.low, patched.high)}<td>{_size(one, task)}</tr>"
         )
-    head = ("run", BASELINE, "zero-shot", "", f"{PATCHED}, {_metric(task)}", "units")
+    head = ("run", BASELINE, "zero-shot", BAR, f"{PATCHED}, {_metric(task)}", "units")
     figure = _figure(
         lambda: search_plots.curves({one.name: list(one.results[task.name].values()) for one in found}),
         "The searches: best held-out loss so far.",
@@ -393,7 +395,7 @@ def _bar(line: Line, low: float, high: float) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[str]) -> str:
-    top = "".join(f"<th scope=col>{cell}" for cell in head)
+    top = "".join(f"<th scope=col{' class=bar' if cell == BAR else ''}>{cell}" for cell in head)
     return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
+from vtv_nnsight.images import SMALLEST
+
 
 def folder(path: str | Path) -> Dataset:
     """Every picture in a folder and the folders inside it, sorted by path, as column image (in its own size and mode).
 
     A picture is any file whose suffix Pillow knows how to open; hidden files are passed over. Files that turn out to be
-    broken are left out, with a warning that names them. The Dataset refers to the files where they lie.
+    broken, or smaller than tasks take, are left out, with a warning that names them. The Dataset refers to the files
+    where they lie.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -22,11 +25,13 @@ def folder(path: str | Path) -> Dataset:
         for file in sorted(path.rglob("*"))
         if file.suffix.lower() in readable and not file.name.startswith(".") and file.is_file()
     ]
-    broken = [file for file in files if not _decodes(file)]
+    broken = [file for file in files if not _usable(file)]
     if broken:
         names = ", ".join(str(file.relative_to(path)) for file in broken)
         warnings.warn(
-            f"{len(broken)} of {len(files)} files in {path} cannot be read and are left out: {names}.", stacklevel=2
+            f"{len(broken)} of {len(files)} files in {path} cannot be read or are smaller than {SMALLEST} pixels, and "
+            f"are left out: {names}.",
+            stacklevel=2,
         )
     pictures = [str(file.absolute()) for file in files if file not in set(broken)]
     if not pictures:
@@ -36,14 +41,15 @@ def folder(path: str | Path) -> Dataset:
     return Dataset.from_dict({"image": pictures}, Features(image=Image()))
 
 
-def _decodes(file: Path) -> bool:
-    """Whether a picture is whole: reading only its header would miss one that was cut short."""
+def _usable(file: Path) -> bool:
+    """Whether a picture is large enough, and whole: reading only its header would miss one that was cut short."""
     try:
         with PILImage.open(file) as picture:
+            large = min(picture.size) >= SMALLEST
             picture.draft("RGB", (64, 64))  # a JPEG is then decoded at an eighth of its size
             picture.load()
     except (
         Exception
     ):  # what a broken file raises depends on its format: OSError, SyntaxError, ValueError, struct.error…
         return False
-    return True
+    return large

@@ -158,10 +158,8 @@ class Objective:
         """`function` of batches of row numbers → [row, width], each batch done by one of the processes."""
         state = PartialState()
         values = torch.zeros(len(rows), width, dtype=torch.float64)
-        found = []
-        for batch in list(self._batches(rows))[state.process_index :: state.num_processes]:
-            found += [(part, self._fitting(function, part)) for part in [batch]]
-        for batch, value in found:
+        own = list(self._batches(rows))[state.process_index :: state.num_processes]
+        for batch, value in [(batch, self._fitting(function, batch)) for batch in own]:
             values[batch] = value.cpu()
         self.evaluations += len(rows)
         if state.num_processes > 1:
@@ -245,4 +243,5 @@ def _in_turn(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in str(error).lower()
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(some in str(error).lower() for some in words)

@@ -1,0 +1,234 @@
+"""`vtv run` and `vtv report`: what is written, what is done again, what is refused, and what the report says."""
+
+import json
+import re
+import shutil
+import warnings
+
+import pytest
+from PIL import Image
+
+from vtv_nnsight import MAEVQGAN, data, report, tasks
+from vtv_nnsight import run as runs
+from vtv_nnsight.evaluation import Table
+from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight.run import STEPS, Settings, run
+from vtv_nnsight.search import SearchResult
+from vtv_nnsight.vectors import TaskVectors
+
+TASKS = ("segmentation", "lowlight")
+SMALL = dict(tasks=TASKS, images=40, prompts=8, candidates=30, budget=200, evaluations=6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, small_config):
+    """A folder with a tiny untrained model."""
+    folder = tmp_path_factory.mktemp("model")
+    MAEVQGANModel(small_config()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model):
+    """A finished run. Copy it before you change it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    run(out, Settings(model=model, **SMALL), progress=False)
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """The steps that did something, in order."""
+    steps = []
+    for name, function in (("select", runs.select), ("collect", runs.collect), ("search", runs.seek)):
+        monkeypatch.setattr(runs, function.__name__, _noting(function, name, steps))
+    monkeypatch.setattr(runs, "judge", _noting(runs.judge, "evaluate", steps))
+    return steps
+
+
+def _noting(function, name, steps):
+    def noted(*args):
+        *rest, doing = args
+        return function(*rest, lambda what: (steps.append(name), doing(what)))
+
+    return noted
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".safetensors", ".csv")}
+
+
+def test_a_run_writes_what_the_rest_of_the_library_reads(finished, model):
+    facts = json.loads((finished / "run.json").read_text())
+    assert facts["settings"]["budget"] == 200 and facts["settings"]["tasks"] == list(TASKS)
+    assert list(facts["seconds"]) == [*STEPS, "report"] and all(s >= 0 for s in facts["seconds"].values())
+    assert {"python", "torch", "nnsight"} <= facts["versions"].keys() and facts["notes"] == []
+    vectors = TaskVectors.load(finished / "vectors.safetensors")
+    assert [(name, vector.count) for name, vector in vectors.items()] == [(name, 8) for name in TASKS]
+    for name in TASKS:
+        found = SearchResult.load(finished / "search" / f"{name}.safetensors")
+        assert found.evaluations <= 200 and len(found.patches.space) == 2 * 4 * 2 + 2 * 3
+        table = Table.load(finished / "evaluation" / f"{name}.parquet")
+        assert len(table.values(name, "task vector")) == 6
+    units = (finished / "scores.csv").read_text().splitlines()
+    assert units[0] == "unit,score" and len(units) == 1 + 22 and "attn.heads[" in units[1]
+    assert not [path for path in finished.rglob("*") if path.suffix in (".journal", ".state", ".tmp")]
+
+
+def test_kept_prompts_are_exact(tmp_path, model):
+    layout = MAEVQGAN(model).layout
+    rows = data.scenes("train", 40, 0)
+    part = runs.Part("", tmp_path, 0, rows, rows)
+    settings = Settings(**SMALL | {"prompts": 20})
+    made = [runs.select(part, None, [tasks.lowlight], layout, settings, 8, lambda what: None) for _ in range(2)]
+    assert (made[0]["lowlight"].canvas == tasks.lowlight.prompts(rows, 20, 0, layout).canvas).all()
+    assert (made[0]["lowlight"].canvas == made[1]["lowlight"].canvas).all()
+
+
+def test_a_finished_run_is_not_done_again(copy, model, done):
+    before = times(copy)
+    before.pop("table.csv")
+    run(copy, Settings(model=model, **SMALL), progress=False)
+    after = times(copy)
+    after.pop("table.csv")
+    assert done == [] and after == before
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path, monkeypatch, done):
+    settings = Settings(model=model, **SMALL)
+    asked = []
+
+    def interrupt(*args):
+        asked.append(args)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return losses(*args)
+
+    losses = runs.search.Objective._losses
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.search.Objective, "_losses", interrupt)
+        run(tmp_path / "run", settings, progress=False)
+    assert (tmp_path / "run" / "search" / "segmentation.journal").exists()
+    assert done == ["select", "select", "collect", "search"]
+    run(tmp_path / "run", settings, progress=False)
+    assert done[4:] == ["search", "search", "evaluate", "evaluate"]
+    for name in TASKS:
+        one, other = (SearchResult.load(out / "search" / f"{name}.safetensors") for out in (finished, tmp_path / "run"))
+        assert one.patches == other.patches and one.held_out_loss == other.held_out_loss
+    assert (finished / "table.md").read_text() == (tmp_path / "run" / "table.md").read_text()
+
+
+def test_a_changed_setting_is_refused_or_done_again(copy, model, done):
+    changed = Settings(model=model, **SMALL | {"evaluations": 4})
+    before = (copy / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"evaluations was 6 and is 4\. Name another folder, or do evaluate again"):
+        run(copy, changed, progress=False)
+    assert (copy / "report.html").read_text() == before and done == []
+    vectors, found = (copy / "vectors.safetensors").read_bytes(), times(copy / "search")
+    run(copy, changed, redo=True, progress=False)
+    assert done == ["evaluate", "evaluate"]
+    assert (copy / "vectors.safetensors").read_bytes() == vectors and times(copy / "search") == found
+    assert len(Table.load(copy / "evaluation" / "lowlight.parquet").values("lowlight", "one-shot")) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1.*or do select, collect, score, search, evaluate again"),
+        ({"budget": 300}, "budget was 200 and is 300.*or do search, evaluate again"),
+        ({"tasks": ("lowlight",)}, "tasks was segmentation, lowlight and is lowlight"),
+    ],
+)
+def test_what_depends_on_a_setting_is_named(finished, model, change, words):
+    with pytest.raises(ValueError, match=words):
+        run(finished, Settings(model=model, **SMALL | change), progress=False)
+
+
+def test_other_weights_are_noticed(finished, small_config, tmp_path, model):
+    MAEVQGANModel(small_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weights was .* and is"):
+        run(finished, Settings(model=str(tmp_path), **SMALL), progress=False)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, model):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run(tmp_path, Settings(model=model, **SMALL), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of pictures of all kinds, two of which are broken and one tiny."""
+    folder = tmp_path / "photographs"
+    (folder / "deeper").mkdir(parents=True)
+    for i, row in enumerate(data.scenes("train", 10)):
+        picture = row["image"].resize((40 + 9 * i, 64)).convert("L" if i == 3 else "RGB")
+        picture.save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
+    (folder / "deeper" / "cut.jpg").write_bytes((folder / "1.jpg").read_bytes()[:300])
+    (folder / "broken.png").write_text("not a picture")
+    Image.new("RGB", (3, 3)).save(folder / "dot.png")
+    return folder
+
+
+def test_ones_own_pictures(photographs, model, tmp_path):
+    small = {name: value for name, value in SMALL.items() if name != "tasks"}
+    settings = Settings(model=model, data=str(photographs), **small)
+    page = run(tmp_path / "run", settings, progress=False).read_text()
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["settings"]["tasks"] == ["lowlight", "identity", "inpainting", "colorization"]
+    broken, few = facts["notes"]
+    assert "3 of 13 files" in broken and all(name in broken for name in ("broken.png", "deeper/cut.jpg", "dot.png"))
+    assert "8 pictures to learn from are few" in few and "deeper/cut.jpg" in page
+    (photographs / "new.png").write_bytes((photographs / "0.png").read_bytes())
+    with pytest.raises(ValueError, match="pictures was"):
+        run(tmp_path / "run", settings, progress=False)
+
+
+def test_what_pictures_cannot_serve(photographs, model, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="'segmentation' needs a column 'mask', and .* has image"):
+            run(tmp_path / "run", Settings(model=model, data=str(photographs), **SMALL), progress=False)
+    with pytest.raises(ValueError, match="'scenes' has no folds"):
+        run(tmp_path / "run", Settings(model=model, folds=(1,), **SMALL), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_report_is_one_file_with_everything(finished):
+    page = (finished / "report.html").read_text()
+    links = re.findall(r"(?:src|href|srcset)\s*=\s*['\"]?([^'\">\s]{1,30})", page)
+    assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    assert "http" not in page and "url(" not in page and "prefers-color-scheme: dark" in page and "viewport" in page
+    for name in TASKS:
+        section = page[page.index(f'<section id="{name}">') :]
+        section = section[: section.index("</section>")]
+        assert section.count("<figure><img") == 4 * len(report.SHOWN)
+        assert section.count("<picture>") == 2 and "Probability of every unit" in section
+        table = Table.load(finished / "evaluation" / f"{name}.parquet")
+        patched = next(line for line in table.lines() if line.condition == "task vector")
+        units = len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
+        assert f"<b>{patched.mean:.3f}</b>" in section and f"With {units} of 22 units" in section
+        assert f"{patched.low:.3f} to {patched.high:.3f}" in section
+    assert "Which heads tell the tasks apart" in page and "&quot;budget&quot;: 200" in page
+
+
+def test_runs_are_compared(finished, copy, model, tmp_path):
+    run(copy, Settings(model=model, **SMALL | {"budget": 300, "tasks": TASKS}), redo=True, progress=False)
+    page = report.compare([finished, copy], tmp_path / "comparison.html").read_text()
+    assert "<th scope=col>budget" in page and "<td>200" in page and "<td>300" in page
+    assert "<th scope=col>seed" not in page
+    assert page.count("<th scope=row>finished") == page.count("<th scope=row>copy") == 1 + len(TASKS)
+
+
+def test_an_unfinished_run_has_no_report(copy, tmp_path):
+    (copy / "evaluation" / "lowlight.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="is not finished: lowlight is not evaluated yet"):
+        report.write(copy)
+    with pytest.raises(FileNotFoundError, match="holds no run.json"):
+        report.compare([tmp_path / "nowhere", copy], tmp_path / "page.html")
