@@ -246,6 +246,9 @@ def test_scale_gates_and_their_gradients(model, module, prompts, vectors):
         with torch.no_grad():
             slope = (loss(step) - loss(-step)) / 2e-2
         torch.testing.assert_close(gates.grad[i], slope, rtol=0.05, atol=1e-4)
+    by_row = torch.zeros(4, len(space), requires_grad=True)
+    loss(by_row).backward()
+    torch.testing.assert_close(by_row.grad.sum(0), gates.grad, rtol=1e-4, atol=1e-7)
     idle = [space.names[i] for i in (gates.grad == 0).nonzero()[:, 0].tolist()]
     assert idle == [f"decoder.blocks.1.attn.heads[{head}] @ cls" for head in range(2)]
 

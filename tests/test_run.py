@@ -7,11 +7,13 @@ import warnings
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from vtv_nnsight import MAEVQGAN, data, report, tasks
+from vtv_nnsight import MAEVQGAN, cli, data, report, tasks
 from vtv_nnsight import run as runs
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight.progress import display, tqdm
 from vtv_nnsight.run import STEPS, Settings, run
 from vtv_nnsight.search import SearchResult
 from vtv_nnsight.vectors import TaskVectors
@@ -43,8 +45,9 @@ def copy(finished, tmp_path):
 
 @pytest.fixture
 def done(monkeypatch):
-    """The steps that did something, in order."""
+    """The steps that did something, in order; the report is not drawn, which takes the longest."""
     steps = []
+    monkeypatch.setattr(report, "write", lambda out: out / "report.html")
     for name, function in (("select", runs.select), ("collect", runs.collect), ("search", runs.seek)):
         monkeypatch.setattr(runs, function.__name__, _noting(function, name, steps))
     monkeypatch.setattr(runs, "judge", _noting(runs.judge, "evaluate", steps))
@@ -92,11 +95,8 @@ def test_kept_prompts_are_exact(tmp_path, model):
 
 def test_a_finished_run_is_not_done_again(copy, model, done):
     before = times(copy)
-    before.pop("table.csv")
-    run(copy, Settings(model=model, **SMALL), progress=False)
-    after = times(copy)
-    after.pop("table.csv")
-    assert done == [] and after == before
+    assert run(copy, Settings(model=model, **SMALL), progress=False) == copy / "report.html"
+    assert done == [] and times(copy) == before
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path, monkeypatch, done):
@@ -120,15 +120,16 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path,
     for name in TASKS:
         one, other = (SearchResult.load(out / "search" / f"{name}.safetensors") for out in (finished, tmp_path / "run"))
         assert one.patches == other.patches and one.held_out_loss == other.held_out_loss
-    assert (finished / "table.md").read_text() == (tmp_path / "run" / "table.md").read_text()
+        one, other = (Table.load(out / "evaluation" / f"{name}.parquet") for out in (finished, tmp_path / "run"))
+        assert one.rows.to_pandas().equals(other.rows.to_pandas())
 
 
 def test_a_changed_setting_is_refused_or_done_again(copy, model, done):
     changed = Settings(model=model, **SMALL | {"evaluations": 4})
-    before = (copy / "report.html").read_text()
-    with pytest.raises(ValueError, match=r"evaluations was 6 and is 4\. Name another folder, or do evaluate again"):
+    before = times(copy)
+    with pytest.raises(ValueError, match=r"evaluations was 6 and is 4, .*\. Name another folder, or do evaluate again"):
         run(copy, changed, progress=False)
-    assert (copy / "report.html").read_text() == before and done == []
+    assert times(copy) == before and done == []
     vectors, found = (copy / "vectors.safetensors").read_bytes(), times(copy / "search")
     run(copy, changed, redo=True, progress=False)
     assert done == ["evaluate", "evaluate"]
@@ -177,14 +178,18 @@ def photographs(tmp_path):
 
 
 def test_ones_own_pictures(photographs, model, tmp_path):
-    small = {name: value for name, value in SMALL.items() if name != "tasks"}
-    settings = Settings(model=model, data=str(photographs), **small)
+    """Tasks are those that need no masks; of one task there is no score to show."""
+    settings = Settings(model=model, data=str(photographs), **SMALL | {"tasks": ("inpainting",)})
     page = run(tmp_path / "run", settings, progress=False).read_text()
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert facts["settings"]["tasks"] == ["lowlight", "identity", "inpainting", "colorization"]
-    broken, few = facts["notes"]
+    broken, few = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
     assert "3 of 13 files" in broken and all(name in broken for name in ("broken.png", "deeper/cut.jpg", "dot.png"))
     assert "8 pictures to learn from are few" in few and "deeper/cut.jpg" in page
+    assert "Which heads" not in page and not (tmp_path / "run" / "scores.csv").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = data.folder(photographs)
+    servable = runs.servable(Settings(), rows)
+    assert [task.name for task in servable] == ["lowlight", "identity", "inpainting", "colorization"]
     (photographs / "new.png").write_bytes((photographs / "0.png").read_bytes())
     with pytest.raises(ValueError, match="pictures was"):
         run(tmp_path / "run", settings, progress=False)
@@ -218,8 +223,8 @@ def test_the_report_is_one_file_with_everything(finished):
     assert "Which heads tell the tasks apart" in page and "&quot;budget&quot;: 200" in page
 
 
-def test_runs_are_compared(finished, copy, model, tmp_path):
-    run(copy, Settings(model=model, **SMALL | {"budget": 300, "tasks": TASKS}), redo=True, progress=False)
+def test_runs_are_compared(finished, copy, model, tmp_path, done):
+    run(copy, Settings(model=model, **SMALL | {"budget": 300}), redo=True, progress=False)
     page = report.compare([finished, copy], tmp_path / "comparison.html").read_text()
     assert "<th scope=col>budget" in page and "<td>200" in page and "<td>300" in page
     assert "<th scope=col>seed" not in page
@@ -232,3 +237,82 @@ def test_an_unfinished_run_has_no_report(copy, tmp_path):
         report.write(copy)
     with pytest.raises(FileNotFoundError, match="holds no run.json"):
         report.compare([tmp_path / "nowhere", copy], tmp_path / "page.html")
+
+
+@pytest.fixture
+def vtv(monkeypatch):
+    """vtv(*args) → (exit code, what was said, the Settings that a run was asked for)."""
+    asked = []
+    monkeypatch.setattr(runs, "run", lambda out, settings, **options: asked.append((out, settings, options)) or out)
+
+    def call(*args):
+        result = CliRunner().invoke(cli.app, list(map(str, args)), env={"COLUMNS": "200"})
+        return result.exit_code, result.output, asked[-1] if asked else None
+
+    return call
+
+
+def test_options_become_settings(vtv, tmp_path):
+    code, said, (out, settings, options) = vtv("run")
+    assert (code, settings, str(out)) == (0, Settings(), "runs/scenes") and "wrote runs/scenes" in said
+    assert options == {"redo": False, "device": None, "batch_size": None}
+    args = ("--images", tmp_path, "--tasks", "lowlight,identity", "--redo", "--seed", 3)
+    _, _, (out, settings, options) = vtv("run", *args)
+    assert settings == Settings(data=str(tmp_path), tasks=("lowlight", "identity"), seed=3)
+    assert out.name == tmp_path.name and options["redo"]
+    args = ("--model", "m.pth", "--data", "pascal:VOCdevkit", "--folds", "0,2", "--published", "--evaluations", 50)
+    _, _, (out, settings, _) = vtv("run", *args)
+    published = runs.PUBLISHED | {"evaluations": 50}
+    assert settings == Settings(model="m.pth", data="pascal:VOCdevkit", folds=(0, 2), **published)
+    assert str(out) == "runs/pascal"
+    code, said, _ = vtv("run", "--images", tmp_path, "--data", "pascal:VOCdevkit")
+    assert code == 1 and "give one" in said
+
+
+def test_interrupting_says_how_to_go_on(vtv, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run", interrupt)
+    assert vtv("run")[:2] == (130, "Stopped. The same command goes on where it stopped.\n")
+
+
+def test_help_begins_with_the_whole(vtv):
+    said = vtv("--help")[1]
+    assert said.index("From end to end") < said.index("run ") < said.index("report ") < said.index("Model")
+
+
+def test_folds_have_folders_of_their_own(monkeypatch, tmp_path):
+    asked = []
+    rows = data.scenes("train", 8)
+    monkeypatch.setattr(runs, "load", lambda spec, split, n, seed: asked.append((spec, split)) or rows)
+    parts, _ = runs.sources(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(1, 3)))
+    assert [(part.name, part.folder, part.fold) for part in parts] == [
+        ("fold1", tmp_path / "fold1", 1),
+        ("fold3", tmp_path / "fold3", 3),
+    ]
+    assert asked == [(f"pascal:data:{fold}", split) for fold in (1, 3) for split in ("train", "test")]
+
+
+def test_a_quarter_is_set_aside_of_data_without_splits(photographs, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ((part,), _) = runs.sources(tmp_path, Settings(data=str(photographs)))
+    sizes = [[row["image"].width for row in rows] for rows in (part.train, part.test)]
+    assert sorted(sizes[0] + sizes[1]) == [40 + 9 * i for i in range(10)] and len(sizes[1]) == 2
+
+
+def test_progress_is_one_display(capsys):
+    with display(2) as step:
+        with step("collect") as doing:
+            doing("segmentation")
+            for _ in tqdm(range(3)):
+                pass
+        with step("score"):
+            pass
+    out, err = capsys.readouterr()
+    steps = re.findall(r"✓ (\d/\d \w+)  (.*)", err)
+    assert out == "" and steps == [("1/2 collect", "0.0 s"), ("2/2 score", "done before")]
+    assert "it/s" not in err
+    list(tqdm(range(3)))
+    assert "it/s" in capsys.readouterr().err

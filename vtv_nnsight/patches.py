@@ -373,8 +373,8 @@ class _Step:
         self.mask = mask if mask.dtype == torch.bool and scale == 1 else mask * scale
         asked = mask if mask.dtype == torch.bool else mask.detach() != 0
         self.asked = (asked.any(0) if asked.ndim == 4 else asked).cpu()
-        learned = mask.requires_grad  # gates that are 0 need their gradient, too
-        self.layers = set(range(len(asked))) if learned else set(self.asked.flatten(1).any(1).nonzero()[:, 0].tolist())
+        busy = self.asked.flatten(1).any(1) | mask.requires_grad  # gates that are 0 need their gradient, too
+        self.layers = set(busy.nonzero()[:, 0].tolist())
 
     def check(self, seen: torch.Tensor) -> None:
         """Refuse what cannot be patched at the positions `seen` [token]."""

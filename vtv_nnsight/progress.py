@@ -18,10 +18,12 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from tqdm.auto import tqdm as bar
 from tqdm.std import tqdm as base
+from transformers.utils import logging as loading
 
 _update: ContextVar[Callable[..., None] | None] = ContextVar("update", default=None)
 """Changes the line of the display that is shown, if one is."""
@@ -82,6 +84,21 @@ def display(total: int, shown: bool = True) -> Iterator[Callable[[str], Abstract
             yield step
     finally:
         _update.reset(token)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of other libraries, about what takes a moment."""
+    shown = loading.is_progress_bar_enabled(), is_progress_bar_enabled()
+    loading.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown[0]:
+            loading.enable_progress_bar()
+        if shown[1]:
+            enable_progress_bars()
 
 
 def duration(seconds: float) -> str:

@@ -28,7 +28,7 @@ from vtv_nnsight.evaluation import BASELINE, Line, Table
 from vtv_nnsight.files import read_tensors, write_tensors, write_text
 from vtv_nnsight.images import to_pil
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.progress import duration
+from vtv_nnsight.progress import duration, quiet
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.search.result import SearchResult
@@ -105,18 +105,17 @@ def read(run: str | os.PathLike) -> Found:
         for name in names:
             if not (folder / "evaluation" / f"{name}.parquet").is_file():
                 raise FileNotFoundError(f"{run} is not finished: {name} is not evaluated yet; run the same `vtv run`.")
-    tables = [
-        _read_table(folder / "evaluation" / f"{name}.parquet", name) for name in names for folder in parts.values()
-    ]
+    with quiet():
+        tables = [
+            _read_table(folder / "evaluation" / f"{name}.parquet", name) for name in names for folder in parts.values()
+        ]
     results = {
         name: {part: SearchResult.load(folder / "search" / f"{name}.safetensors") for part, folder in parts.items()}
         for name in names
     }
-    scores = (
-        {part: TaskVectors.load(folder / "vectors.safetensors").score() for part, folder in parts.items()}
-        if (len(names) > 1)
-        else {}
-    )
+    scores = {}
+    if len(names) > 1:
+        scores = {part: TaskVectors.load(folder / "vectors.safetensors").score() for part, folder in parts.items()}
     layout = next(iter(results[names[0]].values())).patches.space.layout
     return Found(run.name, facts, Table.cat(tables), results, scores, layout)
 

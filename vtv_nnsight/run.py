@@ -37,8 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
-from transformers.utils import logging as loading
+from datasets import Dataset
 
 from vtv_nnsight import report, search
 from vtv_nnsight import tasks as registry
@@ -47,7 +46,7 @@ from vtv_nnsight.evaluation import comparison, evaluate, select_prompts
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.patches import PatchSpace
-from vtv_nnsight.progress import display
+from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search import ALGORITHMS, SearchResult
 from vtv_nnsight.tasks import Task
@@ -108,7 +107,7 @@ STEPS = {
     "collect": (),
     "score": ("granularity",),
     "search": ("search", "loss", "budget"),
-    "evaluate": ("evaluations",),
+    "evaluate": ("evaluations", "test pictures"),
 }
 """Step → the settings that matter from there on."""
 
@@ -155,7 +154,7 @@ def run(
             when the data cannot serve a task.
     """
     out, settings = Path(out), settings or Settings()
-    with _quiet():
+    with quiet():
         model = MAEVQGAN(settings.model, **({"vqgan": settings.vqgan} if settings.vqgan else {}), dispatch=True)
         model = model.to(device) if device else model
         parts, notes = sources(out, settings)
@@ -354,12 +353,12 @@ class Diary:
         redo: bool,
     ) -> None:  # fmt: skip
         self.path, self.out = out / "run.json", out
-        pictures = [digest(rows) for part in parts for rows in (part.train, part.test)]
         facts = asdict(settings) | {
             "tasks": [task.name for task in tasks],
             "folds": [part.fold for part in parts if part.name],
-            "weights": hashlib.sha256(repr(fingerprint(model)).encode()).hexdigest()[:12],
-            "pictures": hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
+            "weights": _short(fingerprint(model)),
+            "pictures": _short([digest(part.train) for part in parts]),
+            "test pictures": _short([digest(part.test) for part in parts]),
             "version": package_version(),
         }
         facts = json.loads(json.dumps(facts))
@@ -450,6 +449,11 @@ def digest(rows: Dataset) -> str:
     return hasher.hexdigest()
 
 
+def _short(facts: Any) -> str:
+    """A name for facts."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+
+
 def _word(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -466,18 +470,3 @@ def _peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars but the run's own."""
-    shown = loading.is_progress_bar_enabled(), is_progress_bar_enabled()
-    loading.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown[0]:
-            loading.enable_progress_bar()
-        if shown[1]:
-            enable_progress_bars()

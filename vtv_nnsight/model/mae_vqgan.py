@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import repeat
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -168,14 +167,11 @@ class MAEVQGANModel(PreTrainedModel):
         paste: bool = True,
     ) -> torch.Tensor:
         """The canvas with its hidden patches drawn from codes [batch, decoded patch]; the second half of `generate`."""
-        grid, patch = self.config.layout.grid, self.config.patch_size
-        visible, decoded = visible.to(canvas.device), decoded.to(canvas.device)
-        drawn = self.vqgan.decode(take(codes[..., None], tile(decoded, grid))[..., 0]).to(canvas.dtype)
-        if not paste:
-            return drawn.mul(255).floor().div(255)
-        shown = torch.zeros(grid * grid, dtype=torch.bool, device=canvas.device).index_fill(0, visible, True)
-        shown = repeat(shown.view(grid, grid), "h w -> (h p) (w q)", p=patch, q=patch)
-        return torch.where(shown, canvas, drawn).mul(255).floor().div(255)
+        layout, visible, decoded = self.config.layout, visible.to(canvas.device), decoded.to(canvas.device)
+        painted = self.vqgan.decode(take(codes[..., None], tile(decoded, layout.grid))[..., 0]).to(canvas.dtype)
+        if paste:
+            painted = torch.where(layout.pixels(visible), canvas, painted)
+        return painted.mul(255).floor().div(255)
 
 
 AutoConfig.register(MAEVQGANConfig.model_type, MAEVQGANConfig)

@@ -78,7 +78,7 @@ def _tiny() -> Size:
         config,
         tokenizer=Recipe(steps=1800, batch_size=16, learning_rate=2e-3, weight_decay=0.0),
         mae=Recipe(
-            steps=2900, batch_size=48, learning_rate=2e-3, matrix_learning_rate=2e-2, warmup=150, validate=400
+            steps=2700, batch_size=48, learning_rate=2e-3, matrix_learning_rate=2e-2, warmup=150, validate=400
         ),
     )
 
