@@ -136,9 +136,9 @@ def test_split_and_average_follow_the_units(model):
     split = space.split(values)
     for i, (stack, layer, head, group) in enumerate(zip(*(part.tolist() for part in space.units))):
         assert split[stack][layer, head, group] == i
-    masks = space.mask(values)
+    masks = space.mask(values).map(lambda mask: mask.mT)
     torch.testing.assert_close(space.average(masks), values)
-    masks.encoder[0, 1 + LAYOUT.regions["query"][:5], 0] = torch.nan
+    masks.encoder[0, 0, 1 + LAYOUT.regions["query"][:5]] = torch.nan
     torch.testing.assert_close(space.average(masks), values)
     decoder = PatchSpace(model, stacks="decoder")
     torch.testing.assert_close(decoder.average(masks), values[24:])

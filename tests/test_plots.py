@@ -73,7 +73,7 @@ def test_score_map_shows_every_region_a_stack_sees(model, prompts):
     titles = [axes.get_title() for axes in figure.axes if axes.images]
     assert len(titles) == 9 and "encoder @ output" not in titles and "decoder @ output" in titles
     shown = images(figure)[titles.index("encoder @ query")]
-    np.testing.assert_allclose(shown, scores.encoder[:, 1 + LAYOUT.regions["query"]].mean(1), rtol=1e-5)
+    np.testing.assert_allclose(shown, scores.encoder[..., 1 + LAYOUT.regions["query"]].mean(-1), rtol=1e-5)
     zero_shot = TaskVectors.collect(model, {t: p.query_only() for t, p in prompts.items()}, progress=False)
     titles = [axes.get_title() for axes in plots.score_map(zero_shot.score(), LAYOUT).axes if axes.images]
     assert titles == ["encoder @ cls", "encoder @ query", "decoder @ cls", "decoder @ query", "decoder @ output"]

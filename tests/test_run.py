@@ -205,11 +205,18 @@ def test_what_pictures_cannot_serve(photographs, model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"loss": "taste"}, {"prompts": 0}, {"evaluations": -1}])
+def test_settings_that_lead_nowhere_are_refused_at_once(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"^{name}={value!r} "):
+        Settings(**wrong)
+
+
 def test_the_report_is_one_file_with_everything(finished):
     page = (finished / "report.html").read_text()
     links = re.findall(r"(?:src|href|srcset)\s*=\s*['\"]?([^'\">\s]{1,30})", page)
     assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
-    assert "http" not in page and "url(" not in page and "prefers-color-scheme: dark" in page and "viewport" in page
+    assert "://" not in page and "url(" not in page and "prefers-color-scheme: dark" in page and "viewport" in page
     for name in TASKS:
         section = page[page.index(f'<section id="{name}">') :]
         section = section[: section.index("</section>")]

@@ -101,13 +101,13 @@ def test_score_equals_its_definition(model, prompts, vectors):
     scores, over_positions, over_heads = vectors.score(), vectors.score("position"), vectors.score("head")
     for stack, size in enumerate([(3, 4), (2, 2)]):
         shared = seen["c"][stack]
-        assert torch.equal(scores[stack][0, :, 0].isfinite().nonzero()[:, 0], shared)
+        assert torch.equal(scores[stack][0, 0].isfinite().nonzero()[:, 0], shared)
         between, within = torch.zeros(size[0], len(shared), size[1]), torch.zeros(size[0], len(shared), size[1])
         for p, position in enumerate(shared):
             z = [heads[t][stack][:, :, seen[t][stack] == position][:, :, 0].double() for t in prompts]
             between[:, p] = torch.stack([x.mean(1) for x in z]).var(0).mean(-1)
             within[:, p] = torch.stack([x.var(1).mean(-1) for x in z]).mean(0)
-        torch.testing.assert_close(scores[stack][:, shared], between / within, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(scores[stack][:, :, shared].mT, between / within, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(over_positions[stack], between.sum(1) / within.sum(1), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(over_heads[stack][:, shared], between.sum(2) / within.sum(2), rtol=1e-4, atol=1e-6)
 
@@ -119,7 +119,7 @@ def test_a_head_that_tells_tasks_apart_scores_high(vectors):
         mean.encoder[1, :, 2] += 10 * i
         planted[name] = TaskVector(name, mean, vector.variance, vector.count, vector.fingerprint)
     scores = TaskVectors(planted).score().encoder
-    assert scores[1, QUERY, 2].min() > 10 * scores.nan_to_num(0).index_fill(2, torch.tensor(2), 0).max()
+    assert scores[1, 2, QUERY].min() > 10 * scores.nan_to_num(0).index_fill(1, torch.tensor(2), 0).max()
 
 
 def test_score_needs_tasks_and_variance(model, vectors):

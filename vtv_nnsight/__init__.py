@@ -1,25 +1,34 @@
-"""Find, inspect and use visual task vectors in MAE-VQGAN: an nnsight plugin."""
+"""Find, inspect and use visual task vectors in MAE-VQGAN: an nnsight plugin.
 
-from vtv_nnsight import data, metrics, tasks
-from vtv_nnsight.evaluation import evaluate
-from vtv_nnsight.layouts import Layout
-from vtv_nnsight.patches import PatchSet, PatchSpace, ablate, patch
-from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.tracing import MAEVQGAN
-from vtv_nnsight.vectors import TaskVector, TaskVectors
+The public names are imported when they are first used, so that `vtv --help` does not wait for torch.
+"""
 
-__all__ = [
-    "MAEVQGAN",
-    "Layout",
-    "PatchSet",
-    "PatchSpace",
-    "TaskVector",
-    "TaskVectors",
-    "VisualPrompt",
-    "ablate",
-    "data",
-    "evaluate",
-    "metrics",
-    "patch",
-    "tasks",
-]
+from importlib import import_module
+
+_MODULES = ("data", "metrics", "search", "tasks")
+_HOMES = {
+    "MAEVQGAN": "tracing",
+    "Layout": "layouts",
+    "PatchSet": "patches",
+    "PatchSpace": "patches",
+    "TaskVector": "vectors",
+    "TaskVectors": "vectors",
+    "VisualPrompt": "prompts",
+    "ablate": "patches",
+    "evaluate": "evaluation",
+    "patch": "patches",
+}
+
+__all__ = sorted([*_MODULES, *_HOMES])
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -161,11 +161,11 @@ class PatchSpace:
         return self.split(torch.as_tensor(choices)).map(spread, self._group_at)
 
     def average(self, values: Stacks) -> torch.Tensor:
-        """Mean over each unit's positions of Stacks of [..., layer, position, head], such as a score: [..., n].
+        """Mean over each unit's positions of Stacks of [..., layer, head, position], such as a score: [..., n].
         Positions that are NaN do not count."""
         parts = []
         for stack, groups in zip(values, self.groups):
-            means = [stack.index_select(-2, members.to(stack.device)).nanmean(-2) for members in groups.values()]
+            means = [stack.index_select(-1, members.to(stack.device)).nanmean(-1) for members in groups.values()]
             if means:
                 parts.append(torch.stack(means, dim=-1).flatten(-3))
         return torch.cat(parts, dim=-1)

@@ -26,15 +26,15 @@ def score_map(scores: Stacks, layout: Layout, title: str = "between-task / withi
     """Layer × head heat maps of a score, one for each stack and region that the stack sees.
 
     Args:
-        scores: Stacks of [layer, position, head], such as `TaskVectors.score()`; NaN where absent.
+        scores: Stacks of [layer, head, position], such as `TaskVectors.score()`; NaN where absent.
         layout: The layout of the prompts that were scored.
         title: What the colours mean.
     """
     maps = {
-        (stack, region): values[:, places].nanmean(1)
+        (stack, region): values[..., places].nanmean(-1)
         for stack, values in scores._asdict().items()
         for region, places in region_positions(layout).items()
-        if not values[:, places].isnan().all()
+        if not values[..., places].isnan().all()
     }
     regions = [region for region in region_positions(layout) if any((stack, region) in maps for stack in STACKS)]
     values = torch.cat([m.flatten() for m in maps.values()])

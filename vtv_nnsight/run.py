@@ -48,7 +48,7 @@ from vtv_nnsight.layouts import Layout
 from vtv_nnsight.patches import PatchSpace
 from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.search import ALGORITHMS, SearchResult
+from vtv_nnsight.search import ALGORITHMS, LOSSES, SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.tracing import MAEVQGAN
 from vtv_nnsight.vectors import TaskVectors, fingerprint
@@ -90,6 +90,14 @@ class Settings:
     budget: int | None = 8000
     evaluations: int = 128
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("search", (*ALGORITHMS, "published")), ("loss", LOSSES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(known)}.")
+        for name in ("prompts", "candidates", "evaluations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} leaves nothing to do; give 1 or more.")
 
     @property
     def name(self) -> str:
@@ -318,8 +326,6 @@ def _algorithm(name: str, scores: torch.Tensor | None) -> Callable[..., SearchRe
         if scores is None:
             raise ValueError("search='ranking' ranks by a score that compares tasks; give two tasks or more.")
         return partial(search.ranking, scores=scores)
-    if name not in ALGORITHMS:
-        raise ValueError(f"search={name!r} is unknown; choose from {', '.join(ALGORITHMS)} and published.")
     return ALGORITHMS[name]
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.layouts import Layout, positions
@@ -272,7 +273,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         both averaged over the head's dimensions (ECCV 2024, §4.2).
 
         Args:
-            over: None for Stacks of [layer, position, head]; "position" sums both variances over the positions first,
+            over: None for Stacks of [layer, head, position]; "position" sums both variances over the positions first,
                 for [layer, head]; "head" over the heads, for [layer, position].
 
         Returns:
@@ -297,7 +298,8 @@ class TaskVectors(Mapping[str, TaskVector]):
             if over:
                 between, within = (v.masked_fill(absent, 0).sum(dims[over]) for v in (between, within))
                 absent = absent.all(dims[over])
-            return torch.where(between > 0, between / within, 0.0).masked_fill(absent, torch.nan).float()
+            scores = torch.where(between > 0, between / within, 0.0).masked_fill(absent, torch.nan).float()
+            return scores if over else rearrange(scores, "layer position head -> layer head position")
 
         means, variances = zip(*[(vector.mean, vector.variance) for vector in self.values()])
         return Stacks(*map(ratio, zip(*means), zip(*variances)))

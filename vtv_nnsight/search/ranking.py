@@ -15,7 +15,7 @@ def ranking(
     """The top units by task score (ECCV 2024, §4.2): the only search that needs no evaluation to rank.
 
     Args:
-        scores: `vectors.score()`, Stacks of [layer, position, head], averaged here over each unit's positions; or one
+        scores: `vectors.score()`, Stacks of [layer, head, position], averaged here over each unit's positions; or one
             score a unit [unit].
         size: Units to keep; None tries sizes on the training prompts (`Run.cut`).
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
