@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from vtv_nnsight.run import Settings
+from vtv_nnsight.settings import PUBLISHED, Settings
 
 START, MODEL, PROMPTS, VECTORS, TRAINING = "From end to end", "Model", "Prompts", "Task vectors", "Training"
 """The steps that commands are grouped by in the help."""
@@ -121,7 +121,6 @@ def run(
 
     The same command goes on where it stopped.
     """
-    from vtv_nnsight.run import PUBLISHED
     from vtv_nnsight.run import run as whole
 
     if images is not None and data != Settings.data:
