@@ -29,32 +29,14 @@ from torch.nn import functional as F
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, search, tasks
 from vtv_nnsight.layouts import positions
-from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.model import MAEVQGANModel
 from vtv_nnsight.patches import PatchSpace
+from vtv_nnsight.pretraining import recipes
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.vectors import TaskVectors
 
-SIZES = {
-    "embedded": dict(
-        image_size=112,
-        patch_size=8,
-        hidden_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        decoder_hidden_size=128,
-        decoder_num_hidden_layers=4,
-        decoder_num_attention_heads=4,
-        num_codes=512,
-        code_dim=16,
-        vqgan_z_channels=64,
-        vqgan_fold=4,
-        vqgan_channels=64,
-        vqgan_channel_multipliers=(1, 1),
-        vqgan_num_res_blocks=1,
-        vqgan_attention_levels=(),
-    ),
-    "vit-l": {},
-}
+SIZES = {"embedded": "tiny", "vit-l": "published"}
+"""Name → the size of `pretraining.recipes` whose shape it has; weights are made up."""
 TASK = tasks.identity
 
 
@@ -108,7 +90,7 @@ def timed(run: Callable, device: str) -> float:
 
 def measure(size: str, args: argparse.Namespace, seconds: float) -> dict:
     torch.manual_seed(args.seed)
-    config, dtype = MAEVQGANConfig(**SIZES[size]), getattr(torch, args.dtype)
+    config, dtype = recipes.get(SIZES[size]).config, getattr(torch, args.dtype)
     module = MAEVQGANModel(config).eval().to(args.device)
     pictures = torch.rand(16, 3, config.image_size, config.image_size)
     one_shot = VisualPrompt.from_canvas(pictures, config.layout).to(args.device)
