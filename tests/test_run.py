@@ -14,8 +14,9 @@ from vtv_nnsight import run as runs
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.model import MAEVQGANModel
 from vtv_nnsight.progress import display, tqdm
-from vtv_nnsight.run import STEPS, Settings, run
+from vtv_nnsight.run import STEPS, run
 from vtv_nnsight.search import SearchResult
+from vtv_nnsight.settings import PUBLISHED, Settings
 from vtv_nnsight.vectors import TaskVectors
 
 TASKS = ("segmentation", "lowlight")
@@ -269,7 +270,7 @@ def test_options_become_settings(vtv, tmp_path):
     assert out.name == tmp_path.name and options["redo"]
     args = ("--model", "m.pth", "--data", "pascal:VOCdevkit", "--folds", "0,2", "--published", "--evaluations", 50)
     _, _, (out, settings, _) = vtv("run", *args)
-    published = runs.PUBLISHED | {"evaluations": 50}
+    published = PUBLISHED | {"evaluations": 50}
     assert settings == Settings(model="m.pth", data="pascal:VOCdevkit", folds=(0, 2), **published)
     assert str(out) == "runs/pascal"
     code, said, _ = vtv("run", "--images", tmp_path, "--data", "pascal:VOCdevkit")

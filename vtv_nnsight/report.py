@@ -173,7 +173,7 @@ def overview(found: Found, row: int = 0) -> Figure:
     for number, (task, across) in enumerate(zip(found.tasks, panels)):
         pictures = _cells(found, task)
         for panel, (name, label) in zip(across, SHOWN.items()):
-            panel.imshow(pictures[name][row].permute(1, 2, 0))
+            panel.imshow(pictures[name][row].permute(1, 2, 0).numpy())
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
             if number == 0:
