@@ -73,8 +73,8 @@ class VisualPrompt:
                 raise ValueError(f"prompts of {first.layout} and {other.layout} cannot share a batch; run them apart.")
             if not (torch.equal(other.visible, first.visible) and torch.equal(other.decoded, first.decoded)):
                 raise ValueError(
-                    f"prompts that show other patches ({len(first.visible)} and {len(other.visible)}) cannot share a batch; "
-                    "call query_only() on all of them or on none."
+                    f"prompts that show other patches ({len(first.visible)} and {len(other.visible)}) cannot share a "
+                    "batch; call query_only() on all of them or on none."
                 )
         return replace(first, canvas=torch.cat([p.canvas for p in prompts]))
 
