@@ -661,3 +661,8 @@ def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, cap
     assert code == 1 and "'annealing' is not an algorithm; choose from reinforce, gates" in error
     code, _, error = vtv("--task", "lowlight", "-o", found)
     assert code == 1 and "no vector of 'lowlight'" in error
+
+
+def test_a_missing_option_is_named(model, vectors, prompts, space):
+    with pytest.raises(TypeError, match="ranking needs scores"):
+        search.ranking(model, vectors["identity"], tasks.identity, prompts.query_only(), space, progress=False)

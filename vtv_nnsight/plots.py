@@ -50,12 +50,16 @@ def score_map(scores: Stacks, layout: Layout, title: str = "between-task / withi
                 continue
             picture = panel.imshow(maps[stack, region].numpy(), norm=norm, aspect="auto", interpolation="nearest")
             panel.set_title(f"{stack} @ {region}", fontsize=9)
-            panel.set_xlabel("head")
-            panel.set_ylabel("layer")
-            for axis in (panel.xaxis, panel.yaxis):
-                axis.get_major_locator().set_params(integer=True)
+            _label_heads(panel)
     figure.colorbar(picture, ax=panels, label=title)
     return figure
+
+
+def _label_heads(panel: Any) -> None:
+    panel.set_xlabel("head")
+    panel.set_ylabel("layer")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.get_major_locator().set_params(integer=True)
 
 
 def head_map(values: Stacks, title: str = "silhouette by task") -> Figure:
@@ -67,8 +71,7 @@ def head_map(values: Stacks, title: str = "silhouette by task") -> Figure:
     for panel, (stack, shown) in zip(panels[0], present.items()):
         picture = panel.imshow(shown.numpy(), vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         panel.set_title(stack, fontsize=9)
-        panel.set_xlabel("head")
-        panel.set_ylabel("layer")
+        _label_heads(panel)
     figure.colorbar(picture, ax=panels, label=title)
     return figure
 

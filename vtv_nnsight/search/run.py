@@ -298,6 +298,8 @@ def algorithm(function: Callable[..., tuple]) -> Callable[..., SearchResult]:
         if unknown := options.keys() - {parameter.name for parameter in own}:
             names = ", ".join(parameter.name for parameter in own)
             raise TypeError(f"{function.__name__} has no option {', '.join(sorted(unknown))}; its own are: {names}.")
+        if missing := [p.name for p in own if p.default is p.empty and p.name not in options]:
+            raise TypeError(f"{function.__name__} needs {', '.join(missing)}; see its docstring.")
         settings = {parameter.name: options.get(parameter.name, parameter.default) for parameter in own}
         run = Run(function.__name__, objective, budget, seed, _plain(settings), resume, progress)
         try:
