@@ -110,7 +110,7 @@ def test_no_answer_of_the_papers_is_the_commonest():
     """What a query alone suggests is the inverse mask: wrong for every task of the papers."""
     assert max(TARGETS, key=TARGETS.get) == INVERSE_MASK
     generator = np.random.default_rng(0)
-    drawn = [draw_task(generator, masks=True) for _ in range(4000)]
+    drawn = [draw_task(generator, masks=True) for _ in range(40_000)]
     answers = Counter(task.parts[-1] for task in drawn if task.parts[0] == tasks.lowlight)
     assert answers.most_common(1)[0][0] == INVERSE_MASK and set(answers) == set(TARGETS)
 
