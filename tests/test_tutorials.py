@@ -80,5 +80,5 @@ def test_complaints_are_found():
         output = nbformat.v4.new_output("stream", name="stdout", text=text)
         return complaints(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[output])]))
 
-    assert of("wrote /home/me/model/x.pth") and of("Error: no file") and of(r"C:\Users") and of("in '/work/main'")
+    assert of("wrote /home/me/model/x.pth") and of("Error: no file") and of(r"C:\Users") and of("in '/srv/main'")
     assert not of("wrote runs/pascal/report.html, /tmp/abc/x, 1/2 [a/b], https://a.org/b/c, </td></tr>")

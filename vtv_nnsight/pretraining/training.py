@@ -59,6 +59,7 @@ def train(
     module.to(device).train()
     average = deepcopy(module).eval().requires_grad_(False)
     optimizers = _optimizers(module, recipe)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     step, seconds = 0, 0.0
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -67,7 +68,6 @@ def train(
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         step, seconds = state["step"], state["seconds"]
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in _optimizers(module, recipe)]
 
     def save() -> None:
         state = {
