@@ -1,0 +1,108 @@
+"""What the benchmarks share: their options, the clock, intervals, tables, and the files that they leave."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from vtv_nnsight.files import replacing, write_text
+
+
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Student's t at 97.5 %, for 1 to 9 degrees of freedom."""
+
+
+def options(file: str, doc: str, quick: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `quick` tells what `--quick` leaves of it."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(name=Path(file).stem)
+    parser.add_argument("--quick", action="store_true", help=f"{quick}: under a minute")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="for NAME.json and NAME.png")
+    return parser
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where the numbers come from."""
+    libraries = {name: version(name) for name in ("torch", "nnsight", "transformers")}
+    if device.startswith("cuda"):
+        return {"device": torch.cuda.get_device_name(device), **libraries}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"device": _processor(), "cores": cores, "threads": torch.get_num_threads(), **libraries}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """How long a call takes, the work that it leaves on a GPU included."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def alternate(sides: Mapping[str, Callable[[], Any]], device: str, spend: float, least: int = 5) -> dict[str, list]:
+    """Seconds of every side in every round. The sides take turns in an order that rotates; rounds go on until `spend`
+    seconds have passed, and there are at least `least`."""
+    names, rounds, start = list(sides), {name: [] for name in sides}, time.perf_counter()
+    while len(rounds[names[0]]) < least or time.perf_counter() - start < spend:
+        shift = len(rounds[names[0]]) % len(names)
+        for name in names[shift:] + names[:shift]:
+            rounds[name].append(seconds(sides[name], device))
+    return rounds
+
+
+def ratio(rounds: Mapping[str, Sequence[float]], side: str, to: str) -> float:
+    """The median over rounds of one side's time over the other's: a slow spell of the machine hits both."""
+    return statistics.median(a / b for a, b in zip(rounds[side], rounds[to]))
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval (Student's t); NaN for a single value."""
+    values = np.asarray(list(values), dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    freedom = len(values) - 1
+    t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom
+    return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Markdown that is aligned to be read as it is; floats to four digits."""
+    body = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *body)]
+    lines = [list(head), ["-" * width for width in widths], *body]
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+
+
+def save(args: argparse.Namespace, results: Mapping[str, Any], figure: Figure) -> None:
+    """Write NAME.json, with the machine and the options, and NAME.png."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "out"}
+    content = {"machine": machine(args.device), "settings": settings, **results}
+    write_text(args.out / f"{args.name}.json", json.dumps(content, indent=1) + "\n")
+    with replacing(args.out / f"{args.name}.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    print(f"wrote {args.out / args.name}.json and .png")
