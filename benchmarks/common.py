@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 
 from vtv_nnsight.files import replacing, write_text
 
-
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t at 97.5 %, for 1 to 9 degrees of freedom."""
 
