@@ -18,8 +18,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from vtv_nnsight import VisualPrompt
 from vtv_nnsight.files import replacing, write_text
+from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight.pretraining import recipes
 
+SIZES = {"embedded": "tiny", "vit-l": "published"}
+"""Name → the size of `pretraining.recipes` that it is."""
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t at 97.5 %, for 1 to 9 degrees of freedom."""
 
@@ -50,6 +55,17 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def made_up(size: str, rows: int, seed: int, device: str) -> tuple[MAEVQGANModel, VisualPrompt]:
+    """A model of one of `SIZES` and one-shot prompts, of chance weights and pixels: where only sizes count."""
+    generator = torch.Generator().manual_seed(seed)
+    config = recipes.get(SIZES[size]).config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = MAEVQGANModel(config).eval()
+    pixels = torch.rand(rows, 3, config.image_size, config.image_size, generator=generator)
+    return module.to(device), VisualPrompt.from_canvas(pixels, config.layout).to(device)
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:

@@ -194,5 +194,7 @@ class VQGAN(nn.Module):
 
     def decode_latent(self, latent: torch.Tensor) -> torch.Tensor:
         """Quantised [batch, patch, code_dim] → pixels about [-1, 1], not clamped."""
-        side = round(latent.shape[1] ** 0.5)
-        return self.decoder(self.post_quant_conv(rearrange(latent, "b (h w) c -> b c h w", h=side)))
+        z = rearrange(latent, "b (h w) c -> b c h w", h=round(latent.shape[1] ** 0.5))
+        if z.device.type == "cpu":  # where GroupNorm of small maps is many times slower in the channels-last format
+            z = z.contiguous()
+        return self.decoder(self.post_quant_conv(z))
