@@ -1,6 +1,6 @@
 """What the embedded model can do: the numbers of its model card.
 
-    python benchmarks/embedded_model.py --markdown card.md --pictures pictures/
+    python benchmarks/embedded_model.py [--quick] [--markdown card.md] [--pictures pictures/]
 
 On scenes never seen, of classes seen and unseen in training, and on photographs not trained on: the tokenizer's PSNR;
 every task one-shot, between the floor (the query copied) and the ceiling (the tokenizer's own drawing of the truth);
@@ -9,14 +9,14 @@ zero-shot with nothing patched; whether the example decides which task is done; 
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
+from common import options, save
 from datasets import Dataset
 from einops import rearrange
+from matplotlib.figure import Figure
 from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, data, evaluate, tasks
@@ -34,29 +34,27 @@ TARGETS = (tasks.identity, Copy(), tasks.segmentation, INVERSE_MASK, Negative(),
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__file__, __doc__, "4 prompts a task, of scenes only")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("-n", type=int, default=256, help="prompts a task")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="16 prompts a task")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--pictures", type=Path, help="write example answers to this folder")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
     args = parser.parse_args()
-    n = 16 if args.quick else args.n
-    model = MAEVQGAN(args.model, dispatch=True)
+    n = 4 if args.quick else args.n
+    model = MAEVQGAN(args.model, dispatch=True).to(args.device)
     began = time.time()
     sources = {
         "scenes": data.scenes("test", n=2 * n, seed=args.seed),
-        "scenes of unseen classes": data.scenes("test", n=2 * n, seed=args.seed, folds=(3,)),
-        "photographs": photograph_crops(2 * n, args.seed),
     }
+    if not args.quick:
+        sources["scenes of unseen classes"] = data.scenes("test", n=2 * n, seed=args.seed, folds=(3,))
+        sources["photographs"] = photograph_crops(2 * n, args.seed)
     lines, numbers = [f"{n} prompts a task, seed {args.seed}, `{args.model}`.", ""], {}
 
     lines += ["| data | tokenizer PSNR (dB) | codes in use |", "|---|---|---|"]
     for name, images in sources.items():
         prompts = tasks.identity.prompts(images, n=n, seed=args.seed, layout=model.layout)
-        found = reconstruction(model._module.vqgan, prompts.canvas)
+        found = reconstruction(model._module.vqgan, prompts.canvas.to(args.device))
         numbers[f"tokenizer, {name}"] = found
         lines.append(f"| {name} | {found['psnr']:.1f} | {100 * found['codes']:.0f} % |")
 
@@ -89,8 +87,32 @@ def main() -> None:
     print("\n".join(lines))
     if args.markdown:
         args.markdown.write_text("\n".join(lines) + "\n")
-    if args.json:
-        args.json.write_text(json.dumps(numbers, indent=1) + "\n")
+    save(args, {"numbers": numbers}, draw(numbers, list(sources)))
+
+
+def draw(numbers: dict, sources: list[str]) -> Figure:
+    """Every task one-shot, between floor and ceiling: a column a kind of data, mIoU above and MSE below."""
+    figure = Figure(figsize=(4.5 * len(sources), 6), layout="constrained")
+    axes = figure.subplots(2, len(sources), squeeze=False, sharey="row")
+    colours = dict(zip(CONDITIONS, ("tab:green", "tab:blue", "tab:red", "0.5")))
+    for column, source in enumerate(sources):
+        own = {name: value for name, value in numbers.items() if name.startswith(f"{source}, ")}
+        found = {tuple(name.split(", ")[1:]): value for name, value in own.items()}
+        titles = list(dict.fromkeys(title for title, _ in found))
+        for row, masks in enumerate((True, False)):
+            panel, shown = axes[row, column], [t for t in titles if t.startswith("segmentation") == masks]
+            for condition, colour in colours.items():
+                means, lows, highs = torch.tensor([found[title, condition] for title in shown]).view(-1, 3).T
+                error = torch.stack([means - lows, highs - means])
+                panel.errorbar(range(len(shown)), means, error, fmt="o", color=colour, label=condition, capsize=3)
+            panel.set_xticks(range(len(shown)), shown, rotation=30, ha="right")
+            panel.set_yscale("linear" if masks else "log")
+            panel.set_visible(bool(shown))
+        axes[0, column].set_title(source)
+    axes[0, 0].set_ylabel("mIoU")
+    axes[1, 0].set_ylabel("MSE")
+    axes[0, 0].legend(fontsize=8)
+    return figure
 
 
 def photograph_crops(n: int, seed: int) -> Dataset:

@@ -12,7 +12,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from vtv_nnsight.settings import PUBLISHED, Settings
 
-START, MODEL, PROMPTS, VECTORS, TRAINING = "From end to end", "Model", "Prompts", "Task vectors", "Training"
+START, MODEL, PROMPTS, VECTORS = "From end to end", "Model", "Prompts", "Task vectors"
+TRAINING, BENCHMARKS = "Training", "Benchmarks"
 """The steps that commands are grouped by in the help."""
 
 
@@ -581,6 +582,40 @@ def pretrain(
     from vtv_nnsight.pretraining import pretrain as run
 
     _wrote(run(stage, config, out, images=images, steps=steps, resume=resume, seed=seed, device=device))
+
+
+@app.command(
+    rich_help_panel=BENCHMARKS,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Examples: vtv bench patch_sets mine.json --tasks segmentation\n\nvtv bench all --quick",
+)
+def bench(
+    ctx: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="A benchmark, or all; none lists them.")] = None,
+) -> None:
+    """Run a benchmark with options of its own (`vtv bench NAME --help`), or list them."""
+    import subprocess
+    import sys
+
+    scripts = _benchmarks()
+    if name is None:
+        for path in scripts.values():
+            title = path.read_text().removeprefix('"""').partition("\n")[0]
+            Console().print(f"{path.stem:<20}{title}", highlight=False, soft_wrap=True)
+        return
+    if name != "all" and name not in scripts:
+        raise ValueError(f"{name!r} is not a benchmark; choose from {', '.join(scripts)}, or all.")
+    for script in scripts.values() if name == "all" else [scripts[name]]:
+        if code := subprocess.run([sys.executable, str(script), *ctx.args]).returncode:
+            raise typer.Exit(code)
+
+
+def _benchmarks() -> dict[str, Path]:
+    """Name → script: those that were installed, or those of the repository that this package lies in."""
+    package = Path(__file__).parent
+    found = sorted((package / "benchmarks").glob("*.py")) or sorted((package.parent / "benchmarks").glob("*.py"))
+    return {path.stem: path for path in found if path.stem != "common"}
 
 
 def _as_they_are(example_input, example_output, query, layout):
