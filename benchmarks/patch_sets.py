@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
+from itertools import combinations, cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -86,12 +86,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="rows a forward")
     args = parser.parse_args()
     if args.quick:
-        args.tasks, args.budget, args.seeds, args.prompts, args.n = "segmentation,lowlight", 80, 2, 16, 6
+        args.tasks, args.budget, args.seeds, args.prompts, args.n = "segmentation,lowlight", 80, 2, 16, 4
     if args.algorithms is None and not args.sets:
         args.algorithms = "attribution,ranking" if args.quick else ",".join(search.ALGORITHMS)
     try:
         chosen = check(args)
-        found = read(args.sets, chosen)
+        found = read(args.sets, chosen, (*REFERENCES, *args.algorithms))
         bench, train = prepare(args, chosen, found)
         found |= run_searches(args, bench, chosen, train)
     except (ValueError, FileNotFoundError) as error:
@@ -112,16 +112,18 @@ def check(args: argparse.Namespace) -> dict[str, Task]:
     return {task.name: task for task in map(tasks.get, args.tasks.split(","))}
 
 
-def read(files: Sequence[str], chosen: Mapping[str, Task]) -> Sets:
+def read(files: Sequence[str], chosen: Mapping[str, Task], taken: Sequence[str] = REFERENCES) -> Sets:
     """The sets in files, by name and task. One is called as its file, or its folder if the file is called as a task."""
     found: Sets = {}
     for text in files:
-        before, _, after = text.partition("=")
-        owner, path = (before, Path(after)) if is_task(before) and after else (None, Path(text))
-        owner = owner or (path.stem if is_task(path.stem) else None)
+        owner, _, file = text.rpartition("=")
+        path = Path(file if is_task(owner) else text)
+        owner = next(filter(is_task, (owner, path.stem)), None)
         if owner and owner not in chosen:
-            raise ValueError(f"{path} is of {owner!r} and --tasks is {','.join(chosen)}; add the task or omit the file.")
+            raise ValueError(f"{path} is of {owner!r} and --tasks is {','.join(chosen)}; add it, or omit the file.")
         name = str(path.parent) if path.stem == owner else path.stem
+        if name in taken:
+            raise ValueError(f"{path} would be called {name!r}, as another row is; rename it.")
         content = search.SearchResult.load(path) if path.suffix == ".safetensors" else PatchSet.load(path)
         for task in [owner] if owner else chosen:
             if task in found.setdefault(name, {}):
@@ -131,10 +133,7 @@ def read(files: Sequence[str], chosen: Mapping[str, Task]) -> Sets:
 
 
 def is_task(name: str) -> bool:
-    try:
-        return bool(tasks.get(name))
-    except ValueError:
-        return False
+    return set(name.split("+")) <= set(tasks.names())
 
 
 def patches(found: Found) -> PatchSet:
@@ -181,19 +180,17 @@ def prepare(args: argparse.Namespace, chosen: Mapping[str, Task], found: Sets) -
 def run_searches(args: argparse.Namespace, bench: Bench, chosen: Mapping[str, Task], train: Dataset) -> Sets:
     """What every algorithm finds for every task, one result a seed."""
     layout = next(iter(bench.here.values())).layout
-    space, found = PatchSpace(bench.model, layout), {name: {task: [] for task in chosen} for name in args.algorithms}
-    plan = [(task, seed, name) for task in chosen.values() for seed in range(args.seeds) for name in args.algorithms]
+    space, seeds = PatchSpace(bench.model, layout), range(args.seed + 1, args.seed + 1 + args.seeds)
+    found: Sets = {name: {task: [] for task in chosen} for name in args.algorithms}
+    plan = [(task, seed, name) for task in chosen.values() for seed in seeds for name in args.algorithms]
     with tqdm(plan, desc="searching", unit="search", disable=not plan) as bar:
         for task, seed, name in bar:
             bar.set_postfix_str(f"{name}, {task.name}")
-            seed += args.seed + 1
             queries = task.prompts(train, args.prompts, seed, layout).query_only()
-            own = {"scores": bench.vectors.score()} if name == "ranking" else {}
-            vector, shared = bench.vectors[task.name], dict(budget=args.budget, batch_size=args.batch_size)
-            result = search.ALGORITHMS[name](
-                bench.model, vector, task, queries, space, seed=seed, progress=False, **shared, **own
-            )
-            found[name][task.name].append(result)
+            options = {"scores": bench.vectors.score()} if name == "ranking" else {}
+            options |= {"budget": args.budget, "batch_size": args.batch_size, "seed": seed, "progress": False}
+            search_now, vector = search.ALGORITHMS[name], bench.vectors[task.name]
+            found[name][task.name].append(search_now(bench.model, vector, task, queries, space, **options))
     return found
 
 
@@ -242,12 +239,14 @@ def judge(bench: Bench, task: Task, name: str, found: Sets, here: Measured, ther
 
     groups = [[one, *prunings(one, bench.seed)] for one in sets]
     losses = token_losses(bench, task, [one for group in groups for one in group]).split([len(g) for g in groups])
-    agree(mean(part[0].item() for part in losses), measured["own"]["token_loss"][0], f"{name}, {task.name}")
+    by_seed = [part[0].item() for part in losses]
+    agree(mean(by_seed), measured["own"]["token_loss"][0], f"{name}, {task.name}")
     costs = torch.cat([part[1:] - part[0] for part in losses]).tolist()
     abroad = [other for other, theirs in found[name].items() if theirs[0] is not results[0]]
     return measured["own"] | {
         "units": [len(one) for one in sets],
         "of_units": len(sets[0].space),
+        "token_loss_by_seed": by_seed,
         **{what: measured[what] for what in others},
         "cost_of_pruning_a_tenth": {"mean": mean(costs), "least": min(costs), "most": max(costs)} if costs else None,
         "jaccard_over_seeds": stability(sets),
@@ -258,12 +257,9 @@ def judge(bench: Bench, task: Task, name: str, found: Sets, here: Measured, ther
 
 
 def measure(
-    bench: Bench,
-    task: Task,
-    prompts: Mapping[str, VisualPrompt],
-    plans: Mapping[Any, Sequence[Condition]],
+    bench: Bench, task: Task, prompts: Mapping[str, VisualPrompt], plans: Mapping[Any, Sequence[Condition]],
     references: Measured | None = None,
-) -> Measured:
+) -> Measured:  # fmt: skip
     """Metric and token loss of every plan, [mean, low, high] of the mean over its conditions, and the gap closed;
     nothing where there are no prompts of the task."""
     if task.name not in prompts:
@@ -372,7 +368,8 @@ def leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Metric and sufficiency of every task; below, one algorithm's transfer between tasks, and everyone's stability."""
-    names, found = ordered(row["task"] for row in rows), ordered(row["set"] for row in rows if "units" in row)
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    found = list(dict.fromkeys(row["set"] for row in rows if "units" in row))
     figure = Figure(figsize=(max(10, 2.6 * len(names) + 1.5), 10), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(2, 1))
     panels = above.subplots(2, len(names), squeeze=False)
@@ -382,14 +379,14 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     above.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     left, right = below.subplots(1, 2)
     draw_transfer(left, rows, names)
-    right.set(title="Jaccard over seeds (ring: by chance)", xlim=(-0.03, 1.03))
+    for task, marker in zip(names, cycle("osD^vP*X")):
+        right.plot([], [], marker, color="0.4", label=task)
+        for row in (row for row in rows if row["task"] == task and row.get("jaccard_over_seeds")):
+            place = found.index(row["set"])
+            for value, fill in zip(row["jaccard_over_seeds"].values(), ("full", "none")):
+                right.plot(value, place, marker, color=f"C{place % 10}", fillstyle=fill, alpha=0.8)
     right.set_yticks(range(len(found)), found)
-    for i, task in enumerate(names):
-        own = [row for row in rows if row["task"] == task and row.get("jaccard_over_seeds")]
-        heights = [found.index(row["set"]) + 0.12 * (i - (len(names) - 1) / 2) for row in own]
-        for key, fill in (("mean", "full"), ("by_chance", "none")):
-            values = [row["jaccard_over_seeds"][key] for row in own]
-            right.plot(values, heights, "o", color=f"C{i}", fillstyle=fill, label=task if fill == "full" else None)
+    right.set(title="Jaccard over seeds (hollow: by chance)", xlim=(-0.03, 1.03))
     right.set_ylim(len(found) - 0.5, -0.5)
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return figure
@@ -408,16 +405,21 @@ def draw_task(top: Axes, bottom: Axes, rows: Sequence[Mapping[str, Any]], found:
                  label="as many random units" if row["set"] == found[0] else None)  # fmt: skip
         top.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=f"C{place % 10}", capsize=3)
         curve = [(point["units"], point["metric"][0]) for point in row["sufficiency"]]
-        bottom.plot(*zip(*curve or [(math.nan, math.nan)]), ".-", color=f"C{place % 10}")
+        bottom.plot(*np.reshape(curve, (-1, 2)).T, ".-", color=f"C{place % 10}")
+        bottom.plot(mean(row["units"]), value, "o", color=f"C{place % 10}")
     metric, higher = rows[0]["metric_name"], rows[0]["metric_name"] == "iou"
     label = f"{'mIoU' if higher else metric.upper()} ({'higher' if higher else 'lower'} is better)"
     top.set(title=rows[0]["task"], xlabel=label, ylim=(len(found) - 0.5, -0.5))
     bottom.set_xscale("log", base=2)
-    bottom.set(xlabel="k best-scored units", ylabel=label)
+    bottom.xaxis.set_major_formatter("{x:.0f}")
+    bottom.set(xlabel="best-scored units (dot: the set)", ylabel=label)
+    if not higher:
+        top.set_xscale("log")
+        bottom.set_yscale("log")
 
 
 def draw_transfer(panel: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """What a task's set costs the others; of the sets with the lowest loss among those that are most tasks'."""
+    """What a task's sets cost the others: of the name that has sets of most tasks, the one of lowest loss."""
     able = [row for row in rows if row["cost_to_other_tasks"]]
     if not able:
         panel.set_axis_off()
@@ -430,15 +432,11 @@ def draw_transfer(panel: Axes, rows: Sequence[Mapping[str, Any]], names: Sequenc
             at = names.index(row["task"]), names.index(other)
             matrix[at] = cost
             panel.text(at[1], at[0], f"{cost:+.2f}" if at[0] != at[1] else "0", ha="center", va="center", fontsize=8)
-    limit = max(np.nanmax(np.abs(matrix)), 1e-9)
-    panel.imshow(matrix, cmap="PiYG_r", vmin=-limit, vmax=limit, aspect="auto")
-    panel.set_xticks(range(len(names)), names, rotation=20)
+    limit = 1.5 * max(np.nanmax(np.abs(matrix)), 1e-9)
+    panel.imshow(matrix, cmap="coolwarm", vmin=-limit, vmax=limit, aspect="auto")
+    panel.set_xticks(range(len(names)), names, rotation=15)
     panel.set_yticks(range(len(names)), names)
-    panel.set(title=f"{best}: token loss over the task's own set", xlabel="done on", ylabel="set of")
-
-
-def ordered(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
+    panel.set(title=f"{best}: token loss over that of the task's own set", xlabel="task done", ylabel="set of task")
 
 
 if __name__ == "__main__":
