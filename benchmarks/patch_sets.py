@@ -38,6 +38,7 @@ import torch
 from datasets import Dataset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, data, evaluate, search, tasks
 from vtv_nnsight.evaluation import Condition, bootstrap
@@ -67,7 +68,7 @@ class Bench(NamedTuple):
     here: dict[str, VisualPrompt]
     elsewhere: dict[str, VisualPrompt]
     seed: int
-    batch_size: int
+    batch_size: int | None
 
 
 def main() -> None:
@@ -83,7 +84,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="searches of each algorithm, a task")
     parser.add_argument("--prompts", type=int, default=100, help="to collect and to search on, a task")
     parser.add_argument("-n", type=int, default=96, help="prompts to judge on, a task")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a forward")
+    parser.add_argument(
+        "--batch-size", type=int, help="rows a forward; by default as evaluate and the searches have it"
+    )
     args = parser.parse_args()
     if args.quick:
         args.tasks, args.budget, args.seeds, args.prompts, args.n = "segmentation,lowlight", 80, 2, 16, 4
@@ -104,8 +107,8 @@ def main() -> None:
 def check(args: argparse.Namespace) -> dict[str, Task]:
     """The tasks that are asked for; refuses options that make no sense."""
     for name in ("budget", "seeds", "prompts", "n", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)} leaves nothing to do; give 1 or more.")
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} leaves nothing to do; give 1 or more.")
     args.algorithms = args.algorithms.split(",") if args.algorithms else []
     if unknown := [name for name in args.algorithms if name not in search.ALGORITHMS]:
         raise ValueError(f"{unknown[0]!r} is not an algorithm; choose from {', '.join(search.ALGORITHMS)}.")
@@ -165,7 +168,7 @@ def prepare(args: argparse.Namespace, chosen: Mapping[str, Task], found: Sets) -
 
     if vectors is None:
         several = dict(chosen) | {task.name: task for task in tasks.VTV}
-        vectors = TaskVectors.collect(model, ask(train, several, args.prompts), batch_size=args.batch_size)
+        vectors = TaskVectors.collect(model, ask(train, several, args.prompts), batch_size=args.batch_size or 32)
     if len(vectors) < 2:
         raise ValueError(f"there is a vector of {', '.join(vectors)} only; the mean over tasks needs two or more.")
     spec = args.transfer_data or (UNSEEN if args.data == "scenes" else None)
@@ -265,7 +268,7 @@ def measure(
     if task.name not in prompts:
         return {}
     conditions = {f"{what} {i}": one for what, several in plans.items() for i, one in enumerate(several)}
-    size = bench.batch_size
+    size = bench.batch_size or 32
     table = evaluate(bench.model, task, prompts[task.name], conditions, batch_size=size, keep=0, progress=False)
     found: Measured = {}
     for what, several in plans.items():
@@ -416,6 +419,10 @@ def draw_task(top: Axes, bottom: Axes, rows: Sequence[Mapping[str, Any]], found:
     if not higher:
         top.set_xscale("log")
         bottom.set_yscale("log")
+        for axis in (top.xaxis, bottom.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
 
 
 def draw_transfer(panel: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
