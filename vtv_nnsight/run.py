@@ -157,7 +157,7 @@ def sources(out: Path, settings: Settings) -> tuple[list[Part], list[str]]:
         warnings.simplefilter("always", UserWarning)
         for number, (name, spec) in enumerate(names.items()):
             fold = int(name.removeprefix("fold")) if name else number
-            parts.append(Part(name, out / name, fold, *_halves(spec, settings)))
+            parts.append(Part(name, out / name, fold, *halves(spec, settings)))
     notes = [str(warning.message) for warning in heard if warning.category is UserWarning]
     fewest = min(len(part.train) for part in parts)
     if fewest < PER_PROMPT * settings.prompts:
@@ -167,7 +167,7 @@ def sources(out: Path, settings: Settings) -> tuple[list[Part], list[str]]:
     return parts, notes
 
 
-def _halves(spec: str, settings: Settings) -> tuple[Dataset, Dataset]:
+def halves(spec: str, settings: Settings) -> tuple[Dataset, Dataset]:
     """Training and test rows: the source's own, or a quarter set aside where it has none."""
     train = load(spec, "train", settings.images, settings.seed)
     test = train if Path(spec).expanduser().is_dir() else load(spec, "test", 2 * settings.evaluations, settings.seed)

@@ -1,0 +1,144 @@
+"""The benchmarks run, and what they write holds together."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, tasks
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def quick(name, folder, *options):
+    """What `--quick` of a script writes, and what it prints."""
+    command = [sys.executable, FOLDER / f"{name}.py", "--quick", "--device", "cpu", "--out", folder, *options]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / f"{name}.json").read_text()), done.stdout
+
+
+@pytest.fixture
+def patch_sets(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("patch_sets")
+
+
+@pytest.fixture(scope="module")
+def space():
+    return PatchSpace(MAEVQGAN("tiny"))
+
+
+def test_patch_sets(tmp_path, space):
+    PatchSet(space, torch.ones(len(space))).save(tmp_path / "all.json")
+    found, printed = quick("patch_sets", tmp_path, tmp_path / "all.json", "--algorithms", "ranking")
+    rows = {(row["task"], row["set"]): row for row in found["leaderboard"]}
+    names = ["one-shot", "zero-shot", "everything patched", "all", "ranking"]
+    assert sorted(rows) == sorted((task, name) for task in ("segmentation", "lowlight") for name in names)
+    assert printed.count("\n| segmentation ") == printed.count("\n| lowlight ") == 5
+    for task in ("segmentation", "lowlight"):
+        losses = [row["token_loss"][0] for row in found["leaderboard"] if row["task"] == task]
+        assert losses == sorted(losses)
+        one_shot, zero_shot, everything, whole, ranking = (rows[task, name] for name in names)
+        assert (one_shot["gap_closed"], zero_shot["gap_closed"]) == (1, 0)
+        for same in (whole, whole["random_units"], ranking["sufficiency"][-1]):
+            assert same["metric"] == pytest.approx(everything["metric"], abs=1e-4)
+            assert same["token_loss"] == pytest.approx(everything["token_loss"], rel=1e-4)
+        assert whole["other_data"]["token_loss"] == pytest.approx(everything["other_data"]["token_loss"], rel=1e-4)
+        assert whole["units"] == [whole["of_units"]] == [96] and whole["sufficiency"] == []
+        assert whole["jaccard_over_seeds"] is None and whole["cost_to_other_tasks"] == {}
+
+        assert len(ranking["units"]) == len(ranking["token_loss_by_seed"]) == 2
+        assert sum(ranking["token_loss_by_seed"]) / 2 == pytest.approx(ranking["token_loss"][0], rel=1e-4)
+        assert all(0 <= value <= 1 for value in ranking["jaccard_over_seeds"].values())
+        assert [point["units"] for point in ranking["sufficiency"]][:2] == [1, 2]
+        gap = (zero_shot["token_loss"][0] - ranking["token_loss"][0]) / (
+            zero_shot["token_loss"][0] - one_shot["token_loss"][0]
+        )
+        assert ranking["gap_closed"] == pytest.approx(gap)
+        (other,) = {"segmentation", "lowlight"} - {task}
+        cost = ranking["token_loss_on_other_tasks"][other] - rows[other, "ranking"]["token_loss"][0]
+        assert ranking["cost_to_other_tasks"] == {other: pytest.approx(cost)}
+        for row in (whole, ranking):
+            cost = row["cost_of_pruning_a_tenth"]
+            assert cost["least"] <= cost["mean"] <= cost["most"]
+            ablated = row["mean_ablated_one_shot"]["token_loss"]
+            assert ablated[0] > one_shot["token_loss"][0] and ablated[1] <= ablated[0] <= ablated[2]
+    assert all(0 <= value <= 1 for (task, _), row in rows.items() if task == "segmentation" for value in row["metric"])
+
+
+def test_every_unit_is_pruned(patch_sets, space):
+    whole = PatchSet.random(space, 25)
+    parts = [whole - rest for rest in patch_sets.prunings(whole, seed=1)]
+    assert [len(part) for part in parts] == [3] * 9
+    assert all((part & whole) == part for part in parts)
+    assert PatchSet(space, torch.stack([part.choices for part in parts]).any(0)) == whole
+    assert [len(rest) for rest in patch_sets.prunings(PatchSet.random(space, 2))] == [1, 1]
+    assert list(patch_sets.prunings(PatchSet.random(space, 0))) == []
+
+
+def test_stability_is_jaccard_against_chance(patch_sets, space):
+    a, b = (PatchSet.random(space, 48, seed) for seed in (0, 1))
+    assert patch_sets.stability([a]) is None
+    assert patch_sets.stability([a, a])["mean"] == 1
+    found = patch_sets.stability([a, b])
+    assert found == {"mean": a.jaccard(b), "by_chance": pytest.approx(1 / 3)}
+
+
+def test_units_are_ranked_by_score_and_chosen_ones_lead_among_equals(patch_sets, space):
+    scores = torch.zeros(len(space), dtype=torch.float64)
+    scores[[3, 5]], scores[0] = torch.tensor([2.0, 1.0], dtype=torch.float64), torch.nan
+    chosen = PatchSet.named(space, [space.names[i] for i in (5, 90, 91)])
+    result = patch_sets.search.SearchResult("x", chosen, scores, False, 0.0, 0, (), {}, 0)
+    best = patch_sets.best_scored(result, count=96)
+    assert list(best)[0] == 1 and list(best)[-1] == len(space)
+    assert best[1].choices.nonzero()[:, 0].tolist() == [3]
+    assert best[4].choices.nonzero()[:, 0].tolist() == [3, 5, 90, 91]
+    assert max(k for k, one in best.items() if not one.choices[0]) < len(space)
+    assert patch_sets.best_scored(chosen) == {}
+
+
+def test_gap_closed(patch_sets):
+    bounds = {name: {"token_loss": [loss]} for name, loss in (("zero-shot", 5.0), ("one-shot", 3.0))}
+    assert patch_sets.gap_closed({"token_loss": [3.5]}, bounds) == 0.75
+    assert patch_sets.gap_closed({"token_loss": [3.5]}, bounds | {"zero-shot": {"token_loss": [3.0]}}) is None
+
+
+def test_losses_that_differ_end_the_benchmark(patch_sets):
+    patch_sets.agree(2.0, 2.0001, "x")
+    with pytest.raises(RuntimeError, match="x: the token loss is 2.0 to a search and 2.1 to an evaluation"):
+        patch_sets.agree(2.0, 2.1, "x")
+
+
+def test_whose_a_file_is(patch_sets, space, tmp_path):
+    chosen = {name: tasks.get(name) for name in ("segmentation", "lowlight")}
+    files = {name: tmp_path / f"{name}.json" for name in ("segmentation", "mine", "one-shot", "identity")}
+    for file in files.values():
+        PatchSet.random(space, 3).save(file)
+    found = patch_sets.read([str(files["segmentation"]), str(files["mine"])], chosen)
+    assert {name: list(by_task) for name, by_task in found.items()} == {
+        str(tmp_path): ["segmentation"],
+        "mine": ["segmentation", "lowlight"],
+    }
+    assert list(patch_sets.read([f"lowlight={files['mine']}"], chosen)["mine"]) == ["lowlight"]
+    for wrong, sentence in (
+        ([files["identity"]], "is of 'identity' and --tasks is segmentation,lowlight; add it"),
+        ([files["mine"], files["mine"]], "is a second set of 'segmentation' that is called 'mine'"),
+        ([files["one-shot"]], "would be called 'one-shot', as another row is"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            patch_sets.read(list(map(str, wrong)), chosen)
+
+
+def test_options_that_make_no_sense(patch_sets):
+    good = dict(budget=1, seeds=1, prompts=1, n=1, batch_size=1, algorithms="gates", tasks="lowlight")
+    assert list(patch_sets.check(SimpleNamespace(**good))) == ["lowlight"]
+    for wrong, sentence in (({"n": 0}, "n=0 leaves nothing"), ({"algorithms": "gate"}, "'gate' is not an algorithm")):
+        with pytest.raises(ValueError, match=sentence):
+            patch_sets.check(SimpleNamespace(**good | wrong))
