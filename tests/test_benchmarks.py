@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, tasks
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -25,9 +25,15 @@ def quick(name, folder, *options):
 
 
 @pytest.fixture
-def patch_sets(monkeypatch):
+def script(monkeypatch):
+    """script(name) → the module of a benchmark."""
     monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module("patch_sets")
+    return importlib.import_module
+
+
+@pytest.fixture
+def patch_sets(script):
+    return script("patch_sets")
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +148,108 @@ def test_options_that_make_no_sense(patch_sets):
     for wrong, sentence in (({"n": 0}, "n=0 leaves nothing"), ({"algorithms": "gate"}, "'gate' is not an algorithm")):
         with pytest.raises(ValueError, match=sentence):
             patch_sets.check(SimpleNamespace(**good | wrong))
+
+
+def test_throughput(tmp_path):
+    found, printed = quick("throughput", tmp_path)
+    assert [(case["size"], case["dtype"], case["batch"]) for case in found["cases"]] == [
+        ("embedded", "float32", 1),
+        ("embedded", "float32", 16),
+    ]
+    for case in found["cases"]:
+        assert case["rounds"] >= 3 and all(rate > 0 for rate in case["a second"].values())
+        assert case["peak MiB"].keys() == case["a second"].keys()
+    (goal,) = found["goals"]
+    assert goal["measured"] == max(case["ratios"]["tokens over bare"] for case in found["cases"])
+    assert goal["met"] == (goal["measured"] >= goal["goal"]) and "released collection" in printed
+
+
+def test_throughput_ends_where_its_sides_differ(script, monkeypatch):
+    throughput = script("throughput")
+    module, prompts = script("common").made_up("embedded", 2, seed=0, device="cpu")
+    model = MAEVQGAN(module)
+    throughput.same_collection(module, model, prompts)
+    honest = throughput.released_collection
+    monkeypatch.setattr(throughput, "released_collection", lambda *args: {k: 2 * v for k, v in honest(*args).items()})
+    with pytest.raises(AssertionError, match="not close"):
+        throughput.same_collection(module, model, prompts)
+
+
+def test_tracing_overhead(tmp_path):
+    found, _ = quick("tracing_overhead", tmp_path)
+    for case in found["cases"]:
+        assert case["size"] == "embedded" and case["rounds"] >= 5
+        assert case["met"] == (max(case["trace over hooks"].values()) <= 1.03)
+
+
+def test_search_efficiency(tmp_path, script):
+    found, _ = quick("search_efficiency", tmp_path, "--resume", tmp_path / "journals")
+    paper, *others = found["searches"]
+    assert paper["label"] == "reinforce, published" and paper["evaluations"] == [2 * 320 + 8]
+    assert {row["label"] for row in others} == set(script("search_efficiency").ALGORITHMS)
+    assert all(spent <= row["budget"] for row in others for spent in row["evaluations"])
+    assert found["references"]["one-shot"] < found["references"]["nothing patched"]
+    again, _ = quick("search_efficiency", tmp_path, "--resume", tmp_path / "journals")
+    assert [row["test loss"] for row in again["searches"]] == [row["test loss"] for row in found["searches"]]
+
+
+def test_what_a_search_needs_to_reach_the_published_one(script):
+    def row(label, budget, loss):
+        return {"label": label, "budget": budget, "test loss": [loss, loss + 0.2], "held-out loss": [loss + 1] * 2}
+
+    efficiency = script("search_efficiency")
+    rows = [row("paper", 9, 2.0), row("a", 1, 3.0), row("a", 2, 2.0), row("a", 4, 1.0), row("b", 1, 4.0)]
+    first, second = efficiency.summarise(rows)
+    assert (first["label"], first["needed by test loss"], first["needed by held-out loss"]) == ("a", 2, 2)
+    assert first["area"] == pytest.approx(2.1) and second["area"] == pytest.approx(4.1)
+    assert second["needed by test loss"] is None
+
+
+def test_embedded_model(tmp_path):
+    numbers = quick("embedded_model", tmp_path)[0]["numbers"]
+    means = {name: value[0] for name, value in numbers.items() if name.startswith("scenes, segmentation, ")}
+    assert means["scenes, segmentation, ceiling"] >= means["scenes, segmentation, one-shot"] > 0.7
+    assert means["scenes, segmentation, zero-shot"] < 0.5
+
+
+def test_intervals_and_tables(script):
+    common = script("common")
+    mean, half = common.interval([1, 2, 3, 4, 5])
+    assert mean == 3 and half == pytest.approx(2.776 * (2.5 / 5) ** 0.5, rel=2e-3)
+    assert common.interval([2.0])[0] == 2
+    assert common.table(["a", "long"], [["xyz", 1 / 3]]).splitlines() == [
+        "| a   | long   |",
+        "| --- | ------ |",
+        "| xyz | 0.3333 |",
+    ]
+
+
+def test_sides_take_turns(script):
+    common, called = script("common"), []
+    sides = {name: lambda name=name: called.append(name) for name in "abc"}
+    rounds = common.alternate(sides, "cpu", spend=0, least=3)
+    assert "".join(called) == "abcbcacab" and [len(times) for times in rounds.values()] == [3, 3, 3]
+    assert common.ratio({"a": [2, 6, 1], "b": [1, 2, 1]}, "a", "b") == 2
+
+
+def test_vtv_bench_lists_and_runs(monkeypatch, capsys):
+    def vtv(*args):
+        monkeypatch.setattr(sys, "argv", ["vtv", "bench", *args])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    names = {path.stem for path in FOLDER.glob("*.py")} - {"common"}
+    code, out, _ = vtv()
+    assert code == 0 and {line.split()[0] for line in out.splitlines()} == names
+    assert "'speed' is not a benchmark; choose from ablations" in vtv("speed")[2]
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command: commands.append(command) or SimpleNamespace(returncode=3))
+    assert vtv("throughput", "--quick", "--seed", "1")[0] == 3
+    assert [command[1:] for command in commands] == [[str(FOLDER / "throughput.py"), "--quick", "--seed", "1"]]
+
+
+def test_every_package_is_installed():
+    settings = (FOLDER.parent / "pyproject.toml").read_text()
+    for init in (FOLDER.parent / "vtv_nnsight").rglob("__init__.py"):
+        assert f'"{".".join(init.parent.relative_to(FOLDER.parent).parts)}",' in settings
