@@ -196,6 +196,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
         for axis in (first.yaxis.set_major_formatter, first.yaxis.set_minor_formatter):
             axis("{x:g}")
         first.tick_params(axis="y", which="both", labelsize=8)
+    panels[0, 0].plot([], [], "o", color="C0", label="the base")
     shown = dict(reversed(list(zip(*reversed(panels[0, 0].get_legend_handles_labels())))))
     drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize=9)
     return drawn

@@ -12,7 +12,8 @@ Batches are as large as the objective chooses.
 - masks: seconds an evaluation where 1 to 1024 are asked for in one call. Their losses must be those of a single call.
 - processes: evaluations a second under `accelerate launch`, in calls that have work for all processes and in calls of
   a search step's 32 evaluations. On a CPU, each process gets an equal share of the cores as threads, and one process
-  is measured with one thread and with all; elsewhere there is one process a GPU. Launches take turns.
+  is measured with one thread and with all (`--quick` leaves the latter out); elsewhere there is one process a GPU.
+  Launches take turns.
 
 The objective promises the same batches whatever the number of processes. So losses must be equal within 1e-5 between
 launches: threads split the sums inside a matrix product differently. Calls of other sizes run in batches of other
@@ -142,8 +143,8 @@ def by_masks(make: Callable[..., search.Objective], args: Namespace) -> list[dic
 
 def by_processes(args: Namespace) -> list[dict[str, Any]]:
     cores, cpu = machine("cpu")["cores"], args.device == "cpu"
-    sides = [(n, max(1, cores // n)) for n in args.processes]
-    sides = list(dict.fromkeys([(1, 1)] * cpu + [(1, cores)] * (not args.quick) + sides))
+    alone = [(1, 1)] * cpu + [(1, cores)] * (not (cpu and args.quick))
+    sides = list(dict.fromkeys(alone + [(n, max(1, cores // n)) for n in args.processes if n > 1]))
     launches = {side: [] for side in sides}
     medians("launches", {s: lambda s=s: launches[s].append(launch(args, *s)) for s in sides}, args)
     every = {(s, i): torch.tensor(one["losses"]) for s, found in launches.items() for i, one in enumerate(found)}
@@ -189,7 +190,7 @@ def work(task: Path) -> None:
     args = Namespace(**json.loads(task.read_text()))
     state = PartialState(cpu=args.device == "cpu")
     torch.set_num_threads(args.threads)
-    objective = maker(args, str(state.device), max(args.prompts[:4]))()
+    objective = maker(args, str(state.device), min(64, max(args.prompts)))()
     choices, rows = draw(objective, args.batches * objective.batch_size * max(args.processes), args.seed)
     losses = objective(choices, rows)
     calls = {"large": lambda: objective(choices, rows), "step": lambda: objective(choices[:STEP], rows[:STEP])}
@@ -211,10 +212,8 @@ def figure(parts: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
     curve(masks, parts["masks"], "masks_in_a_call", "seconds_per_evaluation", "an evaluation")
     curve(masks, parts["masks"], "masks_in_a_call", "seconds_per_call", "a call")
     for row in parts["units"]:
-        place = (row["units"], row["seconds_per_evaluation"])
-        units.annotate(
-            row["granularity"], place, (0, -8), textcoords="offset points", rotation=-45, va="top", fontsize=8
-        )
+        at, below = (row["units"], row["seconds_per_evaluation"]), dict(xytext=(0, -8), textcoords="offset points")
+        units.annotate(row["granularity"], at, **below, rotation=-45, va="top", fontsize=8)
     for shift, key, label in ((-0.2, "", "calls with work for all"), (0.2, "_in_steps", f"calls of {STEP}")):
         rates = [row["evaluations_per_second" + key] for row in parts["processes"]]
         places = [place + shift for place in range(len(rates))]
