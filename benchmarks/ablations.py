@@ -1,0 +1,259 @@
+"""The paper's ablations: what the stacks, the units' size, the numbers of prompts and the search itself are worth.
+
+    python benchmarks/ablations.py [--quick] [--tasks segmentation lowlight] [--budget 4000] [--seeds 3] [-n 128]
+
+The base patches units of both stacks by quadrant, is searched for on 100 prompts, uses a vector averaged over 100, and
+has a set of units a task. Each variation changes one thing and is searched for anew, with the same budget and seed:
+
+- stacks: the encoder only, the decoder only, both.
+- granularity: units that are whole heads, quadrants, or single tokens (of which there are many more).
+- training prompts: those that the search trains on, the first few of the same hundred. When it stops is judged by 32
+  held-out prompts more, the same for all; with fewer than 4 to train on, no unit is pruned.
+- averaged prompts: those that the vector is the mean of, the first few of the same hundred.
+- masks: one set for all of VTV's tasks, which one search with the budget of them all looks for, against one each; as
+  many units as the base has, drawn at random; and no search at all: everything patched, at all positions at once.
+
+Each seed draws prompts of its own to average and to train on; the test prompts are the same for all, of scenes that
+nothing else has seen. Values are means over the seeds and 95 % bootstrap intervals over the test prompts; a difference
+to the base is paired. Every search's own held-out loss must be what `evaluate` finds for the same prompts.
+"""
+
+from __future__ import annotations
+
+import functools
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from common import options, save, table
+from matplotlib.figure import Figure
+
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, VisualPrompt, data, evaluate, search, tasks
+from vtv_nnsight.evaluation import Table, bootstrap
+from vtv_nnsight.progress import tqdm
+from vtv_nnsight.vectors import STACKS, TaskVector
+
+REFERENCES = ("one-shot", "zero-shot")
+EACH, SHARED, RANDOM, EVERYTHING = MASKS = ("one each", "one for all", "random units", "all positions")
+
+
+class Setting(NamedTuple):
+    """What a task's own search is given."""
+
+    stacks: str = "both"
+    granularity: str = "quadrant"
+    training_prompts: int = 100
+    averaged_prompts: int = 100
+
+
+class Found(NamedTuple):
+    """A set of units, and what it took; 0 evaluations where nothing was searched for."""
+
+    vector: TaskVector
+    patches: PatchSet
+    evaluations: int = 0
+    held_out_loss: float = float("nan")
+
+
+def plan(numbers: Sequence[int]) -> dict[tuple[str, Any], Setting | str]:
+    """All that is compared: (what varies, its value) → a setting to search with, or one of `MASKS`. The base stands
+    under everything that varies. `numbers` are those of prompts."""
+    base, numbers = Setting(training_prompts=max(numbers), averaged_prompts=max(numbers)), sorted(set(numbers))
+    levels = (("encoder", "decoder", "both"), ("head", "quadrant", "token"), numbers, numbers)
+    varied = zip(Setting._fields, levels)
+    settings = {(field, value): base._replace(**{field: value}) for field, values in varied for value in values}
+    return settings | {("masks", EACH): base} | {("masks", name): name for name in MASKS[1:]}
+
+
+def find(
+    model: MAEVQGAN,
+    asked: Mapping[tuple[str, Any], Setting | str],
+    held_out: Mapping[str, VisualPrompt],
+    args: Namespace,
+    seed: int,
+    bar: tqdm,
+) -> dict[str, dict[Setting | str, Found]]:
+    """One seed's sets of every task. The held-out prompts are those of all tasks that share a set."""
+    images, most, base = data.scenes("train", n=500, seed=0), max(args.prompts), asked["masks", EACH]
+    averaged, training = (
+        {name: tasks.get(name).prompts(images, most, first + seed, model.layout) for name in held_out}
+        for first in (0, 1000)
+    )
+
+    @functools.cache
+    def vector(name: str, count: int) -> TaskVector:
+        return TaskVectors.collect(model, {name: averaged[name][:count]}, progress=False)[name]
+
+    def look(names: Sequence[str], setting: Setting) -> dict[str, Found]:
+        bar.set_postfix_str(f"seed {seed}, {', '.join([*names, *map(str, setting)])}")
+        vectors = {name: vector(name, setting.averaged_prompts) for name in names}
+        stacks = STACKS if setting.stacks == "both" else setting.stacks
+        result = search.reinforce(
+            model,
+            list(vectors.values()),
+            [tasks.get(name) for name in names],
+            [training[name][: setting.training_prompts].query_only() for name in names],
+            PatchSpace(model, granularity=setting.granularity, stacks=stacks),
+            budget=args.budget * len(names),
+            held_out=[held_out[name].query_only() for name in names],
+            seed=seed,
+            progress=False,
+        )
+        bar.update()
+        return {name: Found(v, result.patches, result.evaluations, result.held_out_loss) for name, v in vectors.items()}
+
+    settings = dict.fromkeys(key for key in asked.values() if isinstance(key, Setting))
+    found = {name: {setting: look([name], setting)[name] for setting in settings} for name in args.tasks}
+    together = look(list(held_out), base)
+    for name, own in found.items():
+        agree(name, own, judge(model, name, held_out[name], own))
+        best, space = own[base], own[base].patches.space
+        own[SHARED] = together[name]
+        own[RANDOM] = Found(best.vector, PatchSet.random(space, len(best.patches), seed))
+        own[EVERYTHING] = Found(best.vector, PatchSet(space, torch.ones(len(space))))
+    return found
+
+
+def judge(model: MAEVQGAN, name: str, prompts: VisualPrompt, found: Mapping[Any, Found]) -> Table:
+    """`evaluate` the references and what was found, under the names of its keys."""
+    conditions = {name: name for name in REFERENCES} | {str(k): (one.vector, one.patches) for k, one in found.items()}
+    return evaluate(model, tasks.get(name), prompts, conditions, keep=0, progress=False)
+
+
+def agree(name: str, found: Mapping[Any, Found], judged: Table) -> None:
+    """Stop where `evaluate` does not find the loss that a search ended with."""
+    for key, one in found.items():
+        loss = judged.values(name, str(key), "token_loss").mean()
+        if not np.isclose(loss, one.held_out_loss, rtol=1e-4, atol=1e-4):
+            raise SystemExit(
+                f"{name}, {key}: the search ended with a held-out loss of {one.held_out_loss:.6f} and evaluate finds "
+                f"{loss:.6f} for the same units and prompts; they do not compute the same."
+            )
+
+
+def summary(values: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+    """Of values [seed, image]: mean and interval, those of the paired difference to the base, and the seeds' means."""
+    parts = {"": bootstrap(values.mean(0)), "difference_": bootstrap((values - base).mean(0))}
+    numbers = {prefix + end: x for prefix, three in parts.items() for end, x in zip(("mean", "low", "high"), three)}
+    return numbers | {"of_seeds": values.mean(1).tolist()}
+
+
+def lines(name: str, asked: Mapping, found: Sequence[Mapping[Any, Found]], judged: Sequence[Table]) -> list[dict]:
+    """One task's rows; `found` and `judged` are the seeds'."""
+    task, base, rows = tasks.get(name), asked["masks", EACH], []
+    for (varies, value), key in ({("reference", name): name for name in REFERENCES} | dict(asked)).items():
+        row = {"task": name, "metric": task.metric, "varies": varies, "value": value, "is_base": key == base}
+        own = [sets[key] for sets in found if key in sets]
+        row["units_patched"] = [len(one.patches) for one in own]
+        row["units_to_choose_from"] = len(own[0].patches.space) if own else 0
+        row["evaluations"] = [one.evaluations for one in own]
+        for measure in ("score", "token_loss"):
+            row[measure] = summary(*(np.stack([t.values(name, str(k), measure) for t in judged]) for k in (key, base)))
+        rows.append(row)
+    return rows
+
+
+def label(row: dict[str, Any]) -> str:
+    return "mIoU ↑" if row["metric"] == "iou" else f"{row['metric'].upper()} ↓"
+
+
+def show(rows: Sequence[dict[str, Any]]) -> str:
+    """One task's rows as a table."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        texts = []
+        for numbers in (row["score"], row["token_loss"]):
+            gap = "{difference_mean:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]".format(**numbers)
+            texts += ["{mean:.3f} [{low:.3f}, {high:.3f}]".format(**numbers), "base" if row["is_base"] else gap]
+        units = f"{np.mean(row['units_patched']):.4g} of {row['units_to_choose_from']}" if row["units_patched"] else ""
+        spent = f"{np.mean(row['evaluations']):.0f}" if any(row["evaluations"]) else ""
+        return [row["varies"].replace("_", " "), str(row["value"]), units, spent, *texts]
+
+    first = rows[0]
+    head = [first["task"], "", "units", "evaluations", label(first), "− base", "token loss ↓", "− base"]
+    return table(head, map(cells, rows))
+
+
+def figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """A row of panels for each task and a column for each thing that varies."""
+    names, columns = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "varies"))
+    columns.remove("reference")
+    drawn = Figure(figsize=(14, 0.7 + 2.7 * len(names)), layout="constrained")
+    panels = drawn.subplots(len(names), len(columns), sharey="row", squeeze=False)
+    for i, name in enumerate(names):
+        own = [row for row in rows if row["task"] == name]
+        for varies, panel in zip(columns, panels[i]):
+            for row, style in zip(own, (("black", (0, (5, 3))), ("grey", (0, (1, 2))))):
+                panel.axhline(row["score"]["mean"], color=style[0], linestyle=style[1], label=row["value"])
+            points(panel, [row for row in own if row["varies"] == varies], f"C{i}")
+            panel.set_title(varies.replace("_", " ") if i == 0 else "", fontsize=10)
+        iou = own[0]["metric"] == "iou"
+        first = panels[i, 0]
+        first.set_ylabel(f"{name}\n{label(own[0])}" + ("" if iou else ", log scale"), color=f"C{i}")
+        first.set_yscale("linear" if iou else "log")
+        for axis in (first.yaxis.set_major_formatter, first.yaxis.set_minor_formatter):
+            axis("{x:g}")
+        first.tick_params(axis="y", which="both", labelsize=8)
+    panels[0, 0].plot([], [], "o", color="C0", label="the base")
+    shown = dict(reversed(list(zip(*reversed(panels[0, 0].get_legend_handles_labels())))))
+    drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize=9)
+    return drawn
+
+
+def points(panel: Any, rows: Sequence[dict[str, Any]], colour: str) -> None:
+    """Means with their intervals, the base's filled, and the seeds' means; numbers on a log axis."""
+    values = [row["value"] for row in rows]
+    numeric = all(isinstance(value, int) for value in values)
+    places = values if numeric else range(len(values))
+    for place, row in zip(places, rows):
+        score, face = row["score"], colour if row["is_base"] else "white"
+        seeds = score["of_seeds"] if len(score["of_seeds"]) > 1 else []
+        panel.plot([place] * len(seeds), seeds, "_", color=colour, alpha=0.5, markersize=9, label="a seed")
+        ends = [[score["mean"] - score["low"]], [score["high"] - score["mean"]]]
+        panel.errorbar(place, score["mean"], ends, fmt="o", color=colour, markerfacecolor=face, capsize=3)
+    if numeric:
+        panel.plot(places, [row["score"]["mean"] for row in rows], color=colour, linewidth=1, zorder=0)
+        panel.set_xscale("log")
+        panel.minorticks_off()
+    else:
+        panel.set_xlim(-0.5, len(rows) - 0.5)
+    panel.set_xticks(places, labels=[str(value).replace(" ", "\n") for value in values], fontsize=8)
+
+
+def main() -> None:
+    parser = options(__file__, __doc__, "one task and one seed, few prompts, a tiny budget")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--tasks", nargs="+", default=["segmentation", "lowlight"])
+    parser.add_argument("--budget", type=int, default=4000, help="patched evaluations that a task's search may spend")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--prompts", nargs="+", type=int, default=[1, 3, 10, 30, 100], help="to train on, to average")
+    parser.add_argument("-n", type=int, default=128, help="test prompts")
+    parser.set_defaults(held_out=32)
+    args = parser.parse_args()
+    if args.quick:
+        args.tasks, args.budget, args.seeds, args.prompts = args.tasks[:1], 160, 1, [1, 16]
+        args.n, args.held_out = 8, 4
+    if min(args.seeds, args.n, *args.prompts) < 1:
+        parser.error("--seeds, -n and --prompts count from 1.")
+
+    model, asked = MAEVQGAN(args.model).to(args.device), plan(args.prompts)
+    names = dict.fromkeys(args.tasks + [task.name for task in tasks.VTV])
+    fresh, unseen = data.scenes("validation", n=200, seed=0), data.scenes("test", n=500, seed=0)
+    held_out = {name: tasks.get(name).prompts(fresh, args.held_out, 0, model.layout) for name in names}
+    test = {name: tasks.get(name).prompts(unseen, args.n, 0, model.layout) for name in args.tasks}
+    seeds, settings = range(args.seed, args.seed + args.seeds), {s for s in asked.values() if isinstance(s, Setting)}
+    with tqdm(total=args.seeds * (len(args.tasks) * len(settings) + 1), unit="search") as bar:
+        found = [find(model, asked, held_out, args, seed, bar) for seed in seeds]
+    rows = []
+    print(f"{args.model}, {args.n} test prompts; units and evaluations are means over {args.seeds} seeds")
+    for name in args.tasks:
+        own = [sets[name] for sets in found]
+        rows += lines(name, asked, own, [judge(model, name, test[name], sets) for sets in own])
+        print("\n" + show([row for row in rows if row["task"] == name]), flush=True)
+    save(args, {"rows": rows}, figure(rows))
+
+
+if __name__ == "__main__":
+    main()
