@@ -4,14 +4,14 @@
 
 Batches are as large as the objective chooses.
 
-- units: seconds an evaluation (one set on one prompt) and a step of the default `search.reinforce` (32 evaluations and
+- units: seconds an evaluation (one set on one prompt) and a step of the default `search.reinforce` (16 evaluations and
   the search's own work), with units by head, quadrant and token. All units patched are the same patch in all three
   spaces, and so must their losses be.
 - prompts: seconds an evaluation and seconds to set the objective up, on 1 to 256 distinct prompts. The losses on the
   first prompt must not depend on the others.
 - masks: seconds an evaluation where 1 to 1024 are asked for in one call. Their losses must be those of a single call.
 - processes: evaluations a second under `accelerate launch`, in calls that have work for all processes and in calls of
-  a search step's 32 evaluations. On a CPU, each process gets an equal share of the cores as threads, and one process
+  a search step's 16 evaluations. On a CPU, each process gets an equal share of the cores as threads, and one process
   is measured with one thread and with all (`--quick` leaves the latter out); elsewhere there is one process a GPU.
   Launches take turns.
 
@@ -43,8 +43,8 @@ from vtv_nnsight.patches import GRANULARITIES
 from vtv_nnsight.progress import tqdm
 
 TASK = tasks.segmentation
-STEP = 32
-"""Evaluations of a step of the default `search.reinforce`: 16 prompts, 2 masks of each."""
+STEP = 16
+"""Evaluations of a step of the default `search.reinforce`: 4 prompts, 4 masks of each."""
 COLUMNS = {
     "units": ["granularity", "units", "seconds_per_evaluation", "seconds_per_search_step"],
     "prompts": ["prompts", "seconds_per_evaluation", "seconds_to_set_up"],

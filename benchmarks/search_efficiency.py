@@ -38,6 +38,8 @@ ABLATIONS = {
     "reinforce, independent": dict(antithetic=False),
     "reinforce, not pruned": dict(prune=False),
     "reinforce, no early stop": dict(patience=None),
+    "reinforce, constant rate": dict(decay=0.0, lr=0.15),
+    "reinforce, same 10 prompts": dict(prompts=10),
 }
 
 
@@ -64,10 +66,12 @@ class Bench:
         return judge(choices.expand(len(prompts), -1), judge.held_out).mean().item()
 
     def run(self, label: str, seed: int, budget: int | None, **own) -> search.SearchResult:
+        """A search of its algorithm's own options; "prompts" of them says how many to train on."""
         name = label.split(",")[0]
         if name == "ranking":
             own["scores"] = self.vectors.score()
-        prompts = self.task.prompts(self.images, self.args.prompts, 100 + seed, self.model.layout).query_only()
+        drawn = self.task.prompts(self.images, self.args.prompts, 100 + seed, self.model.layout).query_only()
+        prompts = drawn[: own.pop("prompts", None)]
         if folder := self.args.resume:
             own["resume"] = folder / f"{label.replace(', ', '-').replace(' ', '-')}-{budget}-{seed}.jsonl"
         vector, shared = self.vectors[self.task.name], dict(budget=budget, held_out=self.held_out, seed=seed)

@@ -18,6 +18,7 @@ from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.patches import PatchSet, PatchSpace, patch
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.search import plots, run
+from vtv_nnsight.search.objective import processes
 from vtv_nnsight.search.reinforce import PUBLISHED, gradient, sample
 from vtv_nnsight.vectors import TaskVectors
 
@@ -106,7 +107,8 @@ def search_in_processes(path):
     vector = build_vectors(model, prompts)["identity"]
     args = model, vector, tasks.identity, prompts.query_only(), PatchSpace(model)
     result = search.reinforce(*args, budget=300, batch_size=4, images=4, progress=False, resume=f"{path}.jsonl")
-    if int(os.environ.get("RANK", 0)) == 0:
+    print(f"one of {processes().num_processes}")
+    if processes().is_main_process:
         result.save(path)
     return result
 
@@ -197,7 +199,7 @@ def test_pixel_loss_is_the_tasks_own_of_the_decoded_answer(objective, vectors):
             canvas = tracer.result.save()
         answer, truth = (crop(pixels, "output", prompt.layout) for pixels in (canvas, prompt.canvas))
         expected.append(tasks.identity.loss(answer, truth))
-    torch.testing.assert_close(losses, torch.cat(expected))
+    torch.testing.assert_close(losses, torch.cat(expected), rtol=1e-4, atol=0)  # a pixel may round to its neighbour
 
 
 def test_batches_and_their_size_do_not_show(objective):
@@ -386,7 +388,7 @@ def test_a_budget_that_pays_for_nothing_is_refused(space, name):
 def test_a_loss_that_is_not_a_number_stops_the_search(space):
     objective = Planted(space)
     objective.levels[objective.train[5]] = torch.nan
-    with pytest.raises(ValueError, match=r"step 1 of reinforce, after 16 evaluations: a loss is nan"):
+    with pytest.raises(ValueError, match=r"step 1 of reinforce, after 32 evaluations: a loss is nan"):
         find("reinforce", objective, budget=1000, images=4)
 
 
@@ -571,11 +573,12 @@ def test_processes_share_the_work_and_agree(tmp_path):
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         f"import test_search; test_search.search_in_processes({str(path)!r})\n"
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
         launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("one of 2") == 2
     two, one = search.SearchResult.load(path), search_in_processes(tmp_path / "one.safetensors")
     assert two.patches == one.patches and two.evaluations == one.evaluations
     torch.testing.assert_close(two.scores, one.scores, rtol=0, atol=1e-6)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 
 from vtv_nnsight import metrics
 from vtv_nnsight.patches import PatchSpace, patch
@@ -31,7 +31,8 @@ class Objective:
     """Called with sets and prompts, gives losses. Counts them, batches them, and shares them out over processes.
 
     Under `accelerate launch`, batches go to the processes in turn and only losses come back, so that every process sees
-    the same ones: those of a single process, since the batches are the same.
+    the same ones: those of a single process, since the batches are the same. (On CPUs, start the processes with
+    `torchrun --nproc-per-node 2`: accelerate's own `--cpu` starts several under MPI alone.)
 
     Args:
         model: A MAEVQGAN, on its device and in its dtype.
@@ -95,8 +96,9 @@ class Objective:
 
     @property
     def stride(self) -> int:
-        """Rows worth asking for at once: a few batches for every process."""
-        return self.batch_size * PartialState().num_processes * (1 if self._truth.device.type == "cpu" else 4)
+        """Rows worth asking for at once: a batch or a few of every task for every process."""
+        batches = len(self.tasks) * processes().num_processes * (1 if self._truth.device.type == "cpu" else 4)
+        return self.batch_size * batches
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -156,7 +158,7 @@ class Objective:
 
     def _shared(self, function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, width: int) -> torch.Tensor:
         """`function` of batches of row numbers → [row, width], each batch done by one of the processes."""
-        state = PartialState()
+        state = processes()
         values = torch.zeros(len(rows), width, dtype=torch.float64)
         own = list(self._batches(rows))[state.process_index :: state.num_processes]
         for batch, value in [(batch, self._fitting(function, batch)) for batch in own]:
@@ -214,6 +216,11 @@ class Objective:
         with torch.no_grad():
             codes = [vqgan.encode(batch.canvas.to(dtype)) for batch in self.prompts.split(self.batch_size)]
         return torch.cat(codes)[:, self._output]
+
+
+def processes() -> PartialState:
+    """The processes that a launcher started, and which this is. Accelerate looks for CPU processes only if told to."""
+    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def _listed(value: Any) -> list:

@@ -33,9 +33,10 @@ def reinforce(
     *,
     recipe: str = "coupled",
     init: float = -1.0,
-    lr: float = 0.2,
-    images: int = 16,
-    masks: int = 2,
+    lr: float = 0.3,
+    decay: float = 0.9,
+    images: int = 4,
+    masks: int = 4,
     antithetic: bool = True,
     baseline: str = "prompt",
     patience: int | None = 5,
@@ -65,8 +66,10 @@ def reinforce(
     Args:
         recipe: "coupled" or "published".
         init: Initial logit of every unit.
-        lr: Adam's learning rate.
-        images, masks: Prompts a step, and masks for each of them.
+        lr: Adam's learning rate at the start.
+        decay: The share of it that is gone when the budget is, linearly.
+        images, masks: Prompts a step, and masks for each of them. The default steps are small, which suits a hundred
+            units; with more units, a GPU, or several processes to keep busy, give more images.
         antithetic: Draw the masks in pairs; False draws them independently.
         baseline: "prompt" (leave-one-out), or "batch" standardises over the step, as published.
         patience: Held-out evaluations without a better one before the search stops; None never does.
@@ -97,6 +100,7 @@ def reinforce(
         losses = run.losses(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None]).view(images, masks)
         advantage = _loo(losses) if baseline == "prompt" else losses - losses.mean()
         advantage = advantage / _scale(advantage, run.objective.group[rows])
+        adam.param_groups[0]["lr"] = lr * (1 - decay * run.evaluations / (run.budget - reserve))
         logits.grad = gradient(choices, advantage, probabilities, antithetic and baseline == "prompt")
         adam.step()
         if step % every == every - 1:

@@ -23,13 +23,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.progress import tqdm
 from vtv_nnsight.search.journal import Answer, Journal, digest
-from vtv_nnsight.search.objective import Objective
+from vtv_nnsight.search.objective import Objective, processes
 from vtv_nnsight.search.result import SearchResult, Step
 
 BUDGET = 8000
@@ -74,7 +73,7 @@ class Run:
         self._journal = self._open(resume)
         self._clock = time.perf_counter()
         self._bar = tqdm(
-            total=self.budget, desc=name, unit="eval", disable=not (progress and PartialState().is_main_process)
+            total=self.budget, desc=name, unit="eval", disable=not (progress and processes().is_main_process)
         )
 
     @property
@@ -269,7 +268,7 @@ class Run:
 
     def _open(self, path: str | os.PathLike | None) -> Journal:
         """The journal, which every process reads as the first has it, and the first writes."""
-        state = PartialState()
+        state = processes()
         facts = {"algorithm": self.name, "seed": self.seed, "budget": self.budget} | self.settings
         facts |= getattr(self.objective, "facts", {})
         journal = Journal(path if state.is_main_process else None, facts)
