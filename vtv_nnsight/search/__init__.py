@@ -31,6 +31,7 @@ An algorithm proposes masks and reads losses and nothing else: `search.reinforce
 objective. To write a new one, see `vtv_nnsight.search.run`.
 """
 
+from vtv_nnsight.search import plots
 from vtv_nnsight.search.attribution import attribution
 from vtv_nnsight.search.gates import gates
 from vtv_nnsight.search.greedy import greedy
@@ -45,4 +46,4 @@ ALGORITHMS = {
     function.__name__: function for function in (reinforce, gates, attribution, mediation, ranking, greedy, random)
 }
 
-__all__ = [*ALGORITHMS, "ALGORITHMS", "LOSSES", "Objective", "SearchResult", "Step"]
+__all__ = [*ALGORITHMS, "ALGORITHMS", "LOSSES", "Objective", "SearchResult", "Step", "plots"]
