@@ -23,11 +23,12 @@ from __future__ import annotations
 import functools
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import options, save, table
+from common import journal, options, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, VisualPrompt, data, evaluate, search, tasks
@@ -99,6 +100,7 @@ def find(
             budget=args.budget * len(names),
             held_out=[held_out[name].query_only() for name in names],
             seed=seed,
+            resume=journal(args.resume, *names, *setting, args.budget, seed),
             progress=False,
         )
         bar.update()
@@ -230,6 +232,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", nargs="+", type=int, default=[1, 3, 10, 30, 100], help="to train on, to average")
     parser.add_argument("-n", type=int, default=128, help="test prompts")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="keep every search's journal there")
     parser.set_defaults(held_out=32)
     args = parser.parse_args()
     if args.quick:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +39,14 @@ def options(file: str, doc: str, quick: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="for NAME.json and NAME.png")
     return parser
+
+
+def journal(folder: Path | None, *parts: Any) -> Path | None:
+    """Where a search of that name keeps what it learns (`resume=`), if anywhere."""
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / (re.sub(r"[^\w.]+", "-", "-".join(map(str, parts))) + ".jsonl")
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument(
         "--batch-size", type=int, help="rows a forward; by default as evaluate and the searches have it"
     )
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="keep every search's journal there")
     args = parser.parse_args()
     if args.quick:
         args.tasks, args.budget, args.seeds, args.prompts, args.n = "segmentation,lowlight", 80, 2, 16, 4
@@ -191,6 +192,7 @@ def run_searches(args: argparse.Namespace, bench: Bench, chosen: Mapping[str, Ta
             bar.set_postfix_str(f"{name}, {task.name}")
             queries = task.prompts(train, args.prompts, seed, layout).query_only()
             options = {"scores": bench.vectors.score()} if name == "ranking" else {}
+            options |= {"resume": common.journal(args.resume, task.name, name, args.budget, seed)}
             options |= {"budget": args.budget, "batch_size": args.batch_size, "seed": seed, "progress": False}
             search_now, vector = search.ALGORITHMS[name], bench.vectors[task.name]
             found[name][task.name].append(search_now(bench.model, vector, task, queries, space, **options))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import interval, options, save, table
+from common import interval, journal, options, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, data, search, tasks
@@ -72,9 +72,8 @@ class Bench:
             own["scores"] = self.vectors.score()
         drawn = self.task.prompts(self.images, self.args.prompts, 100 + seed, self.model.layout).query_only()
         prompts = drawn[: own.pop("prompts", None)]
-        if folder := self.args.resume:
-            own["resume"] = folder / f"{label.replace(', ', '-').replace(' ', '-')}-{budget}-{seed}.jsonl"
-        vector, shared = self.vectors[self.task.name], dict(budget=budget, held_out=self.held_out, seed=seed)
+        vector, file = self.vectors[self.task.name], journal(self.args.resume, label, budget, seed)
+        shared = dict(budget=budget, held_out=self.held_out, seed=seed, resume=file)
         return search.ALGORITHMS[name](self.model, vector, self.task, prompts, self.space, **shared, **own)
 
 
@@ -151,8 +150,6 @@ def main() -> None:
     if args.quick:
         args.budgets, args.seeds, args.published_steps = [400, 800], 1, 2
         args.prompts, args.held_out, args.test = 16, 8, 16
-    if args.resume:
-        args.resume.mkdir(parents=True, exist_ok=True)
 
     bench = Bench(args)
     nothing, everything = torch.zeros(len(bench.space)), torch.ones(len(bench.space))

@@ -161,7 +161,7 @@ def peak(run: Callable, device: str) -> float:
 
 def cases(size: str, args: argparse.Namespace) -> list[dict]:
     """Every dtype and batch size of one size, measured."""
-    module, one_shot = made_up(size, 16, args.seed, args.device)
+    module, one_shot = made_up(size, 8, args.seed, args.device)
     single, prompts = MAEVQGAN(module), one_shot.query_only()
     vector = TaskVectors.collect(single, {TASK.name: one_shot}, batch_size=4, progress=False)[TASK.name]
     space = PatchSpace(single)
