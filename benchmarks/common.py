@@ -24,7 +24,7 @@ from vtv_nnsight.files import replacing, write_text
 from vtv_nnsight.model import MAEVQGANModel
 from vtv_nnsight.pretraining import recipes
 
-SIZES = {"embedded": "tiny", "vit-l": "published"}
+SIZES = {"embedded": "tiny", "small": "small", "vit-l": "published"}
 """Name → the size of `pretraining.recipes` that it is."""
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t at 97.5 %, for 1 to 9 degrees of freedom."""

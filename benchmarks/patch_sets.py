@@ -10,6 +10,7 @@ algorithm is run. An algorithm's numbers are means over its seeds, each with tra
 95 %, by bootstrap over prompts. Costs are differences in token loss (nats a patch) on the same prompts. The columns:
 
 - gap closed: the way from zero-shot with nothing patched (0) to one-shot (1), in token loss; and by random units.
+- other vector: the gap closed by the vector of another task at the same units: that of the task that closes most.
 - less a tenth: the set is cut at random into tenths and each is left out: the mean cost, and the greatest. A minimal
   set loses from every one.
 - Jaccard: of two seeds' sets, and what random sets of their sizes would have.
@@ -239,8 +240,9 @@ def judge(bench: Bench, task: Task, name: str, found: Sets, here: Measured, ther
         "mean_ablated_one_shot": [(average, one, ONE_SHOT) for one in sets],
         "random_units_mean_ablated_one_shot": [(average, one, ONE_SHOT) for one in random],
     }
+    foreign = {f"vector of {t}": [(bench.vectors[t], one) for one in sets] for t in bench.here if t != task.name}
     prefixes = {k: [(vector, one)] for k, one in curve.items()}
-    measured = measure(bench, task, bench.here, own | others | prefixes, here)
+    measured = measure(bench, task, bench.here, own | others | foreign | prefixes, here)
 
     groups = [[one, *prunings(one, bench.seed)] for one in sets]
     losses = token_losses(bench, task, [one for group in groups for one in group]).split([len(g) for g in groups])
@@ -253,6 +255,7 @@ def judge(bench: Bench, task: Task, name: str, found: Sets, here: Measured, ther
         "of_units": len(sets[0].space),
         "token_loss_by_seed": by_seed,
         **{what: measured[what] for what in others},
+        "other_vectors": {what.removeprefix("vector of "): measured[what] for what in foreign},
         "cost_of_pruning_a_tenth": {"mean": mean(costs), "least": min(costs), "most": max(costs)} if costs else None,
         "jaccard_over_seeds": stability(sets),
         "other_data": measure(bench, task, bench.elsewhere, own, there).get("own"),
@@ -344,8 +347,8 @@ def best_scored(found: Found, count: int = 8) -> dict[int, PatchSet]:
 
 
 def leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ["task", "set", "units", "metric", "token loss", "gap closed (random)", "less a tenth (most)"]
-    head += ["Jaccard (chance)", "other data", "other tasks", "ablated (random)"]
+    head = ["task", "set", "units", "metric", "token loss", "gap closed (random)", "other vector"]
+    head += ["less a tenth (most)", "Jaccard (chance)", "other data", "other tasks", "ablated (random)"]
 
     def pick(row: Mapping[str, Any], form: str, *paths: str) -> str:
         """The first value, and the second in brackets; nothing of what a row has not."""
@@ -361,12 +364,18 @@ def leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{mean(row['units']):.3g}" if "units" in row else "",
             *("{:.3f} [{:.3f}, {:.3f}]".format(*row[measure]) for measure in ("metric", "token_loss")),
             pick(row, ".0%", "gap_closed", "random_units.gap_closed"),
+            nearest(row),
             pick(row, "+.3f", "cost_of_pruning_a_tenth.mean", "cost_of_pruning_a_tenth.most"),
             pick(row, ".2f", "jaccard_over_seeds.mean", "jaccard_over_seeds.by_chance"),
             pick(row, ".0%", "other_data.gap_closed"),
             f"{mean(abroad):+.3f}" if abroad else "",
             pick(row, ".0%", "mean_ablated_one_shot.gap_closed", "random_units_mean_ablated_one_shot.gap_closed"),
         ]
+
+    def nearest(row: Mapping[str, Any]) -> str:
+        closed = {t: own["gap_closed"] for t, own in row.get("other_vectors", {}).items() if own["gap_closed"]}
+        best = max(closed, key=closed.get, default=None)
+        return f"{closed[best]:.0%} ({best})" if best else ""
 
     return common.table(head, map(cells, rows))
 

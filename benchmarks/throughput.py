@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import statistics
 import threading
 from collections.abc import Callable
@@ -139,8 +140,9 @@ def peak(run: Callable, device: str) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc: give back what earlier calls left unused
-        trim(0)
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(libc, "malloc_trim"):  # glibc: give back what earlier calls left unused
+        libc.malloc_trim(0)
     process, done = psutil.Process(), threading.Event()
     before = highest = process.memory_info().rss
 
@@ -261,7 +263,7 @@ def draw(found: list[dict]) -> Figure:
 
 def main() -> None:
     parser = options(__file__, __doc__, "the embedded size, float32, batches of 1 and 16, 3 rounds")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["embedded", "vit-l"])
     parser.add_argument("--batches", nargs="+", type=int, help="rows a trace (1 to 512; to 16 for vit-l on a CPU)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3, help="rounds a case, at least")

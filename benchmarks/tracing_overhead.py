@@ -111,7 +111,7 @@ def draw(found: list[dict]) -> Figure:
 
 def main() -> None:
     parser = options(__file__, __doc__, "the embedded size only, 2 seconds a case")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["embedded", "vit-l"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--rounds", type=int, default=5, help="rounds a case, at least")
     parser.add_argument("--seconds", type=float, default=30, help="time to spend on a case, at least")

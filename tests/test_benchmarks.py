@@ -73,6 +73,8 @@ def test_patch_sets(tmp_path, space):
         )
         assert ranking["gap_closed"] == pytest.approx(gap)
         (other,) = {"segmentation", "lowlight"} - {task}
+        assert list(ranking["other_vectors"]) == list(whole["other_vectors"]) == [other]
+        assert whole["other_vectors"][other]["token_loss"] != whole["token_loss"]
         cost = ranking["token_loss_on_other_tasks"][other] - rows[other, "ranking"]["token_loss"][0]
         assert ranking["cost_to_other_tasks"] == {other: pytest.approx(cost)}
         for row in (whole, ranking):
@@ -184,6 +186,15 @@ def test_tracing_overhead(tmp_path):
     for case in found["cases"]:
         assert case["size"] == "embedded" and case["rounds"] >= 5
         assert case["met"] == (max(case["trace over hooks"].values()) <= 1.03)
+
+
+def test_memory_format(tmp_path):
+    found, _ = quick("memory_format", tmp_path)
+    assert [(case["size"], case["dtype"]) for case in found["cases"]] == [
+        ("embedded", "float32"),
+        ("embedded", "bfloat16"),
+    ]
+    assert all(case["times as fast"] > 0 for case in found["cases"])
 
 
 def test_search_efficiency(tmp_path, script):
