@@ -493,6 +493,13 @@ def test_published_recipe_keeps_the_best_of_its_samples(space):
     assert PUBLISHED == (-1.0, 0.1, 500, 320, 10, 50, 1e-6)
 
 
+def test_published_recipe_has_settings_of_its_own(space):
+    result = search.reinforce.on(Planted(space), recipe="published", budget=700, progress=False)
+    assert result.settings == {"recipe": "published", **PUBLISHED._asdict()}
+    with pytest.raises(ValueError, match="recipe='published' has a lr, images of its own; leave that out"):
+        search.reinforce.on(Planted(space), recipe="published", lr=0.5, images=3, progress=False)
+
+
 def test_published_recipe_runs_its_steps_without_a_budget(space, monkeypatch):
     module = sys.modules["vtv_nnsight.search.reinforce"]
     monkeypatch.setattr(module, "PUBLISHED", PUBLISHED._replace(steps=60, masks=20))

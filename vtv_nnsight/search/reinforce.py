@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -183,6 +184,10 @@ def _prune(run: Run, probabilities: torch.Tensor, tolerance: float) -> torch.Ten
 
 def _published(run: Run) -> tuple[torch.Tensor, torch.Tensor, bool]:
     recipe, held_out = PUBLISHED, len(run.held_out)
+    defaults = inspect.signature(reinforce).parameters
+    if other := [name for name, value in run.settings.items() if name != "recipe" and value != defaults[name].default]:
+        raise ValueError(f"recipe='published' has a {', '.join(other)} of its own; leave that out, or the recipe.")
+    run.settings = {"recipe": "published", **recipe._asdict()}
     run.allow(recipe.steps * recipe.masks + -(-recipe.steps // recipe.validate_every) * held_out)
     run.require(recipe.masks + held_out, "one step")
     images = run.train[: recipe.images]
