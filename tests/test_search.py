@@ -19,7 +19,7 @@ from vtv_nnsight.patches import PatchSet, PatchSpace, patch
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.search import plots, run
 from vtv_nnsight.search.objective import processes
-from vtv_nnsight.search.reinforce import PUBLISHED, gradient, sample
+from vtv_nnsight.search.reinforce import PUBLISHED, _prune, gradient, sample
 from vtv_nnsight.vectors import TaskVectors
 
 ROOT = Path(__file__).parents[1]
@@ -329,6 +329,22 @@ def test_a_planted_optimum_is_found(space, name):
     assert result.algorithm == name and result.seed == 1
     expected = objective.levels[objective.held_out].mean().item()
     assert result.held_out_loss == pytest.approx(expected, abs=1e-4)
+
+
+def test_pruning_tries_what_the_budget_pays_for(space):
+    """Wrong units are dropped, also where only the least likely ones can be tried."""
+    objective = Planted(space)
+    order = torch.randperm(len(space), generator=torch.Generator().manual_seed(0))
+    probabilities = torch.zeros(len(space), dtype=torch.float64)
+    probabilities[order] = torch.linspace(0.9, 0.6, len(space), dtype=torch.float64)
+    wrong = ~objective.best
+    for tried in (4, 12, len(space)):
+        search_run = run.Run("pruning", objective, 10_000, 0, {}, progress=False)
+        search_run.cut = lambda *_, **__: torch.ones(len(space), dtype=torch.bool)
+        search_run.evaluations = search_run.budget - 4 * (2 * tried + 1) - len(objective.held_out)
+        chosen = _prune(search_run, probabilities, tolerance=0.0)
+        assert torch.equal(~chosen, wrong & (probabilities < probabilities[order[-tried - 1]] if tried < len(space) else wrong))
+        assert search_run.left == 0
 
 
 def test_published_recipe_approaches_a_planted_optimum(space):

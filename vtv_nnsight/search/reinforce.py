@@ -163,19 +163,23 @@ def _scale(advantage: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 
 
 def _prune(run: Run, probabilities: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """The smallest good set of the likeliest units, less the units that it does without: [unit]."""
+    """The smallest good set of the likeliest units, less the units that it does without: [unit]. Where the budget does
+    not pay for trying all of them, the least likely ones are tried."""
     order = probabilities.argsort(descending=True, stable=True)
     likely = order[: max(1, 3 * int((probabilities > 0.5).sum()) // 2)]
     chosen = run.cut(likely, tolerance=tolerance, spend=run.left // 2)
-    units = chosen.nonzero()[:, 0]
-    images = min(len(run.train), (run.left - len(run.held_out)) // (2 * len(units) + 1))
-    if images < FEWEST or not len(units):
+    ranked = order[chosen[order]]
+    left = run.left - len(run.held_out)
+    tried = ranked.flip(0)[: max(0, left // FEWEST - 1) // 2].sort().values
+    if not len(tried):
         return chosen
-    rows = run.train[:images]
-    without = chosen.repeat(len(units), 1)
-    without[torch.arange(len(units)), units] = False
+    rows = run.train[: left // (2 * len(tried) + 1)]
+    without = chosen.repeat(len(tried), 1)
+    without[torch.arange(len(tried)), tried] = False
     needs = run.mean(run.losses(without, rows), rows)
-    sets = prefixes(units[needs.argsort(descending=True, stable=True)], run.units, list(range(len(units) + 1)))
+    kept = ranked[: len(ranked) - len(tried)]
+    order = torch.cat([kept, tried[needs.argsort(descending=True, stable=True)]])
+    sets = prefixes(order, run.units, list(range(len(kept), len(ranked) + 1)))
     losses = run.losses(sets, rows)
     best = run.smallest_best(sets, losses, rows, tolerance)
     run.validate(sets[best], run.mean(losses[best], rows))
