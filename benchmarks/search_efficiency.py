@@ -10,7 +10,8 @@ sizes, and the one-shot prompts. Budgets count held-out evaluations too, and a g
 The published REINFORCE runs its 500 steps of 320 masks once a seed. What an algorithm needs to reach it is the smallest
 budget at which its mean loss over seeds is no higher: by held-out loss, and by test loss. The area is that under the
 mean test loss over the logarithm of the budget, divided by the width: a mean loss over budgets. Intervals are 95 % over
-seeds (Student's t). `--ablations` adds the default REINFORCE with one of its parts taken away at a time.
+seeds (Student's t). `--ablations` adds the default REINFORCE with one of its parts taken away at a time (and writes
+search_efficiency_ablations).
 """
 
 from __future__ import annotations
@@ -151,6 +152,7 @@ def main() -> None:
         args.budgets, args.seeds, args.published_steps = [400, 800], 1, 2
         args.prompts, args.held_out, args.test = 16, 8, 16
 
+    args.name += "_ablations" if args.ablations else ""
     bench = Bench(args)
     nothing, everything = torch.zeros(len(bench.space)), torch.ones(len(bench.space))
     references = {

@@ -14,7 +14,8 @@ The sides of a case (a size, a dtype, a batch size) take turns in every round:
 
 The weights are made up: only sizes count here. Before the clock starts, objective and collection must give what the
 released sides give. Ratios are medians of the rounds' own ratios. Peak memory is what a call takes on top of what was
-there before it: of the process, sampled, or of the GPU's allocator.
+there before it: of the process, sampled, or of the GPU's allocator. With a single size, its name is added to those of
+the files.
 """
 
 from __future__ import annotations
@@ -271,6 +272,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.sizes, args.batches, args.dtypes, args.rounds, args.seconds = ["embedded"], [1, 16], ["float32"], 3, 0
+    elif len(args.sizes) == 1:
+        args.name += f"_{args.sizes[0]}"
     found, own = [], args.batches
     for size in tqdm(args.sizes, desc="sizes"):
         args.batches = own or ([1, 4, 16] if (size, args.device) == ("vit-l", "cpu") else [1, 4, 16, 64, 256, 512])
