@@ -3,8 +3,9 @@
     python benchmarks/memory_format.py [--quick] [--sizes embedded small vit-l] [--batch 8]
 
 `VQGAN.decode_latent` starts from a view whose format is channels-last, and every layer keeps the format that it is
-given. On a CPU it makes the view contiguous first, because torch's GroupNorm of small channels-last maps is slow; this
-is what tells whether that is still right. Both sides draw the same codes with made-up weights, and must draw the same.
+given. On a CPU it makes the view of a narrow VQGAN contiguous first, because torch's GroupNorm of channels-last maps is
+slow where a group has few channels; this is what tells whether that is still right. Both sides draw the same codes with
+made-up weights, and must draw the same.
 """
 
 from __future__ import annotations

@@ -127,7 +127,6 @@ def draw(rows: list[dict], references: dict[str, float]) -> Figure:
         axis.set_xscale("log")
         axis.set_xlabel({"evaluations": "patched evaluations spent", "seconds": "seconds"}[measure])
     axes[0].set_ylabel("token loss on test prompts")
-    axes[0].set_yscale("log")
     axes[1].legend(fontsize=8)
     return figure
 

@@ -173,6 +173,9 @@ class VQGAN(nn.Module):
         self.codebook = nn.Embedding(config.num_codes, config.code_dim)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.vqgan_z_channels, 1)
         self.decoder = Decoder(config)
+        # On a CPU, GroupNorm of maps with few channels a group is many times slower in the channels-last format that
+        # `decode_latent` begins with, and all else is faster in it (benchmarks/memory_format.py).
+        self.narrow = config.vqgan_channels * max(config.vqgan_channel_multipliers) < 16 * 32
 
     def latent(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [batch, 3, height, width] in [0, 1] → unquantised [batch, patch, code_dim], patches row by row."""
@@ -195,6 +198,6 @@ class VQGAN(nn.Module):
     def decode_latent(self, latent: torch.Tensor) -> torch.Tensor:
         """Quantised [batch, patch, code_dim] → pixels about [-1, 1], not clamped."""
         z = rearrange(latent, "b (h w) c -> b c h w", h=round(latent.shape[1] ** 0.5))
-        if z.device.type == "cpu":  # where GroupNorm of small maps is many times slower in the channels-last format
+        if self.narrow and z.device.type == "cpu":
             z = z.contiguous()
         return self.decoder(self.post_quant_conv(z))

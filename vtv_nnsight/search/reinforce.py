@@ -52,23 +52,25 @@ def reinforce(
     sampled mask is tried on the held-out prompts, and the best of these is the result. Without a budget it runs its 500
     steps.
 
-    The default differs in five ways:
+    The default differs in five ways. What each is worth, `benchmarks/search_efficiency.py --ablations` measured on the
+    embedded model's segmentation with 4000 evaluations and five seeds: the default's test loss is 1.960 ± 0.009 with 17
+    units; the published recipe has 1.965 ± 0.019 with 34, after 160 000.
 
     - *A baseline per prompt.* How hard a prompt is says nothing about a mask, so a mask's loss is compared with that of
-      the other masks of the same prompt only (leave-one-out: Kool et al., 2019).
+      the other masks of the same prompt only (leave-one-out: Kool et al., 2019). Without: 1.976 ± 0.008.
     - *Antithetic masks.* The masks of a prompt come in pairs that disagree wherever they can, drawn from u and 1 - u;
       the gradient is corrected for the coupling and stays unbiased (Dong et al., DisARM, 2020; Dimitriev and Zhou,
-      ARMS, 2021).
-    - *Prompts in turn*, not the same ten: the set does not fit itself to ten pictures.
-    - *Early stopping* on the held-out loss of the units more likely than not.
+      ARMS, 2021). Without: 1.959 ± 0.007, no difference.
+    - *Prompts in turn*, not the same ten: the set does not fit itself to ten pictures. With ten: 1.975 ± 0.034.
+    - *Early stopping* on the held-out loss of the units more likely than not. It did not stop any of these searches.
     - *Threshold, then prune*: the result is not a sample. Of the sets of the most likely units the smallest good one is
-      taken, then the units that it does without are dropped, by their own effect.
+      taken, then the units that it does without are dropped, by their own effect. Without: 1.961 ± 0.004, 34 units.
 
     Args:
         recipe: "coupled" or "published".
         init: Initial logit of every unit.
         lr: Adam's learning rate at the start.
-        decay: The share of it that is gone when the budget is, linearly.
+        decay: The share of it that is gone when the budget is, linearly. (A constant rate of half of it does as well.)
         images, masks: Prompts a step, and masks for each of them. The default steps are small, which suits a hundred
             units; with more units, a GPU, or several processes to keep busy, give more images.
         antithetic: Draw the masks in pairs; False draws them independently.
