@@ -346,6 +346,9 @@ def test_pruning_tries_what_the_budget_pays_for(space):
         least_likely = torch.zeros_like(wrong).index_fill(0, order[-tried:], True)
         assert torch.equal(~chosen, wrong & least_likely)
         assert search_run.left == 0
+    few = run.Run("pruning", Planted(space, prompts=3), 10_000, 0, {}, progress=False)
+    few.cut = search_run.cut
+    assert _prune(few, probabilities, tolerance=0.0).all()
 
 
 def test_published_recipe_approaches_a_planted_optimum(space):

@@ -174,7 +174,7 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.vqgan_z_channels, 1)
         self.decoder = Decoder(config)
         # On a CPU, GroupNorm of maps with few channels a group is many times slower in the channels-last format that
-        # `decode_latent` begins with, and all else is faster in it (benchmarks/memory_format.py).
+        # `decode_latent` begins with; convolutions of many channels are faster in it (benchmarks/memory_format.py).
         self.narrow = config.vqgan_channels * max(config.vqgan_channel_multipliers) < 16 * 32
 
     def latent(self, pixels: torch.Tensor) -> torch.Tensor:

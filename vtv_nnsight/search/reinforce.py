@@ -173,7 +173,7 @@ def _prune(run: Run, probabilities: torch.Tensor, tolerance: float) -> torch.Ten
     ranked = order[chosen[order]]
     left = run.left - len(run.held_out)
     tried = ranked.flip(0)[: max(0, left // FEWEST - 1) // 2].sort().values
-    if not len(tried):
+    if not len(tried) or len(run.train) < FEWEST:
         return chosen
     rows = run.train[: left // (2 * len(tried) + 1)]
     without = chosen.repeat(len(tried), 1)
