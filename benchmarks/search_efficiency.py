@@ -52,7 +52,7 @@ class Bench:
         self.model = MAEVQGAN(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
         layout = self.model.layout
         self.images = data.scenes("train", n=500, seed=0)
-        collected = {t.name: t.prompts(self.images, 100, 0, layout) for t in tasks.VTV}
+        collected = {t.name: t.prompts(self.images, args.collected, 0, layout) for t in tasks.VTV}
         self.vectors = TaskVectors.collect(self.model, collected)
         self.space = PatchSpace(self.model, layout, args.granularity)
         fresh = self.task.prompts(data.scenes("validation", n=500, seed=0), args.held_out + args.test, 1, layout)
@@ -132,7 +132,7 @@ def draw(rows: list[dict], references: dict[str, float]) -> Figure:
 
 
 def main() -> None:
-    parser = options(__file__, __doc__, "two budgets, one seed and 4 published steps")
+    parser = options(__file__, __doc__, "three algorithms, one budget, one seed and 2 published steps")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--task", default="segmentation")
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, default=[1000, 2000, 4000, 8000])
     parser.add_argument("--published-steps", type=int, default=PUBLISHED.steps)
     parser.add_argument("--seeds", type=int, default=5, help="as many, from --seed on")
+    parser.add_argument("--collected", type=int, default=100, help="prompts a task that vectors are the mean of")
     parser.add_argument("--prompts", type=int, default=96, help="to train on, each seed its own")
     parser.add_argument("--held-out", type=int, default=32, help="prompts, the same for all")
     parser.add_argument("--test", type=int, default=128, help="prompts, the same for all")
@@ -148,8 +149,8 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="keep every search's journal there")
     args = parser.parse_args()
     if args.quick:
-        args.budgets, args.seeds, args.published_steps = [400, 800], 1, 2
-        args.prompts, args.held_out, args.test = 16, 8, 16
+        args.algorithms, args.budgets, args.seeds, args.published_steps = ["reinforce", "gates", "ranking"], [400], 1, 2
+        args.collected, args.prompts, args.held_out, args.test = 16, 16, 8, 16
 
     args.name += "_ablations" if args.ablations else ""
     bench = Bench(args)

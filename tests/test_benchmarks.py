@@ -197,15 +197,13 @@ def test_memory_format(tmp_path):
     assert all(case["times as fast"] > 0 for case in found["cases"])
 
 
-def test_search_efficiency(tmp_path, script):
-    found, _ = quick("search_efficiency", tmp_path, "--resume", tmp_path / "journals")
+def test_search_efficiency(tmp_path):
+    found, _ = quick("search_efficiency", tmp_path)
     paper, *others = found["searches"]
     assert paper["label"] == "reinforce, published" and paper["evaluations"] == [2 * 320 + 8]
-    assert {row["label"] for row in others} == set(script("search_efficiency").ALGORITHMS)
+    assert [row["label"] for row in others] == ["reinforce", "gates", "ranking"]
     assert all(spent <= row["budget"] for row in others for spent in row["evaluations"])
     assert found["references"]["one-shot"] < found["references"]["nothing patched"]
-    again, _ = quick("search_efficiency", tmp_path, "--resume", tmp_path / "journals")
-    assert [row["test loss"] for row in again["searches"]] == [row["test loss"] for row in found["searches"]]
 
 
 def test_what_a_search_needs_to_reach_the_published_one(script):
