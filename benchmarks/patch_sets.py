@@ -42,7 +42,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, data, evaluate, search, tasks
-from vtv_nnsight.evaluation import Condition, bootstrap
+from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap
 from vtv_nnsight.progress import quiet, tqdm
 from vtv_nnsight.run import halves
 from vtv_nnsight.search.run import prefixes, sizes
@@ -52,8 +52,6 @@ from vtv_nnsight.vectors import fingerprint, refuse
 
 UNSEEN = "unseen scenes"
 ONE_SHOT, ZERO_SHOT, EVERYTHING = REFERENCES = ("one-shot", "zero-shot", "everything patched")
-CONTROL = 104_729
-"""Added to the seed of random units, so that no search has drawn the same."""
 
 Found = search.SearchResult | PatchSet
 Measured = dict[Any, dict[str, Any]]
@@ -241,8 +239,8 @@ def judge(bench: Bench, task: Task, name: str, found: Sets, here: Measured, ther
         "random_units_mean_ablated_one_shot": [(average, one, ONE_SHOT) for one in random],
     }
     foreign = {f"vector of {t}": [(bench.vectors[t], one) for one in sets] for t in bench.here if t != task.name}
-    prefixes = {k: [(vector, one)] for k, one in curve.items()}
-    measured = measure(bench, task, bench.here, own | others | foreign | prefixes, here)
+    best = {k: [(vector, one)] for k, one in curve.items()}
+    measured = measure(bench, task, bench.here, own | others | foreign | best, here)
 
     groups = [[one, *prunings(one, bench.seed)] for one in sets]
     losses = token_losses(bench, task, [one for group in groups for one in group]).split([len(g) for g in groups])

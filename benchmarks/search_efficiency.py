@@ -99,7 +99,8 @@ def summarise(rows: list[dict]) -> list[dict]:
             target = np.mean(paper[measure])
             reached = [row["budget"] for row in own if np.mean(row[measure]) <= target]
             line[f"needed by {measure}"] = min(reached, default=None)
-        lines.append(line)
+        needed = line["needed by test loss"]
+        lines.append(line | {"times fewer by test loss": paper["budget"] / needed if needed else None})
     return lines
 
 
@@ -188,10 +189,9 @@ def main() -> None:
         for row in rows
     ]
     print(table(head, body))
-    summary, spent = summarise(rows), rows[0]["budget"]
-    for line in summary:
-        line["times fewer by test loss"] = spent / line["needed by test loss"] if line["needed by test loss"] else None
-    print(f"\nto reach {PAPER} ({spent} evaluations)\n{table(list(summary[0]), [list(x.values()) for x in summary])}")
+    summary = summarise(rows)
+    print(f"\nto reach {PAPER} ({rows[0]['budget']} evaluations)")
+    print(table(list(summary[0]), [list(line.values()) for line in summary]))
     save(args, {"references": references, "searches": rows, "summary": summary}, draw(rows, references))
 
 
