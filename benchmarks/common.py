@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from vtv_nnsight import VisualPrompt
 from vtv_nnsight.files import replacing, write_text
-from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.pretraining import recipes
 
 SIZES = {"embedded": "tiny", "small": "small", "vit-l": "published"}

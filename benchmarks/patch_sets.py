@@ -43,10 +43,10 @@ from matplotlib.ticker import LogLocator
 
 from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, data, evaluate, search, tasks
 from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap
+from vtv_nnsight.experiment import halves
+from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.progress import quiet, tqdm
-from vtv_nnsight.run import halves
-from vtv_nnsight.search.run import prefixes, sizes
-from vtv_nnsight.settings import Settings
+from vtv_nnsight.search.algorithm import prefixes, sizes
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import fingerprint, refuse
 

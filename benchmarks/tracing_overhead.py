@@ -20,7 +20,7 @@ from common import SIZES, alternate, made_up, options, ratio, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt
-from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import tqdm
 
 GOAL = 1.03

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from vtv_nnsight.model import MAEVQGANConfig
-from vtv_nnsight.model.checkpoints import load_checkpoint
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan.checkpoints import load_checkpoint
 
 DATA = Path(__file__).parent / "data"
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import DATA
 
-from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
-from vtv_nnsight.model.checkpoints import convert, load_checkpoint, read_config
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan.checkpoints import convert, load_checkpoint, read_config
 
 
 def published(checkpoint):
@@ -167,7 +167,7 @@ def test_writing_to_weights_leaves_the_file_alone(checkpoint):
 
 MEASURE = """
 import resource, sys, torch
-from vtv_nnsight.model import checkpoints
+from vtv_nnsight.models.mae_vqgan import checkpoints
 def peak():
     (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

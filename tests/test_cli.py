@@ -9,8 +9,8 @@ from PIL import Image
 from vtv_nnsight import cli, tasks
 from vtv_nnsight.images import as_rgb, resize, to_tensor
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.model import MAEVQGANModel
-from vtv_nnsight.model.checkpoints import load_checkpoint
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan.checkpoints import load_checkpoint
 from vtv_nnsight.prompts import VisualPrompt
 
 SUPPORT, QUERY = DATA / "support_image.png", DATA / "query_image.png"

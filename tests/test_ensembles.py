@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt, data, ensembles, tasks
-from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt, data, tasks
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.visual_prompting import ensembles
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModel
 
 from vtv_nnsight import metrics
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
-from vtv_nnsight.model.vit import sincos_positions
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan.vit import sincos_positions
 from vtv_nnsight.prompts import VisualPrompt
 
 LAYOUT = Layout()

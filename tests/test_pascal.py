@@ -7,7 +7,7 @@ from PIL import Image
 
 from vtv_nnsight import cli, data, tasks
 from vtv_nnsight.data.pascal import CLASSES, detection, pascal
-from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.vectors import TaskVectors
 
 SIZE = (48, 36)

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from vtv_nnsight import MAEVQGAN, Layout, data, ensembles, tasks
-from vtv_nnsight import prompt_engineering as engineering
-from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight import MAEVQGAN, Layout, data, tasks
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
+from vtv_nnsight.visual_prompting import ensembles
+from vtv_nnsight.visual_prompting import prompt_engineering as engineering
 
 
 @pytest.fixture

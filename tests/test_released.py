@@ -7,7 +7,7 @@ import torch
 
 from vtv_nnsight import MAEVQGAN, Layout, cli, released, tasks
 from vtv_nnsight.layouts import positions
-from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.patches import PatchSet, PatchSpace, patch
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.vectors import TaskVectors

@@ -9,14 +9,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vtv_nnsight import MAEVQGAN, cli, data, report, tasks
-from vtv_nnsight import run as runs
+from vtv_nnsight import MAEVQGAN, cli, data, tasks
 from vtv_nnsight.evaluation import Table
-from vtv_nnsight.model import MAEVQGANModel
+from vtv_nnsight.experiment import STEPS, run
+from vtv_nnsight.experiment import steps as runs
+from vtv_nnsight.experiment.settings import PUBLISHED, Settings
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import display, tqdm
-from vtv_nnsight.run import STEPS, run
+from vtv_nnsight.report import page as report
 from vtv_nnsight.search import SearchResult
-from vtv_nnsight.settings import PUBLISHED, Settings
 from vtv_nnsight.vectors import TaskVectors
 
 TASKS = ("segmentation", "lowlight")

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, cli, search, tasks
 from vtv_nnsight.layouts import positions
-from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.patches import PatchSet, PatchSpace, patch
 from vtv_nnsight.prompts import crop
-from vtv_nnsight.search import plots, run
+from vtv_nnsight.search import algorithm as run
+from vtv_nnsight.search import plots
 from vtv_nnsight.search.objective import processes
 from vtv_nnsight.search.reinforce import PUBLISHED, _prune, gradient, sample
 from vtv_nnsight.vectors import TaskVectors

@@ -12,8 +12,8 @@ import torch
 from nnsight.intervention.envoy import Envoy, eproperty
 from safetensors.torch import load_file
 
-from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt, tracing
-from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel, tracing
 
 DATA = Path(__file__).parent / "data"
 SIZES = dict(

@@ -6,7 +6,7 @@ from test_tracing import SIZES
 import vtv_nnsight.vectors as code
 from vtv_nnsight import MAEVQGAN, Layout, TaskVectors, VisualPrompt
 from vtv_nnsight.layouts import positions
-from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.vectors import STACKS, Stacks, TaskVector, fingerprint, zero_vector
 
 LAYOUT = Layout(112, 8)

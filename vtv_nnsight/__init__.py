@@ -7,7 +7,7 @@ from importlib import import_module
 
 _MODULES = ("data", "metrics", "search", "tasks")
 _HOMES = {
-    "MAEVQGAN": "tracing",
+    "MAEVQGAN": "models.mae_vqgan.tracing",
     "Layout": "layouts",
     "PatchSet": "patches",
     "PatchSpace": "patches",

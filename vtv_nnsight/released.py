@@ -26,7 +26,7 @@ import torch
 from einops import rearrange
 
 from vtv_nnsight.layouts import positions
-from vtv_nnsight.model.checkpoints import DTYPES
+from vtv_nnsight.models.mae_vqgan.checkpoints import DTYPES
 from vtv_nnsight.patches import GRANULARITIES, PatchSet, PatchSpace
 from vtv_nnsight.vectors import STACKS, Stacks, TaskVector, TaskVectors, fingerprint, ready, sizes
 

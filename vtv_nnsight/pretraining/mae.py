@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from vtv_nnsight import tasks
 from vtv_nnsight.data.scenes import scenes
 from vtv_nnsight.layouts import Layout, take
-from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
-from vtv_nnsight.model.vqgan import VQGAN
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.pretraining.stream import training_prompts
 from vtv_nnsight.pretraining.training import train

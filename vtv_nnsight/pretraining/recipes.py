@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtv_nnsight.model import MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
 
 
 @dataclass(frozen=True)

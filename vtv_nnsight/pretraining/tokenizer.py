@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vtv_nnsight.files import replacing
-from vtv_nnsight.model import MAEVQGANConfig
-from vtv_nnsight.model.vqgan import VQGAN
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.pretraining.stream import training_prompts
 from vtv_nnsight.pretraining.training import train

@@ -28,7 +28,7 @@ Arguments that all of them share:
 - progress: Show a progress bar with the held-out loss.
 
 An algorithm proposes masks and reads losses and nothing else: `search.reinforce.on(objective, budget=…)` runs it on any
-objective. To write a new one, see `vtv_nnsight.search.run`.
+objective. To write a new one, see `vtv_nnsight.search.algorithm`.
 """
 
 from vtv_nnsight.search import plots

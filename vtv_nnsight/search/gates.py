@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vtv_nnsight.search.run import GRADIENT_COST, Run, algorithm
+from vtv_nnsight.search.algorithm import GRADIENT_COST, Run, algorithm
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """The hard-concrete distribution's own constants (Louizos et al., 2018, §4)."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vtv_nnsight.search.algorithm import Run, algorithm
 from vtv_nnsight.search.random import draw_sets
-from vtv_nnsight.search.run import Run, algorithm
 
 
 @algorithm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vtv_nnsight.search.run import Run, algorithm
+from vtv_nnsight.search.algorithm import Run, algorithm
 
 
 @algorithm

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from vtv_nnsight.search.run import Run, algorithm, prefixes
+from vtv_nnsight.search.algorithm import Run, algorithm, prefixes
 
 
 class Published(NamedTuple):

@@ -424,7 +424,7 @@ def _uri(pixels: torch.Tensor) -> str:
 
 
 def _page(title: str, body: Iterable[str]) -> str:
-    style = (files("vtv_nnsight") / "report.css").read_text()
+    style = (files("vtv_nnsight.report") / "report.css").read_text()
     return (
         f"<!doctype html><html lang=en><head><meta charset=utf-8>"
         f'<meta name=viewport content="width=device-width, initial-scale=1">'

@@ -26,9 +26,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig
 
 from vtv_nnsight.layouts import Layout, positions
-from vtv_nnsight.model.config import MAEVQGANConfig
-from vtv_nnsight.model.mae_vqgan import Decoder, Encoder, MAEVQGANModel
-from vtv_nnsight.model.vit import Attention
+from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan.network import Decoder, Encoder, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan.vit import Attention
 from vtv_nnsight.prompts import VisualPrompt
 
 INPUTS = ("canvas", "visible", "decoded")
@@ -229,7 +229,7 @@ class MAEVQGAN(HuggingFaceModel):
 
     def _load(self, source: str, vqgan: Any = None, **kwargs: Any) -> torch.nn.Module:
         if _is_checkpoint(source):
-            from vtv_nnsight.model.checkpoints import load_checkpoint
+            from vtv_nnsight.models.mae_vqgan.checkpoints import load_checkpoint
 
             own = _pick(kwargs, *_HEAD_OPTIONS, "dtype", "attn_implementation")
             rest = {name: value for name, value in kwargs.items() if name not in own}
@@ -250,7 +250,7 @@ class MAEVQGAN(HuggingFaceModel):
 
     def _read_config(self, source: str, vqgan: Any, **kwargs: Any) -> MAEVQGANConfig:
         if _is_checkpoint(source):
-            from vtv_nnsight.model.checkpoints import read_config
+            from vtv_nnsight.models.mae_vqgan.checkpoints import read_config
 
             return read_config(source, vqgan=vqgan, **_pick(kwargs, *_HEAD_OPTIONS))
         if vqgan is not None:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight import ensembles
 from vtv_nnsight.layouts import ORDERS, positions
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.tasks import PURPLE, YELLOW, Segmentation
+from vtv_nnsight.visual_prompting import ensembles
 
 COLOURS = {
     "black/white": Segmentation(),

@@ -28,8 +28,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from vtv_nnsight.model.config import MAEVQGANConfig
-from vtv_nnsight.model.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan.network import MAEVQGANModel
 
 TOKENIZER = "vae."
 """What the names of the tokenizer's tensors begin with in a published `.pth`."""

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from vtv_nnsight.model.config import MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 
 
 def norm(channels: int) -> nn.GroupNorm:

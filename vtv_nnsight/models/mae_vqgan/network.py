@@ -17,9 +17,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from vtv_nnsight.layouts import decoder_sources, positions, take, tile
-from vtv_nnsight.model.config import MAEVQGANConfig
-from vtv_nnsight.model.vit import Block, PatchEmbed, sincos_positions
-from vtv_nnsight.model.vqgan import VQGAN
+from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan.vit import Block, PatchEmbed, sincos_positions
+from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 
 
 @dataclass

@@ -38,19 +38,20 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
-from vtv_nnsight import report, search
+from vtv_nnsight import search
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.data import load
 from vtv_nnsight.evaluation import comparison, evaluate, select_prompts
+from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 from vtv_nnsight.patches import PatchSpace
 from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.report import page as report
 from vtv_nnsight.search import ALGORITHMS, SearchResult
-from vtv_nnsight.settings import Settings
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.tracing import MAEVQGAN
 from vtv_nnsight.vectors import TaskVectors, fingerprint
 
 STEPS = {

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from vtv_nnsight.settings import PUBLISHED, Settings
+from vtv_nnsight.experiment.settings import PUBLISHED, Settings
 
 START, MODEL, PROMPTS, VECTORS = "From end to end", "Model", "Prompts", "Task vectors"
 TRAINING, BENCHMARKS = "Training", "Benchmarks"
@@ -122,7 +122,7 @@ def run(
 
     The same command goes on where it stopped.
     """
-    from vtv_nnsight.run import run as whole
+    from vtv_nnsight.experiment import run as whole
 
     if images is not None and data != Settings.data:
         raise ValueError("--images and --data both say where pictures come from; give one.")
@@ -161,7 +161,7 @@ def info(source: Source, vqgan: VQGAN = None) -> None:
     """Show a model's sizes, its parameters, and where its tokenizer comes from. Reads no weights."""
     from rich.table import Table
 
-    from vtv_nnsight.tracing import MAEVQGAN
+    from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 
     model = MAEVQGAN(source, **_given(vqgan=vqgan))._module
     config = model.config
@@ -194,7 +194,7 @@ def convert(
     decoder_heads: Annotated[int, typer.Option(help="Attention heads of the decoder.")] = 16,
 ) -> None:
     """Write a published checkpoint as a safetensors folder, for from_pretrained and MAEVQGAN."""
-    from vtv_nnsight.model import checkpoints
+    from vtv_nnsight.models.mae_vqgan import checkpoints
 
     checkpoints.convert(
         checkpoint, out_dir, vqgan, num_attention_heads=heads, decoder_num_attention_heads=decoder_heads
@@ -238,7 +238,7 @@ def prompt(
     from vtv_nnsight import tasks
     from vtv_nnsight.images import to_pil
     from vtv_nnsight.layouts import Layout
-    from vtv_nnsight.tracing import MAEVQGAN
+    from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 
     chosen = tasks.get(task)
     if len(example) > 2:
@@ -499,7 +499,7 @@ def evaluate(
 
 
 def _model(source: str, vqgan: Path | None, device: str | None):
-    from vtv_nnsight.tracing import MAEVQGAN
+    from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 
     model = MAEVQGAN(source, **_given(vqgan=vqgan))
     return model.to(device) if device else model
@@ -538,7 +538,7 @@ def import_released(
     The files are pickles; only tensors and arrays are read from them, and nothing in them is run.
     """
     from vtv_nnsight import released
-    from vtv_nnsight.tracing import MAEVQGAN
+    from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 
     activations, bernoullis = released.find(files)
     model = MAEVQGAN(source, **_given(vqgan=vqgan))
@@ -613,7 +613,7 @@ def bench(
 
 def _benchmarks() -> dict[str, Path]:
     """Name → script: those that were installed, or those of the repository that this package lies in."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     found = sorted((package / "benchmarks").glob("*.py")) or sorted((package.parent / "benchmarks").glob("*.py"))
     return {path.stem: path for path in found if path.stem != "common"}
 

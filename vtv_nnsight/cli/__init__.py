@@ -1,0 +1,5 @@
+"""`vtv`: the library from the command line."""
+
+from vtv_nnsight.cli.app import app, main
+
+__all__ = ["app", "main"]

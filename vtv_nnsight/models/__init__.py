@@ -1,0 +1,1 @@
+"""The models, one family each: plain torch first, then its traceable model."""
