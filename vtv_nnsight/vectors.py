@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
@@ -79,7 +79,7 @@ def fingerprint(model: Any, layout: Layout | None = None) -> dict[str, Any]:
         for stack, heads in sizes(model)._asdict().items()
         for name, value in heads._asdict().items()
     }
-    own = asdict(layout or _module(model).config.layout)
+    own = (layout or _module(model).config.layout).as_dict()
     facts |= own if layout else {name: own[name] for name in ("canvas_size", "patch_size")}
     token = _module(model).decoder.mask_token.detach()
     if token.device.type != "meta" and type(token) in (torch.Tensor, torch.nn.Parameter):
