@@ -82,7 +82,7 @@ class Objective:
         known = {own.name: own for own in model.losses} | {PIXELS: None}
         loss = loss or next(iter(known))
         if loss not in known:
-            raise ValueError(f"loss={loss!r} is not among the losses of this model; choose from {', '.join(known)}.")
+            raise ValueError(f"loss={loss!r} is unknown; choose from {', '.join(known)}, the losses of this model.")
         self._loss: Loss | None = known[loss]
         vectors, self.tasks, groups = _listed(vector), _listed(task), _listed(prompts)
         apart = _listed(held_out) if not isinstance(held_out, (int, float)) else [held_out] * len(groups)
