@@ -9,8 +9,8 @@ refused before it is read. Weights stay on disk (memory-mapped, copy-on-write) u
 
 `torch.load(weights_only=True, mmap=True)` is not used, because it cannot do three things that these files need. It
 refuses a file that names anything of `os`, or an object like a list or a dict (Lightning's hyperparameters), even when
-stand-ins are allowed for them and only the tensors are wanted. It has no memory-mapping for files from before torch 1.6.
-And weights that are cast as they are read take 1.5 times the file, since its pages are never given back.
+stand-ins are allowed for them and only the tensors are wanted. It cannot memory-map files from before torch 1.6. And
+weights that are cast as they are read take 1.5 times the file, since its pages are never given back.
 """
 
 from __future__ import annotations
