@@ -204,7 +204,7 @@ the model at units found by search (<i>{escape(settings["search"])}</i>), and th
 def _summary(found: Found, lines: list[Line]) -> str:
     rows = []
     for task in found.tasks:
-        scores = {line.condition: line for line in lines if line.task == task.name and line.measure == task.metric}
+        scores = {line.condition: line for line in lines if line.task == task.name and line.measure == task.metric.name}
         cells = "".join(f"<td>{_number(scores[name].mean)}</td>" for name in ("one-shot", "zero-shot", PATCHED))
         rows.append(
             f"<tr><th scope=row><a href='#{escape(task.name)}'>{escape(task.name)}</a><td>{_metric(task)}{cells}"
@@ -237,7 +237,7 @@ def _task(found: Found, task: Task, lines: list[Line]) -> str:
 
 
 def _sentence(found: Found, task: Task, lines: list[Line]) -> str:
-    scores = {line.condition: line for line in lines if line.measure == task.metric}
+    scores = {line.condition: line for line in lines if line.measure == task.metric.name}
     patched, shown, bare = scores[PATCHED], scores[BASELINE], scores["zero-shot"]
     sure = patched.difference_low > 0 or patched.difference_high < 0
     better = (patched.difference > 0) == task.higher_is_better
@@ -264,8 +264,8 @@ def _pictures(found: Found, task: Task) -> str:
 
 
 def _results(task: Task, lines: list[Line]) -> str:
-    scores = [line for line in lines if line.measure == task.metric]
-    losses = {line.condition: line for line in lines if line.measure != task.metric}
+    scores = [line for line in lines if line.measure == task.metric.name]
+    losses = {line.condition: line for line in lines if line.measure != task.metric.name}
     low, high = min(line.low for line in scores), max(line.high for line in scores)
     rows = []
     for line in scores:
@@ -315,7 +315,7 @@ def _differences(found: list[Found]) -> str:
 
 def _compared(found: list[Found], task: Task, lines: dict[str, list[Line]]) -> str:
     scores = {
-        one.name: {line.condition: line for line in lines[one.name] if line.measure == task.metric} for one in found
+        one.name: {line.condition: line for line in lines[one.name] if line.measure == task.metric.name} for one in found
     }
     everything = [line for own in scores.values() for line in own.values()]
     low, high = min(line.low for line in everything), max(line.high for line in everything)
@@ -366,7 +366,7 @@ def _scored(result: SearchResult) -> str:
 
 
 def _metric(task: Task) -> str:
-    return "mIoU ↑" if task.higher_is_better else f"{task.metric.upper()} ↓"
+    return task.metric.label
 
 
 def _word(value: Any) -> str:
