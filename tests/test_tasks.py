@@ -380,7 +380,7 @@ def test_prompts_know_their_pictures():
     for task in (tasks.inpainting, tasks.segmentation + tasks.inpainting):
         prompts = task.prompts(images, n=12, seed=1)
         drawn = tasks.draw(images, 12, seed=1)
-        numbers = {int(p): i for i, p in zip(drawn.rows.flatten(), prompts.pictures.flatten().tolist())}
+        numbers = dict(zip(drawn.rows.flatten().tolist(), prompts.pictures.flatten().tolist()))
         assert len(numbers) == len(set(numbers.values())) == 5
         assert [[numbers[i] for i in pair] for pair in drawn.rows.tolist()] == prompts.pictures.tolist()
         assert prompts.queries.tolist() == prompts.pictures[:, 1].tolist()
