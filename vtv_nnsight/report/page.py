@@ -128,7 +128,7 @@ def write_pictures(path: Path, table: Table, task: Task) -> None:
 
 def _read_table(path: Path, task: str) -> Table:
     tensors, facts = read_tensors(path.with_suffix(".safetensors"), "answers")
-    return Table(Table.load(path).rows, {task: {name: tensors[name] for name in facts["names"]}})
+    return Table(Table.load(path).frame, {task: {name: tensors[name] for name in facts["names"]}})
 
 
 def write(run: str | os.PathLike) -> Path:
@@ -314,9 +314,8 @@ def _differences(found: list[Found]) -> str:
 
 
 def _compared(found: list[Found], task: Task, lines: dict[str, list[Line]]) -> str:
-    scores = {
-        one.name: {line.condition: line for line in lines[one.name] if line.measure == task.metric.name} for one in found
-    }
+    metric = task.metric.name
+    scores = {one.name: {line.condition: line for line in lines[one.name] if line.measure == metric} for one in found}
     everything = [line for own in scores.values() for line in own.values()]
     low, high = min(line.low for line in everything), max(line.high for line in everything)
     rows = []
