@@ -64,8 +64,11 @@ def evaluate(
         conditions = {name: name for name in UNPATCHED}
     if not conditions:
         raise ValueError("there are no conditions to compare; give {name: condition}.")
-from vtv_nnsight.stages import device_of
-from vtv_nnsight.tasks import Task
+    conditions = {name: Condition.of(value, name) for name, value in conditions.items()}
+    device = device_of(model)
+    conditions = {name: condition.to(device) for name, condition in conditions.items()}
+    values: dict[str, list[torch.Tensor]] = {name: [] for name in conditions}
+    pictures: dict[str, list[torch.Tensor]] = {name: [] for name in ("prompt", "truth", *conditions)}
     kept = 0
     with torch.no_grad(), tqdm(total=len(prompts) * len(conditions), unit="answer", disable=not progress) as bar:
         for batch in prompts.split(batch_size):
@@ -112,5 +115,3 @@ def _answer(
     loss = metrics.token_loss(logits[:, layout.index(prompts.decoded, output) - 1], codes[:, output])
     drawn = model._module.paint(logits.argmax(-1), prompts.canvas, prompts.visible, prompts.decoded)
     return crop(drawn, "output", layout), loss
-from vtv_nnsight.stages import device_of
-from vtv_nnsight.tasks import Task
