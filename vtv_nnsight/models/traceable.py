@@ -141,6 +141,8 @@ class CanvasModel(HuggingFaceModel):
             )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{source} has no {some(missing)}; it is incomplete, or of another model.")
+        if strange := sorted(report["unexpected_keys"]):
+            raise ValueError(f"{source} has {some(strange)}, unknown to the model; it is of another one.")
         return module
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
