@@ -13,6 +13,7 @@ from nnsight.intervention.envoy import traceable
 from nnsight.modeling.huggingface import HuggingFaceModel
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.checkpoint_files import some
@@ -133,7 +134,12 @@ class CanvasModel(HuggingFaceModel):
         """
         if Path(source).is_dir():
             check_folder(source)
-        module, report = super()._load(source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # what it would report is raised below
+        try:
+            module, report = super()._load(source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
         if mismatched := sorted(report["mismatched_keys"]):
             name, found, expected = mismatched[0]
             raise ValueError(
