@@ -109,16 +109,18 @@ def test_a_patch_notices_weights_that_were_written_to(module):
         return logits
 
     expected, layer = run(), model._module.decoder.blocks[0].mlp.fc1
-    weight = layer.weight
-    for change in (lambda: weight.neg_(), lambda: setattr(weight, "data", weight.data.neg())):
+    changes = (
+        lambda: layer.weight.neg_(),
+        lambda: setattr(layer.weight, "data", layer.weight.data.neg()),
+    )
+    for change in changes:
         with torch.no_grad():
             change()
         with pytest.raises(ValueError, match="'a' does not fit this model: it has other weights"):
             run()
         with torch.no_grad():
-            weight.neg_()
+            layer.weight.neg_()
         assert torch.equal(run(), expected)
-    del weight, change
     layer.weight = torch.nn.Parameter(2 * layer.weight.detach())
     with pytest.raises(ValueError, match="other weights"):
         run()

@@ -447,7 +447,7 @@ class _Step:
         self.layers = set(busy.nonzero()[:, 0].tolist())
 
     def check(self, seen: torch.Tensor, everywhere: torch.Tensor) -> None:
-        """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token], of those in `everywhere`."""
+        """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token], of all that there are."""
         rows = seen if seen.ndim == 2 else seen[None]
         shown = torch.zeros(len(rows), self.asked.shape[1], dtype=torch.bool).scatter_(1, rows, True)
         whole = self.asked[:, everywhere].all(1, keepdim=True)
@@ -471,7 +471,8 @@ class _Step:
         if seen.ndim == 1:
             mask = mask.index_select(-2, seen)
         else:
-            mask = mask.expand(len(z), -1, -1).gather(1, repeat(seen, "row token -> row token head", head=mask.shape[-1]))
+            at = repeat(seen, "row token -> row token head", head=mask.shape[-1])
+            mask = mask.expand(len(z), -1, -1).gather(1, at)
         mask, new = mask[..., None], self.values[layer][seen.to(self.values.device)].to(z)
         if mask.dtype != torch.bool:
             there = self.present.to(z.device)[seen][..., None, None]
