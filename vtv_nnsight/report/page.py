@@ -129,7 +129,7 @@ def write_pictures(path: Path, table: Table, task: Task) -> None:
 
 def _read_table(path: Path, task: str) -> Table:
     tensors, facts = read_tensors(path.with_suffix(".safetensors"), "answers")
-    return Table(Table.load(path).rows, {task: {name: tensors[name] for name in facts["names"]}})
+    return Table(Table.load(path).frame, {task: {name: tensors[name] for name in facts["names"]}})
 
 
 def write(run: str | os.PathLike) -> Path:
@@ -205,7 +205,7 @@ the model at units found by search (<i>{escape(settings["search"])}</i>), and th
 def _summary(found: Found, lines: list[Line]) -> str:
     rows = []
     for task in found.tasks:
-        scores = {line.condition: line for line in lines if line.task == task.name and line.measure == task.metric}
+        scores = {line.condition: line for line in lines if line.task == task.name and line.measure == task.metric.name}
         cells = "".join(f"<td>{_number(scores[name].mean)}</td>" for name in ("one-shot", "zero-shot", PATCHED))
         rows.append(
             f"<tr><th scope=row><a href='#{escape(task.name)}'>{escape(task.name)}</a><td>{_metric(task)}{cells}"
@@ -238,7 +238,7 @@ def _task(found: Found, task: Task, lines: list[Line]) -> str:
 
 
 def _sentence(found: Found, task: Task, lines: list[Line]) -> str:
-    scores = {line.condition: line for line in lines if line.measure == task.metric}
+    scores = {line.condition: line for line in lines if line.measure == task.metric.name}
     patched, shown, bare = scores[PATCHED], scores[BASELINE], scores["zero-shot"]
     sure = patched.difference_low > 0 or patched.difference_high < 0
     better = (patched.difference > 0) == task.higher_is_better
@@ -265,8 +265,8 @@ def _pictures(found: Found, task: Task) -> str:
 
 
 def _results(task: Task, lines: list[Line]) -> str:
-    scores = [line for line in lines if line.measure == task.metric]
-    losses = {line.condition: line for line in lines if line.measure != task.metric}
+    scores = [line for line in lines if line.measure == task.metric.name]
+    losses = {line.condition: line for line in lines if line.measure != task.metric.name}
     low, high = min(line.low for line in scores), max(line.high for line in scores)
     rows = []
     for line in scores:
@@ -315,9 +315,8 @@ def _differences(found: list[Found]) -> str:
 
 
 def _compared(found: list[Found], task: Task, lines: dict[str, list[Line]]) -> str:
-    scores = {
-        one.name: {line.condition: line for line in lines[one.name] if line.measure == task.metric} for one in found
-    }
+    metric = task.metric.name
+    scores = {one.name: {line.condition: line for line in lines[one.name] if line.measure == metric} for one in found}
     everything = [line for own in scores.values() for line in own.values()]
     low, high = min(line.low for line in everything), max(line.high for line in everything)
     rows = []
@@ -367,7 +366,7 @@ def _scored(result: SearchResult) -> str:
 
 
 def _metric(task: Task) -> str:
-    return "mIoU ↑" if task.higher_is_better else f"{task.metric.upper()} ↓"
+    return task.metric.label
 
 
 def _word(value: Any) -> str:
