@@ -334,7 +334,7 @@ def score(
     loaded = TaskVectors.load(vectors)
     scores = loaded.score()
     facts = next(iter(loaded.values())).fingerprint
-    space = PatchSpace.from_fingerprint(facts | {"granularity": granularity, "stacks": list(scores._fields)})
+    space = PatchSpace.from_metadata(facts | {"granularity": granularity, "stacks": list(scores)})
     values = space.average(scores)
     table = Table(title=f"{', '.join(loaded)}: variance between tasks / within a task")
     table.add_column("unit")

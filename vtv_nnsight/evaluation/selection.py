@@ -9,8 +9,8 @@ import torch
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.progress import tqdm
 from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.stages import device_of
 from vtv_nnsight.tasks import Task, draw
-from vtv_nnsight.vectors import ready
 
 
 def select_prompts(
@@ -40,7 +40,7 @@ def select_prompts(
         ValueError: when the candidates hold fewer than `n` prompts that share no image.
     """
     layout = layout or model.layout
-    device = ready(model)
+    device = device_of(model)
     drawn = draw(images, candidates, layout.examples, seed)
     losses = []
     starts = range(0, candidates, batch_size)

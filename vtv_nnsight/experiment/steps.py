@@ -51,8 +51,9 @@ from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report import page as report
 from vtv_nnsight.search import ALGORITHMS, SearchResult
+from vtv_nnsight.stages import fingerprint
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import TaskVectors, fingerprint
+from vtv_nnsight.vectors import TaskVectors
 
 STEPS = {
     "select": ("model", "vqgan", "weights", "data", "folds", "pictures", "tasks", "order", "images", "prompts")

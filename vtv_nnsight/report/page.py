@@ -32,8 +32,9 @@ from vtv_nnsight.progress import duration, quiet
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.search.result import SearchResult
+from vtv_nnsight.stages import ByStage
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import Stacks, TaskVectors
+from vtv_nnsight.vectors import TaskVectors
 
 PATCHED = "task vector"
 CONDITIONS = {
@@ -81,7 +82,7 @@ class Found(NamedTuple):
     facts: dict[str, Any]
     table: Table
     results: dict[str, dict[str, SearchResult]]
-    scores: dict[str, Stacks]
+    scores: dict[str, ByStage]
     layout: Layout
 
     @property
