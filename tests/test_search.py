@@ -17,10 +17,11 @@ from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.patches import PatchSet, PatchSpace, patch
 from vtv_nnsight.prompts import crop
-from vtv_nnsight.search import algorithm as run
 from vtv_nnsight.search import plots
+from vtv_nnsight.search.algorithm import GRADIENT_COST, Search
 from vtv_nnsight.search.objective import processes
-from vtv_nnsight.search.reinforce import PUBLISHED, _prune, gradient, sample
+from vtv_nnsight.search.published import PUBLISHED
+from vtv_nnsight.search.reinforce import _prune, gradient, sample
 from vtv_nnsight.vectors import TaskVectors
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ class Planted:
     def gradient(self, gates, rows):
         if self.evaluations >= self.fail_after:
             raise KeyboardInterrupt
-        self.evaluations += run.GRADIENT_COST * len(rows)
+        self.evaluations += GRADIENT_COST * len(rows)
         gates = gates.double().clone().requires_grad_()
         losses = self._loss(gates, rows)
         return losses.detach(), torch.autograd.grad(losses.sum(), gates)[0]
@@ -340,15 +341,15 @@ def test_pruning_tries_what_the_budget_pays_for(space):
     probabilities[order] = torch.linspace(0.9, 0.6, len(space), dtype=torch.float64)
     wrong = ~objective.best
     for tried in (4, 12, len(space)):
-        search_run = run.Run("pruning", objective, 10_000, 0, {}, progress=False)
-        search_run.cut = lambda *_, **__: torch.ones(len(space), dtype=torch.bool)
-        search_run.evaluations = search_run.budget - 4 * (2 * tried + 1) - len(objective.held_out)
-        chosen = _prune(search_run, probabilities, tolerance=0.0)
+        pruning = Search("pruning", objective, 10_000, progress=False)
+        pruning.top_units = lambda *_, **__: torch.ones(len(space), dtype=torch.bool)
+        pruning.evaluations = pruning.budget - 4 * (2 * tried + 1) - len(objective.held_out)
+        chosen = _prune(pruning, probabilities, tolerance=0.0)
         least_likely = torch.zeros_like(wrong).index_fill(0, order[-tried:], True)
         assert torch.equal(~chosen, wrong & least_likely)
-        assert search_run.left == 0
-    few = run.Run("pruning", Planted(space, prompts=3), 10_000, 0, {}, progress=False)
-    few.cut = search_run.cut
+        assert pruning.left == 0
+    few = Search("pruning", Planted(space, prompts=3), 10_000, progress=False)
+    few.top_units = pruning.top_units
     assert _prune(few, probabilities, tolerance=0.0).all()
 
 
@@ -522,7 +523,7 @@ def test_published_recipe_has_settings_of_its_own(space):
 
 
 def test_published_recipe_runs_its_steps_without_a_budget(space, monkeypatch):
-    module = sys.modules["vtv_nnsight.search.reinforce"]
+    module = sys.modules["vtv_nnsight.search.published"]
     monkeypatch.setattr(module, "PUBLISHED", PUBLISHED._replace(steps=60, masks=20))
     result = search.reinforce.on(Planted(space, held_out=4), recipe="published", progress=False)
     assert result.evaluations == 60 * 20 + 2 * 4
@@ -689,7 +690,7 @@ def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, cap
     assert PatchSet.load(tmp_path / "both.json").space.fingerprint["stacks"] == ["decoder"]
 
     code, _, error = vtv("--algorithm", "annealing", "-o", found)
-    assert code == 1 and "'annealing' is not an algorithm; choose from reinforce, gates" in error
+    assert code == 1 and "'annealing' is not an algorithm; choose from attribution, gates, greedy" in error
     code, _, error = vtv("--task", "lowlight", "-o", found)
     assert code == 1 and "no vector of 'lowlight'" in error
 
