@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -220,7 +221,8 @@ class Objective:
 
 def processes() -> PartialState:
     """The processes that a launcher started, and which this is. Accelerate looks for CPU processes only if told to."""
-    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=timedelta(hours=12))  # one may wait long for what another does alone
 
 
 def _listed(value: Any) -> list:
