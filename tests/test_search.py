@@ -670,7 +670,8 @@ def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, cap
     vectors.save(tmp_path / "vectors.safetensors")
 
     def vtv(*args):
-        given = ["search", tmp_path / "model", "--vectors", tmp_path / "vectors.safetensors", "--n", 8, "--images", 20]
+        file, few = tmp_path / "vectors.safetensors", ["--prompts", 8, "--max-images", 20]
+        given = ["search", tmp_path / "model", "--vectors", file, *few]
         monkeypatch.setattr(sys, "argv", ["vtv", *map(str, given + list(args))])
         with pytest.raises(SystemExit) as end:
             cli.main()

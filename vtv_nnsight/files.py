@@ -107,8 +107,11 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
 
 def file_digest(path: str | Path) -> str:
     """A name for what a file holds: 32 hexadecimal digits."""
+    hasher = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        while part := file.read(1 << 20):
+            hasher.update(part)
+    return hasher.hexdigest()
 
 
 def physical_memory() -> float:

@@ -50,7 +50,6 @@ from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.report import page as report
 from vtv_nnsight.search import ALGORITHMS, SearchResult, reinforce
 from vtv_nnsight.search.objective import _split as split_prompts
 from vtv_nnsight.search.objective import processes
@@ -98,6 +97,8 @@ def run(
             naming them and the steps that depend on them; when the data cannot serve a task, or pictures to test on are
             among those to search on; or when a search cannot be done with these settings.
     """
+    from vtv_nnsight.report import page as report  # which reads what this package writes, and so imports it
+
     out, settings, state = Path(out), settings or Settings(), processes()
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
@@ -164,7 +165,7 @@ def run(
                             table = evaluate(
                                 model, task, fold.test, settings, layout, vectors, patches, fold.number, at_once
                             )
-                            step.save(names[0], partial(report.write_pictures, task=task), table)
+                            step.save(names[0], partial(write_pictures, task=task), table)
                             step.save(names[1], lambda path, table: table.parquet(path), table)
                     step.wait()
             with begin_step(record, out, "report", shown("report")) as step:
@@ -330,6 +331,30 @@ def collect(
     return TaskVectors.collect(model, prompts, batch_size=batch_size, resume=resume)
 
 
+def read_vectors(path: str | os.PathLike, tasks: Sequence[str] = ()) -> TaskVectors:
+    """Vectors in a file, which are finite and hold some tasks.
+
+    Raises:
+        ValueError: naming the task that is missing, or that holds NaN where it has values.
+    """
+    vectors = TaskVectors.load(path)
+    if missing := [task for task in tasks if task not in vectors]:
+        raise ValueError(f"{path} has no vector of {', '.join(map(repr, missing))}; it has {', '.join(vectors)}.")
+    for name, vector in vectors.items():
+        for stack, mean in vector.mean._asdict().items():
+            if not mean[:, getattr(vector.present, stack)].isfinite().all():
+                raise ValueError(f"the vector of {name!r} in {path} is not finite in the {stack}; collect it again.")
+    return vectors
+
+
+def space_of(vectors: TaskVectors, granularity: str) -> PatchSpace:
+    """The space of the model and layout that vectors were collected from."""
+    found = next(iter(vectors.values()))
+    return PatchSpace.from_fingerprint(
+        found.fingerprint | {"granularity": granularity, "stacks": list(found.mean._fields)}
+    )
+
+
 def score(vectors: TaskVectors, space: PatchSpace) -> torch.Tensor | None:
     """How well each unit tells the tasks apart, [unit] (ECCV 2024, §4.2); None of a single task."""
     return space.average(vectors.score()) if len(vectors) > 1 else None
@@ -404,6 +429,12 @@ def write_prompts(path: Path, prompts: Mapping[str, VisualPrompt]) -> None:
 def read_prompts(path: Path, layout: Layout) -> dict[str, VisualPrompt]:
     canvases, metadata = read_tensors(path, "prompts")
     return {name: VisualPrompt.from_canvas(canvases[name].float() / SIXTEENTH, layout) for name in metadata["tasks"]}
+
+
+def write_pictures(path: Path, table: Table, task: Task) -> None:
+    """The first answers of an evaluation, which a Parquet file has no place for."""
+    shown = table.pictures[task.name]
+    write_tensors(path, "answers", shown, {"names": list(shown)})
 
 
 def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:
