@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, VisualPrompt, data, evaluate, search, tasks
 from vtv_nnsight.evaluation import Table, bootstrap
 from vtv_nnsight.progress import tqdm
-from vtv_nnsight.vectors import STACKS, TaskVector
+from vtv_nnsight.vectors import TaskVector
 
 REFERENCES = ("one-shot", "zero-shot")
 EACH, SHARED, RANDOM, EVERYTHING = MASKS = ("one each", "one for all", "random units", "all positions")
@@ -90,7 +90,7 @@ def find(
     def look(names: Sequence[str], setting: Setting) -> dict[str, Found]:
         bar.set_postfix_str(f"seed {seed}, {', '.join([*names, *map(str, setting)])}")
         vectors = {name: vector(name, setting.averaged_prompts) for name in names}
-        stacks = STACKS if setting.stacks == "both" else setting.stacks
+        stacks = None if setting.stacks == "both" else setting.stacks
         result = search.reinforce(
             model,
             list(vectors.values()),

@@ -47,8 +47,8 @@ from vtv_nnsight.experiment import halves
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.progress import quiet, tqdm
 from vtv_nnsight.search.algorithm import prefixes, sizes
+from vtv_nnsight.stages import check_compatible, fingerprint
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import fingerprint, refuse
 
 UNSEEN = "unseen scenes"
 ONE_SHOT, ZERO_SHOT, EVERYTHING = REFERENCES = ("one-shot", "zero-shot", "everything patched")
@@ -153,7 +153,7 @@ def prepare(args: argparse.Namespace, chosen: Mapping[str, Task], found: Sets) -
     facts = next((owner.fingerprint for owner in owners.values()), {})
     layout = Layout(**{name: facts[name] for name in Layout.__dataclass_fields__}) if facts else model.layout
     for name, owner in owners.items():
-        refuse(name, owner.fingerprint, f"{args.model} and {next(iter(owners))}", fingerprint(model, layout))
+        check_compatible(name, owner.fingerprint, f"{args.model} and {next(iter(owners))}", fingerprint(model, layout))
 
     train, test = halves(args.data, Settings(data=args.data, images=500, evaluations=args.n, seed=args.seed))
     for task in chosen.values():

@@ -158,7 +158,7 @@ def one_by_one(objective, vector, choices, rows):
         for name, seen in (("encoder", prompt.visible), ("decoder", prompt.decoded)):
             at = positions(seen)
             for layer, block in enumerate(getattr(module, name).blocks):
-                new, where = getattr(vector.mean, name)[layer, at], getattr(mask, name)[layer, at]
+                new, where = vector.mean[name][layer, at], mask[name][layer, at]
 
                 def hook(_, args, new=new, where=where):
                     return (torch.where(where[..., None], new, args[0].view(1, *new.shape)).flatten(-2),)
@@ -558,7 +558,7 @@ def test_a_killed_search_resumes(space, tmp_path):
         import test_search
         from vtv_nnsight.patches import PatchSpace
         from vtv_nnsight import search
-        space = PatchSpace.from_fingerprint({space.fingerprint!r})
+        space = PatchSpace.from_metadata({space.metadata!r})
         class Slow(test_search.Planted):
             def __call__(self, *args):
                 time.sleep(0.05)

@@ -28,8 +28,9 @@ from vtv_nnsight.layouts import Layout
 from vtv_nnsight.patches import PatchSet, patch
 from vtv_nnsight.progress import tqdm
 from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.stages import device_of
 from vtv_nnsight.tasks import Task, draw_rows
-from vtv_nnsight.vectors import TaskVector, ready
+from vtv_nnsight.vectors import TaskVector
 
 UNPATCHED = ("one-shot", "zero-shot", "tokenizer", "copy")
 BASELINE = "one-shot"
@@ -100,7 +101,7 @@ def evaluate(
         conditions = {name: name for name in UNPATCHED}
     if not conditions:
         raise ValueError("there are no conditions to compare; give {name: condition}.")
-    device = ready(model)
+    device = device_of(model)
     plans = {name: _plan(name, condition, device) for name, condition in conditions.items()}
     values: dict[str, list[torch.Tensor]] = {name: [] for name in plans}
     pictures: dict[str, list[torch.Tensor]] = {name: [] for name in ("prompt", "truth", *plans)}
@@ -355,7 +356,7 @@ def select_prompts(
         ValueError: when the candidates hold fewer than `n` prompts that share no image.
     """
     layout = layout or model.layout
-    device = ready(model)
+    device = device_of(model)
     generator = np.random.default_rng(seed)
     rows = draw_rows(images, candidates, layout.examples, generator)
     places = generator.random((candidates, 2))

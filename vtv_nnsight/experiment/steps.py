@@ -53,8 +53,9 @@ from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search import ALGORITHMS, SearchResult, reinforce
 from vtv_nnsight.search.objective import _split as split_prompts
 from vtv_nnsight.search.objective import processes
+from vtv_nnsight.stages import fingerprint
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import TaskVectors, fingerprint
+from vtv_nnsight.vectors import TaskVectors
 
 PICTURES_PER_PROMPT = 4
 """Pictures per prompt, at least, for prompts to be selected: each serves in one only."""
@@ -341,18 +342,16 @@ def read_vectors(path: str | os.PathLike, tasks: Sequence[str] = ()) -> TaskVect
     if missing := [task for task in tasks if task not in vectors]:
         raise ValueError(f"{path} has no vector of {', '.join(map(repr, missing))}; it has {', '.join(vectors)}.")
     for name, vector in vectors.items():
-        for stack, mean in vector.mean._asdict().items():
-            if not mean[:, getattr(vector.present, stack)].isfinite().all():
-                raise ValueError(f"the vector of {name!r} in {path} is not finite in the {stack}; collect it again.")
+        for stage, mean in vector.mean.items():
+            if not mean[:, vector.present[stage]].isfinite().all():
+                raise ValueError(f"the vector of {name!r} in {path} is not finite in the {stage}; collect it again.")
     return vectors
 
 
 def space_of(vectors: TaskVectors, granularity: str) -> PatchSpace:
     """The space of the model and layout that vectors were collected from."""
     found = next(iter(vectors.values()))
-    return PatchSpace.from_fingerprint(
-        found.fingerprint | {"granularity": granularity, "stacks": list(found.mean._fields)}
-    )
+    return PatchSpace.from_metadata(found.fingerprint | {"granularity": granularity, "stacks": list(found.mean)})
 
 
 def score(vectors: TaskVectors, space: PatchSpace) -> torch.Tensor | None:

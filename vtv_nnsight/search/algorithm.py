@@ -270,7 +270,7 @@ class Run:
         """The journal, which every process reads as the first has it, and the first writes."""
         state = processes()
         facts = {"algorithm": self.name, "seed": self.seed, "budget": self.budget} | self.settings
-        facts |= getattr(self.objective, "facts", {})
+        facts |= getattr(self.objective, "fingerprint", {})
         journal = Journal(path if state.is_main_process else None, facts)
         if state.num_processes > 1:
             answers = [journal.answers]

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.search.result import SearchResult
-from vtv_nnsight.vectors import STACKS
 
 
 def curves(results: Mapping[str, SearchResult | Sequence[SearchResult]]) -> Figure:
@@ -81,7 +80,7 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
     counts = space.split(sum(found.choices.int() for found in patches.values()))
     for (stack, group), axes in panels.items():
-        image = axes.imshow(getattr(counts, stack)[..., group].numpy(), vmin=0, vmax=len(patches), cmap="magma")
+        image = axes.imshow(counts[stack][..., group].numpy(), vmin=0, vmax=len(patches), cmap="magma")
     figure.colorbar(image, ax=list(panels.values()), label="sets that have the unit")
     return figure
 
@@ -90,7 +89,7 @@ def _panels(space: PatchSpace, first: str | None = None) -> tuple[Figure, dict[t
     """A row of axes: one with the title `first`, if any, then (stack, group number) → one a region."""
     if space.granularity == "token":
         raise ValueError("a space with a unit a token has too many regions to draw; average over positions first.")
-    regions = [(stack, i, name) for stack, groups in zip(STACKS, space.groups) for i, name in enumerate(groups)]
+    regions = [(stack, i, name) for stack, groups in space.groups.items() for i, name in enumerate(groups)]
     count = len(regions) + (first is not None)
     figure = Figure(figsize=(2.4 * count + 1, 3), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])

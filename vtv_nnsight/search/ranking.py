@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from vtv_nnsight.search.algorithm import Run, algorithm
-from vtv_nnsight.vectors import Stacks
 
 
 @algorithm
 def ranking(
-    run: Run, *, scores: Stacks | torch.Tensor, size: int | None = None, tolerance: float = 0.5
+    run: Run, *, scores: Mapping[str, torch.Tensor] | torch.Tensor, size: int | None = None, tolerance: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The top units by task score (ECCV 2024, §4.2): the only search that needs no evaluation to rank.
 
     Args:
-        scores: `vectors.score()`, Stacks of [layer, head, position], averaged here over each unit's positions; or one
-            score a unit [unit].
+        scores: `vectors.score()`, by stage [layer, head, position], averaged here over each unit's positions; or one
+            score for each unit [unit].
         size: Units to keep; None tries sizes on the training prompts (`Run.cut`).
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
     """
-    if isinstance(scores, Stacks):
+    if isinstance(scores, Mapping):
         scores = run.objective.space.average(scores)
     if scores.shape != (run.units,):
         raise ValueError(f"scores of shape {list(scores.shape)} are not one for each of {run.units} units.")

@@ -81,7 +81,7 @@ class SearchResult:
             "history": torch.tensor(self.history, dtype=torch.float64).view(-1, len(Step._fields)),
         }
         facts = {
-            "space": self.patches.fingerprint,
+            "space": self.patches.space.metadata,
             "algorithm": self.algorithm,
             "probabilistic": self.probabilistic,
             "held_out_loss": self.held_out_loss,
@@ -99,7 +99,7 @@ class SearchResult:
             FileNotFoundError, ValueError: when there is no such file, it is incomplete, or it is something else.
         """
         tensors, facts = read_tensors(path, "search result")
-        space = PatchSpace.from_fingerprint(facts.pop("space"))
+        space = PatchSpace.from_metadata(facts.pop("space"))
         rows = tensors["history"].tolist()
         history = tuple(Step(int(n), seconds, train, held, int(size)) for n, seconds, train, held, size in rows)
         return cls(patches=PatchSet(space, tensors["choices"]), scores=tensors["scores"], history=history, **facts)

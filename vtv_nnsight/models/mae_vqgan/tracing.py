@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from nnsight.modeling.huggingface import HuggingFaceModel
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig
 
-from vtv_nnsight.layouts import Layout, positions
+from vtv_nnsight import metrics
+from vtv_nnsight.layouts import Layout, positions, token_index
+from vtv_nnsight.models.interface import Loss
+from vtv_nnsight.models.mae import MaskedAutoencoder
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
-from vtv_nnsight.models.mae_vqgan.network import Decoder, Encoder, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan.network import Decoder, Encoder, MAEVQGANModel, MAEVQGANOutput
 from vtv_nnsight.models.mae_vqgan.vit import Attention
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -127,7 +131,7 @@ def _is_ids(tensor: torch.Tensor) -> bool:
     return tensor.ndim == 1 and tensor.dtype == torch.long
 
 
-class MAEVQGAN(HuggingFaceModel):
+class MAEVQGAN(MaskedAutoencoder, HuggingFaceModel):
     """A MAE-VQGAN that can be traced.
 
     The names that lead to its parts:
@@ -198,6 +202,50 @@ class MAEVQGAN(HuggingFaceModel):
     def layout(self) -> Layout:
         """The layout of the model's canvas, with one example."""
         return self._module.config.layout
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """ "tokens": the mean cross-entropy of the output's logits against the tokenizer's codes of the truth."""
+        return (Loss("tokens", _token_loss),)
+
+    def truth(self, prompts: VisualPrompt) -> torch.Tensor:
+        """The tokenizer's codes of the truth: LongTensor [batch, output patch]."""
+        output = prompts.layout.regions["output"].to(prompts.device)
+        prompts.layout.index(prompts.decoded, output)
+        return self._codes(prompts)[:, output]
+
+    def paint(self, output: MAEVQGANOutput, prompts: VisualPrompt) -> torch.Tensor:
+        """The VQGAN's picture of the arg-max codes at the hidden patches: [batch, 3, height, width] in [0, 1]."""
+        return self._painted(output.logits.argmax(-1), prompts.canvas, prompts.visible, prompts.decoded)
+
+    def ceiling(self, prompts: VisualPrompt) -> torch.Tensor:
+        """The tokenizer's own pictures of the canvases: [batch, 3, height, width] in [0, 1]."""
+        everything = prompts.layout.all_patches.to(prompts.device)
+        return self._painted(self._codes(prompts), prompts.canvas, everything, everything, paste=False)
+
+    def identity(self) -> dict[str, Any]:
+        """Its kind, and eight numbers of the mask token, which is what version 0.1 kept of the weights."""
+        token = self._module.decoder.mask_token.detach()
+        if token.is_meta or type(token) not in (torch.Tensor, torch.nn.Parameter):
+            return {"model": "MAEVQGAN"}
+        return {"model": "MAEVQGAN", "mask token": token.flatten()[:8].float().tolist()}
+
+    def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
+        """Compute the logits of the output's patches alone."""
+        output = prompts.layout.regions["output"].to(prompts.device)
+        kept = token_index(prompts.decoded, output)
+        self.decoder.norm.output = self.decoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
+        return replace(prompts, decoded=output)
+
+    @torch.no_grad()
+    def _codes(self, prompts: VisualPrompt) -> torch.Tensor:
+        """The tokenizer's codes of canvases, LongTensor [batch, patch]."""
+        vqgan = self._module.vqgan
+        return vqgan.encode(prompts.canvas.to(vqgan.codebook.weight.dtype))
+
+    @torch.no_grad()
+    def _painted(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._module.paint(*args, **kwargs)
 
     @traceable
     def generate(self, *inputs: Any, **kwargs: Any) -> torch.Tensor:
@@ -299,6 +347,12 @@ class MAEVQGAN(HuggingFaceModel):
             raise TypeError(f"a trace was given {', '.join(given)} ({len(inputs)} unnamed); {_EXPECTED}")
         options = {name: value for name, value in kwargs.items() if name not in INPUTS}
         return VisualPrompt(**given, layout=self.layout), options
+
+
+def _token_loss(output: MAEVQGANOutput, prompts: VisualPrompt, codes: torch.Tensor) -> torch.Tensor:
+    """Losses [batch] of logits against the codes of the truth [batch, output patch]."""
+    patches = prompts.layout.regions["output"].to(prompts.device)
+    return metrics.token_loss(output.logits[:, token_index(prompts.decoded, patches) - 1], codes)
 
 
 _EXPECTED = (
