@@ -88,7 +88,7 @@ def test_every_condition_is_what_it_says(table, model, prompts, vectors, patches
     floor = metrics.iou(prompts.region("query"), prompts.region("output"))
     np.testing.assert_allclose(table.values("segmentation", "copy"), floor, atol=1e-6)
     assert np.isnan(table.values("segmentation", "copy", "token_loss")).all()
-    assert list(dict.fromkeys(table.rows["condition"])) == [*expected, "tokenizer", "copy"]
+    assert list(dict.fromkeys(table.frame["condition"])) == [*expected, "tokenizer", "copy"]
 
 
 def test_answers_are_the_same_whatever_the_batch_and_however_prompts_come(table, model, prompts):

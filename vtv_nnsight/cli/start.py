@@ -167,13 +167,16 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def summarise(page: Path) -> None:
     """Print the scores of a run, from the table beside its report."""
+    from vtv_nnsight import tasks
+
     with page.with_name("table.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["measure"] != "token loss" and row["condition"] in SHOWN]
+        rows = [row for row in csv.DictReader(file) if row["condition"] in SHOWN]
     table = Table("task", "metric", *SHOWN)
-    for task in dict.fromkeys(row["task"] for row in rows):
-        own = {row["condition"]: row for row in rows if row["task"] == task}
-        scores = [f"{float(own[name]['mean']):.3f}" if name in own else "" for name in SHOWN]
-        table.add_row(Text(task), Text(next(iter(own.values()))["measure"]), *scores)
+    for name in dict.fromkeys(row["task"] for row in rows):
+        metric = tasks.get(name).metric
+        own = {r["condition"]: r for r in rows if r["task"] == name and r["measure"] == metric.name}
+        scores = [f"{float(own[condition]['mean']):.3f}" for condition in SHOWN]
+        table.add_row(Text(name), Text(metric.label), *scores)
     Console().print(table)
 
 

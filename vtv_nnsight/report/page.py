@@ -120,7 +120,7 @@ def _summary(found: Found, lines: dict[str, Lines]) -> dict[str, Any]:
     rows = [
         {
             "task": task.name,
-            "metric": _metric(task),
+            "metric": task.metric.label,
             "scores": [own.mean if (own := lines[task.name]["score"].get(name)) else None for name in shown],
             "size": _size(found, task),
         }
@@ -133,7 +133,7 @@ def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
     scores, results = lines["score"], found.results[task.name]
     patched, copied = scores[PATCHED], scores.get("copy")
     sure = patched.difference_low > 0 or patched.difference_high < 0
-    better = (patched.difference > 0) == task.higher_is_better
+    better = (patched.difference > 0) == task.metric.higher_is_better
     maps = [
         draw(
             partial(search_plots.score_maps, result),
@@ -151,17 +151,18 @@ def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
     return {
         "name": task.name,
         "size": _size(found, task),
-        "metric": _metric(task),
+        "metric": task.metric.label,
         "patched": patched.mean,
         "one_shot": scores[BASELINE].mean,
         "zero_shot": scores[ZERO_SHOT].mean,
         "verdict": ("better than" if better else "worse than") if sure else "not told apart from",
         "copied": copied.mean if copied else None,
-        "copy_wins": bool(copied) and (copied.mean > patched.mean) == task.higher_is_better
+        "copy_wins": bool(copied) and (copied.mean > patched.mean) == task.metric.higher_is_better
         and copied.mean != patched.mean,
         "pictures": _pictures(found, task),
         "rows": min(ROWS, len(found.table.pictures[task.name]["truth"])),
         "queries": patched.images,
+        "loss": f"{lines['loss'][PATCHED].measure} ↓",
         "lines": [(line, lines["loss"][name]) for name, line in scores.items()],
         "low": min(line.low for line in scores.values()),
         "high": max(line.high for line in scores.values()),
@@ -188,7 +189,7 @@ def _compared(found: list[Found], task: Task, scores: dict[str, dict[str, Line]]
     everything = [line for own in scores.values() for line in own.values()]
     return {
         "name": task.name,
-        "metric": _metric(task),
+        "metric": task.metric.label,
         "low": min(line.low for line in everything),
         "high": max(line.high for line in everything),
         "runs": [
@@ -244,8 +245,20 @@ def _size(found: Found, task: Task) -> str:
     return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
 
 
+def _words(conditions: Iterable[str]) -> dict[str, str]:
+    """What the conditions are that a page shows."""
+    names = set(conditions)
+    others = any(name.startswith("vector of ") for name in names)
+    return {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
+
+
+def _size(found: Found, task: Task) -> str:
+    results = found.results[task.name].values()
+    return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
+
+
 def _metric(task: Task) -> str:
-    return "mIoU ↑" if task.higher_is_better else f"{task.metric.upper()} ↓"
+    return "mIoU ↑" if task.metric.higher_is_better else f"{task.metric.upper()} ↓"
 
 
 def _word(value: Any) -> str:

@@ -71,9 +71,10 @@ class Found(NamedTuple):
 
     def lines(self) -> dict[str, dict[str, dict[str, Line]]]:
         """Task → "score" or "loss" → condition → its line of the table."""
-        found: dict[str, dict[str, dict[str, Line]]] = {task.name: {"score": {}, "loss": {}} for task in self.tasks}
+        metrics = {task.name: task.metric.name for task in self.tasks}
+        found: dict[str, dict[str, dict[str, Line]]] = {name: {"score": {}, "loss": {}} for name in metrics}
         for line in self.table.lines():
-            found[line.task]["loss" if line.measure == "token loss" else "score"][line.condition] = line
+            found[line.task]["score" if line.measure == metrics[line.task] else "loss"][line.condition] = line
         return found
 
     def cells(self, task: Task) -> dict[str, torch.Tensor]:
@@ -124,15 +125,12 @@ def _read_table(path: Path, task: str) -> Table:
     tensors, metadata = read_tensors(path.with_suffix(".safetensors"), "answers")
     try:
         table = Table.load(path)
-        conditions = {line.condition for line in table.lines()}
-    except Exception as error:  # of pyarrow, pandas or datasets, each with its own, about bytes and columns
-        raise ValueError(
-            f"{path} is not the whole table of an evaluation ({type(error).__name__}); run the same `vtv run`."
-        ) from error
+    except Exception as error:  # of pyarrow and pandas, each with its own, about bytes and columns
+        raise ValueError(f"{path} is not the whole table of an evaluation; run the same `vtv run` again.") from error
     if table.tasks != [task]:
         raise ValueError(f"{path} is of {', '.join(table.tasks)}; expected an evaluation of {task}.")
-    if missing := {BASELINE, ZERO_SHOT, PATCHED} - conditions:
+    if missing := {BASELINE, ZERO_SHOT, PATCHED} - set(table.frame.condition):
         raise ValueError(f"{path} lacks the conditions {', '.join(sorted(missing))}; run the same `vtv run`.")
     if missing := [name for name in ("prompt", *list(PICTURES)[3:]) if name not in tensors]:
         raise ValueError(f"{path.with_suffix('.safetensors')} lacks {', '.join(missing)}; run the same `vtv run`.")
-    return Table(table.rows, {task: {name: tensors[name] for name in metadata["names"]}})
+    return Table(table.frame, {task: {name: tensors[name] for name in metadata["names"]}})
