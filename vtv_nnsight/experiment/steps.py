@@ -46,6 +46,7 @@ from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_ste
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.devices import resolve_device
 from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import display, quiet
@@ -195,25 +196,6 @@ def load_model(source: str, vqgan: str | os.PathLike | None = None, device: str 
     device = resolve_device(device) if device else None
     model = MAEVQGAN(source, **({"vqgan": vqgan} if vqgan else {}), dispatch=True)
     return model.to(device) if device else model
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: when there is none here, naming those that there are.
-    """
-    present = ["cpu"]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
-        present += [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or str(device) not in present:
-        raise ValueError(f"device={name!r} is not here; there is {', '.join(present)}.")
-    return device
 
 
 def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
