@@ -41,14 +41,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, data, evaluate, search, tasks
+from vtv_nnsight import (
+    MAEVQGAN,
+    Layout,
+    PatchSet,
+    PatchSpace,
+    TaskVectors,
+    VisualPrompt,
+    data,
+    evaluate,
+    metrics,
+    search,
+    tasks,
+)
 from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap
 from vtv_nnsight.experiment import halves
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.progress import quiet, tqdm
 from vtv_nnsight.search.algorithm import prefixes, sizes
+from vtv_nnsight.stages import check_compatible, fingerprint
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import fingerprint, refuse
 
 UNSEEN = "unseen scenes"
 ONE_SHOT, ZERO_SHOT, EVERYTHING = REFERENCES = ("one-shot", "zero-shot", "everything patched")
@@ -153,7 +165,7 @@ def prepare(args: argparse.Namespace, chosen: Mapping[str, Task], found: Sets) -
     facts = next((owner.fingerprint for owner in owners.values()), {})
     layout = Layout(**{name: facts[name] for name in Layout.__dataclass_fields__}) if facts else model.layout
     for name, owner in owners.items():
-        refuse(name, owner.fingerprint, f"{args.model} and {next(iter(owners))}", fingerprint(model, layout))
+        check_compatible(name, owner.fingerprint, f"{args.model} and {next(iter(owners))}", fingerprint(model, layout))
 
     train, test = halves(args.data, Settings(data=args.data, images=500, evaluations=args.n, seed=args.seed))
     for task in chosen.values():
@@ -209,7 +221,7 @@ def judge_all(bench: Bench, chosen: Mapping[str, Task], found: Sets) -> list[dic
                 new = [here[what] | {"set": what, "other_data": there.get(what)} for what in here]
             else:
                 new = [{"set": name} | judge(bench, task, name, found, here, there)]
-            rows += [{"task": task.name, "metric_name": task.metric} | row for row in new]
+            rows += [{"task": task.name, "metric_name": task.metric.name} | row for row in new]
     losses = {(row["set"], row["task"]): row["token_loss"][0] for row in rows}
     for row in rows:
         abroad = row.get("token_loss_on_other_tasks", {})
@@ -419,8 +431,9 @@ def draw_task(top: Axes, bottom: Axes, rows: Sequence[Mapping[str, Any]], found:
         curve = [(point["units"], point["metric"][0]) for point in row["sufficiency"]]
         bottom.plot(*np.reshape(curve, (-1, 2)).T, ".-", color=f"C{place % 10}")
         bottom.plot(mean(row["units"]), value, "o", color=f"C{place % 10}")
-    metric, higher = rows[0]["metric_name"], rows[0]["metric_name"] == "iou"
-    label = f"{'mIoU' if higher else metric.upper()} ({'higher' if higher else 'lower'} is better)"
+    metric = metrics.get(rows[0]["metric_name"])
+    higher = metric.higher_is_better
+    label = f"{metric.label.split()[0]} ({'higher' if higher else 'lower'} is better)"
     top.set(title=rows[0]["task"], xlabel=label, ylim=(len(found) - 0.5, -0.5))
     bottom.set_xscale("log", base=2)
     bottom.xaxis.set_major_formatter("{x:.0f}")

@@ -69,11 +69,58 @@ def test_the_output_of_three_rows_lies_in_the_patches_that_it_touches():
         ({"patch_size": 15}, "224 is not a multiple of patch_size=15"),
         ({"patch_size": 0}, "patch_size=0"),
         ({"examples": 20}, "smaller than a patch"),
+        ({"gap": -1}, "gap=-1"),
+        ({"gap": 200}, "200 pixels between cells.*12 pixels, smaller than a patch of 16"),
     ],
 )
 def test_impossible_layouts_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         Layout(**wrong)
+
+
+@pytest.mark.parametrize("order", ["vertical", "horizontal"])
+def test_without_a_gap_the_cells_and_regions_are_quarters(order):
+    """Painter's two pictures of 896x448, side by side: each is two square cells, one upon the other."""
+    layout = Layout(canvas_size=896, patch_size=16, gap=0, order=order)
+    first, second = slice(0, 448), slice(448, 896)
+    below, beside = ("query", "example_output") if order == "vertical" else ("example_output", "query")
+    assert layout.cells == {
+        "example_input": (first, first),
+        below: (second, first),
+        beside: (first, second),
+        "output": (second, second),
+    }
+    grid = torch.arange(56 * 56).view(56, 56)
+    expected = {
+        "example_input": grid[:28, :28],
+        below: grid[28:, :28],
+        beside: grid[:28, 28:],
+        "output": grid[28:, 28:],
+    }
+    for name, ids in expected.items():
+        assert torch.equal(layout.regions[name], ids.flatten()), name
+    assert len(torch.cat(list(layout.regions.values())).unique()) == layout.num_patches
+
+
+def test_without_a_gap_three_rows_touch():
+    cells = Layout(canvas_size=240, patch_size=8, examples=2, gap=0).cells
+    assert [(rows.start, columns.start) for rows, columns in cells.values()] == [
+        (row, column) for row in (0, 80, 160) for column in (40, 120)
+    ]
+    assert {rows.stop - rows.start for rows, _ in cells.values()} == {80}
+
+
+@pytest.mark.parametrize(("examples", "gap"), [(1, 2), (2, 1), (3, 1)])
+def test_no_gap_given_is_the_papers(examples, gap):
+    default = Layout(examples=examples)
+    assert default.gap is None and default.gutter == gap
+    assert default.cells == Layout(examples=examples, gap=gap).cells
+
+
+def test_fields_are_kept_as_the_files_of_0_1_have_them():
+    old = {"canvas_size": 224, "patch_size": 16, "examples": 1, "order": "vertical", "background": "white"}
+    assert Layout().as_dict() == old and Layout(**old) == Layout()
+    assert Layout(gap=0).as_dict() == old | {"gap": 0}
 
 
 def test_token_index_is_rank_plus_one():

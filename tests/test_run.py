@@ -1,5 +1,6 @@
 """`vtv run` and `vtv report`: what is written, what is done again, what is refused, and what the report says."""
 
+import html
 import json
 import re
 import shutil
@@ -10,18 +11,19 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vtv_nnsight import MAEVQGAN, cli, data, tasks
+from vtv_nnsight.cli import start
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.experiment import STEPS, run
 from vtv_nnsight.experiment import steps as runs
 from vtv_nnsight.experiment.settings import PUBLISHED, Settings
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.progress import display, tqdm
+from vtv_nnsight.progress import display, progress_bar
 from vtv_nnsight.report import page as report
-from vtv_nnsight.search import SearchResult
+from vtv_nnsight.search import Objective, SearchResult
 from vtv_nnsight.vectors import TaskVectors
 
 TASKS = ("segmentation", "lowlight")
-SMALL = dict(tasks=TASKS, images=40, prompts=8, candidates=30, budget=200, evaluations=6)
+SMALL = dict(tasks=TASKS, max_images=40, prompts=8, candidates=30, budget=200, test_prompts=6)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +52,15 @@ def done(monkeypatch):
     """The steps that did something, in order; the report is not drawn, which takes the longest."""
     steps = []
     monkeypatch.setattr(report, "write", lambda out: out / "report.html")
-    for name, function in (("select", runs.select), ("collect", runs.collect), ("search", runs.seek)):
-        monkeypatch.setattr(runs, function.__name__, _noting(function, name, steps))
-    monkeypatch.setattr(runs, "judge", _noting(runs.judge, "evaluate", steps))
+    for name in ("select", "collect", "search", "evaluate"):
+        monkeypatch.setattr(runs, name, _noting(getattr(runs, name), name, steps))
     return steps
 
 
 def _noting(function, name, steps):
-    def noted(*args):
-        *rest, doing = args
-        return function(*rest, lambda what: (steps.append(name), doing(what)))
+    def noted(*args, **options):
+        steps.append(name)
+        return function(*args, **options)
 
     return noted
 
@@ -88,11 +89,11 @@ def test_a_run_writes_what_the_rest_of_the_library_reads(finished, model):
 def test_kept_prompts_are_exact(tmp_path, model):
     layout = MAEVQGAN(model).layout
     rows = data.scenes("train", 40, 0)
-    part = runs.Part("", tmp_path, 0, rows, rows)
-    settings = Settings(**SMALL | {"prompts": 20})
-    made = [runs.select(part, None, [tasks.lowlight], layout, settings, 8, lambda what: None) for _ in range(2)]
-    assert (made[0]["lowlight"].canvas == tasks.lowlight.prompts(rows, 20, 0, layout).canvas).all()
-    assert (made[0]["lowlight"].canvas == made[1]["lowlight"].canvas).all()
+    made = runs.select(None, tasks.lowlight, rows, Settings(**SMALL | {"prompts": 20}), layout)
+    assert (made.canvas == tasks.lowlight.prompts(rows, 20, 0, layout).canvas).all()
+    runs.write_prompts(tmp_path / "prompts.safetensors", {"lowlight": made})
+    read = runs.read_prompts(tmp_path / "prompts.safetensors", layout)
+    assert (read["lowlight"].canvas == made.canvas).all()
 
 
 def test_a_finished_run_is_not_done_again(copy, model, done):
@@ -111,9 +112,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path,
             raise KeyboardInterrupt
         return losses(*args)
 
-    losses = runs.search.Objective._losses
+    losses = Objective._losses
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs.search.Objective, "_losses", interrupt)
+        patch.setattr(Objective, "_losses", interrupt)
         run(tmp_path / "run", settings, progress=False)
     assert (tmp_path / "run" / "search" / "segmentation.journal").exists()
     assert done == ["select", "select", "collect", "search"]
@@ -127,9 +128,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path,
 
 
 def test_a_changed_setting_is_refused_or_done_again(copy, model, done):
-    changed = Settings(model=model, **SMALL | {"evaluations": 4})
+    changed = Settings(model=model, **SMALL | {"test_prompts": 4})
     before = times(copy)
-    with pytest.raises(ValueError, match=r"evaluations was 6 and is 4, .*\. Name another folder, or do evaluate again"):
+    with pytest.raises(ValueError, match=r"test_prompts was 6 and is 4, .*\. Name another folder, or do evaluate"):
         run(copy, changed, progress=False)
     assert times(copy) == before and done == []
     vectors, found = (copy / "vectors.safetensors").read_bytes(), times(copy / "search")
@@ -207,7 +208,7 @@ def test_what_pictures_cannot_serve(photographs, model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"loss": "taste"}, {"prompts": 0}, {"evaluations": -1}])
+@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"loss": "taste"}, {"prompts": 0}, {"test_prompts": -1}])
 def test_settings_that_lead_nowhere_are_refused_at_once(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"^{name}={value!r} "):
@@ -222,22 +223,22 @@ def test_the_report_is_one_file_with_everything(finished):
     for name in TASKS:
         section = page[page.index(f'<section id="{name}">') :]
         section = section[: section.index("</section>")]
-        assert section.count("<figure><img") == 4 * len(report.SHOWN)
+        assert section.count("<figure><img") == 4 * len(report.PICTURES)
         assert section.count("<picture>") == 2 and "Probability of every unit" in section
         table = Table.load(finished / "evaluation" / f"{name}.parquet")
         patched = next(line for line in table.lines() if line.condition == "task vector")
         units = len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
         assert f"<b>{patched.mean:.3f}</b>" in section and f"With {units} of 22 units" in section
         assert f"{patched.low:.3f} to {patched.high:.3f}" in section
-    assert "Which heads tell the tasks apart" in page and "&quot;budget&quot;: 200" in page
+    assert "Which heads tell the tasks apart" in page and '"budget": 200' in html.unescape(page)
 
 
 def test_runs_are_compared(finished, copy, model, tmp_path, done):
     run(copy, Settings(model=model, **SMALL | {"budget": 300}), redo=True, progress=False)
     page = report.compare([finished, copy], tmp_path / "comparison.html").read_text()
-    assert "<th scope=col>budget" in page and "<td>200" in page and "<td>300" in page
-    assert "<th scope=col>seed" not in page
-    assert page.count("<th scope=row>finished") == page.count("<th scope=row>copy") == 1 + len(TASKS)
+    assert '<th scope="col">budget' in page and "<td>200" in page and "<td>300" in page
+    assert '<th scope="col">seed' not in page
+    assert page.count('<th scope="row">finished') == page.count('<th scope="row">copy') == 1 + len(TASKS)
 
 
 def test_an_unfinished_run_has_no_report(copy, tmp_path):
@@ -253,6 +254,7 @@ def vtv(monkeypatch):
     """vtv(*args) → (exit code, what was said, the Settings that a run was asked for)."""
     asked = []
     monkeypatch.setattr(runs, "run", lambda out, settings, **options: asked.append((out, settings, options)) or out)
+    monkeypatch.setattr(start, "summarise", lambda page: None)
 
     def call(*args):
         result = CliRunner().invoke(cli.app, list(map(str, args)), env={"COLUMNS": "200"})
@@ -269,9 +271,9 @@ def test_options_become_settings(vtv, tmp_path):
     _, _, (out, settings, options) = vtv("run", *args)
     assert settings == Settings(data=str(tmp_path), tasks=("lowlight", "identity"), seed=3)
     assert out.name == tmp_path.name and options["redo"]
-    args = ("--model", "m.pth", "--data", "pascal:VOCdevkit", "--folds", "0,2", "--published", "--evaluations", 50)
+    args = ("--model", "m.pth", "--data", "pascal:VOCdevkit", "--folds", "0,2", "--published", "--test-prompts", 50)
     _, _, (out, settings, _) = vtv("run", *args)
-    published = PUBLISHED | {"evaluations": 50}
+    published = PUBLISHED | {"test_prompts": 50}
     assert settings == Settings(model="m.pth", data="pascal:VOCdevkit", folds=(0, 2), **published)
     assert str(out) == "runs/pascal"
     code, said, _ = vtv("run", "--images", tmp_path, "--data", "pascal:VOCdevkit")
@@ -293,10 +295,10 @@ def test_help_begins_with_the_whole(vtv):
 
 def test_folds_have_folders_of_their_own(monkeypatch, tmp_path):
     asked = []
-    rows = data.scenes("train", 8)
-    monkeypatch.setattr(runs, "load", lambda spec, split, n, seed: asked.append((spec, split)) or rows)
-    parts, _ = runs.sources(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(1, 3)))
-    assert [(part.name, part.folder, part.fold) for part in parts] == [
+    rows = {split: data.scenes(split, 8) for split in ("train", "test")}
+    monkeypatch.setattr(runs, "load", lambda spec, split, n, seed: asked.append((spec, split)) or rows[split])
+    folds, _ = runs.load_folds(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(1, 3)))
+    assert [(fold.name, fold.folder, fold.number) for fold in folds] == [
         ("fold1", tmp_path / "fold1", 1),
         ("fold3", tmp_path / "fold3", 3),
     ]
@@ -306,16 +308,16 @@ def test_folds_have_folders_of_their_own(monkeypatch, tmp_path):
 def test_a_quarter_is_set_aside_of_data_without_splits(photographs, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ((part,), _) = runs.sources(tmp_path, Settings(data=str(photographs)))
-    sizes = [[row["image"].width for row in rows] for rows in (part.train, part.test)]
+        ((fold,), _) = runs.load_folds(tmp_path, Settings(data=str(photographs)))
+    sizes = [[row["image"].width for row in rows] for rows in (fold.train, fold.test)]
     assert sorted(sizes[0] + sizes[1]) == [40 + 9 * i for i in range(10)] and len(sizes[1]) == 2
 
 
 def test_progress_is_one_display(capsys):
     with display(2) as step:
-        with step("collect") as doing:
-            doing("segmentation")
-            for _ in tqdm(range(3)):
+        with step("collect") as working_on:
+            working_on("segmentation")
+            for _ in progress_bar(range(3)):
                 pass
         with step("score"):
             pass
@@ -323,5 +325,5 @@ def test_progress_is_one_display(capsys):
     steps = re.findall(r"✓ (\d/\d \w+)  (.*)", err)
     assert out == "" and steps == [("1/2 collect", "0.0 s"), ("2/2 score", "done before")]
     assert "it/s" not in err
-    list(tqdm(range(3)))
+    list(progress_bar(range(3)))
     assert "it/s" in capsys.readouterr().err

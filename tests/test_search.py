@@ -159,7 +159,7 @@ def one_by_one(objective, vector, choices, rows):
         for name, seen in (("encoder", prompt.visible), ("decoder", prompt.decoded)):
             at = positions(seen)
             for layer, block in enumerate(getattr(module, name).blocks):
-                new, where = getattr(vector.mean, name)[layer, at], getattr(mask, name)[layer, at]
+                new, where = vector.mean[name][layer, at], mask[name][layer, at]
 
                 def hook(_, args, new=new, where=where):
                     return (torch.where(where[..., None], new, args[0].view(1, *new.shape)).flatten(-2),)
@@ -559,7 +559,7 @@ def test_a_killed_search_resumes(space, tmp_path):
         import test_search
         from vtv_nnsight.patches import PatchSpace
         from vtv_nnsight import search
-        space = PatchSpace.from_fingerprint({space.fingerprint!r})
+        space = PatchSpace.from_metadata({space.metadata!r})
         class Slow(test_search.Planted):
             def __call__(self, *args):
                 time.sleep(0.05)
@@ -671,7 +671,8 @@ def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, cap
     vectors.save(tmp_path / "vectors.safetensors")
 
     def vtv(*args):
-        given = ["search", tmp_path / "model", "--vectors", tmp_path / "vectors.safetensors", "--n", 8, "--images", 20]
+        file, few = tmp_path / "vectors.safetensors", ["--prompts", 8, "--max-images", 20]
+        given = ["search", tmp_path / "model", "--vectors", file, *few]
         monkeypatch.setattr(sys, "argv", ["vtv", *map(str, given + list(args))])
         with pytest.raises(SystemExit) as end:
             cli.main()

@@ -16,8 +16,9 @@ whatever order it sees them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from einops import repeat
@@ -39,9 +40,11 @@ class Layout:
         order: "vertical" stacks examples from top to bottom, inputs on the left (the papers' default); "horizontal" is
             its transpose: inputs on top, outputs below (the papers' *flip*, VP §4.4).
         background: Colour of the canvas between and beside the cells, in any form that PIL knows.
+        gap: Pixels between neighbouring cells. None is VP's: 2 on the 2x2 grid, 1 on larger ones (§4.3). Painter and
+            SegGPT have 0: each of their two pictures is a column of square cells that touch.
 
     Raises:
-        ValueError: when the patches do not tile the canvas, or the cells are smaller than a patch.
+        ValueError: when the patches do not tile the canvas, the gap is negative, or the cells are smaller than a patch.
     """
 
     canvas_size: int = 224
@@ -49,6 +52,7 @@ class Layout:
     examples: int = 1
     order: str = "vertical"
     background: str = "white"
+    gap: int | None = None
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -60,10 +64,13 @@ class Layout:
                 f"canvas_size={self.canvas_size} is not a multiple of patch_size={self.patch_size}; "
                 "choose a patch size that tiles the canvas."
             )
+        if self.gap is not None and self.gap < 0:
+            raise ValueError(f"gap={self.gap} is negative; give the pixels between cells, 0 or more.")
         if self.cell_size < self.patch_size:
             raise ValueError(
-                f"examples={self.examples} leaves cells of {self.cell_size} pixels, smaller than a patch of "
-                f"{self.patch_size}; use fewer examples or a larger canvas."
+                f"examples={self.examples} with {self.gutter} pixels between cells leaves cells of {self.cell_size} "
+                f"pixels, smaller than a patch of {self.patch_size}; use fewer examples, a smaller gap or a larger "
+                "canvas."
             )
         ImageColor.getrgb(self.background)
 
@@ -82,27 +89,30 @@ class Layout:
         return 1 + self.num_patches
 
     @property
-    def gap(self) -> int:
-        """Pixels between neighbouring cells: 2 on the 2x2 grid, 1 on larger ones (VP §4.3)."""
+    def gutter(self) -> int:
+        """Pixels between neighbouring cells: `gap`, or what None stands for."""
+        if self.gap is not None:
+            return self.gap
         return 2 if self.examples == 1 else 1
 
     @property
     def cell_size(self) -> int:
         """Side of a cell in pixels: 111 on the published canvas, 74 with two examples."""
-        return (self.canvas_size - self.gap * self.examples) // (self.examples + 1)
+        return (self.canvas_size - self.gutter * self.examples) // (self.examples + 1)
 
     @cached_property
     def cells(self) -> dict[str, tuple[slice, slice]]:
-        """Name of each cell → (row slice, column slice) in pixels: outputs begin one pixel past the canvas's middle."""
-        middle = self.canvas_size // 2 + 1
-        across = (middle - self.gap - self.cell_size, middle)
+        """Name of each cell → (row slice, column slice) in pixels: outputs begin half a gap, rounded up, past the
+        canvas's middle."""
+        outputs = self.canvas_size // 2 + (self.gutter + 1) // 2
+        across = (outputs - self.gutter - self.cell_size, outputs)
         cells = {}
         for pair in range(self.examples + 1):
             number = f"_{pair + 1}" if self.examples > 1 else ""
             names = (
                 ("query", "output") if pair == self.examples else (f"example_input{number}", f"example_output{number}")
             )
-            along = pair * (self.cell_size + self.gap)
+            along = pair * (self.cell_size + self.gutter)
             for name, offset in zip(names, across):
                 row, column = (along, offset) if self.order == "vertical" else (offset, along)
                 cells[name] = (slice(row, row + self.cell_size), slice(column, column + self.cell_size))
@@ -112,6 +122,10 @@ class Layout:
     def regions(self) -> dict[str, torch.Tensor]:
         """Name of each cell → LongTensor of the patches that it touches, in row-major order."""
         return {name: self._patches(rows, columns) for name, (rows, columns) in self.cells.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields as files keep them; a gap of None is left out, as in the files of 0.1, which had no such field."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def canvas_colour(self) -> tuple[float, float, float]:
@@ -142,11 +156,11 @@ class Layout:
         Raises:
             ValueError: when a patch is not among those seen.
         """
-        matches = patches[:, None] == seen.to(patches.device)[None, :]
-        if not matches.any(1).all():
-            absent = patches[~matches.any(1)].tolist()
+        present = torch.isin(patches, seen.to(patches.device))
+        if not present.all():
+            absent = patches[~present].tolist()
             raise ValueError(f"patches {absent} are not among the {len(seen)} patches that this stack sees.")
-        return 1 + matches.int().argmax(1)
+        return token_index(seen, patches)
 
     def pixels(self, patches: torch.Tensor) -> torch.Tensor:
         """Which pixels some patches cover: LongTensor [patch] → bool [height, width]."""
@@ -168,6 +182,16 @@ REASONING = Layout(examples=2, background="black")
 def positions(seen: torch.Tensor) -> torch.Tensor:
     """Absolute positions of the tokens of a stack that sees CLS and the patches `seen`: [..., patch] → [..., token]."""
     return torch.cat([torch.full_like(seen[..., :1], CLS), 1 + seen], dim=-1)
+
+
+def token_index(seen: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """`Layout.index` of patches that are known to be among those seen: to look whether they are waits for a GPU."""
+    return 1 + (patches[:, None] == seen.to(patches.device)[None, :]).int().argmax(1)
+
+
+def place_names(places: torch.Tensor) -> list[str]:
+    """Absolute positions [position] by name: "cls", or "patch 98"."""
+    return ["cls" if place == CLS else f"patch {place - 1}" for place in places.tolist()]
 
 
 def take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from hashlib import blake2b
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
+from vtv_nnsight.images import digest
 from vtv_nnsight.prompts import VisualPrompt
 
 
@@ -73,7 +73,8 @@ def split_prompts(
     starts = np.cumsum([0, *counts])[task]
     shuffled = starts + places  # within each task
     turns = shuffled[np.argsort(np.arange(len(task)) - starts, kind="stable")]  # the tasks take turns
-    linked = _linked([digests for own in prompts for digests in pictures(own)])
+    known = all(own.pictures is not None for own in prompts)
+    linked = _linked([shown for own in prompts for shown in (_named(own) if known else _looked_at(own))])
     held = _choose(linked, task, wanted, turns)
     train = linked @ held.astype(np.int64) == 0
     if any(not train[task == i].any() and wanted[i] < count for i, count in enumerate(counts)):
@@ -98,19 +99,23 @@ def split_prompts(
     ]
 
 
-def pictures(prompts: VisualPrompt) -> list[set[str]]:
-    """Digests of the pictures in each prompt's cells, those of the truth included: an input with a hole, or in grey, is
-    found by the answer that belongs to it. Cells of one colour are no pictures."""
+def _named(prompts: VisualPrompt) -> list[set[int]]:
+    """The pictures of each prompt, as the task that made it says."""
+    return [set(row) for row in prompts.pictures.tolist()]
+
+
+def _looked_at(prompts: VisualPrompt) -> list[set[int]]:
+    """The pictures of each prompt, as its cells show them, those of the truth included: an input with a hole, or in
+    grey, is found by the answer that belongs to it. Cells of one colour are no pictures."""
     cells = prompts.layout.cells.values()
     found = []
-    for canvas in prompts.canvas:
-        pixels = (canvas[:, rows, columns].cpu().contiguous() for rows, columns in cells)
-        several = (p for p in pixels if p.flatten(1).amax(1).gt(p.flatten(1).amin(1)).any())
-        found.append({blake2b(p.float().numpy().tobytes(), digest_size=8).hexdigest() for p in several})
+    for canvas in prompts.canvas.cpu():
+        pixels = (canvas[:, rows, columns] for rows, columns in cells)
+        found.append({digest(p) for p in pixels if (p.amax((1, 2)) > p.amin((1, 2))).any()})
     return found
 
 
-def _linked(digests: Sequence[set[str]]) -> csr_array:
+def _linked(digests: Sequence[set[int]]) -> csr_array:
     """Which prompts share a picture: bool [prompt, prompt]. A picture that all prompts show (a fixed example) does not
     count, for no split could keep it apart."""
     everywhere = set.intersection(*digests) if len(digests) > 1 else set()

@@ -72,7 +72,7 @@ class Algorithm(Generic[Options]):
         prompts: VisualPrompt | Sequence[VisualPrompt],
         space: PatchSpace,
         budget: int | None = None,
-        loss: str = "tokens",
+        loss: str | None = None,
         seed: int = 0,
         batch_size: int | None = None,
         held_out: float | VisualPrompt | Sequence[VisualPrompt] = 0.25,

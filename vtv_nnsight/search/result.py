@@ -107,7 +107,7 @@ class SearchResult:
         }
         space = self.patches.space
         metadata = {
-            "space": space.fingerprint,
+            "space": space.metadata if isinstance(space, PatchSpace) else space.fingerprint,
             "algorithm": self.algorithm,
             "probabilistic": self.probabilistic,
             "held_out_loss": self.held_out_loss,
@@ -128,8 +128,8 @@ class SearchResult:
         """
         tensors, metadata = read_tensors(path, "search result")
         try:
-            fingerprint, names = metadata.pop("space"), metadata.pop("names", None)
-            space = PatchSpace.from_fingerprint(fingerprint) if names is None else NamedUnits(names, fingerprint)
+            found, names = metadata.pop("space"), metadata.pop("names", None)
+            space = PatchSpace.from_metadata(found) if names is None else NamedUnits(names, found)
             rows = tensors["history"].tolist()
             history = tuple(Step(int(n), seconds, train, held, int(size)) for n, seconds, train, held, size in rows)
             patches, scores = PatchSet(space, tensors["choices"]), tensors["scores"]
