@@ -1,12 +1,18 @@
 """`vtv run` and `vtv report`: what is written, what is done again, what is refused, and what the report says."""
 
 import html
+import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,6 +25,7 @@ from vtv_nnsight.experiment.settings import PUBLISHED, Settings
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import display, progress_bar
 from vtv_nnsight.report import page as report
+from vtv_nnsight.report import pictures, reading
 from vtv_nnsight.search import Objective, SearchResult
 from vtv_nnsight.vectors import TaskVectors
 
@@ -124,7 +131,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path,
         one, other = (SearchResult.load(out / "search" / f"{name}.safetensors") for out in (finished, tmp_path / "run"))
         assert one.patches == other.patches and one.held_out_loss == other.held_out_loss
         one, other = (Table.load(out / "evaluation" / f"{name}.parquet") for out in (finished, tmp_path / "run"))
-        assert one.rows.to_pandas().equals(other.rows.to_pandas())
+        assert one.frame.equals(other.frame)
 
 
 def test_a_changed_setting_is_refused_or_done_again(copy, model, done):
@@ -138,6 +145,165 @@ def test_a_changed_setting_is_refused_or_done_again(copy, model, done):
     assert done == ["evaluate", "evaluate"]
     assert (copy / "vectors.safetensors").read_bytes() == vectors and times(copy / "search") == found
     assert len(Table.load(copy / "evaluation" / "lowlight.parquet").values("lowlight", "one-shot")) == 4
+
+
+def flip(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(folder):
+    """Give two searches each other's names."""
+    one, other = (folder / "search" / f"{name}.safetensors" for name in TASKS)
+    one.rename(folder / "aside")
+    other.rename(one)
+    (folder / "aside").rename(other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "again"),
+    [
+        (lambda out: flip(out / "prompts.safetensors"), "prompts", ["select"] * 2 + ["collect"]),
+        (lambda out: flip(out / "vectors.safetensors"), "vectors", ["collect"] + ["search"] * 2 + ["evaluate"] * 2),
+        (swap, "search/segmentation.safetensors, .*search/lowlight", ["search"] * 2 + ["evaluate"] * 2),
+        (lambda out: flip(out / "search" / "lowlight.safetensors"), "lowlight", ["search"] + ["evaluate"] * 2),
+        (lambda out: flip(out / "evaluation" / "lowlight.safetensors"), "lowlight", ["evaluate"]),
+        (lambda out: flip(out / "evaluation" / "lowlight.parquet"), "lowlight.parquet", ["evaluate"]),
+    ],
+)
+def test_a_file_that_was_changed_is_named_and_made_again(copy, finished, model, done, damage, name, again):
+    settings = Settings(model=model, **SMALL)
+    damage(copy)
+    with pytest.raises(ValueError, match=f"{name}.*not as this run wrote it; put it back, or do .*redo"):
+        run(copy, settings, progress=False)
+    with pytest.raises(ValueError, match=f"{name}.*not as the run wrote it"):
+        reading.read(copy)
+    assert done == []
+    run(copy, settings, redo=True, progress=False)
+    assert done[: len(again)] == again
+    assert files(copy) == files(finished)
+
+
+def files(folder):
+    """Name → content of what the steps of a run wrote."""
+    kinds = (".safetensors", ".csv", ".parquet")
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.suffix in kinds}
+    return {name: path.read_bytes() for name, path in found.items() if name != "table.csv"}
+
+
+def test_a_file_that_no_run_wrote_is_not_used(copy, finished, model, done):
+    """As when the program was killed between a file and its record, or somebody put one there."""
+    record = json.loads((copy / "run.json").read_text())
+    del record["files"]["search/lowlight.safetensors"]
+    (copy / "run.json").write_text(json.dumps(record))
+    (copy / "search" / "lowlight.safetensors").write_bytes(b"not a search")
+    run(copy, Settings(model=model, **SMALL), progress=False)
+    assert done == ["search"] and files(copy) == files(finished)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda out: (out / "run.json").write_text('{"kind": "vtv run"}'), "run.json lacks the settings of a run"),
+        (lambda out: (out / "run.json").write_text("{"), "run.json cannot be read"),
+        (
+            lambda out: (out / "run.json").write_text(
+                json.dumps({"settings": {"tasks": [], "folds": []}, "files": {"../thesis.safetensors": "0"}})
+            ),
+            "names files that no run writes",
+        ),
+        (
+            lambda out: ((out / "vectors.safetensors").unlink(), (out / "vectors.safetensors").mkdir()),
+            "is a folder where a run keeps a file",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_one_sentence(copy, model, done, damage, words):
+    damage(copy)
+    for call in (lambda: run(copy, Settings(model=model, **SMALL), progress=False), lambda: reading.read(copy)):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert done == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda out, path: path.write_bytes(path.read_bytes()[:200]), "is not the whole table of an evaluation"),
+        (
+            lambda out, path: path.write_bytes((out / "evaluation" / "segmentation.parquet").read_bytes()),
+            "is of segmentation; expected an evaluation of lowlight",
+        ),
+        (
+            lambda out, path: Table(Table.load(path).frame.query("condition != 'one-shot'")).parquet(path),
+            "lacks the conditions one-shot",
+        ),
+    ],
+)
+def test_an_evaluation_of_something_else_is_one_sentence(copy, damage, words):
+    """In a run of 0.1, whose record has no digests."""
+    record = json.loads((copy / "run.json").read_text())
+    del record["files"]
+    (copy / "run.json").write_text(json.dumps(record))
+    damage(copy, copy / "evaluation" / "lowlight.parquet")
+    with pytest.raises(ValueError, match=words):
+        reading.read(copy)
+
+
+def test_two_processes_write_what_one_writes(finished, model, tmp_path):
+    script = tmp_path / "run.py"
+    settings = f"Settings(model={model!r}, **{SMALL!r})"
+    script.write_text(
+        "from vtv_nnsight.experiment import Settings, run\n"
+        f"run({str(tmp_path / 'run')!r}, {settings}, progress=False)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
+    package = str(Path(__file__).parents[1])
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": package}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files(tmp_path / "run") == files(finished)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"budget": 20}, "budget=20 is too small for reinforce"),
+        ({"search": "greedy", "budget": 30}, "budget=30 is too small for greedy"),
+        ({"search": "gates", "loss": "pixels"}, "loss='pixels' has no gradient"),
+        ({"search": "ranking", "tasks": ("lowlight",)}, "give two tasks or more"),
+        ({"candidates": 5}, "candidates=5 are fewer than the prompts=8"),
+        ({"prompts": 1}, "1 prompts and held_out=0.25 leave 0 to train on"),
+    ],
+)
+def test_settings_are_tried_before_the_first_step(model, tmp_path, done, change, words):
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path / "run", Settings(model=model, **SMALL | change), progress=False)
+    assert done == [] and not (tmp_path / "run").exists()
+
+
+def test_pictures_to_test_on_are_never_searched_on(monkeypatch):
+    rows, parts = data.scenes("train", 8), {"train": range(5), "test": [7, 4]}
+    monkeypatch.setattr(runs, "load", lambda spec, split, n, seed: rows.select(parts[split]))
+    with pytest.raises(ValueError, match="1 of the 2 pictures of x to test on are also among those to search on"):
+        runs.split_data("x", 5, 2, 0)
+
+
+def test_single_steps_are_those_of_a_run(finished, model, tmp_path):
+    """`vtv collect` and `vtv search` write what `vtv run` writes."""
+    args = ["--max-images", 40, "--prompts", 8, "--candidates", 30, "--tasks", ",".join(TASKS)]
+    vectors, found = tmp_path / "vectors.safetensors", tmp_path / "found.safetensors"
+    for command in (
+        ["collect", model, *args, "-o", vectors],
+        ["search", model, *args[:-1], "lowlight", "--vectors", vectors, "--budget", 200, "-o", found],
+    ):
+        result = CliRunner().invoke(cli.app, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+    assert vectors.read_bytes() == (finished / "vectors.safetensors").read_bytes()
+    assert found.read_bytes() == (finished / "search" / "lowlight.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -286,6 +452,29 @@ def test_interrupting_says_how_to_go_on(vtv, monkeypatch):
 
     monkeypatch.setattr(runs, "run", interrupt)
     assert vtv("run")[:2] == (130, "Stopped. The same command goes on where it stopped.\n")
+
+
+def test_sigterm_stops_like_ctrl_c():
+    script = (
+        "import sys, time\nfrom vtv_nnsight import cli\n"
+        "@cli.app.command('run')\ndef wait():\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "sys.argv = ['vtv', 'run']\ncli.main()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        assert process.wait(30) == 143
+        assert process.stderr.read() == b"Stopped. The same command goes on where it stopped.\n"
+
+
+@pytest.mark.parametrize("name", ["plain", "$x", "a_$b$", "_hidden", "m[/b]", "conv[red]", "\\frac$"])
+def test_names_are_shown_as_they_are(finished, name, capsys, vtv, monkeypatch):
+    found = reading.read(finished)
+    figure = pictures.searches({name: [found.results["lowlight"][""]]})
+    (label,) = figure.axes[0].get_legend().get_texts()
+    figure.savefig(io.BytesIO())
+    assert label.get_text().replace("\\$", "$").replace("\\\\", "\\").strip() == name
+    assert f"wrote {name}" in vtv("run", "-o", name)[1]
 
 
 def test_help_begins_with_the_whole(vtv):

@@ -53,7 +53,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         from vtv_nnsight import tasks
-        from vtv_nnsight.patches import GRANULARITIES
+        from vtv_nnsight.models.interface import GRANULARITIES
         from vtv_nnsight.search import ALGORITHMS
         from vtv_nnsight.search.objective import LOSSES
 
