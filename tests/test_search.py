@@ -434,10 +434,9 @@ def test_algorithms_share_a_signature():
 
 @pytest.mark.parametrize("name", search.ALGORITHMS)
 def test_every_algorithm_runs_on_a_model(model, vectors, prompts, space, name):
-    options = {"scores": vectors.score()} if name == "ranking" else {"images": 4} if name != "mediation" else {}
-    options = {} if name == "attribution" else options
+    options = {"images": 4} if "images" in search.ALGORITHMS[name].options else {}
     args = model, vectors["identity"], tasks.identity, prompts.query_only(), space
-    result = search.ALGORITHMS[name](*args, budget=400, batch_size=8, progress=False, **options)
+    result = search.ALGORITHMS[name](*args, budget=400, batch_size=8, vectors=vectors, progress=False, **options)
     assert isinstance(result, search.SearchResult) and result.scores.shape == (len(space),)
     again = search.Objective(*args)
     losses = again(result.patches.choices.expand(len(again.held_out), -1), again.held_out)

@@ -33,16 +33,26 @@ def hold_out(
     """
     if isinstance(held_out, (int, float)):
         sides = split_prompts(prompts, held_out, seed)
-        parts = [(own[train.to(own.device)], own[held.to(own.device)]) for own, (train, held) in zip(prompts, sides)]
-    else:
-        parts = list(zip(prompts, held_out))
-    for own, (train, held) in zip(prompts, parts):
-        if not len(train) or not len(held):
-            raise ValueError(
-                f"{len(own)} prompts and held_out={held_out!r} leave {len(train)} to train on and {len(held)} held "
-                "out; give more prompts."
-            )
-    return parts
+        return [(own[train.to(own.device)], own[held.to(own.device)]) for own, (train, held) in zip(prompts, sides)]
+    for train, held in zip(prompts, held_out):
+        _check_sides(len(train), len(held), f"{len(train)} prompts and {len(held)} held-out prompts")
+    return list(zip(prompts, held_out))
+
+
+def held_out_count(prompts: int, share: float) -> int:
+    """How many of a task's prompts a share is: at least one.
+
+    Raises:
+        ValueError: when that leaves none to train on.
+    """
+    count = max(1, round(share * prompts))
+    _check_sides(max(0, prompts - count), count, f"{prompts} prompts and held_out={share}")
+    return count
+
+
+def _check_sides(train: int, held_out: int, given: str) -> None:
+    if not train or not held_out:
+        raise ValueError(f"{given} leave {train} to train on and {held_out} held out; give more prompts.")
 
 
 def split_prompts(
@@ -68,7 +78,7 @@ def split_prompts(
     """
     counts = [len(own) for own in prompts]
     task = np.repeat(np.arange(len(counts)), counts)
-    wanted = np.array([max(1, round(share * count)) for count in counts])
+    wanted = np.array([held_out_count(count, share) for count in counts])
     places = np.concatenate([torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy() for n in counts])
     starts = np.cumsum([0, *counts])[task]
     shuffled = starts + places  # within each task
@@ -77,7 +87,7 @@ def split_prompts(
     linked = _linked([shown for own in prompts for shown in (_named(own) if known else _looked_at(own))])
     held = _choose(linked, task, wanted, turns)
     train = linked @ held.astype(np.int64) == 0
-    if any(not train[task == i].any() and wanted[i] < count for i, count in enumerate(counts)):
+    if not all(train[task == i].any() for i in range(len(counts))):
         warnings.warn(
             "the prompts have too few pictures to split them: held-out prompts share pictures with training prompts; "
             "draw prompts from more images.",

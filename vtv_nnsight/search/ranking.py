@@ -40,6 +40,6 @@ def ranking(
         scores = search.objective.space.average(scores)
     if scores.shape != (search.units,):
         raise ValueError(f"scores of shape {list(scores.shape)} are not one for each of {search.units} units.")
-    scores = scores.double().cpu()
+    scores = scores.cpu().double()
     order = scores.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
     return search.top_units(order, size, tolerance), scores
