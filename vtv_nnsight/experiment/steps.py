@@ -266,7 +266,7 @@ def check(settings: Settings, folds: Sequence[Fold], tasks: Sequence[Task], spac
     algorithm, options = _algorithm(settings.search)
     if algorithm.needs_scores:
         if len(tasks) < 2:
-            raise ValueError(f"search={settings.search!r} ranks by a score that compares tasks; give two tasks or more.")
+            raise ValueError(f"search={settings.search!r} ranks by what tells tasks apart; give two tasks or more.")
         options["scores"] = torch.zeros(len(space))
     with suppress(_Enough):
         algorithm.on(trial, budget=settings.budget, seed=settings.seed, progress=False, **options)

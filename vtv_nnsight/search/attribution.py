@@ -30,10 +30,15 @@ def attribution(
         raise ValueError(f"steps={steps} takes no gradient; give 1 or more.")
     prompts = min(len(search.train), max(1, search.budget // 2 // (GRADIENT_COST * steps)))
     search.require(GRADIENT_COST * steps * prompts + len(search.held_out), "the gradient of one prompt")
-    rows = search.train[:prompts]
+    falls = estimated_falls(search, search.train[:prompts], steps)
+    return search.top_units(falls.argsort(descending=True, stable=True), size, tolerance), falls
+
+
+def estimated_falls(search: Search, rows: torch.Tensor, steps: int = 1) -> torch.Tensor:
+    """How far the loss falls with each unit, as gradients on prompts `rows` [prompt] tell: [unit]."""
     points = torch.zeros(1) if steps == 1 else (torch.arange(steps) + 0.5) / steps
     falls = torch.zeros(search.units, dtype=torch.float64)
     for point in points:
-        _, gradients = search.gradient(point.expand(prompts, search.units), rows)
+        _, gradients = search.gradient(point.expand(len(rows), search.units), rows)
         falls -= search.mean(gradients.T, rows) / steps
-    return search.top_units(falls.argsort(descending=True, stable=True), size, tolerance), falls
+    return falls

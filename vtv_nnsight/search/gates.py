@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vtv_nnsight.search.algorithm import GRADIENT_COST, Search
+from vtv_nnsight.search.attribution import estimated_falls
 from vtv_nnsight.search.registry import algorithm
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
@@ -15,6 +16,7 @@ TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 def gates(
     search: Search,
     *,
+    start: str | None = None,
     init: float = -1.0,
     lr: float = 0.1,
     penalty: float = 0.05,
@@ -28,7 +30,9 @@ def gates(
     training prompts. A prompt's gradient costs three evaluations; a fifth of the budget is kept for the end.
 
     Args:
-        init: Initial location of every gate, in logits.
+        start: None starts all gates alike; "attribution" moves each by its `attribution` score (over the scores' standard
+            deviation, at most 2), for which up to a tenth of the budget is spent.
+        init: Initial location of the gates, in logits.
         lr: Adam's learning rate.
         penalty: Price of all gates being open, in units of the loss.
         images: Prompts a step, each with gates of its own drawing.
@@ -37,12 +41,19 @@ def gates(
     Returns:
         Its probabilities are those of a gate that is not shut.
     """
-    alpha = torch.full((search.units,), init, dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam([alpha], lr)
+    if start not in (None, "attribution"):
+        raise ValueError(f"start={start!r} is unknown; choose 'attribution' or None.")
     cost, held_out = GRADIENT_COST * images, len(search.held_out)
     reserve = search.budget // 5 + held_out
     every = max(1, search.budget // 10 // cost)
-    search.require(reserve + cost + held_out, "one step and the end")
+    scored = search.train[: max(1, search.budget // 10 // GRADIENT_COST)] if start else search.train[:0]
+    search.require(GRADIENT_COST * len(scored) + reserve + cost + held_out, "one step and the end")
+    alpha = torch.full((search.units,), init, dtype=torch.float64)
+    if start:
+        falls = estimated_falls(search, scored)
+        alpha += (falls / falls.std().clamp(min=1e-12)).clamp(-2, 2)
+    alpha.requires_grad_()
+    adam = torch.optim.Adam([alpha], lr)
     for step in search.steps():
         if search.left < reserve + cost + held_out:
             break
