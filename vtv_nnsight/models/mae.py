@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class MaskedAutoencoder(InContextModel):
         output = prompts.layout.regions["output"].to(prompts.device)
         kept = token_index(prompts.decoded, output)
         self.decoder.norm.output = self.decoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
-        return replace(prompts, decoded=output)
+        return prompts._with(decoded=output)
 
 
 def groups(stage: str, granularity: str, layout: Layout) -> dict[str, torch.Tensor]:
