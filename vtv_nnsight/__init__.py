@@ -9,8 +9,10 @@ _MODULES = ("data", "metrics", "search", "tasks")
 _HOMES = {
     "MAEVQGAN": "models.mae_vqgan.tracing",
     "Layout": "layouts",
+    "Painter": "models.painter",
     "PatchSet": "patches",
     "PatchSpace": "patches",
+    "SegGPT": "models.painter",
     "TaskVector": "vectors",
     "TaskVectors": "vectors",
     "VisualPrompt": "prompts",
