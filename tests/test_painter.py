@@ -1,5 +1,6 @@
 """Painter and SegGPT against numbers of the released code, transformers, and hand-written hooks."""
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -359,8 +360,9 @@ def test_invokes_see_their_own_rows_of_both_streams(model, prompts, grad):
                 first = model.encoder.layers[1].attention.heads.save()
                 pattern = model.encoder.layers[2].attention.pattern.save()
             with tracer.invoke(prompts[1:]):
+                silence(model.encoder.layers[:1])
                 stream = model.encoder.layers[0].output[0].save()
-                silence(model.encoder.layers)
+                silence(model.encoder.layers[1:])
                 second = model.output.prediction.save()
             with tracer.invoke(prompts[:1]):
                 attention = model.encoder.layers[2].attention
@@ -460,7 +462,7 @@ def test_bfloat16(released, numbers, prompts, kind):
         assert found.dtype == torch.bfloat16
         assert (found.float() - expected)[:, :, 1:].square().mean() < 0.01 * expected.var()
     canvas = model.generate(prompts)
-    assert canvas.dtype == torch.float32 and 0 <= canvas.min() and canvas.max() <= 1
+    assert canvas.dtype == torch.float32 and canvas.min() >= 0 and canvas.max() <= 1
 
 
 def test_device_map(released, prompts, models):
@@ -541,7 +543,7 @@ def test_a_module_in_training_mode(models):
         (lambda t: t.update(extra=torch.zeros(1)), "has extra, unknown to SegGPT"),
         (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight has shape \[3\].*ask for \[64\]"),
         (lambda t: t.update(segment_token_x=torch.zeros(64)), r"segment_token_x has shape \[64\]; expected 4 dim"),
-        (lambda t: t.update({"blocks.0.attn.rel_pos_w": torch.zeros(31, 16)}), "128x128 is not two square cells"),
+        (lambda t: t.update({n: torch.zeros(31, 16) for n in t if "rel_pos_w" in n}), "128x128 is not two square cell"),
     ],
 )
 def test_damaged_files(tensors, tmp_path, change, words):
@@ -555,3 +557,24 @@ def test_damaged_files(tensors, tmp_path, change, words):
 def test_files_that_are_no_checkpoints(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file .*none.pth"):
         Painter(tmp_path / "none.pth")
+    path = tmp_path / "x.pth"
+    path.write_bytes(b"PK no archive")
+    with pytest.raises(ValueError, match="x.pth cannot be read as a PyTorch checkpoint"):
+        Painter(path)
+    torch.save({"model": {}}, path)
+    with pytest.raises(ValueError, match="x.pth holds no tensors"):
+        Painter(path)
+
+
+def test_files_run_nothing(tensors, tmp_path):
+    """What a file holds beside tensors is not imported, nor called."""
+
+    class Evil:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    options = argparse.Namespace(model="painter_vit_large")
+    torch.save({"model": tensors["painter"], "args": options, "evil": Evil()}, tmp_path / "x.pth")
+    model = Painter(tmp_path / "x.pth", dispatch=True)
+    assert torch.equal(model._module.embeddings.mask_token, tensors["painter"]["mask_token"])
+    assert not (tmp_path / "ran").exists()

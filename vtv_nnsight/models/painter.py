@@ -33,6 +33,7 @@ from nnsight.modeling.mixins.meta import MetaDevice
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from transformers import SegGptConfig, SegGptForImageSegmentation
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.seggpt.modeling_seggpt import SegGptAttention
@@ -665,13 +666,41 @@ def config_of(tensors: Mapping[str, torch.Tensor], source: str) -> SegGptConfig:
 
 
 def read_state_dict(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file, on disk until they are used. Nothing of it is run."""
+    """The tensors of a checkpoint file, which stay on disk until they are used.
+
+    A checkpoint is a pickle, and a pickle can run code. Here it cannot: torch reads tensors alone, and whatever else a
+    file holds, such as the options of a training run, becomes an object that does nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: when there is no such file, or it is no checkpoint.
+    """
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}.")
-    with MetaDevice.real():  # a lazy build wants shapes, and torch can read none without the tensors
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    content = content.get("model", content)
-    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    try:
+        strangers = [(type("Inert", (_Inert,), {}), name) for name in get_unsafe_globals_in_checkpoint(path)]
+        with MetaDevice.real(), safe_globals(strangers):  # not on "meta", where a lazy model is built
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from error
+    content = content.get("model", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors; expected a state dict under 'model'.")
+    return tensors
+
+
+class _Inert:
+    """Stands for a class or function that a file names: it can be called and filled, and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def _build(config: SegGptConfig, state: Mapping[str, torch.Tensor], **kwargs: Any) -> SegGptForImageSegmentation:
