@@ -18,20 +18,20 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from huggingface_hub import hf_hub_download
-from nnsight.intervention.envoy import Envoy, eproperty
+from nnsight.intervention.envoy import Envoy, eproperty, traceable
 from nnsight.intervention.source import install_source
 from nnsight.modeling.mixins.meta import MetaDevice
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from transformers import SegGptConfig, SegGptForImageSegmentation
@@ -124,13 +124,8 @@ class PainterNetwork(nn.Module):
         hidden = torch.arange(2 * rows, device=canvas.device).ge(rows).repeat_interleave(rows)[None]
         tokens = self.embeddings(image, target, hidden, embedding_type)
         if len(decoded) < self.layout.num_patches:
-            tokens = tokens[:, rows:]
-            offsets = {
-                f"layers.{i}.attention.rel_pos_h": layer.attention.rel_pos_h[rows : 3 * rows - 1]
-                for i, layer in enumerate(self.encoder.layers)
-                if self.config.use_relative_position_embeddings
-            }
-            encoded = functional_call(self.encoder, offsets, tokens)
+            with _offsets_of_fewer_rows(self.encoder):
+                encoded = self.encoder(tokens[:, rows:])
         elif feature_ensemble:
             with _merging_as_released(self.encoder):
                 encoded = self.encoder(tokens, feature_ensemble=True)
@@ -152,6 +147,24 @@ class PainterNetwork(nn.Module):
         painted, (rows, columns) = canvas.clone(), self.layout.cells["output"]
         painted[..., rows, columns] = denormalise(prediction.to(canvas.dtype)).clamp(0, 1)
         return painted
+
+
+@contextmanager
+def _offsets_of_fewer_rows(encoder: nn.Module) -> Iterator[None]:
+    """Give fewer rows of tokens than the whole grid's the position embeddings of their own offsets, which lie in the
+    middle of all; transformers would stretch all over them."""
+
+    def middle(get: Callable, queries: int, keys: int, offsets: torch.Tensor) -> torch.Tensor:
+        none = len(offsets) // 2
+        return get(queries, keys, offsets[none - keys + 1 : none + keys])
+
+    for layer in encoder.layers:
+        layer.attention.get_rel_pos = partial(middle, layer.attention.get_rel_pos)
+    try:
+        yield
+    finally:
+        for layer in encoder.layers:
+            del layer.attention.get_rel_pos
 
 
 @contextmanager
@@ -186,7 +199,8 @@ def _statistics(like: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _layout(config: SegGptConfig) -> Layout:
-    height, width = config.image_size
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
     if height != 2 * width:
         raise ValueError(
             f"image_size={height}x{width} is not two square cells, one upon the other; expected a height of twice the "
@@ -278,8 +292,10 @@ class StreamBatcher(PromptBatcher):
 
     def _stacked(self, tensor: torch.Tensor) -> tuple[int, int]:
         """(streams, rows of one stream); rows of the attention's inside count once a head. (0, 0): not by rows."""
+        if tensor.ndim < 3:
+            return 0, 0
         rows = self.total * (self.envoy._module.config.num_attention_heads if tensor.ndim == 3 else 1)
-        streams = len(tensor) / rows if tensor.ndim else 0
+        streams = len(tensor) / rows
         return (int(streams), rows) if streams in (1, 2) else (0, 0)
 
 
@@ -352,9 +368,23 @@ class Painter(CanvasModel, InContextModel):
             envoys = {SegGptAttention: AttentionEnvoy, **envoys}
         super().__init__(source, revision=revision, envoys=envoys, **kwargs)
 
+    @traceable
+    def generate(self, *inputs: Any, **kwargs: Any) -> torch.Tensor:
+        """Complete canvases: called as it is, or as `with model.generate(prompts) as tracer:`, where `tracer.result`
+        is the canvas.
+
+        Args:
+            *inputs: A VisualPrompt.
+
+        Returns:
+            [batch, 3, height, width] in [0, 1]: the prompts' own pixels, and the answer in the output cell.
+        """
+        return self._module.generate(*inputs, **kwargs)
+
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """ "streams", the layers in which image and target run side by side, and "merged", those after."""
+        """The layers before the merge, "streams", in which image and target run side by side, and those after it,
+        "merged"."""
         config = self._module.config
         apart = config.merge_index + 1
         heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
@@ -386,9 +416,9 @@ class Painter(CanvasModel, InContextModel):
         """Units are the query and the output of each stream, and after the merge their one place, "query+output"."""
         layout = layout or self.layout
         shown = _positions(stage, layout, query_only=True)
-        half = shown.chunk(2) if stage == "streams" else (shown,)
         names = ("query", "output") if stage == "streams" else ("query+output",)
-        return group_positions(granularity, _positions(stage, layout, False), dict(zip(names, half)), shown)
+        regions = dict(zip(names, shown.chunk(len(names))))
+        return group_positions(granularity, positions(layout.all_patches), regions, shown)
 
     def truth(self, prompts: VisualPrompt) -> torch.Tensor:
         """The output cell as the network is to give it: normalised, [batch, 3, cell, cell]."""
@@ -440,29 +470,27 @@ class Painter(CanvasModel, InContextModel):
     def _read_state(self, source: str, config: SegGptConfig) -> dict[str, torch.Tensor]:
         """The tensors of a released file under transformers' names."""
         tensors = read_state_dict(source)
-        typed = [name for name in TYPE_TOKENS if name in tensors]
-        if len(typed) != (len(TYPE_TOKENS) if self.typed else 0):
-            raise ValueError(f"{source} {_TYPED[bool(typed)]}")
-        with torch.device("meta"):
-            shapes = {name: value.shape for name, value in SegGptForImageSegmentation(config).state_dict().items()}
-        names = {released: transformers_name(released) for released in tensors}
-        state = {names[released]: value for released, value in tensors.items()}
+        typed = any(name in tensors for name in TYPE_TOKENS)
+        if typed != self.typed:
+            raise ValueError(f"{source} {_TYPED[typed]}")
         if not typed:
-            blank = torch.zeros_like(tensors["segment_token_x"])
-            state |= {transformers_name(name): blank.clone() for name in TYPE_TOKENS}
-        if missing := [name for name in shapes if name not in state]:
+            tensors |= {name: torch.zeros_like(tensors["segment_token_x"]) for name in TYPE_TOKENS}
+        with torch.device("meta"):
+            expected = SegGptForImageSegmentation(config).state_dict()
+        names = {released_name(name): name for name in expected}
+        if missing := [name for name in names if name not in tensors]:
             raise ValueError(f"{source} has no {_some(missing)}; the file is incomplete, or of another model.")
-        if strange := [released for released, name in names.items() if name not in shapes]:
+        if strange := [name for name in tensors if name not in names]:
             raise ValueError(
-                f"{source} has {_some(strange)}, unknown to {type(self).__name__}; it is of another model."
+                f"{source} has {_some(strange)}, unknown to {type(self).__name__}; the file is of another model."
             )
-        if wrong := [released for released, name in names.items() if tensors[released].shape != shapes[name]]:
-            name = wrong[0]
-            raise ValueError(
-                f"{source}: {name} has shape {list(tensors[name].shape)}; the sizes of the other tensors ask for "
-                f"{list(shapes[names[name]])}."
-            )
-        return state
+        for released, name in names.items():
+            if tensors[released].shape != expected[name].shape:
+                raise ValueError(
+                    f"{source}: {released} has shape {list(tensors[released].shape)}; the sizes of the other tensors "
+                    f"ask for {list(expected[name].shape)}."
+                )
+        return {name: tensors[released] for released, name in names.items()}
 
     def _checked(self, module: SegGptForImageSegmentation, source: str) -> SegGptForImageSegmentation:
         """The module, if it is of this model (Painter's type tokens are zero, and SegGPT's are not) and will not drop
@@ -536,7 +564,8 @@ class SegGPT(Painter):
         model = SegGPT("BAAI/seggpt-vit-large", embedding_type="semantic", dtype=torch.bfloat16)
 
         with model.trace(examples, feature_ensemble=True):   # several examples of one query
-            prediction = model.output.prediction.save()      # the same answer in every row
+            prediction = model.output.prediction.save()      # the same answer in every row; the released code's is
+                                                             # the first (their upper rows of pixels see the example)
 
     Args:
         source, revision, **kwargs: As for `Painter`.
@@ -552,7 +581,7 @@ class SegGPT(Painter):
 
     def __init__(
         self,
-        source: str | os.PathLike | SegGptForImageSegmentation = "BAAI/seggpt-vit-large",
+        source: str | os.PathLike | SegGptForImageSegmentation,
         *,
         embedding_type: str = "instance",
         **kwargs: Any,
@@ -582,35 +611,31 @@ _TYPED = {
     False: "is a Painter (it has no type tokens, or zeros); load it with Painter.",
 }
 _NAMES = (
-    ("patch_embed.proj", "model.embeddings.patch_embeddings.projection"),
-    ("pos_embed", "model.embeddings.position_embeddings"),
-    ("mask_token", "model.embeddings.mask_token"),
-    ("segment_token_x", "model.embeddings.segment_token_input"),
-    ("segment_token_y", "model.embeddings.segment_token_prompt"),
-    ("type_token_cls", "model.embeddings.type_token_semantic"),
-    ("type_token_ins", "model.embeddings.type_token_instance"),
-    ("blocks.", "model.encoder.layers."),
-    (".norm1.", ".layernorm_before."),
-    (".attn.", ".attention."),
-    (".norm2.", ".layernorm_after."),
-    (".mlp.fc", ".mlp.lin"),
-    ("norm.", "model.encoder.layernorm."),
-    ("decoder_embed.", "decoder.decoder_embed."),
-    ("decoder_pred.0.", "decoder.decoder_pred.conv."),
-    ("decoder_pred.1.", "decoder.decoder_pred.layernorm."),
-    ("decoder_pred.3.", "decoder.decoder_pred.head."),
+    ("model.embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    ("model.embeddings.position_embeddings", "pos_embed"),
+    ("model.embeddings.segment_token_input", "segment_token_x"),
+    ("model.embeddings.segment_token_prompt", "segment_token_y"),
+    ("model.embeddings.type_token_semantic", "type_token_cls"),
+    ("model.embeddings.type_token_instance", "type_token_ins"),
+    ("model.embeddings.", ""),
+    ("model.encoder.layers", "blocks"),
+    ("model.encoder.layernorm", "norm"),
+    ("layernorm_before", "norm1"),
+    ("layernorm_after", "norm2"),
+    ("attention", "attn"),
+    ("mlp.lin", "mlp.fc"),
+    ("decoder.decoder_embed", "decoder_embed"),
+    ("decoder.decoder_pred.conv", "decoder_pred.0"),
+    ("decoder.decoder_pred.layernorm", "decoder_pred.1"),
+    ("decoder.decoder_pred.head", "decoder_pred.3"),
 )
-"""What the released names begin with, or have in them, and what transformers calls it."""
+"""Parts of transformers' names, and of the released ones."""
 
 
-def transformers_name(released: str) -> str:
-    """What transformers calls a tensor of the released files."""
-    name = released
-    for old, new in _NAMES:
-        if old.startswith("."):
-            name = name.replace(old, new)
-        elif released.startswith(old):
-            name = new + name.removeprefix(old)
+def released_name(name: str) -> str:
+    """What the released files call a tensor of transformers'."""
+    for part, released in _NAMES:
+        name = name.replace(part, released)
     return name
 
 
