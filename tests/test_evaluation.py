@@ -88,7 +88,7 @@ def test_every_condition_is_what_it_says(table, model, prompts, vectors, patches
     floor = metrics.iou(prompts.region("query"), prompts.region("output"))
     np.testing.assert_allclose(table.values("segmentation", "copy"), floor, atol=1e-6)
     assert np.isnan(table.values("segmentation", "copy", "token_loss")).all()
-    assert list(dict.fromkeys(table.rows["condition"])) == [*expected, "tokenizer", "copy"]
+    assert list(dict.fromkeys(table.frame["condition"])) == [*expected, "tokenizer", "copy"]
 
 
 def test_answers_are_the_same_whatever_the_batch_and_however_prompts_come(table, model, prompts):
@@ -216,7 +216,7 @@ def test_command_line(vtv, model, patches, tmp_path):  # noqa: F811
     model._module.save_pretrained(tmp_path / "model")
     patches.save(tmp_path / "patches.json")
     file, made = tmp_path / "vectors.safetensors", tmp_path / "results"
-    common = ("--data", "scenes", "--images", 12, "--n", 3, "--tasks", "segmentation,lowlight")
+    common = ("--data", "scenes", "--max-images", 12, "--n", 3, "--tasks", "segmentation,lowlight")
     code, out, _ = vtv("collect", tmp_path / "model", *common, "--select", 12, "-o", file)
     assert code == 0 and f"wrote {file}" in out and list(TaskVectors.load(file)) == ["segmentation", "lowlight"]
     code, out, _ = vtv("score", file, "--top", 3, "--plot", tmp_path / "scores.png")
@@ -230,7 +230,7 @@ def test_command_line(vtv, model, patches, tmp_path):  # noqa: F811
     for wrong, message in (
         (("collect", tmp_path / "model", "--tasks", "swimming", "-o", file), "'swimming' is not a task"),
         (("evaluate", tmp_path / "model", "--vectors", file, "-o", made), "--vectors and --patches go together"),
-        (("evaluate", tmp_path / "model", "--tasks", "identity", *patched, "-o", made), "no vector of identity"),
+        (("evaluate", tmp_path / "model", "--tasks", "identity", *patched, "-o", made), "no vector of 'identity'"),
         (("score", tmp_path / "patches.json"), "not a complete safetensors file"),
     ):
         code, _, complaint = vtv(*wrong)

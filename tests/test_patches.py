@@ -6,8 +6,9 @@ from test_vectors import LAYOUT, all_heads, random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, ablate, patch
 from vtv_nnsight.layouts import CLS, positions
-from vtv_nnsight.patches import GRANULARITIES
-from vtv_nnsight.vectors import Stacks, zero_vector
+from vtv_nnsight.models.interface import GRANULARITIES
+from vtv_nnsight.stages import ByStage
+from vtv_nnsight.vectors import zero_vector
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,12 @@ def logits(model, prompts, *args, **kwargs):
 def by_hand(module, prompts, vector, mask, scale=1.0):
     """Logits of a patch with forward hooks and loops: what `patch` must equal."""
     handles = []
-    for i, stack in enumerate(("encoder", "decoder")):
+    for stack in ("encoder", "decoder"):
         seen = positions(prompts.visible if stack == "encoder" else prompts.decoded)
         for layer, block in enumerate(getattr(module, stack).blocks):
             attention = block.attn
 
-            def hook(_, args, attention=attention, layer=layer, i=i, seen=seen):
+            def hook(_, args, attention=attention, layer=layer, i=stack, seen=seen):
                 z = args[0].reshape(*args[0].shape[:-1], attention.num_heads, attention.head_dim).clone()
                 for row in range(len(z)):
                     chosen = (mask[i][row] if mask[i].ndim == 4 else mask[i])[layer]
@@ -119,15 +120,17 @@ def test_masks_hold_the_units_positions(model, granularity):
     where |= {region: 1 + ids for region, ids in LAYOUT.regions.items()}
     for i in torch.randperm(len(space), generator=torch.Generator().manual_seed(0))[:12].tolist():
         stack, layer, head, group = (int(part[i]) for part in space.units)
-        name = list(space.groups[stack])[group]
-        expected = Stacks(torch.zeros(3, 197, 4, dtype=torch.bool), torch.zeros(2, 197, 2, dtype=torch.bool))
-        expected[stack][layer, where.get(name) if name in where else 1 + int(name.split()[1]), head] = True
-        found = space.mask(torch.arange(len(space)) == i)
-        assert all(map(torch.equal, found, expected))
         path = ("encoder", "decoder")[stack]
+        name = list(space.groups[path])[group]
+        expected = ByStage(
+            encoder=torch.zeros(3, 197, 4, dtype=torch.bool), decoder=torch.zeros(2, 197, 2, dtype=torch.bool)
+        )
+        expected[path][layer, where.get(name) if name in where else 1 + int(name.split()[1]), head] = True
+        found = space.mask(torch.arange(len(space)) == i)
+        assert all(map(torch.equal, found.values(), expected.values()))
         at = "" if granularity == "head" else f" @ {name}"
         assert space.names[i] == f"{path}.blocks.{layer}.attn.heads[{head}]{at}"
-    assert space.mask(torch.zeros(5, len(space))).decoder.shape == (5, 2, 197, 2)
+    assert space.mask(torch.zeros(5, len(space)))["decoder"].shape == (5, 2, 197, 2)
 
 
 def test_split_and_average_follow_the_units(model):
@@ -135,14 +138,14 @@ def test_split_and_average_follow_the_units(model):
     values = torch.arange(len(space)).double()
     split = space.split(values)
     for i, (stack, layer, head, group) in enumerate(zip(*(part.tolist() for part in space.units))):
-        assert split[stack][layer, head, group] == i
+        assert split[list(split)[stack]][layer, head, group] == i
     masks = space.mask(values).map(lambda mask: mask.mT)
     torch.testing.assert_close(space.average(masks), values)
-    masks.encoder[0, 0, 1 + LAYOUT.regions["query"][:5]] = torch.nan
+    masks["encoder"][0, 0, 1 + LAYOUT.regions["query"][:5]] = torch.nan
     torch.testing.assert_close(space.average(masks), values)
     decoder = PatchSpace(model, stacks="decoder")
     torch.testing.assert_close(decoder.average(masks), values[24:])
-    assert not decoder.mask(torch.ones(len(decoder))).encoder.any()
+    assert not decoder.mask(torch.ones(len(decoder)))["encoder"].any()
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -193,7 +196,7 @@ def test_a_prompts_own_vector_everywhere_changes_nothing_and_anothers_does(model
             patched_again = model.output.logits.save()
     for layer, z in enumerate(seen):
         at = positions(form(prompts).decoded)
-        torch.testing.assert_close(z[0], other.mean.decoder[layer, at], rtol=0, atol=0)
+        torch.testing.assert_close(z[0], other.mean["decoder"][layer, at], rtol=0, atol=0)
     assert torch.equal(patched, patched_again)
 
 
@@ -206,7 +209,7 @@ def test_only_layers_with_something_to_do_are_touched(model, prompts, vectors, m
 
     touched, apply = [], patches._Step.apply
     monkeypatch.setattr(
-        patches._Step, "apply", lambda s, a, i, seen: touched.append((s.stack, i)) or apply(s, a, i, seen)
+        patches._Step, "apply", lambda s, a, i, seen: touched.append((s.stage, i)) or apply(s, a, i, seen)
     )
     logits(model, prompts, vectors["b"], chosen)
     assert touched == [("encoder", 1), ("decoder", 1)]
@@ -215,7 +218,7 @@ def test_only_layers_with_something_to_do_are_touched(model, prompts, vectors, m
         patch(edited, vectors["b"], chosen)
     with torch.no_grad(), edited.trace(prompts):
         z = edited.encoder.blocks[1].attn.heads.clone().save()
-    changed = (z != before.encoder[1]).any(-1).any(0)
+    changed = (z != before["encoder"][1]).any(-1).any(0)
     expected = torch.zeros_like(changed)
     expected[LAYOUT.index(prompts.visible, LAYOUT.regions["query"]), 2] = True
     assert torch.equal(changed, expected)
@@ -258,7 +261,7 @@ def test_several_vectors_at_once(model, module, prompts, vectors):
     first, second = PatchSet.random(space, 10, seed=1), PatchSet.random(space, 10, seed=2)
     both = logits(model, zero_shot, [vectors["a"], vectors["b"]], [first, second])
     made = vectors["b"].mean.map(torch.clone)
-    for i in range(2):
+    for i in made:
         only_first = (first.mask[i] & ~second.mask[i])[..., None]
         made[i][:] = torch.where(only_first, vectors["a"].mean[i], made[i])
     from dataclasses import replace
@@ -343,7 +346,7 @@ def test_what_does_not_belong_together_is_refused(model, prompts, vectors):
     with pytest.raises(ValueError, match="patch set does not fit .* order 'horizontal', not 'vertical'"):
         logits(model, zero_shot, vectors["b"], horizontal)
     with pytest.raises(ValueError, match=r"a mask of shape \[36\] does not fit the encoder"):
-        logits(model, zero_shot, vectors["b"], Stacks(chosen.choices, chosen.choices))
+        logits(model, zero_shot, vectors["b"], {"encoder": chosen.choices, "decoder": chosen.choices})
 
 
 def test_sets(model):
@@ -376,7 +379,7 @@ def test_sets_save_and_load(model, tmp_path):
     chosen.save(path)
     loaded = PatchSet.load(path)
     assert loaded == chosen and loaded.space.layout.order == "horizontal" and list(tmp_path.iterdir()) == [path]
-    assert all(map(torch.equal, loaded.mask, chosen.mask))
+    assert all(map(torch.equal, loaded.mask.values(), chosen.mask.values()))
     path.write_text(path.read_text()[:200])
     with pytest.raises(ValueError, match="not a complete patch set"):
         PatchSet.load(path)

@@ -9,7 +9,7 @@ from test_vectors import FAST, LAYOUT, all_heads, random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, TaskVectors, evaluate, plots, tasks
 from vtv_nnsight.clusters import activations, silhouette, silhouettes
-from vtv_nnsight.vectors import Stacks
+from vtv_nnsight.stages import ByStage
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def test_activations_are_means_over_a_region(model, prompts, heads):
     z = all_heads(model, prompts["b"])
     tokens = LAYOUT.index(LAYOUT.visible, LAYOUT.regions["query"])
     expected = z.encoder[:, :, tokens].mean(2).transpose(0, 1)
-    torch.testing.assert_close(heads.encoder["b"], expected)
-    assert heads.decoder["a"].shape == (5, 2, 2, 8)
+    torch.testing.assert_close(heads["encoder"]["b"], expected)
+    assert heads["decoder"]["a"].shape == (5, 2, 2, 8)
     output = activations(model, prompts, "output", progress=False)
     assert output.encoder is None and silhouettes(output).encoder is None
     torch.testing.assert_close(
@@ -44,7 +44,7 @@ def test_activations_are_means_over_a_region(model, prompts, heads):
     )
     with pytest.raises(ValueError, match="'sky' is not a region; choose 'cls' or one of example_input"):
         activations(model, prompts, "sky", progress=False)
-    with pytest.raises(ValueError, match="no stack sees 'example_input'"):
+    with pytest.raises(ValueError, match="no stage sees 'example_input'"):
         activations(model, {"a": prompts["a"].query_only()}, "example_input", progress=False)
     with pytest.raises(ValueError, match="no prompts"):
         activations(model, {"a": prompts["a"][:0]})
@@ -57,13 +57,13 @@ def test_silhouettes_equal_scikit_learns(heads):
     expected = [silhouette_samples(cloud.double().numpy(), labels.numpy()).mean() for cloud in points]
     np.testing.assert_allclose(silhouette(points, labels), expected, atol=1e-10)
     found = silhouettes(heads)
-    assert found.encoder.shape == (3, 4) and found.encoder.abs().max() < 1
-    apart = Stacks({"a": heads.encoder["a"], "b": heads.encoder["b"].clone()}, None)
+    assert found["encoder"].shape == (3, 4) and found["encoder"].abs().max() < 1
+    apart = ByStage(encoder={"a": heads["encoder"]["a"], "b": heads["encoder"]["b"].clone()}, decoder=None)
     apart.encoder["b"][:, 1, 2] += 50
     planted = silhouettes(apart).encoder
     assert planted[1, 2] > 0.9 and (planted > 0.9).sum() == 1
     with pytest.raises(ValueError, match="only a"):
-        silhouettes(Stacks({"a": heads.encoder["a"]}, None))
+        silhouettes(ByStage(encoder={"a": heads["encoder"]["a"]}, decoder=None))
 
 
 def test_score_map_shows_every_region_a_stack_sees(model, prompts):
@@ -81,8 +81,8 @@ def test_score_map_shows_every_region_a_stack_sees(model, prompts):
 
 def test_head_map(heads):
     found = silhouettes(heads)
-    np.testing.assert_allclose(images(plots.head_map(found))[0], found.encoder)
-    assert len(images(plots.head_map(Stacks(None, found.decoder)))) == 1
+    np.testing.assert_allclose(images(plots.head_map(found))[0], found["encoder"])
+    assert len(images(plots.head_map(ByStage(encoder=None, decoder=found["decoder"])))) == 1
 
 
 def test_projection(heads, tmp_path):
@@ -95,11 +95,11 @@ def test_projection(heads, tmp_path):
     line = torch.outer(torch.tensor([-3.0, -1.0, 1.0, 3.0]), torch.tensor([0.6, 0.8, 0.0]))
     flat = plots.project(line + torch.tensor([5.0, 5.0, 5.0]))
     np.testing.assert_allclose(np.abs(flat), [[3, 0], [1, 0], [1, 0], [3, 0]], atol=1e-6)
-    assert plots.project(torch.cat(list(heads.encoder.values()))[:, 0, 0], "tsne").shape == (12, 2)
+    assert plots.project(torch.cat(list(heads["encoder"].values()))[:, 0, 0], "tsne").shape == (12, 2)
     with pytest.raises(ValueError, match="'umap' is unknown"):
         plots.project(line, "umap")
     with pytest.raises(ValueError, match="encoder does not see"):
-        plots.projection(Stacks(None, heads.decoder), "encoder", 0, 0)
+        plots.projection(ByStage(encoder=None, decoder=heads["decoder"]), "encoder", 0, 0)
 
 
 def test_tsne_without_scikit_learn(monkeypatch):

@@ -7,7 +7,8 @@ import vtv_nnsight.vectors as code
 from vtv_nnsight import MAEVQGAN, Layout, TaskVectors, VisualPrompt
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
-from vtv_nnsight.vectors import STACKS, Stacks, TaskVector, fingerprint, zero_vector
+from vtv_nnsight.stages import ByStage, fingerprint
+from vtv_nnsight.vectors import TaskVector, zero_vector
 
 LAYOUT = Layout(112, 8)
 FAST = dict(vqgan_fold=4, vqgan_channel_multipliers=(1, 1), vqgan_attention_levels=())
@@ -55,7 +56,7 @@ def all_heads(model, prompts):
     with torch.no_grad(), model.trace(prompts):
         encoder = [block.attn.heads.clone() for block in model.encoder.blocks].save()
         decoder = [block.attn.heads.clone() for block in model.decoder.blocks].save()
-    return Stacks(torch.stack(encoder), torch.stack(decoder))
+    return ByStage(encoder=torch.stack(encoder), decoder=torch.stack(decoder))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -63,43 +64,43 @@ def test_collecting_equals_two_passes_in_float64(model, prompts, batch_size):
     found = TaskVectors.collect(model, prompts, batch_size=batch_size, progress=False)
     for task, rows in prompts.items():
         assert found[task].count == len(rows)
-        seen = Stacks(positions(rows.visible), positions(rows.decoded))
-        for i, z in enumerate(all_heads(model, rows)):
+        seen = ByStage(encoder=positions(rows.visible), decoder=positions(rows.decoded))
+        for i, z in all_heads(model, rows).items():
             mean, variance = z.double().mean(1), z.double().var(1).mean(-1)
             torch.testing.assert_close(found[task].mean[i][:, seen[i]].double(), mean, rtol=0, atol=1e-5)
             torch.testing.assert_close(found[task].variance[i][:, seen[i]].double(), variance, rtol=1e-5, atol=1e-9)
 
 
 def test_what_a_prompt_hides_is_absent(vectors):
-    assert torch.equal(vectors["c"].present.encoder.nonzero()[:, 0], QUERY)
-    assert torch.equal(vectors["c"].present.decoder.nonzero()[:, 0], positions(LAYOUT.query_band))
+    assert torch.equal(vectors["c"].present["encoder"].nonzero()[:, 0], QUERY)
+    assert torch.equal(vectors["c"].present["decoder"].nonzero()[:, 0], positions(LAYOUT.query_band))
     assert (
-        vectors["a"].present.decoder.all()
-        and not vectors["a"].present.encoder[positions(LAYOUT.regions["output"])[1:]].any()
+        vectors["a"].present["decoder"].all()
+        and not vectors["a"].present["encoder"][positions(LAYOUT.regions["output"])[1:]].any()
     )
-    assert vectors["c"].mean.encoder[:, 1].isnan().all() and vectors["c"].variance.encoder[:, 1].isnan().all()
-    assert torch.equal((vectors["a"] + vectors["c"]).present.encoder, vectors["c"].present.encoder)
+    assert vectors["c"].mean["encoder"][:, 1].isnan().all() and vectors["c"].variance["encoder"][:, 1].isnan().all()
+    assert torch.equal((vectors["a"] + vectors["c"]).present["encoder"], vectors["c"].present["encoder"])
 
 
 def test_arithmetic(vectors):
     a, b, c = vectors.values()
     made = 2 * a - b / 4 + -a
-    for i in range(2):
+    for i in a.mean:
         expected = a.mean[i] - b.mean[i] / 4
         torch.testing.assert_close(made.mean[i], expected, equal_nan=True)
     assert made.variance is None and made.count == 5 and "b" in made.task
-    mean = vectors.mean().mean.decoder
-    torch.testing.assert_close(mean, (a.mean.decoder + b.mean.decoder + c.mean.decoder) / 3, equal_nan=True)
-    assert a.to(torch.float64).mean.encoder.dtype == torch.float64
+    mean = vectors.mean().mean["decoder"]
+    torch.testing.assert_close(mean, (a.mean["decoder"] + b.mean["decoder"] + c.mean["decoder"]) / 3, equal_nan=True)
+    assert a.to(torch.float64).mean["encoder"].dtype == torch.float64
     with pytest.raises(TypeError):
         a * b
 
 
 def test_score_equals_its_definition(model, prompts, vectors):
     heads = {task: all_heads(model, rows) for task, rows in prompts.items()}
-    seen = {task: Stacks(positions(rows.visible), positions(rows.decoded)) for task, rows in prompts.items()}
+    seen = {t: ByStage(encoder=positions(p.visible), decoder=positions(p.decoded)) for t, p in prompts.items()}
     scores, over_positions, over_heads = vectors.score(), vectors.score("position"), vectors.score("head")
-    for stack, size in enumerate([(3, 4), (2, 2)]):
+    for stack, size in {"encoder": (3, 4), "decoder": (2, 2)}.items():
         shared = seen["c"][stack]
         assert torch.equal(scores[stack][0, 0].isfinite().nonzero()[:, 0], shared)
         between, within = torch.zeros(size[0], len(shared), size[1]), torch.zeros(size[0], len(shared), size[1])
@@ -116,9 +117,9 @@ def test_a_head_that_tells_tasks_apart_scores_high(vectors):
     planted = {}
     for i, (name, vector) in enumerate(vectors.items()):
         mean = vector.mean.map(torch.clone)
-        mean.encoder[1, :, 2] += 10 * i
+        mean["encoder"][1, :, 2] += 10 * i
         planted[name] = TaskVector(name, mean, vector.variance, vector.count, vector.fingerprint)
-    scores = TaskVectors(planted).score().encoder
+    scores = TaskVectors(planted).score()["encoder"]
     assert scores[1, 2, QUERY].min() > 10 * scores.nan_to_num(0).index_fill(1, torch.tensor(2), 0).max()
 
 
@@ -141,15 +142,15 @@ def test_save_and_load(vectors, tmp_path):
     for name, vector in vectors.items():
         assert loaded[name].count == vector.count and loaded[name].fingerprint == vector.fingerprint
         for field in ("mean", "variance"):
-            for one, other in zip(getattr(loaded[name], field), getattr(vector, field)):
+            for one, other in zip(getattr(loaded[name], field).values(), getattr(vector, field).values()):
                 assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
 
 def test_a_task_of_vit_l_takes_less_than_20_megabytes(tmp_path):
     with torch.device("meta"):
-        zero = zero_vector(MAEVQGANModel(MAEVQGANConfig(vqgan_channels=32)))
-    mean = Stacks(*(torch.zeros(m.shape) for m in zero.mean))
-    mean.encoder[:, positions(Layout().regions["output"])[1:]] = torch.nan
+        zero = zero_vector(MAEVQGAN(MAEVQGANModel(MAEVQGANConfig(vqgan_channels=32))))
+    mean = zero.mean.map(lambda m: torch.zeros(m.shape))
+    mean["encoder"][:, positions(Layout().regions["output"])[1:]] = torch.nan
     vector = TaskVector("a", mean, mean.map(lambda m: m.mean(-1)), 100, zero.fingerprint)
     TaskVectors({"a": vector}).save(tmp_path / "vit-l.safetensors")
     assert 17e6 < (tmp_path / "vit-l.safetensors").stat().st_size < 20e6
@@ -205,7 +206,7 @@ def test_a_killed_collection_goes_on_where_it_stopped(model, prompts, tmp_path, 
     assert rows == [3, 3, 1, 3, 2, 3, 3]
     unbroken = TaskVectors.collect(model, prompts, batch_size=3, progress=False)
     for name in prompts:
-        for one, other in zip(resumed[name].mean, unbroken[name].mean):
+        for one, other in zip(resumed[name].mean.values(), unbroken[name].mean.values()):
             assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
     with pytest.raises(ValueError, match="of other prompts"):
@@ -255,8 +256,8 @@ def test_vectors_of_other_models_and_layouts_do_not_mix(model, vectors):
 def test_another_dtype_is_the_same_model(module, vectors):
     half = MAEVQGAN(module, dtype=torch.bfloat16)
     found = TaskVectors.collect(half, {"a": random_prompts(7, 1)}, progress=False)["a"]
-    assert found.mean.encoder.dtype == torch.float32
-    close = (found - vectors["a"]).mean.encoder.nan_to_num(0).abs().max()
+    assert found.mean["encoder"].dtype == torch.float32
+    close = (found - vectors["a"]).mean["encoder"].nan_to_num(0).abs().max()
     assert 0 < close < 0.1
 
 
@@ -265,4 +266,4 @@ def test_a_lazy_model_is_loaded(module, tmp_path):
     lazy = MAEVQGAN(tmp_path)
     assert "weights" not in fingerprint(lazy)
     assert "weights" in TaskVectors.collect(lazy, {"a": random_prompts(1)}, progress=False)["a"].fingerprint
-    assert list(STACKS) == ["encoder", "decoder"]
+    assert [stage.name for stage in lazy.stages] == ["encoder", "decoder"]

@@ -8,6 +8,7 @@ from importlib import import_module
 _MODULES = ("data", "metrics", "search", "tasks")
 _HOMES = {
     "MAEVQGAN": "models.mae_vqgan.tracing",
+    "Condition": "evaluation",
     "Layout": "layouts",
     "Painter": "models.painter",
     "PatchSet": "patches",

@@ -1,7 +1,7 @@
 """Does a head tell tasks apart? Its activations on single prompts, and how well they cluster by task.
 
     >>> heads = activations(model, {task.name: task.prompts(images, n=50, layout=model.layout) for task in tasks.VTV})
-    >>> figures = silhouettes(heads)                            # per stack: [layer, head], from -1 to 1
+    >>> figures = silhouettes(heads)                            # by stage: [layer, head], from -1 to 1
     >>> plots.projection(heads, "encoder", layer=3, head=5)
 
 After *Finding Visual Task Vectors* (ECCV 2024, §4.2 and its t-SNE figures).
@@ -10,68 +10,71 @@ After *Finding Visual Task Vectors* (ECCV 2024, §4.2 and its t-SNE figures).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from vtv_nnsight.layouts import Layout, positions
+from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.progress import tqdm
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.vectors import STACKS, Stacks, ready
+from vtv_nnsight.stages import ByStage, device_of
 
 
 def activations(
-    model: Any,
+    model: InContextModel,
     prompts: Mapping[str, VisualPrompt],
     region: str = "query",
     *,
     batch_size: int = 32,
     progress: bool = True,
-) -> Stacks:
+) -> ByStage:
     """What every head says of every prompt, averaged over a region.
 
     Args:
-        model: A MAEVQGAN.
+        model: The model.
         prompts: Task name → prompts.
-        region: "cls", or a region of the prompts' layout that a stack sees; one that the encoder does not see, such as
-            "output", gives None for it.
+        region: "cls", or a region of the prompts' layout that a stage sees; a stage that does not see it (MAE-VQGAN's
+            encoder "output") has None.
 
     Returns:
-        Stacks of {task: [prompt, layer, head, head_dim]}.
+        By stage, {task: [prompt, layer, head, head_dim]}.
 
     Raises:
-        ValueError: when there are no prompts, or no stack sees the region.
+        ValueError: when there are no prompts, or no stage sees the region.
     """
     if not prompts or not all(map(len, prompts.values())):
         raise ValueError("there are no prompts of some task; give at least one of each.")
-    device = ready(model)
-    found: dict[str, dict[str, list]] = {stack: {task: [] for task in prompts} for stack in STACKS}
+    device = device_of(model)
+    layers = {stage.name: stage.layers for stage in model.stages}
+    found: dict[str, dict[str, list]] = {stage: {task: [] for task in prompts} for stage in layers}
     with tqdm(total=sum(map(len, prompts.values())), unit="prompt", disable=not progress) as bar:
         for task, rows in prompts.items():
+            tokens = {stage: _tokens(rows.layout, model.positions(stage, rows), region) for stage in layers}
+            index = {stage: own.to(device) for stage, own in tokens.items() if len(own)}
+            if not index:
+                raise ValueError(f"no stage sees {region!r} of these prompts; choose another region.")
             for batch in rows.split(batch_size):
-                seen = [s for s in STACKS if _tokens(batch, s, region) is not None]
-                if not seen:
-                    raise ValueError(f"no stack sees {region!r} of these prompts; choose another region.")
-                index = {s: _tokens(batch, s, region).to(device) for s in seen}
                 with torch.no_grad(), model.trace(batch.to(device)):
                     means = {
-                        s: [block.attn.heads[:, index[s]].mean(1).float() for block in getattr(model, s).blocks]
-                        for s in seen
+                        stage: [
+                            model.attention(stage, i).heads[:, own].mean(1).float() for i in range(layers[stage])
+                        ]
+                        for stage, own in index.items()
                     }.save()
-                for stack in seen:
-                    found[stack][task].append(torch.stack(means[stack], 1).cpu())
+                for stage, values in means.items():
+                    found[stage][task].append(torch.stack(values, 1).cpu())
                 bar.update(len(batch))
-    return Stacks(*({t: torch.cat(parts) for t, parts in found[s].items()} if s in seen else None for s in STACKS))
+    return ByStage(
+        {s: {t: torch.cat(parts) for t, parts in found[s].items()} if s in index else None for s in layers}
+    )
 
 
-def _tokens(prompts: VisualPrompt, stack: str, region: str) -> torch.Tensor | None:
-    """Token indices of a region in a stack, or None where the stack does not see it."""
-    seen = prompts.visible if stack == "encoder" else prompts.decoded
-    places = region_positions(prompts.layout).get(region)
+def _tokens(layout: Layout, seen: torch.Tensor, region: str) -> torch.Tensor:
+    """Which of the tokens at the positions `seen` lie in a region."""
+    places = region_positions(layout).get(region)
     if places is None:
-        raise ValueError(f"{region!r} is not a region; choose 'cls' or one of {', '.join(prompts.layout.regions)}.")
-    tokens = torch.isin(positions(seen).cpu(), places).nonzero()[:, 0]
-    return tokens if len(tokens) else None
+        raise ValueError(f"{region!r} is not a region; choose 'cls' or one of {', '.join(layout.regions)}.")
+    return torch.isin(seen.cpu(), places).nonzero()[:, 0]
 
 
 def region_positions(layout: Layout) -> dict[str, torch.Tensor]:
@@ -81,17 +84,17 @@ def region_positions(layout: Layout) -> dict[str, torch.Tensor]:
     }
 
 
-def silhouettes(heads: Stacks) -> Stacks:
+def silhouettes(heads: ByStage) -> ByStage:
     """How well the tasks cluster in each head: the mean silhouette (Rousseeuw, 1987) of `activations`, from -1 to 1.
 
     Returns:
-        Stacks of [layer, head]; None for a stack that was not seen.
+        By stage, [layer, head]; None for a stage that was not seen.
 
     Raises:
         ValueError: with fewer than two tasks.
     """
 
-    def stack_silhouettes(by_task: dict[str, torch.Tensor] | None) -> torch.Tensor | None:
+    def stage_silhouettes(by_task: dict[str, torch.Tensor] | None) -> torch.Tensor | None:
         if by_task is None:
             return None
         if len(by_task) < 2:
@@ -100,7 +103,7 @@ def silhouettes(heads: Stacks) -> Stacks:
         labels = torch.arange(len(by_task)).repeat_interleave(torch.tensor([len(z) for z in by_task.values()]))
         return torch.stack([silhouette(layer, labels) for layer in points])
 
-    return heads.map(stack_silhouettes)
+    return heads.map(stage_silhouettes)
 
 
 def silhouette(points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import ViTMAEForPreTraining
 
+from vtv_nnsight.images import IMAGENET_MEAN, IMAGENET_STD
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.metrics import IMAGENET_MEAN, IMAGENET_STD
 from vtv_nnsight.prompts import VisualPrompt
 
 

@@ -156,11 +156,11 @@ class Layout:
         Raises:
             ValueError: when a patch is not among those seen.
         """
-        matches = patches[:, None] == seen.to(patches.device)[None, :]
-        if not matches.any(1).all():
-            absent = patches[~matches.any(1)].tolist()
+        present = torch.isin(patches, seen.to(patches.device))
+        if not present.all():
+            absent = patches[~present].tolist()
             raise ValueError(f"patches {absent} are not among the {len(seen)} patches that this stack sees.")
-        return 1 + matches.int().argmax(1)
+        return token_index(seen, patches)
 
     def pixels(self, patches: torch.Tensor) -> torch.Tensor:
         """Which pixels some patches cover: LongTensor [patch] → bool [height, width]."""
@@ -182,6 +182,16 @@ REASONING = Layout(examples=2, background="black")
 def positions(seen: torch.Tensor) -> torch.Tensor:
     """Absolute positions of the tokens of a stack that sees CLS and the patches `seen`: [..., patch] → [..., token]."""
     return torch.cat([torch.full_like(seen[..., :1], CLS), 1 + seen], dim=-1)
+
+
+def token_index(seen: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """`Layout.index` of patches that are known to be among those seen: to look whether they are waits for a GPU."""
+    return 1 + (patches[:, None] == seen.to(patches.device)[None, :]).int().argmax(1)
+
+
+def place_names(places: torch.Tensor) -> list[str]:
+    """Absolute positions [position] by name: "cls", or "patch 98"."""
+    return ["cls" if place == CLS else f"patch {place - 1}" for place in places.tolist()]
 
 
 def take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -6,151 +6,207 @@
     ...     patch(model, vectors["segmentation"], chosen)
     ...     logits = model.output.logits.save()
 
-Units and their order are those of *Finding Visual Task Vectors* (ECCV 2024, §4.3 and its released files): stack, layer,
-head, then group of positions, CLS first.
+Units and their order are those of *Finding Visual Task Vectors* (ECCV 2024, §4.3 and its released files): stage,
+layer, head, then group of positions, CLS first.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.files import write_text
-from vtv_nnsight.layouts import CLS, Layout, positions
-from vtv_nnsight.vectors import STACKS, Sizes, Stacks, TaskVector, fingerprint, refuse, zero_vector
-
-GRANULARITIES = ("head", "quadrant", "token")
+from vtv_nnsight.layouts import Layout, place_names
+from vtv_nnsight.models import mae
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.stages import (
+    ByStage,
+    attention_path,
+    check_compatible,
+    fingerprint,
+    geometry,
+    layout_of,
+    stages_of,
+    updated,
+)
+from vtv_nnsight.vectors import TaskVector, zero_vector
 
 
 class Units(NamedTuple):
     """Of every unit of a space, LongTensors [n]."""
 
     stack: torch.Tensor
-    """Its index in `STACKS`."""
+    """The number of its stage among `PatchSpace.stages`."""
     layer: torch.Tensor
     head: torch.Tensor
     group: torch.Tensor
-    """Its index among the groups of its stack."""
+    """Its number among the groups of its stage."""
 
 
 class PatchSpace:
-    """The units of a model that can be patched, in a fixed flat order: stack, layer, head, group of positions.
+    """The units of a model that can be patched, in a fixed flat order: stage, layer, head, group of positions.
 
     Args:
-        model: A MAEVQGAN; its weights need not be loaded.
+        model: The model; its weights need not be loaded.
         layout: The layout of the prompts; the model's own by default.
-        granularity: "head": all tokens of a head are one unit. "quadrant": the encoder's tokens are grouped as CLS and
-            query, the decoder's as CLS, query and output. "token": every token that a stack sees zero-shot.
-        stacks: Restrict the space to "encoder" or "decoder".
+        granularity: "head": all tokens of a head are one unit. "quadrant": the tokens of each region that a query-only
+            prompt shows a stage; of MAE-VQGAN, CLS and query in the encoder, CLS, query and output in the decoder.
+            "token": every token that a stage sees of such a prompt.
+        stacks: Names of the stages to patch; all of the model's by default.
 
     Attributes:
-        groups: Stacks of dicts: name of a group → LongTensor of its absolute positions.
+        layout, granularity: Those given.
+        stages: The model's stages, with units or without.
+        groups: By stage, name of a group → LongTensor of its absolute positions; none where there are no units.
         fingerprint: What a model, a vector or another space must share with it.
 
     Raises:
-        ValueError: when granularity or stacks is none of those.
+        ValueError: when the granularity is unknown, or stacks are not stages of the model.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: InContextModel,
         layout: Layout | None = None,
         granularity: str = "quadrant",
-        stacks: str | Sequence[str] = STACKS,
+        stacks: str | Sequence[str] | None = None,
     ) -> None:
-        stacks = [stacks] if isinstance(stacks, str) else list(stacks)
-        if not stacks or not set(stacks) <= set(STACKS):
-            raise ValueError(f"stacks={stacks} are not stacks of the model; choose from {', '.join(STACKS)}.")
-        facts = fingerprint(model, layout or model.layout)
-        facts.pop("weights", None)
-        self._build(facts | {"granularity": granularity, "stacks": [s for s in STACKS if s in stacks]})
+        names = [stage.name for stage in model.stages]
+        chosen = names if stacks is None else [stacks] if isinstance(stacks, str) else list(stacks)
+        if not chosen or not set(chosen) <= set(names):
+            raise ValueError(f"stacks={chosen} are not stages of the model; choose from {', '.join(names)}.")
+        layout = layout or model.layout
+        found = geometry(model, layout)
+        found.pop("mask token", None)
+        self._build(
+            found | {"granularity": granularity, "stacks": [name for name in names if name in chosen]},
+            {name: model.groups(name, granularity, layout) for name in chosen},
+            {s.name: [attention_path(model, s.name, layer) for layer in range(s.layers)] for s in model.stages},
+        )
 
     @classmethod
-    def from_fingerprint(cls, facts: dict[str, Any]) -> PatchSpace:
-        """The space of a fingerprint, without its model."""
-        space = cls.__new__(cls)
-        space._build(facts)
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> PatchSpace:
+        """The space of `metadata`, or of a fingerprint of MAE-VQGAN that version 0.1 wrote, without its model.
+
+        Raises:
+            ValueError: when it is not the metadata of a space.
+        """
+        try:
+            found = updated(metadata)
+            units = found.pop("units", None) or _published_units(found)
+            groups = {
+                stage: {name: torch.as_tensor(places) for name, places in own["groups"].items()}
+                for stage, own in units.items()
+                if stage in found["stacks"]
+            }
+            space = cls.__new__(cls)
+            space._build(found, groups, {stage: own["layers"] for stage, own in units.items()})
+        except (AttributeError, KeyError, TypeError) as error:
+            reason = f"there is no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"this is not a space of units: {reason}.") from error
         return space
 
-    def _build(self, facts: dict[str, Any]) -> None:
-        if facts["granularity"] not in GRANULARITIES:
-            raise ValueError(
-                f"granularity={facts['granularity']!r} is unknown; choose from {', '.join(GRANULARITIES)}."
-            )
-        self.fingerprint = facts
-        self.granularity = facts["granularity"]
-        self.layout = Layout(**{name: facts[name] for name in Layout.__dataclass_fields__ if name in facts})
-        self.sizes = Stacks(*(Sizes(*(facts[f"{stack} {name}"] for name in Sizes._fields)) for stack in STACKS))
-        groups = _groups(self.layout, self.granularity)
-        self.groups = Stacks(*({} if s not in facts["stacks"] else g for s, g in zip(STACKS, groups)))
+    @classmethod
+    def from_fingerprint(cls, found: Mapping[str, Any]) -> PatchSpace:
+        """Deprecated: `from_metadata`."""
+        warnings.warn("from_fingerprint is deprecated; use from_metadata.", DeprecationWarning, stacklevel=2)
+        return cls.from_metadata(found)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Its fingerprint and all else that makes it, as JSON values: what `from_metadata` reads."""
+        units = {
+            name: {"layers": paths, "groups": {group: at.tolist() for group, at in self.groups[name].items()}}
+            for name, paths in self._paths.items()
+        }
+        return self.fingerprint | {"units": units}
+
+    def _build(
+        self,
+        found: dict[str, Any],
+        groups: Mapping[str, dict[str, torch.Tensor]],
+        paths: Mapping[str, list[str]],
+    ) -> None:
+        self.fingerprint, self.granularity = found, found["granularity"]
+        self.layout, self.stages = layout_of(found), stages_of(found)
+        self.groups = ByStage({stage.name: groups.get(stage.name, {}) for stage in self.stages})
+        self._paths = {stage.name: paths[stage.name] for stage in self.stages}
         self._group_at = self.groups.map(self._index_positions)
 
     def _index_positions(self, groups: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[position] → the index of its group; for those in none, the number of groups."""
+        """[position] → the number of its group; for those in none, the number of groups."""
         index = torch.full((self.layout.num_positions,), len(groups))
         for i, members in enumerate(groups.values()):
             index[members] = i
         return index
 
     @cached_property
-    def _counts(self) -> Stacks:
-        return self.sizes.map(lambda size, groups: size.layers * size.heads * len(groups), self.groups)
+    def _shapes(self) -> ByStage:
+        """By stage, (layers, heads, groups)."""
+        return ByStage({s.name: (s.layers, s.heads, len(self.groups[s.name])) for s in self.stages})
+
+    @cached_property
+    def _counts(self) -> ByStage:
+        """By stage, the number of units."""
+        return self._shapes.map(math.prod)
 
     def __len__(self) -> int:
-        return sum(self._counts)
+        return sum(self._counts.values())
 
     def __repr__(self) -> str:
-        units = ", ".join(f"{stack} {count}" for stack, count in self._counts._asdict().items())
+        units = ", ".join(f"{stage} {count}" for stage, count in self._counts.items())
         return f"PatchSpace({len(self)} units by {self.granularity}: {units})"
 
     @cached_property
     def units(self) -> Units:
-        """Stack, layer, head and group of every unit."""
+        """Stage, layer, head and group of every unit."""
         parts = []
-        for i, (size, groups) in enumerate(zip(self.sizes, self.groups)):
-            axes = (torch.arange(n) for n in (size.layers, size.heads, len(groups)))
-            layer, head, group = torch.meshgrid(*axes, indexing="ij")
+        for i, shape in enumerate(self._shapes.values()):
+            layer, head, group = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
             parts.append(torch.stack([torch.full_like(layer, i), layer, head, group]).flatten(1))
         return Units(*torch.cat(parts, dim=1))
 
     @cached_property
     def names(self) -> list[str]:
         """Such as "encoder.blocks.3.attn.heads[5] @ query"."""
-        groups = self.groups.map(list)
+        paths, groups = list(self._paths.values()), [list(own) for own in self.groups.values()]
         names = []
-        for stack, layer, head, group in zip(*(part.tolist() for part in self.units)):
-            place = f" @ {groups[stack][group]}" if self.granularity != "head" else ""
-            names.append(f"{STACKS[stack]}.blocks.{layer}.attn.heads[{head}]{place}")
+        for stage, layer, head, group in zip(*(part.tolist() for part in self.units)):
+            place = f" @ {groups[stage][group]}" if self.granularity != "head" else ""
+            names.append(f"{paths[stage][layer]}.heads[{head}]{place}")
         return names
 
     @cached_property
     def rank(self) -> dict[str, int]:
+        """Name of a unit → its number."""
         return {name: i for i, name in enumerate(self.names)}
 
-    def split(self, values: torch.Tensor) -> Stacks:
-        """One value a unit, [..., n] → Stacks of [..., layer, head, group]."""
+    def split(self, values: torch.Tensor) -> ByStage:
+        """One value for each unit, [..., n] → by stage, [..., layer, head, group]."""
         if values.shape[-1:] != (len(self),):
             raise ValueError(f"values of shape {list(values.shape)} are not one for each of {len(self)} units.")
-        shapes = self.sizes.map(lambda size, groups: (size.layers, size.heads, len(groups)), self.groups)
-        parts = Stacks(*values.split(list(self._counts), dim=-1))
-        return parts.map(lambda part, shape: part.reshape(*part.shape[:-1], *shape), shapes)
+        parts = ByStage(zip(self._counts, values.split(list(self._counts.values()), dim=-1)))
+        return parts.map(lambda part, shape: part.reshape(*part.shape[:-1], *shape), self._shapes)
 
-    def mask(self, choices: torch.Tensor) -> Stacks:
+    def mask(self, choices: torch.Tensor) -> ByStage:
         """The positions of the chosen units.
 
         Args:
             choices: [n] or [batch, n]; bool, or float for gates (differentiable).
 
         Returns:
-            Stacks of [layer, position, head] or [batch, layer, position, head], zero outside the units.
+            By stage, [layer, position, head] or [batch, layer, position, head], zero outside the units.
         """
 
         def spread(values: torch.Tensor, group_at: torch.Tensor) -> torch.Tensor:
@@ -160,27 +216,28 @@ class PatchSpace:
 
         return self.split(torch.as_tensor(choices)).map(spread, self._group_at)
 
-    def average(self, values: Stacks) -> torch.Tensor:
-        """Mean over each unit's positions of Stacks of [..., layer, head, position], such as a score: [..., n].
+    def average(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Mean over each unit's positions of values by stage, [..., layer, head, position], such as a score: [..., n].
         Positions that are NaN do not count."""
         parts = []
-        for stack, groups in zip(values, self.groups):
-            means = [stack.index_select(-1, members.to(stack.device)).nanmean(-1) for members in groups.values()]
+        for name, groups in self.groups.items():
+            own = values[name]
+            means = [own.index_select(-1, members.to(own.device)).nanmean(-1) for members in groups.values()]
             if means:
                 parts.append(torch.stack(means, dim=-1).flatten(-3))
         return torch.cat(parts, dim=-1)
 
 
-def _groups(layout: Layout, granularity: str) -> Stacks:
-    if granularity == "head":
-        everywhere = {"all tokens": positions(layout.all_patches)}
-        return Stacks(everywhere, everywhere)
-    cls = {"cls": torch.tensor([CLS])}
-    if granularity == "quadrant":
-        regions = {name: positions(layout.regions[name])[1:] for name in ("query", "output")}
-        return Stacks(cls | {"query": regions["query"]}, cls | regions)
-    seen = Stacks(layout.regions["query"], layout.query_band)
-    return seen.map(lambda ids: cls | {f"patch {i}": place for i, place in zip(ids.tolist(), positions(ids)[1:, None])})
+def _published_units(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The units of a space whose file names none, as version 0.1 wrote them: MAE-VQGAN's."""
+    layout = layout_of(found)
+    return {
+        stage.name: {
+            "layers": [f"{stage.name}.blocks.{layer}.attn" for layer in range(stage.layers)],
+            "groups": mae.groups(stage.name, found["granularity"], layout),
+        }
+        for stage in stages_of(found)
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,12 +281,13 @@ class PatchSet:
         return cls(space, choices)
 
     @cached_property
-    def mask(self) -> Stacks:
-        """Stacks of bool [layer, position, head]."""
+    def mask(self) -> ByStage:
+        """By stage, bool [layer, position, head]."""
         return self.space.mask(self.choices)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
+        """That of its space."""
         return self.space.fingerprint
 
     def __or__(self, other: PatchSet) -> PatchSet:
@@ -245,6 +303,9 @@ class PatchSet:
         if not isinstance(other, PatchSet):
             return NotImplemented
         return self.fingerprint == other.fingerprint and torch.equal(self.choices, other.choices)
+
+    def __hash__(self) -> int:
+        return hash((json.dumps(self.fingerprint, sort_keys=True), self.choices.numpy().tobytes()))
 
     def __len__(self) -> int:
         return int(self.choices.sum())
@@ -264,9 +325,10 @@ class PatchSet:
         return len(self & other) / union if union else 1.0
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file: the space's fingerprint and the units' names."""
-        facts = {"kind": "patch set", "space": self.fingerprint, "patches": list(self)}
-        write_text(path, json.dumps(facts, indent=1) + "\n")
+        """Write a JSON file: the space and the units' names."""
+        content = {"kind": KIND, "space": self.space.metadata, "patches": list(self)}
+        text = re.sub(r"\[[\d\s,]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(content, indent=1))
+        write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> PatchSet:
@@ -276,46 +338,52 @@ class PatchSet:
             FileNotFoundError, ValueError: when there is no such file, it is incomplete, or it is something else.
         """
         try:
-            facts = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_text())
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no file {path}.") from error
         except ValueError as error:
             raise ValueError(f"{path} is not a complete patch set ({error}); make it again.") from error
-        if not isinstance(facts, dict) or facts.get("kind") != "patch set":
+        if not isinstance(content, dict) or content.get("kind") != KIND:
             raise ValueError(f"{path} is not a patch set; expected what PatchSet.save writes.")
-        return cls.named(PatchSpace.from_fingerprint(facts["space"]), facts["patches"])
+        space, names = content.get("space"), content.get("patches")
+        if not isinstance(space, dict) or not isinstance(names, list):
+            raise ValueError(f"{path} is not a complete patch set (it lacks its space or its patches); make it again.")
+        return cls.named(PatchSpace.from_metadata(space), names)
 
     def _combine(self, other: PatchSet, function: Any) -> PatchSet:
         if not isinstance(other, PatchSet):
             return NotImplemented
-        refuse("a patch set", other.fingerprint, "the other", self.fingerprint)
+        check_compatible("a patch set", other.fingerprint, "the other", self.fingerprint)
         return PatchSet(self.space, function(self.choices, other.choices))
 
 
+KIND = "patch set"
+
+
 def patch(
-    model: Any,
+    model: InContextModel,
     vector: TaskVector | Sequence[TaskVector],
-    patches: PatchSet | Stacks | Sequence[PatchSet | Stacks],
+    patches: PatchSet | Mapping[str, torch.Tensor] | Sequence[PatchSet | Mapping[str, torch.Tensor]],
     *,
     scale: float = 1.0,
 ) -> None:
     """Put a task vector's activations in the place of the model's own, inside `trace`, `generate` or `edit`.
 
     A block goes through the model once, and so does this: call it once in a block (lists of vectors and of patches
-    patch several, later ones on top), before anything else that the block reads of the encoder or the decoder. What
+    patch several, later ones on top), before anything else that the block reads of the model's stages. What
     lies before the last patched layer is read in a block of its own, which sees the patches:
 
         with model.trace() as tracer:
             with tracer.invoke(prompts):
                 patch(model, vector, patches)
             with tracer.invoke():
-                z = model.decoder.blocks[0].attn.heads.save()
+                z = model.attention("decoder", 0).heads.save()
 
     Args:
         model: The model that is traced (or the one that `edit` hands out).
         vector: What to put there; faster when it is on the model's device.
-        patches: Where. A PatchSet, or what `PatchSpace.mask` returns: Stacks of [layer, position, head] for all rows,
-            or of [batch, layer, position, head] with a mask for each row. Float masks are gates, which mix the two
+        patches: Where. A PatchSet, or what `PatchSpace.mask` returns: by stage, [layer, position, head] for all rows,
+            or [batch, layer, position, head] with a mask for each row. Float masks are gates, which mix the two
             activations and through which gradients flow.
         scale: How far to go: 0 leaves an activation as it is, 1 replaces it, 2 goes as far again.
 
@@ -324,35 +392,37 @@ def patch(
             positions that the vector lacks or the prompt does not show. (A whole head is patched at the tokens there
             are.)
     """
-    vectors, sets = ([x] if isinstance(x, (TaskVector, PatchSet, Stacks)) else list(x) for x in (vector, patches))
+    vectors, sets = ([x] if isinstance(x, (TaskVector, PatchSet, Mapping)) else list(x) for x in (vector, patches))
     if len(vectors) != len(sets):
         raise ValueError(f"{len(vectors)} vectors and {len(sets)} patch sets were given; give as many of both.")
-    facts = fingerprint(model)
+    own = fingerprint(model, cached=True)
     with unset_fake_temporarily():  # in a scan, too, what is patched is real
         masks = [chosen.mask if isinstance(chosen, PatchSet) else chosen for chosen in sets]
     for v, chosen in zip(vectors, sets):
-        refuse(f"the vector of {v.task!r}", v.fingerprint, "this model", facts)
+        check_compatible(f"the vector of {v.task!r}", v.fingerprint, "this model", own)
         if isinstance(chosen, PatchSet):
-            refuse("the patch set", chosen.fingerprint, "this model", facts)
-            refuse("the patch set", chosen.fingerprint, f"the vector of {v.task!r}", v.fingerprint)
-    for stack in STACKS:
+            check_compatible("the patch set", chosen.fingerprint, "this model", own)
+            check_compatible("the patch set", chosen.fingerprint, f"the vector of {v.task!r}", v.fingerprint)
+    for stage in own["stages"]:
         with unset_fake_temporarily():
-            steps = [_Step(stack, v, getattr(mask, stack), scale) for v, mask in zip(vectors, masks)]
+            steps = [_Step(stage, v, mask[stage], scale) for v, mask in zip(vectors, masks)]
+            (everywhere,) = model.groups(stage, "head").values()
         layers = sorted({layer for step in steps for layer in step.layers})
         if not layers:
             continue
-        envoy = getattr(model, stack)
-        seen = envoy.positions
+        seen = model.positions(stage)
         if not isinstance(seen, FakeTensor):
             for step in steps:
-                step.check(seen.cpu())
+                step.check(seen.cpu(), everywhere)
         for layer in layers:
             for step in steps:
                 if layer in step.layers:
-                    step.apply(envoy.blocks[layer].attn, layer, seen)
+                    step.apply(model.attention(stage, layer), layer, seen)
 
 
-def ablate(model: Any, patches: PatchSet | Stacks, to: TaskVector | None = None) -> None:
+def ablate(
+    model: InContextModel, patches: PatchSet | Mapping[str, torch.Tensor], to: TaskVector | None = None
+) -> None:
     """Silence units: `patch` with zeros, or with `to`, such as the mean over tasks (`vectors.mean()`)."""
     with unset_fake_temporarily():
         to = zero_vector(model) if to is None else to
@@ -360,14 +430,14 @@ def ablate(model: Any, patches: PatchSet | Stacks, to: TaskVector | None = None)
 
 
 class _Step:
-    """One vector and its mask, in one stack."""
+    """One vector and its mask, in one stage."""
 
-    def __init__(self, stack: str, vector: TaskVector, mask: torch.Tensor, scale: float) -> None:
-        self.stack, self.vector, self.scale = stack, vector, scale
-        self.values, self.present = getattr(vector.mean, stack), getattr(vector.present, stack)
+    def __init__(self, stage: str, vector: TaskVector, mask: torch.Tensor, scale: float) -> None:
+        self.stage, self.vector = stage, vector
+        self.values, self.present = vector.mean[stage], vector.present[stage]
         if mask.ndim not in (3, 4) or mask.shape[-3:] != self.values.shape[:3]:
             raise ValueError(
-                f"a mask of shape {list(mask.shape)} does not fit the {stack}; expected [layer, position, head] = "
+                f"a mask of shape {list(mask.shape)} does not fit the {stage}; expected [layer, position, head] = "
                 f"{list(self.values.shape[:3])}, with or without a batch in front."
             )
         self.mask = mask if mask.dtype == torch.bool and scale == 1 else mask * scale
@@ -376,18 +446,20 @@ class _Step:
         busy = self.asked.flatten(1).any(1) | mask.requires_grad  # gates that are 0 need their gradient, too
         self.layers = set(busy.nonzero()[:, 0].tolist())
 
-    def check(self, seen: torch.Tensor) -> None:
-        """Refuse what cannot be patched at the positions `seen` [token]."""
-        shown = torch.zeros(self.asked.shape[1], dtype=torch.bool).index_fill(0, seen, True)
-        whole = self.asked.all(1, keepdim=True)
+    def check(self, seen: torch.Tensor, everywhere: torch.Tensor) -> None:
+        """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token], of all that there are."""
+        rows = seen if seen.ndim == 2 else seen[None]
+        shown = torch.zeros(len(rows), self.asked.shape[1], dtype=torch.bool).scatter_(1, rows, True)
+        whole = self.asked[:, everywhere].all(1, keepdim=True)
+        asked, lacked = self.asked.any(2).any(0), ~self.present.cpu()
         for wrong, why in (
-            ((self.asked & ~whole).any(2).any(0) & ~shown, "these prompts do not show them to it"),
-            (self.asked.any(2).any(0) & shown & ~self.present.cpu(), f"the vector of {self.vector.task!r} lacks them"),
+            ((self.asked & ~whole).any(2).any(0) & ~shown.all(0), "these prompts do not show them to it"),
+            (asked & shown.any(0) & lacked, f"the vector of {self.vector.task!r} lacks them"),
         ):
             if wrong.any():
-                places = ["cls" if p == CLS else f"patch {p - 1}" for p in wrong.nonzero()[:, 0].tolist()]
+                places = place_names(wrong.nonzero()[:, 0])
                 more = f" and {len(places) - 4} more" if len(places) > 4 else ""
-                raise ValueError(f"the {self.stack} cannot be patched at {', '.join(places[:4])}{more}: {why}.")
+                raise ValueError(f"the {self.stage} cannot be patched at {', '.join(places[:4])}{more}: {why}.")
 
     def apply(self, attention: Any, layer: int, seen: torch.Tensor) -> None:
         z = attention.heads
@@ -395,10 +467,15 @@ class _Step:
             return
         if self.mask.ndim == 4 and len(self.mask) != len(z):
             raise ValueError(f"a mask for {len(self.mask)} rows was given; this batch has {len(z)}.")
-        mask = self.mask.select(-3, layer).to(z.device).index_select(-2, seen)[..., None]
-        new = self.values[layer].index_select(0, seen.to(self.values.device)).to(z)
+        mask = self.mask.select(-3, layer).to(z.device)
+        if seen.ndim == 1:
+            mask = mask.index_select(-2, seen)
+        else:
+            at = repeat(seen, "row token -> row token head", head=mask.shape[-1])
+            mask = mask.expand(len(z), -1, -1).gather(1, at)
+        mask, new = mask[..., None], self.values[layer][seen.to(self.values.device)].to(z)
         if mask.dtype != torch.bool:
-            there = self.present.to(z.device)[seen][:, None, None]
+            there = self.present.to(z.device)[seen][..., None, None]
             attention.heads = z + mask.to(z.dtype) * torch.where(there, new - z, 0)
         elif torch.is_grad_enabled():
             attention.heads = torch.where(mask, new, z)

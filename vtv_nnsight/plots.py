@@ -16,34 +16,34 @@ from matplotlib.figure import Figure
 
 from vtv_nnsight.clusters import region_positions, silhouette
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.vectors import STACKS, Stacks
+from vtv_nnsight.stages import ByStage
 
 PANEL = 2.4
 """Inches of a panel's side."""
 
 
-def score_map(scores: Stacks, layout: Layout, title: str = "between-task / within-task variance") -> Figure:
+def score_map(scores: ByStage, layout: Layout, title: str = "between-task / within-task variance") -> Figure:
     """Layer × head heat maps of a score, one for each stack and region that the stack sees.
 
     Args:
-        scores: Stacks of [layer, head, position], such as `TaskVectors.score()`; NaN where absent.
+        scores: By stage, [layer, head, position], such as `TaskVectors.score()`; NaN where absent.
         layout: The layout of the prompts that were scored.
         title: What the colours mean.
     """
     maps = {
         (stack, region): values[..., places].nanmean(-1)
-        for stack, values in scores._asdict().items()
+        for stack, values in scores.items()
         for region, places in region_positions(layout).items()
         if not values[..., places].isnan().all()
     }
-    regions = [region for region in region_positions(layout) if any((stack, region) in maps for stack in STACKS)]
+    regions = [region for region in region_positions(layout) if any((stack, region) in maps for stack in scores)]
     values = torch.cat([m.flatten() for m in maps.values()])
     values = values[values.isfinite()]
     positive = bool((values > 0).all()) and float(values.max()) > 20 * float(values.min())
     norm = (LogNorm if positive else Normalize)(float(values.min()), float(values.max()))
-    figure = Figure(figsize=(PANEL * len(regions) + 1, 1.2 * PANEL * len(STACKS)), layout="constrained")
-    panels = figure.subplots(len(STACKS), len(regions), squeeze=False)
-    for row, stack in zip(panels, STACKS):
+    figure = Figure(figsize=(PANEL * len(regions) + 1, 1.2 * PANEL * len(scores)), layout="constrained")
+    panels = figure.subplots(len(scores), len(regions), squeeze=False)
+    for row, stack in zip(panels, scores):
         for panel, region in zip(row, regions):
             if (stack, region) not in maps:
                 panel.set_axis_off()
@@ -62,9 +62,9 @@ def _label_heads(panel: Any) -> None:
         axis.get_major_locator().set_params(integer=True)
 
 
-def head_map(values: Stacks, title: str = "silhouette by task") -> Figure:
-    """Layer × head heat maps of one value a head: Stacks of [layer, head] (or None), such as `clusters.silhouettes`."""
-    present = {stack: v for stack, v in values._asdict().items() if v is not None}
+def head_map(values: ByStage, title: str = "silhouette by task") -> Figure:
+    """Layer × head heat maps of one value a head: by stage, [layer, head] (or None), such as `clusters.silhouettes`."""
+    present = {stack: v for stack, v in values.items() if v is not None}
     low, high = (float(bound(torch.cat([v.flatten() for v in present.values()]))) for bound in (torch.min, torch.max))
     figure = Figure(figsize=(1.6 * PANEL * len(present) + 1, 1.4 * PANEL), layout="constrained")
     panels = figure.subplots(1, len(present), squeeze=False)
@@ -76,7 +76,7 @@ def head_map(values: Stacks, title: str = "silhouette by task") -> Figure:
     return figure
 
 
-def projection(heads: Stacks, stack: str, layer: int, head: int | Sequence[int], method: str = "pca") -> Figure:
+def projection(heads: ByStage, stack: str, layer: int, head: int | Sequence[int], method: str = "pca") -> Figure:
     """Prompts in the plane, coloured by task, as some heads see them; one panel a head, titled with its silhouette.
 
     Args:
@@ -89,7 +89,7 @@ def projection(heads: Stacks, stack: str, layer: int, head: int | Sequence[int],
         ValueError: when the stack was not seen or the method is unknown.
         ImportError: when scikit-learn is needed and missing.
     """
-    by_task = getattr(heads, stack)
+    by_task = heads[stack]
     if by_task is None:
         raise ValueError(f"the {stack} does not see the region of these activations; choose another stack or region.")
     chosen = [head] if isinstance(head, int) else list(head)

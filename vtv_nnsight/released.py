@@ -26,9 +26,11 @@ import torch
 from einops import rearrange
 
 from vtv_nnsight.layouts import positions
+from vtv_nnsight.models.interface import GRANULARITIES
 from vtv_nnsight.models.mae_vqgan.checkpoints import DTYPES
-from vtv_nnsight.patches import GRANULARITIES, PatchSet, PatchSpace
-from vtv_nnsight.vectors import STACKS, Stacks, TaskVector, TaskVectors, fingerprint, ready, sizes
+from vtv_nnsight.patches import PatchSet, PatchSpace
+from vtv_nnsight.stages import ByStage, device_of, fingerprint
+from vtv_nnsight.vectors import TaskVector, TaskVectors
 
 ACTIVATIONS, BERNOULLIS = "_mean_activations.pkl", "bernoullis_"
 TASKS = {"lowlight_enhance": "lowlight", "inpaint": "inpainting"}
@@ -72,14 +74,14 @@ def read_activations(model: Any, paths: str | os.PathLike | Iterable[str | os.Pa
             the encoder's activations [layer, 1, token, head, width] and the decoder's, one-shot.
 
     Returns:
-        The vectors, which have no variance; and task → Stacks of the relative residual |W z + b - y| / |y - b|, of the
+        The vectors, which have no variance; and task → by stage, the relative residual |W z + b - y| / |y - b|, of the
         order of the files' precision.
 
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: when a file names anything but tensors and arrays, is damaged, or is not of this model's outputs.
     """
-    ready(model)
+    device_of(model)
     found = [_vector(model, path) for path in find(paths)[0]]
     return TaskVectors({vector.task: vector for vector, _ in found}), {v.task: residual for v, residual in found}
 
@@ -133,15 +135,16 @@ def load(path: str | os.PathLike) -> Any:
             raise ValueError(f"{path} is truncated, damaged or no pickle: {error or type(error).__name__}.") from error
 
 
-def _vector(model: Any, path: Path) -> tuple[TaskVector, Stacks]:
+def _vector(model: Any, path: Path) -> tuple[TaskVector, ByStage]:
     content = load(path)
     if not isinstance(content, (list, tuple)) or len(content) != 3 or not all(map(torch.is_tensor, content[1:])):
         raise ValueError(
             f"{path} is not [count, encoder activations, decoder activations] as the released code writes."
         )
     layout = model.layout
-    means, residuals = [], []
-    for stack, values, seen, size in zip(STACKS, content[1:], (layout.visible, layout.all_patches), sizes(model)):
+    means, residuals = ByStage(), ByStage()
+    for size, values, seen in zip(model.stages, content[1:], (layout.visible, layout.all_patches)):
+        stack = size.name
         width = size.heads * size.head_dim
         expected = (size.layers, 1, 1 + len(seen), size.heads, width)
         if values.shape not in (expected, (expected[0], *expected[2:])):
@@ -153,16 +156,16 @@ def _vector(model: Any, path: Path) -> tuple[TaskVector, Stacks]:
         z, missed, total = zip(*layers)
         mean = torch.full((size.layers, layout.num_positions, size.heads, size.head_dim), torch.nan)
         mean[:, positions(seen)] = torch.stack(z).float()
-        means.append(mean)
-        residuals.append(float((sum(missed) / sum(total)) ** 0.5))
-        if residuals[-1] > MOST_RESIDUAL:
+        means[stack] = mean
+        residuals[stack] = float((sum(missed) / sum(total)) ** 0.5)
+        if residuals[stack] > MOST_RESIDUAL:
             raise ValueError(
                 f"{path}: the {stack}'s activations are not outputs of this model's projections (residual "
-                f"{residuals[-1]:.2g} of their norm); give the checkpoint that made them."
+                f"{residuals[stack]:.2g} of their norm); give the checkpoint that made them."
             )
     name = path.name.removesuffix(ACTIVATIONS)
-    vector = TaskVector(TASKS.get(name, name), Stacks(*means), None, int(content[0]), fingerprint(model, layout))
-    return vector, Stacks(*residuals)
+    vector = TaskVector(TASKS.get(name, name), means, None, int(content[0]), fingerprint(model, layout))
+    return vector, residuals
 
 
 def _recover(y: torch.Tensor, proj: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

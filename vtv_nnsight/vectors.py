@@ -5,18 +5,19 @@ before the output projection:
 
     >>> prompts = {task.name: task.prompts(images, n=100, layout=model.layout) for task in tasks.VTV}
     >>> vectors = TaskVectors.collect(model, prompts)
-    >>> vectors["segmentation"].mean.encoder.shape          # [layer, position, head, head_dim]
+    >>> vectors["segmentation"].mean["encoder"].shape       # [layer, position, head, head_dim]
     >>> scores = vectors.score()                            # high where a head tells tasks apart
     >>> vectors.save("vectors.safetensors")
 
-Positions are absolute: 0 is CLS and 1 + i is patch i (see `layouts`). What a prompt does not show a stack is NaN:
-absent, not zero, and arithmetic keeps it so.
+Means and scores are dicts by the model's stages (see `stages.ByStage`). Positions are absolute: 0 is CLS and 1 + i is
+patch i (see `layouts`). What a prompt does not show a stage is NaN: absent, not zero, and arithmetic keeps it so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -28,82 +29,24 @@ import torch
 from einops import rearrange
 
 from vtv_nnsight.files import read_tensors, write_tensors
-from vtv_nnsight.layouts import Layout, positions
+from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.progress import tqdm
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.stages import (
+    ByStage,
+    attention_path,
+    check_compatible,
+    device_of,
+    fingerprint,
+    geometry,
+    layout_of,
+    stages_of,
+    updated,
+)
 
 SAVE_EVERY = 10.0
 """Seconds between two writes of a resumable run's state."""
-
-
-class Stacks(NamedTuple):
-    """One value for each stack of the model."""
-
-    encoder: Any
-    decoder: Any
-
-    def map(self, function: Callable, *others: Stacks) -> Stacks:
-        """`function` of each stack's value, beside those of `others`."""
-        return Stacks(*(function(*values) for values in zip(self, *others)))
-
-
-STACKS = Stacks._fields
-
-
-class Sizes(NamedTuple):
-    """The attention heads of a stack."""
-
-    layers: int
-    heads: int
-    head_dim: int
-
-
-def sizes(model: Any) -> Stacks:
-    """`Sizes` of both stacks of a model (MAEVQGAN or MAEVQGANModel)."""
-    config = _module(model).config
-    return Stacks(
-        Sizes(config.num_hidden_layers, config.num_attention_heads, config.hidden_size // config.num_attention_heads),
-        Sizes(
-            config.decoder_num_hidden_layers,
-            config.decoder_num_attention_heads,
-            config.decoder_hidden_size // config.decoder_num_attention_heads,
-        ),
-    )
-
-
-def fingerprint(model: Any, layout: Layout | None = None) -> dict[str, Any]:
-    """The facts that must agree before a vector or a patch set is used: the heads, the canvas, a few of the weights
-    (where they are loaded) and, where a layout is given, its order and its examples."""
-    facts = {
-        f"{stack} {name}": value
-        for stack, heads in sizes(model)._asdict().items()
-        for name, value in heads._asdict().items()
-    }
-    own = (layout or _module(model).config.layout).as_dict()
-    facts |= own if layout else {name: own[name] for name in ("canvas_size", "patch_size")}
-    token = _module(model).decoder.mask_token.detach()
-    if token.device.type != "meta" and type(token) in (torch.Tensor, torch.nn.Parameter):
-        facts["weights"] = token.flatten()[:8].float().tolist()
-    return facts
-
-
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """What two fingerprints say differently, of the facts that both have. Weights may differ as dtypes round them."""
-
-    def differ(name: str) -> bool:
-        if name != "weights":
-            return found[name] != expected[name]
-        a, b = torch.tensor(found[name]), torch.tensor(expected[name])
-        return bool((a - b).norm() > 0.02 * b.norm())
-
-    names = [name for name in expected if name in found and differ(name)]
-    return ["other weights" if n == "weights" else f"{n} {found[n]!r}, not {expected[n]!r}" for n in names]
-
-
-def refuse(what: str, found: Mapping[str, Any], owner: str, expected: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names the differences, where there are any."""
-    if differ := differences(found, expected):
-        raise ValueError(f"{what} does not fit {owner}: it has {'; '.join(differ)}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,28 +55,32 @@ class TaskVector:
 
     Args:
         task: Its name.
-        mean: Stacks of [layer, position, head, head_dim]; NaN at the positions that the prompts did not show.
-        variance: Stacks of [layer, position, head]: variance over the prompts (n - 1 below), averaged over the head's
+        mean: By stage, [layer, position, head, head_dim]; NaN at the positions that the prompts did not show.
+        variance: By stage, [layer, position, head]: variance over the prompts (n - 1 below), averaged over the head's
             dimensions; None for a vector that arithmetic made.
         count: Number of prompts.
-        fingerprint: The model and the layout that it belongs to.
+        fingerprint: The model and the layout that it belongs to (see `stages.fingerprint`).
     """
 
     task: str
-    mean: Stacks
-    variance: Stacks | None
+    mean: ByStage
+    variance: ByStage | None
     count: int
     fingerprint: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", ByStage(self.mean))
+        object.__setattr__(self, "variance", None if self.variance is None else ByStage(self.variance))
+
     @cached_property
-    def present(self) -> Stacks:
-        """Stacks of bool [position]: the positions that are not absent."""
+    def present(self) -> ByStage:
+        """By stage, bool [position]: the positions that are not absent."""
         return self.mean.map(lambda mean: ~mean[0, :, 0, 0].isnan())
 
     def to(self, *args: Any, **kwargs: Any) -> TaskVector:
         """Move or cast, as `torch.Tensor.to` does."""
         mean, variance = (
-            stacks and stacks.map(lambda x: x.to(*args, **kwargs)) for stacks in (self.mean, self.variance)
+            values and values.map(lambda x: x.to(*args, **kwargs)) for values in (self.mean, self.variance)
         )
         return replace(self, mean=mean, variance=variance)
 
@@ -158,13 +105,13 @@ class TaskVector:
         return -1 * self
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{stack} {list(mean.shape)}" for stack, mean in self.mean._asdict().items())
+        shapes = ", ".join(f"{stage} {list(mean.shape)}" for stage, mean in self.mean.items())
         return f"TaskVector({self.task!r} of {self.count} prompts: {shapes})"
 
     def _combine(self, other: TaskVector, sign: str, function: Callable) -> TaskVector:
         if not isinstance(other, TaskVector):
             return NotImplemented
-        refuse(f"the vector of {other.task!r}", other.fingerprint, f"that of {self.task!r}", self.fingerprint)
+        check_compatible(f"the vector of {other.task!r}", other.fingerprint, f"that of {self.task!r}", self.fingerprint)
         return TaskVector(
             f"{self.task} {sign} {other.task}",
             self.mean.map(function, other.mean),
@@ -174,11 +121,11 @@ class TaskVector:
         )
 
 
-def zero_vector(model: Any) -> TaskVector:
+def zero_vector(model: InContextModel) -> TaskVector:
     """Zeros at every position, whatever the layout: what ablation by zero patches in."""
-    places = _module(model).config.layout.num_positions
-    mean = sizes(model).map(lambda size: torch.zeros(size.layers, places, size.heads, size.head_dim))
-    return TaskVector("zero", mean, None, 0, fingerprint(model))
+    places = model.layout.num_positions
+    mean = {stage.name: torch.zeros(stage.layers, places, stage.heads, stage.head_dim) for stage in model.stages}
+    return TaskVector("zero", mean, None, 0, geometry(model))
 
 
 class TaskVectors(Mapping[str, TaskVector]):
@@ -196,7 +143,8 @@ class TaskVectors(Mapping[str, TaskVector]):
             raise ValueError("there are no task vectors; give at least one.")
         first, *others = vectors.values()
         for other in others:
-            refuse(f"the vector of {other.task!r}", other.fingerprint, f"that of {first.task!r}", first.fingerprint)
+            owner = f"that of {first.task!r}"
+            check_compatible(f"the vector of {other.task!r}", other.fingerprint, owner, first.fingerprint)
         self._vectors = dict(vectors)
 
     def __getitem__(self, task: str) -> TaskVector:
@@ -224,7 +172,7 @@ class TaskVectors(Mapping[str, TaskVector]):
     @classmethod
     def collect(
         cls,
-        model: Any,
+        model: InContextModel,
         prompts: Mapping[str, VisualPrompt],
         *,
         batch_size: int = 32,
@@ -237,7 +185,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         batch size does not show in them, and kept in float32.
 
         Args:
-            model: A MAEVQGAN, on its device and in its dtype.
+            model: The model, on its device and in its dtype.
             prompts: Task name → prompts, one or more of each and all of one layout.
             batch_size: Rows a trace.
             resume: A file for the state, written every few seconds; a run that finds it goes on where it stopped.
@@ -248,9 +196,9 @@ class TaskVectors(Mapping[str, TaskVector]):
                 or `resume` is of other prompts or another model.
         """
         layout = _shared_layout(prompts)
-        device = ready(model)
-        facts = fingerprint(model, layout)
-        found = _read_state(resume, facts, prompts) if resume else {}
+        device = device_of(model)
+        owner = fingerprint(model, layout)
+        found = _read_state(resume, owner, prompts) if resume else {}
         saved = time.monotonic()
         total, done = sum(map(len, prompts.values())), sum(moments.count for moments in found.values())
         with tqdm(total=total, initial=done, desc="collecting", unit="prompt", disable=not progress) as bar:
@@ -262,22 +210,22 @@ class TaskVectors(Mapping[str, TaskVector]):
                     found[task] = _merge(found[task], new) if task in found else new
                     bar.update(len(batch))
                     if resume and time.monotonic() - saved > SAVE_EVERY:
-                        _write_state(resume, found, facts, prompts)
+                        _write_state(resume, found, owner, prompts)
                         saved = time.monotonic()
         if resume:
-            _write_state(resume, found, facts, prompts)
-        return cls({task: found[task].vector(task, facts) for task in prompts})
+            _write_state(resume, found, owner, prompts)
+        return cls({task: found[task].vector(task, owner) for task in prompts})
 
-    def score(self, over: str | None = None) -> Stacks:
+    def score(self, over: str | None = None) -> ByStage:
         """How well a head tells the tasks apart: the variance of the tasks' means over the mean variance within a task,
         both averaged over the head's dimensions (ECCV 2024, §4.2).
 
         Args:
-            over: None for Stacks of [layer, head, position]; "position" sums both variances over the positions first,
+            over: None for [layer, head, position]; "position" sums both variances over the positions first,
                 for [layer, head]; "head" over the heads, for [layer, position].
 
         Returns:
-            Ratios; NaN at the positions that some task lacks, 0 where nothing varies.
+            Ratios by stage; NaN at the positions that some task lacks, 0 where nothing varies.
 
         Raises:
             ValueError: with fewer than two tasks, or a task of fewer than two prompts.
@@ -301,92 +249,121 @@ class TaskVectors(Mapping[str, TaskVector]):
             scores = torch.where(between > 0, between / within, 0.0).masked_fill(absent, torch.nan).float()
             return scores if over else rearrange(scores, "layer position head -> layer head position")
 
-        means, variances = zip(*[(vector.mean, vector.variance) for vector in self.values()])
-        return Stacks(*map(ratio, zip(*means), zip(*variances)))
+        vectors, scores = list(self.values()), ByStage()
+        for stage in vectors[0].mean:
+            scores[stage] = ratio([v.mean[stage] for v in vectors], [v.variance[stage] for v in vectors])
+        return scores
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the positions that are present, in float32, with counts and fingerprint."""
         tensors = {}
         for name, vector in self.items():
-            for stack, present in vector.present._asdict().items():
-                tensors[f"{name}/{stack}/present"] = present
-                for field in ("mean", "variance"):
-                    if stacks := getattr(vector, field):
-                        tensors[f"{name}/{stack}/{field}"] = getattr(stacks, stack)[:, present].float()
-        facts = {"counts": {name: vector.count for name, vector in self.items()}}
-        write_tensors(path, "task vectors", tensors, facts | {"fingerprint": next(iter(self.values())).fingerprint})
+            for stage, present in vector.present.items():
+                tensors[f"{name}/{stage}/present"] = present
+                for field in FIELDS:
+                    if values := getattr(vector, field):
+                        tensors[f"{name}/{stage}/{field}"] = values[stage][:, present].float()
+        counts = {name: vector.count for name, vector in self.items()}
+        owner = next(iter(self.values())).fingerprint
+        write_tensors(path, KIND, tensors, {"counts": counts, "fingerprint": owner})
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVectors:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError, ValueError: when there is no such file, it is incomplete, or it is something else.
+            FileNotFoundError, ValueError: when there is no such file, it is incomplete or damaged, or it is something
+                else.
+
+        Warns:
+            UserWarning: when version 0.1 wrote it, whose files tell little of the weights that they belong to.
         """
-        tensors, facts = read_tensors(path, "task vectors")
-
-        def stacks(name: str, field: str) -> Stacks | None:
-            if f"{name}/encoder/{field}" not in tensors:
-                return None
-            presents = (tensors[f"{name}/{stack}/present"] for stack in STACKS)
-            values = (tensors[f"{name}/{stack}/{field}"] for stack in STACKS)
-            return Stacks(*(scatter(v, p.nonzero()[:, 0], len(p)) for v, p in zip(values, presents)))
-
-        return cls(
-            {
-                name: TaskVector(name, stacks(name, "mean"), stacks(name, "variance"), count, facts["fingerprint"])
-                for name, count in facts["counts"].items()
+        tensors, metadata = read_tensors(path, KIND)
+        try:
+            owner = updated(metadata["fingerprint"])
+            vectors = {
+                name: TaskVector(name, *(_read_values(tensors, name, f, owner) for f in FIELDS), count, owner)
+                for name, count in metadata["counts"].items()
             }
-        )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} holds no whole task vectors: {reason}; collect them again.") from error
+        if "weights" not in owner and "mask token" in owner:
+            warnings.warn(
+                f"{path} was written by version 0.1 and tells eight numbers of the weights that it belongs to; whether "
+                "the model's other weights are the same cannot be checked. Collect again to be sure.",
+                stacklevel=2,
+            )
+        return cls(vectors)
+
+
+KIND = "task vectors"
+FIELDS = ("mean", "variance")
+
+
+def _read_values(
+    tensors: Mapping[str, torch.Tensor], task: str, field: str, owner: Mapping[str, Any]
+) -> ByStage | None:
+    """A field of a task's vector, by stage, from the tensors of a file; None for a variance that it does not have."""
+    stages, places, values = stages_of(owner), layout_of(owner).num_positions, ByStage()
+    if field == "variance" and f"{task}/{stages[0].name}/{field}" not in tensors:
+        return None
+    for stage in stages:
+        key = f"{task}/{stage.name}"
+        found, present = tensors[f"{key}/{field}"], tensors[f"{key}/present"]
+        sizes = (stage.heads, stage.head_dim)[: 2 if field == "mean" else 1]
+        expected = (stage.layers, int(present.sum()), *sizes)
+        if present.shape != (places,) or present.dtype != torch.bool or found.shape != expected:
+            raise ValueError(
+                f"{key}/{field} has shape {list(found.shape)} at {list(present.shape)} positions, not {list(expected)} "
+                f"at [{places}]"
+            )
+        if not found.isfinite().all():
+            raise ValueError(f"{key}/{field} holds numbers that are NaN or infinite")
+        values[stage.name] = scatter(found, present.nonzero()[:, 0], places)
+    return values
 
 
 class Moments(NamedTuple):
     """What `collect` keeps of some prompts, in float64, NaN where absent."""
 
     count: int
-    mean: Stacks
-    """Stacks of [layer, position, head, head_dim]."""
-    spread: Stacks
-    """Sums of squared distances to the mean, averaged over the head's dimensions: Stacks of [layer, position, head]."""
+    mean: ByStage
+    """By stage, [layer, position, head, head_dim]."""
+    spread: ByStage
+    """Sums of squared distances to the mean, averaged over the head's dimensions: by stage, [layer, position, head]."""
 
-    def vector(self, task: str, facts: dict[str, Any]) -> TaskVector:
+    def vector(self, task: str, owner: dict[str, Any]) -> TaskVector:
+        """The vector of a task, of the model and layout that a fingerprint tells of."""
         variance = self.spread.map(lambda spread: (spread / (self.count - 1)).float()) if self.count > 1 else None
-        return TaskVector(task, self.mean.map(torch.Tensor.float), variance, self.count, facts)
+        return TaskVector(task, self.mean.map(torch.Tensor.float), variance, self.count, owner)
 
 
-def measure(model: Any, prompts: VisualPrompt) -> Moments:
+def measure(model: InContextModel, prompts: VisualPrompt) -> Moments:
     """The moments of every head over one batch of prompts, in one trace.
 
     Raises:
         ValueError: naming the first layer and head whose activation is not finite.
     """
     with torch.no_grad(), model.trace(prompts):
-        encoder = [_moments(block.attn.heads) for block in model.encoder.blocks].save()
-        decoder = [_moments(block.attn.heads) for block in model.decoder.blocks].save()
+        found = {
+            stage.name: [_moments(model.attention(stage.name, layer).heads) for layer in range(stage.layers)]
+            for stage in model.stages
+        }.save()
     places = prompts.layout.num_positions
-    means, spreads = [], []
-    for name, layers, seen in zip(STACKS, (encoder, decoder), (prompts.visible, prompts.decoded)):
+    means, spreads = ByStage(), ByStage()
+    for name, layers in found.items():
         mean, spread = (torch.stack(parts).cpu() for parts in zip(*layers))
         bad = ~mean.isfinite().all(-1).all(1)
         if bad.any():
             layer, head = bad.nonzero()[0].tolist()
             raise ValueError(
-                f"{name}.blocks.{layer}.attn.heads[{head}] is not finite (NaN or infinite) on these prompts; check the "
-                "weights, or load the model in another dtype."
+                f"{attention_path(model, name, layer)}.heads[{head}] is not finite (NaN or infinite) on these prompts; "
+                "check the weights, or load the model in another dtype."
             )
-        means.append(scatter(mean, positions(seen).cpu(), places))
-        spreads.append(scatter(spread, positions(seen).cpu(), places))
-    return Moments(len(prompts), Stacks(*means), Stacks(*spreads))
-
-
-def ready(model: Any) -> torch.device:
-    """Load the model's weights if they are not, and say where prompts must go."""
-    model.dispatch()
-    return model._module.encoder.cls_token.device
-
-
-def _module(model: Any) -> Any:
-    return getattr(model, "_module", model)
+        seen = model.positions(name, prompts).cpu()
+        means[name], spreads[name] = scatter(mean, seen, places), scatter(spread, seen, places)
+    return Moments(len(prompts), means, spreads)
 
 
 def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -427,31 +404,32 @@ def _shared_layout(prompts: Mapping[str, VisualPrompt]) -> Layout:
     return rows.layout
 
 
-def _write_state(path: str | Path, found: dict[str, Moments], facts: dict, prompts: Mapping[str, VisualPrompt]) -> None:
+def _write_state(path: str | Path, found: dict[str, Moments], owner: dict, prompts: Mapping[str, VisualPrompt]) -> None:
     tensors = {
-        f"{task}/{field}/{stack}": values
+        f"{task}/{field}/{stage}": values
         for task, moments in found.items()
         for field in ("mean", "spread")
-        for stack, values in getattr(moments, field)._asdict().items()
+        for stage, values in getattr(moments, field).items()
     }
     counts = {task: moments.count for task, moments in found.items()}
     digests = {task: _digest(rows) for task, rows in prompts.items()}
-    write_tensors(path, "collection", tensors, {"counts": counts, "prompts": digests, "fingerprint": facts})
+    write_tensors(path, "collection", tensors, {"counts": counts, "prompts": digests, "fingerprint": owner})
 
 
-def _read_state(path: str | Path, facts: dict, prompts: Mapping[str, VisualPrompt]) -> dict[str, Moments]:
+def _read_state(path: str | Path, owner: dict, prompts: Mapping[str, VisualPrompt]) -> dict[str, Moments]:
     if not Path(path).exists():
         return {}
-    tensors, found = read_tensors(path, "collection")
-    refuse(f"the state in {path}", found["fingerprint"], "this model and layout", facts)
-    if found["prompts"] != {task: _digest(rows) for task, rows in prompts.items()}:
+    tensors, metadata = read_tensors(path, "collection")
+    check_compatible(f"the state in {path}", updated(metadata["fingerprint"]), "this model and layout", owner)
+    if metadata["prompts"] != {task: _digest(rows) for task, rows in prompts.items()}:
         raise ValueError(f"the state in {path} is of other prompts; remove it, or name another file.")
 
-    def stacks(task: str, field: str) -> Stacks:
-        return Stacks(*(tensors[f"{task}/{field}/{stack}"] for stack in STACKS))
+    def by_stage(task: str, field: str) -> ByStage:
+        return ByStage({stage: tensors[f"{task}/{field}/{stage}"] for stage in owner["stages"]})
 
     return {
-        task: Moments(count, stacks(task, "mean"), stacks(task, "spread")) for task, count in found["counts"].items()
+        task: Moments(count, by_stage(task, "mean"), by_stage(task, "spread"))
+        for task, count in metadata["counts"].items()
     }
 
 

@@ -4,27 +4,34 @@
     >>> choices = torch.rand(64, len(space)) < 0.3                     # 64 sets
     >>> objective(choices, objective.train[:1].expand(64))             # each on the first training prompt: [64]
 
-A batch holds a set of its own for every row and runs in one trace. What does not change is computed once: the codes of
-the truth, the prompts and the vector on the model's device. With loss="tokens" the VQGAN has no part in it.
+A batch holds a set of its own for every row and runs in one trace. What does not change is computed once: what the loss
+compares with, the prompts and the vector on the model's device. Unless loss="pixels", no answer is painted.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, reduce
 
-from vtv_nnsight import metrics
+from vtv_nnsight.models.interface import InContextModel, Loss
 from vtv_nnsight.patches import PatchSpace, patch
 from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.search.holdout import hold_out
+from vtv_nnsight.stages import device_of, fingerprint
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import TaskVector, ready
+from vtv_nnsight.vectors import TaskVector
 
-LOSSES = ("tokens", "pixels")
+PIXELS = "pixels"
+"""The name of the task's own loss of the painted answer, which every model has beside its `losses`."""
+
+LOSSES = ("tokens", PIXELS)
+"""The losses of MAE-VQGAN. Those of any model are its `losses` and "pixels"."""
 
 
 class Objective:
@@ -35,40 +42,51 @@ class Objective:
     `torchrun --nproc-per-node 2`: accelerate's own `--cpu` starts several under MPI alone.)
 
     Args:
-        model: A MAEVQGAN, on its device and in its dtype.
+        model: The model, on its device and in its dtype.
         vector, task, prompts: What to patch in, how answers are scored, and prompts with the truth in their output cell
             (`query_only()` for zero-shot). Lists of all three look for one set that serves several tasks.
         space: The units.
-        loss: "tokens" is the mean cross-entropy of the output's logits against the tokenizer's codes of the truth;
-            "pixels" is the task's own loss of the decoded answer, as published.
-        batch_size: Rows a trace; halved when memory runs out. None: 16 on a CPU, 256 elsewhere.
-        held_out: The share of the prompts that is held out, or prompts of their own (a list, for several tasks).
+        loss: The name of one of the model's `losses`, by default its first (of MAE-VQGAN "tokens", the mean
+            cross-entropy of the output's logits against the tokenizer's codes of the truth); or "pixels", the task's
+            own loss of the painted answer, as published.
+        batch_size: Rows of a trace; halved when memory runs out. None: 16 on a CPU, 256 elsewhere.
+        held_out: The share of the prompts that is held out, so that they share no picture with the others (see
+            `holdout.split_prompts`), or prompts of their own (a list, for several tasks).
         seed: Of the split.
 
     Attributes:
+        model, space, loss, batch_size: Those given.
+        tasks: The task or tasks, as a list.
+        vectors: The vector or vectors on the model's device, as a list.
+        prompts: All prompts on the model's device, task by task, those to train on first.
         train, held_out: LongTensors of prompt numbers, tasks taking turns.
         group: LongTensor [prompt], the number of each prompt's task.
+        differentiable: Whether `gradient` can be asked.
         evaluations: Patched evaluations made, one set on one prompt each, gradients included.
 
     Raises:
-        ValueError: when vectors, tasks and prompts are not as many, or no prompts are left to train or hold out.
+        ValueError: when the model has no such loss, vectors, tasks and prompts are not as many, or no prompts are left
+            to train or hold out.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: InContextModel,
         vector: TaskVector | Sequence[TaskVector],
         task: Task | Sequence[Task],
         prompts: VisualPrompt | Sequence[VisualPrompt],
         space: PatchSpace,
         *,
-        loss: str = "tokens",
+        loss: str | None = None,
         batch_size: int | None = None,
         held_out: float | VisualPrompt | Sequence[VisualPrompt] = 0.25,
         seed: int = 0,
     ) -> None:
-        if loss not in LOSSES:
-            raise ValueError(f"loss={loss!r} is unknown; choose from {', '.join(LOSSES)}.")
+        known = {own.name: own for own in model.losses} | {PIXELS: None}
+        loss = loss or next(iter(known))
+        if loss not in known:
+            raise ValueError(f"loss={loss!r} is unknown; choose from {', '.join(known)}, the losses of this model.")
+        self._loss: Loss | None = known[loss]
         vectors, self.tasks, groups = _listed(vector), _listed(task), _listed(prompts)
         apart = _listed(held_out) if not isinstance(held_out, (int, float)) else [held_out] * len(groups)
         counts = [len(part) for part in (vectors, self.tasks, groups, apart)]
@@ -76,23 +94,30 @@ class Objective:
             names = ("vectors", "tasks", "prompts", "held_out")
             given = ", ".join(f"{count} {name}" for count, name in zip(counts, names))
             raise ValueError(f"{given} were given; give one of each, or as many of each.")
-        device = ready(model)
+        device = device_of(model)
         self.model, self.space, self.loss = model, space, loss
         self.batch_size = batch_size or (16 if device.type == "cpu" else 256)
         if self.batch_size < 1:
             raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
         self._fits = self.batch_size
         self.vectors = [v.to(device) for v in vectors]
-        parts = [_split(rows, part, seed) for rows, part in zip(groups, apart)]
+        parts = hold_out(groups, held_out if isinstance(held_out, (int, float)) else apart, seed)
         self.prompts = VisualPrompt.cat([rows for pair in parts for rows in pair]).to(device)
         sizes = torch.tensor([[len(rows) for rows in pair] for pair in parts])
         self.group = torch.arange(len(parts)).repeat_interleave(sizes.sum(1))
         numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
         self.evaluations = 0
-        self._output = self.prompts.layout.regions["output"].to(device)
-        self._truth = self._codes() if loss == "tokens" else crop(self.prompts.canvas, "output", self.prompts.layout)
-        self._logits = self.prompts.layout.index(self.prompts.decoded, self._output)
+        if self._loss:
+            with torch.no_grad():
+                self._truth = torch.cat([model.truth(batch) for batch in self.prompts.split(self.batch_size)])
+        else:
+            self._truth = self.prompts.region("output")
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the loss has a gradient."""
+        return self._loss is not None and self._loss.differentiable
 
     @property
     def stride(self) -> int:
@@ -101,17 +126,18 @@ class Objective:
         return self.batch_size * batches
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What the losses depend on, in words and digests."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What the losses depend on, in words and digests (JSON values)."""
         digest = hashlib.blake2b(digest_size=8)
-        means = [mean for vector in self.vectors for mean in vector.mean]
+        means = [mean for vector in self.vectors for mean in vector.mean.values()]
         for tensor in (self.prompts.canvas, self.prompts.visible, self.prompts.decoded, self.train, *means):
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
         return {
             "loss": self.loss,
             "tasks": [task.name for task in self.tasks],
             "prompts": f"{len(self.train)} + {len(self.held_out)} held out",
-            "dtype": str(self.model._module.dtype),
+            "dtype": str(next(self.model.parameters()).dtype),
+            "model": fingerprint(self.model),
             "data": digest.hexdigest(),
             "space": self.space.fingerprint,
         }
@@ -141,10 +167,11 @@ class Objective:
             Float64 losses [row] and gradients [row, unit], on the CPU.
 
         Raises:
-            ValueError: with loss="pixels", whose arg-max has no gradient.
+            ValueError: when the loss has no gradient, as "pixels" has none.
         """
-        if self.loss != "tokens":
-            raise ValueError(f'loss={self.loss!r} has no gradient (its codes are an arg-max); use loss="tokens".')
+        if not self.differentiable:
+            others = ", ".join(f'loss="{own.name}"' for own in self.model.losses if own.differentiable)
+            raise ValueError(f"loss={self.loss!r} has no gradient; use {others or 'a search that needs no gradient'}.")
 
         def batch_gradient(batch: torch.Tensor) -> torch.Tensor:
             own = gates[batch].to(self._truth.device, torch.float32).requires_grad_()
@@ -169,10 +196,11 @@ class Objective:
         return values
 
     def _batches(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Row numbers of at most `batch_size` rows of one task."""
-        groups = self.group[rows]
-        for group in groups.unique():
-            yield from (groups == group).nonzero()[:, 0].split(self.batch_size)
+        """Row numbers of at most `batch_size` rows of one task, the same however many processes share them."""
+        for part in torch.arange(len(rows)).split(self.batch_size * len(self.tasks)):
+            groups = self.group[rows[part]]
+            for group in groups.unique():
+                yield from part[groups == group].split(self.batch_size)
 
     def _fitting(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         """`function` of a batch, in parts that fit into memory."""
@@ -191,56 +219,25 @@ class Objective:
         device, task = self._truth.device, int(self.group[rows[0]])
         rows = rows.to(device)
         prompts, truth = self.prompts[rows], self._truth[rows]
-        mask = self.space.mask(choices.to(device))
-        logits = self._trace(prompts, self.vectors[task], mask)
-        if self.loss == "tokens":
-            return metrics.token_loss(logits, truth)
-        inputs = prompts.canvas, prompts.visible, prompts.decoded
-        drawn = self.model._module.paint(logits.argmax(-1), *inputs)
-        return self.tasks[task].loss(crop(drawn, "output", prompts.layout), truth)
-
-    def _trace(self, prompts: VisualPrompt, vector: TaskVector, mask: Any) -> torch.Tensor:
-        """Logits [row, patch, code]: of the output's patches for "tokens", else of all that are decoded."""
-        model, kept = self.model, torch.cat([self._logits.new_zeros(1), self._logits])
-        with model.trace(prompts):
-            patch(model, vector, mask)
-            if self.loss == "tokens":
-                model.decoder.norm.output = model.decoder.norm.output[:, kept]
-            logits = model.output.logits.save()
-        return logits
-
-    def _codes(self) -> torch.Tensor:
-        """The tokenizer's codes of the truth, [prompt, output patch]."""
-        vqgan = self.model._module.vqgan
-        dtype = vqgan.codebook.weight.dtype
-        with torch.no_grad():
-            codes = [vqgan.encode(batch.canvas.to(dtype)) for batch in self.prompts.split(self.batch_size)]
-        return torch.cat(codes)[:, self._output]
+        mask, answered = self.space.mask(choices.to(device)), prompts
+        with self.model.trace(prompts):
+            patch(self.model, self.vectors[task], mask)
+            if self._loss:
+                answered = self.model.narrow(prompts).save()
+            output = self.model.output.save()
+        if self._loss:
+            return self._loss.value(output, answered, truth)
+        return self.tasks[task].loss(crop(self.model.paint(output, prompts), "output", prompts.layout), truth)
 
 
 def processes() -> PartialState:
     """The processes that a launcher started, and which this is. Accelerate looks for CPU processes only if told to."""
-    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=timedelta(hours=12))  # one may wait long for what another does alone
 
 
 def _listed(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _split(prompts: VisualPrompt, held_out: float | VisualPrompt, seed: int) -> tuple[VisualPrompt, VisualPrompt]:
-    """Prompts to train on and prompts to judge by."""
-    if isinstance(held_out, VisualPrompt):
-        parts = prompts, held_out
-    else:
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).to(prompts.device)
-        count = max(1, round(held_out * len(prompts)))
-        parts = prompts[order[count:]], prompts[order[:count]]
-    if not all(map(len, parts)):
-        raise ValueError(
-            f"{len(prompts)} prompts and held_out={held_out!r} leave {len(parts[0])} to train on and {len(parts[1])} "
-            "held out; give more prompts."
-        )
-    return parts
 
 
 def _in_turn(numbers: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,16 @@ from typing import Any
 import torch
 from nnsight.intervention.envoy import Envoy, eproperty
 
+from vtv_nnsight import metrics
+from vtv_nnsight.layouts import token_index
 from vtv_nnsight.models.envoys import EagerProperty, StackEnvoy, editable, heads_of
+from vtv_nnsight.models.interface import Loss
+from vtv_nnsight.models.mae import MaskedAutoencoder
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
-from vtv_nnsight.models.mae_vqgan.network import Decoder, Encoder, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan.network import Decoder, Encoder, MAEVQGANModel, MAEVQGANOutput
 from vtv_nnsight.models.mae_vqgan.vit import Attention
 from vtv_nnsight.models.traceable import CanvasModel, pick
+from vtv_nnsight.prompts import VisualPrompt
 
 
 class AttentionEnvoy(Envoy):
@@ -42,7 +48,7 @@ class AttentionEnvoy(Envoy):
         return edited
 
 
-class MAEVQGAN(CanvasModel):
+class MAEVQGAN(CanvasModel, MaskedAutoencoder):
     """A MAE-VQGAN that can be traced.
 
     The names that lead to its parts:
@@ -109,6 +115,46 @@ class MAEVQGAN(CanvasModel):
             envoys = {Attention: AttentionEnvoy, Encoder: StackEnvoy, Decoder: StackEnvoy, **envoys}
         super().__init__(source, revision=revision, envoys=envoys, **kwargs)
 
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """ "tokens": the mean cross-entropy of the output's logits against the tokenizer's codes of the truth."""
+        return (Loss("tokens", _token_loss),)
+
+    def truth(self, prompts: VisualPrompt) -> torch.Tensor:
+        """The tokenizer's codes of the truth: LongTensor [batch, output patch]."""
+        output = prompts.layout.regions["output"].to(prompts.device)
+        prompts.layout.index(prompts.decoded, output)
+        return self._codes(prompts)[:, output]
+
+    def paint(self, output: MAEVQGANOutput, prompts: VisualPrompt) -> torch.Tensor:
+        """The VQGAN's picture of the arg-max codes at the hidden patches: [batch, 3, height, width] in [0, 1]."""
+        return self._module.paint(output.logits.argmax(-1), prompts.canvas, prompts.visible, prompts.decoded)
+
+    def ceiling(self, prompts: VisualPrompt) -> torch.Tensor:
+        """The tokenizer's own pictures of the canvases: [batch, 3, height, width] in [0, 1]."""
+        everything = prompts.layout.all_patches.to(prompts.device)
+        return self._module.paint(self._codes(prompts), prompts.canvas, everything, everything, paste=False)
+
+    def identity(self) -> dict[str, Any]:
+        """Its kind, and eight numbers of the mask token, which is what version 0.1 kept of the weights."""
+        token = self._module.decoder.mask_token.detach()
+        if token.is_meta or type(token) not in (torch.Tensor, torch.nn.Parameter):
+            return {"model": "MAEVQGAN"}
+        return {"model": "MAEVQGAN", "mask token": token.flatten()[:8].float().tolist()}
+
+    def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
+        """Compute the logits of the output's patches alone."""
+        output = prompts.layout.regions["output"].to(prompts.device)
+        kept = token_index(prompts.decoded, output)
+        self.decoder.norm.output = self.decoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
+        return prompts._with(decoded=output)
+
+    @torch.no_grad()
+    def _codes(self, prompts: VisualPrompt) -> torch.Tensor:
+        """The tokenizer's codes of canvases, LongTensor [batch, patch]."""
+        vqgan = self._module.vqgan
+        return vqgan.encode(prompts.canvas.to(vqgan.codebook.weight.dtype)).to(prompts.device)
+
     def _load_meta(self, source: str, vqgan: Any = None, **kwargs: Any) -> torch.nn.Module:
         config = self._read_config(source, vqgan, **kwargs)
         chosen = pick(kwargs, "dtype", "attn_implementation")
@@ -145,6 +191,12 @@ class MAEVQGAN(CanvasModel):
         if vqgan is not None:
             raise ValueError(_STRAY_VQGAN.format(repr(source)))
         return super()._read_config(_folder(source), **kwargs)
+
+
+def _token_loss(output: MAEVQGANOutput, prompts: VisualPrompt, codes: torch.Tensor) -> torch.Tensor:
+    """Losses [batch] of logits against the codes of the truth [batch, output patch]."""
+    patches = prompts.layout.regions["output"].to(prompts.device)
+    return metrics.token_loss(output.logits[:, token_index(prompts.decoded, patches) - 1], codes)
 
 
 _STRAY_VQGAN = "vqgan= is the tokenizer of a published checkpoint file; {} has its own."

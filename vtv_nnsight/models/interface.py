@@ -1,0 +1,166 @@
+"""What the rest of the package may ask of a model, and nothing else: `vectors`, `patches`, `search`, `evaluation`,
+`clusters`, reports and plots know no model but through `InContextModel`.
+
+A model of your own subclasses it beside one of nnsight's (`NNsight`, `HuggingFaceModel`), so that `trace` takes a
+`VisualPrompt` and `model.output` is what the network gives; then everything works on it: collecting, scoring,
+searching, patching, evaluating. `docs/your_model.md` is a complete example.
+
+A *position* is a place of the canvas, whatever the prompt shows and in whatever order: 0 is CLS, and 1 + i is patch i
+of the layout (see `layouts`). A *stage* is a run of layers that share their heads and see the same positions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtv_nnsight.layouts import Layout, place_names
+from vtv_nnsight.prompts import VisualPrompt
+
+GRANULARITIES = ("head", "quadrant", "token")
+"""How fine units are: a head at all its tokens, at a region of the canvas, or at one token."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers that have the same heads and see the same positions.
+
+    Args:
+        name: Its name, such as "encoder": the key of values by stage.
+        layers: Number of layers.
+        heads: Attention heads of each layer.
+        head_dim: Width of a head.
+        streams: Rows of the network's own tensors for each row of a batch: 2 where image and target run side by side.
+    """
+
+    name: str
+    layers: int
+    heads: int
+    head_dim: int
+    streams: int = 1
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How far an answer is from the truth, as the model itself was trained to see it.
+
+    Args:
+        name: Its name, such as "tokens". Not "pixels": that is the task's own loss of the painted answer, which every
+            model has.
+        value: `value(output, prompts, truth)` → losses [batch], of the network's output, the prompts that it answers
+            and what `truth` gives of them.
+        differentiable: Whether gradients flow from it into the network, as gates and attribution need.
+    """
+
+    name: str
+    value: Callable[[Any, VisualPrompt, torch.Tensor], torch.Tensor]
+    differentiable: bool = True
+
+
+class InContextModel(ABC):
+    """A traceable model that completes visual prompts.
+
+    Beside what is below it is an nnsight model: `trace`, `edit`, `output`, `state_dict`, `parameters`. Its input is a
+    VisualPrompt, one or one for each invoke, and each invoke sees its own rows only.
+    """
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """The layout of its canvas, with one example."""
+
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[Stage, ...]:
+        """Its stages, in the order in which they run. Known before the weights are loaded."""
+
+    @property
+    @abstractmethod
+    def losses(self) -> tuple[Loss, ...]:
+        """The losses that it was trained with, the default first; none for a model whose only loss is the task's own of
+        the painted answer."""
+
+    @abstractmethod
+    def attention(self, stage: str, layer: int) -> Any:
+        """The envoy of a layer's attention, 0 being the stage's first layer. Its `heads` are the outputs of the heads
+        before the output projection, [batch, token, head, head_dim], readable and writable inside a trace, with tokens
+        at `positions`; its `path` names it for people."""
+
+    @abstractmethod
+    def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
+        """The position of every token of a stage: LongTensor [token]; inside a trace whose rows were given patches of
+        their own, [batch, token].
+
+        Args:
+            stage: Its name.
+            prompts: Of these prompts; None, inside a trace, of what is running. It is then asked once a stage, before
+                the first of the stage's heads.
+        """
+
+    @abstractmethod
+    def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
+        """The places of a stage that units are made of: name → LongTensor of positions that are patched together.
+
+        Only places that a query-only prompt shows; for "head", one group of all that any prompt shows.
+        `group_positions` makes it of a model's regions.
+
+        Args:
+            stage: Its name.
+            granularity: One of `GRANULARITIES`.
+            layout: The layout of the prompts; the model's own by default.
+
+        Raises:
+            ValueError: when the granularity is unknown.
+        """
+
+    @abstractmethod
+    def truth(self, prompts: VisualPrompt) -> torch.Tensor:
+        """What `losses` compare an output with, of prompts whose output cells hold the truth: [batch, …]. It is
+        computed once and kept."""
+
+    @abstractmethod
+    def paint(self, output: Any, prompts: VisualPrompt) -> torch.Tensor:
+        """The completed canvases that the network's output stands for: [batch, 3, height, width] in [0, 1], on the
+        canvas's device, without gradients."""
+
+    def ceiling(self, prompts: VisualPrompt) -> torch.Tensor | None:
+        """The best canvases that the model could paint, knowing the truth, such as its tokenizer's own pictures of
+        them: [batch, 3, height, width] in [0, 1]. None where nothing bounds it."""
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from other models beside stages, canvas and weights, as JSON values: its kind, and settings
+        that a vector depends on."""
+        return {"model": type(self).__name__}
+
+    def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
+        """Inside a trace, after all edits: leave out the part of the output that `losses` do not read, to save time.
+
+        Returns:
+            Prompts that say what the output answers now: those given, where nothing was left out.
+        """
+        return prompts
+
+
+def group_positions(
+    granularity: str, everywhere: torch.Tensor, regions: Mapping[str, torch.Tensor], tokens: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Groups of a stage's positions, for `InContextModel.groups`.
+
+    Args:
+        granularity: One of `GRANULARITIES`.
+        everywhere: The positions that any prompt shows: the group of "head".
+        regions: Name → positions: the groups of "quadrant".
+        tokens: The positions that a query-only prompt shows: a group each for "token".
+    """
+    if granularity == "head":
+        return {"all tokens": everywhere}
+    if granularity == "quadrant":
+        return dict(regions)
+    if granularity == "token":
+        return dict(zip(place_names(tokens), tokens[:, None]))
+    raise ValueError(f"granularity={granularity!r} is unknown; choose from {', '.join(GRANULARITIES)}.")

@@ -1,0 +1,58 @@
+"""What masked autoencoders have in common: an encoder of the visible patches, and a decoder of all that are decoded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vtv_nnsight.layouts import CLS, Layout, positions
+from vtv_nnsight.models.interface import InContextModel, Stage, group_positions
+from vtv_nnsight.prompts import VisualPrompt
+
+
+class MaskedAutoencoder(InContextModel):
+    """A model of two stages: "encoder" sees CLS and the visible patches, "decoder" CLS and the decoded patches. The
+    config has the names of transformers' ViTMAEConfig."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Encoder and decoder."""
+        config = self._module.config
+        return tuple(
+            Stage(name, layers, heads, width // heads)
+            for name, layers, heads, width in (
+                ("encoder", config.num_hidden_layers, config.num_attention_heads, config.hidden_size),
+                (
+                    "decoder",
+                    config.decoder_num_hidden_layers,
+                    config.decoder_num_attention_heads,
+                    config.decoder_hidden_size,
+                ),
+            )
+        )
+
+    def attention(self, stage: str, layer: int) -> Any:
+        """The attention of a block: `encoder.blocks[layer].attn`."""
+        return getattr(self, stage).blocks[layer].attn
+
+    def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
+        """CLS, then the patches that the stage sees, in the prompt's order: LongTensor [token]."""
+        if prompts is None:
+            return getattr(self, stage).positions
+        return positions(prompts.visible if stage == "encoder" else prompts.decoded)
+
+    def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
+        """As *Finding Visual Task Vectors* has them (ECCV 2024, §4.3): by quadrant, CLS and query of the encoder, CLS,
+        query and output of the decoder."""
+        return groups(stage, granularity, layout or self.layout)
+
+
+def groups(stage: str, granularity: str, layout: Layout) -> dict[str, torch.Tensor]:
+    """The groups of positions of a masked autoencoder's stage."""
+    names, shown = {
+        "encoder": (("query",), layout.regions["query"]),
+        "decoder": (("query", "output"), layout.query_band),
+    }[stage]
+    regions = {"cls": torch.tensor([CLS])} | {name: positions(layout.regions[name])[1:] for name in names}
+    return group_positions(granularity, positions(layout.all_patches), regions, positions(shown))

@@ -1,0 +1,182 @@
+"""Values by stage, and what fits what: the fingerprints of models, vectors and sets of units.
+
+A model's heads belong to its stages (see `models.interface`): "encoder" and "decoder" of MAE-VQGAN. What there is one
+of for each stage is a `ByStage`, a dict whose keys are the stages' names.
+
+A fingerprint is a dict of JSON values that must agree before one thing is used with another: the heads of every stage,
+the canvas, the kind of model and its weights. Two of them are compared in what both tell.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import xxhash
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.interface import InContextModel, Stage
+
+
+class ByStage(dict[str, Any]):
+    """Name of a stage → its value."""
+
+    def map(self, function: Callable, *others: Mapping[str, Any]) -> ByStage:
+        """`function` of each stage's value, beside those of `others`."""
+        return ByStage({name: function(value, *(other[name] for other in others)) for name, value in self.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self:
+            raise AttributeError(f"there is no stage {name!r}; there is {', '.join(self)}.")
+        warnings.warn(f'.{name} is deprecated; write ["{name}"].', DeprecationWarning, stacklevel=2)
+        return self[name]
+
+
+def fingerprint(model: InContextModel, layout: Layout | None = None, *, cached: bool = False) -> dict[str, Any]:
+    """What must agree before a vector or a set of units is used with a model.
+
+    Weights are told by two digests, of all that `state_dict` holds rounded to bfloat16 and rounded to float16, and are
+    the same if either agrees: so a model's copies in float32 and bfloat16, or in float32 and float16, on any device and
+    from any file, are one model. A change is noticed when it shows in a single number at bfloat16's precision: one of a
+    part in 128 always does, a smaller one when it crosses a rounding boundary, as that of a whole matrix does in many
+    places. Lazy weights have no fingerprint before they are loaded.
+
+    Args:
+        model: The model.
+        layout: Also tell the order and the examples of this layout.
+        cached: Take the digests that were made before, unless a parameter has been written to, moved or dropped since.
+            Writes into `parameter.data` are not seen.
+    """
+    return geometry(model, layout) | _weights(model, cached)
+
+
+def geometry(model: InContextModel, layout: Layout | None = None) -> dict[str, Any]:
+    """The fingerprint without the weights."""
+    found: dict[str, Any] = {"stages": [stage.name for stage in model.stages]}
+    for stage in model.stages:
+        sizes = asdict(stage)
+        del sizes["name"]
+        found |= {f"{stage.name} {name}": value for name, value in sizes.items()}
+    own = asdict(layout or model.layout)
+    return found | (own if layout else {name: own[name] for name in ("canvas_size", "patch_size")}) | model.identity()
+
+
+def stages_of(found: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages that a fingerprint tells of."""
+    sizes = ("layers", "heads", "head_dim")
+    return tuple(
+        Stage(name, *(found[f"{name} {size}"] for size in sizes), found[f"{name} streams"]) for name in found["stages"]
+    )
+
+
+def layout_of(found: Mapping[str, Any]) -> Layout:
+    """The layout that a fingerprint tells of; where it tells a canvas only, one with the other settings' defaults."""
+    return Layout(**{name: found[name] for name in Layout.__dataclass_fields__ if name in found})
+
+
+def updated(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprint that a file holds, with what went without saying in files of version 0.1: all were of MAE-VQGAN,
+    and told the weights by eight numbers of the mask token."""
+    if "stages" in found:
+        return dict(found)
+    stages = ["encoder", "decoder"]
+    new = {"stages": stages, "model": "MAEVQGAN"} | found | {f"{name} streams": 1 for name in stages}
+    if "order" in new:
+        new.setdefault("gap", None)
+    if "weights" in new:
+        new["mask token"] = new.pop("weights")
+    return new
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """What two fingerprints say differently, of what both tell."""
+    both = [name for name in expected if name in found]
+    if "weights" in both:
+        both = [name for name in both if name != "mask token"]
+    differ = [name for name in both if not _agree(name, found[name], expected[name])]
+    return [
+        "other weights" if name in ("weights", "mask token") else f"{name} {found[name]!r}, not {expected[name]!r}"
+        for name in differ
+    ]
+
+
+def check_compatible(what: str, found: Mapping[str, Any], owner: str, expected: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the differences of two fingerprints, where there are any."""
+    if differ := differences(found, expected):
+        raise ValueError(f"{what} does not fit {owner}: it has {'; '.join(differ)}.")
+
+
+def device_of(model: InContextModel) -> torch.device:
+    """Where prompts must go. Loads the weights if they are not loaded yet."""
+    if hasattr(model, "dispatch"):
+        model.dispatch()
+    return next(model.parameters()).device
+
+
+def attention_path(model: InContextModel, stage: str, layer: int) -> str:
+    """The name of an attention layer as users type it, such as "encoder.blocks.3.attn"."""
+    return model.attention(stage, layer).path.removeprefix("model.")
+
+
+def _agree(name: str, found: Any, expected: Any) -> bool:
+    if name == "mask token":
+        a, b = torch.tensor(found), torch.tensor(expected)
+        return bool((a - b).norm() <= 0.02 * b.norm())
+    if name != "weights":
+        return found == expected
+    if any(found[dtype] == expected[dtype] for dtype in _ROUNDED):
+        return True
+    if {found["dtype"], expected["dtype"]} == set(_ROUNDED):
+        warnings.warn(
+            "weights in bfloat16 are compared with weights in float16, and whether they were the same before they were "
+            "rounded cannot be told; load one of the two models in float32 to be sure.",
+            stacklevel=4,
+        )
+        return True
+    return False
+
+
+_ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_known = WeakTensorKeyDictionary()
+"""A model's first parameter → its parameters, their state, and their digests."""
+
+
+def _weights(model: InContextModel, cached: bool) -> dict[str, Any]:
+    """{"weights": …}, or nothing while they are not loaded."""
+    first = next(model.parameters(), None)
+    if first is None or first.is_meta or isinstance(first, FakeTensor):
+        return {}
+    if cached and first in _known:
+        references, state, digests = _known[first]
+        if state == [_state(reference()) for reference in references]:
+            return {"weights": digests}
+    parameters = list(model.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        return {}
+    with torch.no_grad(), unset_fake_temporarily():
+        digests = {"dtype": str(first.dtype).removeprefix("torch."), **_digests(model.state_dict())}
+    _known[first] = [weakref.ref(p) for p in parameters], [_state(p) for p in parameters], digests
+    return {"weights": digests}
+
+
+def _state(parameter: torch.Tensor | None) -> tuple[int, int] | None:
+    if parameter is None:
+        return None
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
+def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Digests of tensors as each of the rounded dtypes holds them, with their names and shapes."""
+    hashers = {name: xxhash.xxh3_128() for name in _ROUNDED}
+    for name, tensor in sorted(tensors.items()):
+        for dtype, hasher in hashers.items():
+            rounded = tensor.to(_ROUNDED[dtype]) if tensor.is_floating_point() else tensor
+            hasher.update(f"{name} {list(tensor.shape)} ".encode())
+            hasher.update(rounded.contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return {name: hasher.hexdigest() for name, hasher in hashers.items()}
