@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import make_config
 
 from vtv_nnsight import MAEVQGAN, Layout, cli, released, tasks
 from vtv_nnsight.layouts import positions
@@ -16,10 +17,7 @@ from vtv_nnsight.vectors import TaskVectors
 @pytest.fixture(scope="module")
 def module():
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vqgan_channels=32, vqgan_num_res_blocks=1)
-    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, num_codes=24)
-    levels = dict(vqgan_channel_multipliers=(1, 1, 2), vqgan_attention_levels=(2,), vqgan_fold=4, vqgan_z_channels=8)
-    module = MAEVQGANModel(MAEVQGANConfig(image_size=64, code_dim=8, **sizes, **decoder, **levels)).eval()
+    module = MAEVQGANModel(make_config()).eval()
     for parameter in module.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return module

@@ -16,6 +16,7 @@ _HOMES = {
     "SegGPT": "models.painter",
     "TaskVector": "vectors",
     "TaskVectors": "vectors",
+    "ViTMAE": "models.vit_mae",
     "VisualPrompt": "prompts",
     "ablate": "patches",
     "evaluate": "evaluation",

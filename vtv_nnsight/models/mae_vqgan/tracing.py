@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -142,13 +141,6 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
             return {"model": "MAEVQGAN"}
         return {"model": "MAEVQGAN", "mask token": token.flatten()[:8].float().tolist()}
 
-    def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
-        """Compute the logits of the output's patches alone."""
-        output = prompts.layout.regions["output"].to(prompts.device)
-        kept = token_index(prompts.decoded, output)
-        self.decoder.norm.output = self.decoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
-        return prompts._with(decoded=output)
-
     @torch.no_grad()
     def _codes(self, prompts: VisualPrompt) -> torch.Tensor:
         """The tokenizer's codes of canvases, LongTensor [batch, patch]."""
@@ -156,11 +148,7 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
         return vqgan.encode(prompts.canvas.to(vqgan.codebook.weight.dtype)).to(prompts.device)
 
     def _load_meta(self, source: str, vqgan: Any = None, **kwargs: Any) -> torch.nn.Module:
-        config = self._read_config(source, vqgan, **kwargs)
-        chosen = pick(kwargs, "dtype", "attn_implementation")
-        if chosen.get("dtype") == "auto":
-            del chosen["dtype"]
-        return self._auto().from_config(config, **chosen)
+        return self._build(self._read_config(source, vqgan, **kwargs), source, **kwargs)
 
     def _load(self, source: str, vqgan: Any = None, **kwargs: Any) -> torch.nn.Module:
         if _is_checkpoint(source):
@@ -170,7 +158,7 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
             rest = {name: value for name, value in kwargs.items() if name not in own}
             return self._wrap(load_checkpoint(source, vqgan=vqgan, **own), **rest)
         self._read_config(source, vqgan, **kwargs)
-        return super()._load(_folder(source), **kwargs)
+        return self._from_pretrained(_folder(source), **kwargs)
 
     def _wrap(self, module: MAEVQGANModel, **kwargs: Any) -> torch.nn.Module:
         """The module itself, or a copy of it when something about it is to differ."""
