@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,13 +33,13 @@ from nnsight.intervention.source import install_source
 from nnsight.modeling.mixins.meta import MetaDevice
 from torch import nn
 from torch.nn import functional as F
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from transformers import SegGptConfig, SegGptForImageSegmentation
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.seggpt.modeling_seggpt import SegGptAttention
 from transformers.utils import ModelOutput
 
+from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, positions
+from vtv_nnsight.models.checkpoint_files import StoredTensor, read_tensors, some
 from vtv_nnsight.models.envoys import PromptBatcher, editable
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage, group_positions
 from vtv_nnsight.models.traceable import CanvasModel, Inputs, pick
@@ -83,7 +83,7 @@ class PainterNetwork(nn.Module):
         for i, layer in enumerate(self.encoder.layers):
             layer.attention.streams = 2 if i <= self.config.merge_index else 1
             layer.attention.columns = self.layout.cell_size // self.layout.patch_size
-        object.__setattr__(self, "seggpt", seggpt)  # not as a child: its modules have their names here
+        object.__setattr__(self, "original", seggpt)  # not as a child: its modules have their names here
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,22 +180,6 @@ def _merging_as_released(encoder: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels [..., 3, height, width] in [0, 1] → less ImageNet's mean, over its deviation."""
-    mean, std = _statistics(pixels)
-    return (pixels - mean) / std
-
-
-def denormalise(values: torch.Tensor) -> torch.Tensor:
-    """The inverse of `normalise`."""
-    mean, std = _statistics(values)
-    return values * std + mean
-
-
-def _statistics(like: torch.Tensor) -> Iterator[torch.Tensor]:
-    return (like.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
 
 def _layout(config: SegGptConfig) -> Layout:
@@ -333,7 +317,7 @@ class Painter(CanvasModel, InContextModel):
 
     Args:
         source: A Hub id, a folder written by `save_pretrained`, the released checkpoint file (`.pth`), or a ready
-            `SegGptForImageSegmentation`.
+            `SegGptForImageSegmentation`, which is put in eval mode.
         revision: Revision of a Hub id.
         **kwargs: As for transformers' `from_pretrained`: `dtype`, `device_map`, …; and nnsight's: `dispatch=True`
             (load the weights at once), `rename`, `envoys`.
@@ -435,74 +419,80 @@ class Painter(CanvasModel, InContextModel):
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
         """Write a safetensors folder that this class and transformers read."""
         self.dispatch()
-        self._module.seggpt.save_pretrained(folder, **kwargs)
+        self._module.original.save_pretrained(folder, **kwargs)
 
     def _auto(self) -> type[SegGptForImageSegmentation]:
         return SegGptForImageSegmentation
 
     def _load_meta(self, source: str, **kwargs: Any) -> PainterNetwork:
         config = self._read_config(source, **kwargs)
-        chosen = pick(kwargs, "dtype")
-        if chosen.get("dtype") == "auto":
-            del chosen["dtype"]
-        with MetaDevice.real(), torch.device("meta"):  # transformers works out drop rates in a tensor on the CPU
-            return PainterNetwork(SegGptForImageSegmentation._from_config(config, **chosen))
+        with MetaDevice.real(), torch.device("meta"):  # transformers computes drop rates on the CPU
+            return PainterNetwork(self._build(config, source, **kwargs))
 
     def _load(self, source: str, **kwargs: Any) -> PainterNetwork:
         config = self._read_config(source, **kwargs)
         if _is_file(source):
-            module = _build(config, self._read_state(source, config), **kwargs)
+            dtype = kwargs.pop("dtype", None)
+            if isinstance(dtype, str):
+                dtype = None if dtype == "auto" else getattr(torch, dtype)
+            module = self._with_weights(config, self._read_weights(source, config, dtype), **kwargs)
         else:
-            module = super()._load(source, **kwargs)
+            module = self._from_pretrained(source, **kwargs)
         return PainterNetwork(self._checked(module, source))
 
     def _wrap(self, module: SegGptForImageSegmentation, **kwargs: Any) -> PainterNetwork:
         """The network of a ready module, or of a copy of it when something about it is to differ."""
         if chosen := pick(kwargs, *kwargs):
-            module = _build(copy.deepcopy(module.config), module.state_dict(), **{"dtype": module.dtype} | chosen)
-        return PainterNetwork(self._checked(module, f"this {type(module).__name__}"))
+            module = self._with_weights(copy.deepcopy(module.config), module.state_dict(), **chosen)
+        return PainterNetwork(self._checked(module.eval(), f"this {type(module).__name__}"))
+
+    def _with_weights(
+        self, config: SegGptConfig, weights: dict[str, torch.Tensor], **kwargs: Any
+    ) -> SegGptForImageSegmentation:
+        """The module of these sizes and weights; in their dtype, where none is asked for."""
+        kwargs = {"dtype": next(iter(weights.values())).dtype} | pick(kwargs, *kwargs)
+        return self._auto().from_pretrained(None, config=config, state_dict=weights, **kwargs)
 
     def _read_config(self, source: str, **kwargs: Any) -> SegGptConfig:
         if not _is_file(source):
             return super()._read_config(source, **kwargs)
-        return config_of(read_state_dict(source), source)
+        return config_of(read_tensors(source), source)
 
-    def _read_state(self, source: str, config: SegGptConfig) -> dict[str, torch.Tensor]:
-        """The tensors of a released file under transformers' names."""
-        tensors = read_state_dict(source)
+    def _read_weights(self, source: str, config: SegGptConfig, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """The tensors of a released file, under transformers' names; in the file's dtype where none is given."""
+        tensors = read_tensors(source)
         typed = any(name in tensors for name in TYPE_TOKENS)
         if typed != self.typed:
             raise ValueError(f"{source} {_TYPED[typed]}")
-        if not typed:
-            tensors |= {name: torch.zeros_like(tensors["segment_token_x"]) for name in TYPE_TOKENS}
         with torch.device("meta"):
-            expected = SegGptForImageSegmentation(config).state_dict()
+            expected = self._auto()(config).state_dict()
         names = {released_name(name): name for name in expected}
-        if missing := [name for name in names if name not in tensors]:
-            raise ValueError(f"{source} has no {_some(missing)}; the file is incomplete, or of another model.")
+        absent = () if typed else TYPE_TOKENS
+        if missing := [name for name in names if name not in tensors and name not in absent]:
+            raise ValueError(f"{source} has no {some(missing)}; the file is incomplete, or of another model.")
         if strange := [name for name in tensors if name not in names]:
             raise ValueError(
-                f"{source} has {_some(strange)}, unknown to {type(self).__name__}; the file is of another model."
+                f"{source} has {some(strange)}, unknown to {type(self).__name__}; the file is of another model."
             )
-        for released, name in names.items():
-            if tensors[released].shape != expected[name].shape:
+        for released, tensor in tensors.items():
+            shape = expected[names[released]].shape
+            if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(
-                    f"{source}: {released} has shape {list(tensors[released].shape)}; the sizes of the other tensors "
-                    f"ask for {list(expected[name].shape)}."
+                    f"{source}: {released} has shape {list(tensor.shape)}; the sizes of the other tensors ask for "
+                    f"{list(shape)}."
                 )
-        return {name: tensors[released] for released, name in names.items()}
+        weights = {names[released]: tensor.read(dtype) for released, tensor in tensors.items()}
+        blank = weights[names["segment_token_x"]]
+        return weights | {names[token]: torch.zeros_like(blank) for token in absent}
 
     def _checked(self, module: SegGptForImageSegmentation, source: str) -> SegGptForImageSegmentation:
-        """The module, if it is of this model (Painter's type tokens are zero, and SegGPT's are not) and will not drop
-        layers."""
+        """The module, if it is of this model: Painter's type tokens are zero, and SegGPT's are not."""
         embeddings = module.model.embeddings
         tokens = embeddings.type_token_semantic, embeddings.type_token_instance
         if not any(token.is_meta for token in tokens):
             typed = any(bool(token.detach().any()) for token in tokens)
             if typed != self.typed:
                 raise ValueError(f"{source} {_TYPED[typed]}")
-        if module.training and (module.config.drop_path_rate or module.config.hidden_dropout_prob):
-            raise ValueError(f"{source} is in training mode, where it drops layers at random; call its eval() first.")
         return module
 
     def _prepare(self, *inputs: Any, **kwargs: Any) -> tuple[VisualPrompt | Inputs, dict]:
@@ -652,7 +642,7 @@ _SIZES = {
 """The tensors that sizes are read off, and their ranks."""
 
 
-def config_of(tensors: Mapping[str, torch.Tensor], source: str) -> SegGptConfig:
+def config_of(tensors: Mapping[str, StoredTensor], source: str) -> SegGptConfig:
     """The sizes of a released file, read off the shapes of its tensors (by released name).
 
     The layer after which the streams merge is the released code's (2), and so are the layers whose features the decoder
@@ -662,7 +652,7 @@ def config_of(tensors: Mapping[str, torch.Tensor], source: str) -> SegGptConfig:
         ValueError: naming the tensors that are missing or of another shape.
     """
     if missing := [name for name in _SIZES if name not in tensors]:
-        raise ValueError(f"{source} is no Painter and no SegGPT: it has no {_some(missing)}, but {_some(tensors)}.")
+        raise ValueError(f"{source} is no Painter and no SegGPT: it has no {some(missing)}, but {some(tensors)}.")
     shapes = {name: list(tensors[name].shape) for name in _SIZES}
     for name, rank in _SIZES.items():
         if len(shapes[name]) != rank:
@@ -690,56 +680,6 @@ def config_of(tensors: Mapping[str, torch.Tensor], source: str) -> SegGptConfig:
     )
 
 
-def read_state_dict(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file, which stay on disk until they are used.
-
-    A checkpoint is a pickle, and a pickle can run code. Here it cannot: torch reads tensors alone, and whatever else a
-    file holds, such as the options of a training run, becomes an object that does nothing.
-
-    Raises:
-        FileNotFoundError, ValueError: when there is no such file, or it is no checkpoint.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path}.")
-    try:
-        strangers = [(type("Inert", (_Inert,), {}), name) for name in get_unsafe_globals_in_checkpoint(path)]
-        with MetaDevice.real(), safe_globals(strangers):  # not on "meta", where a lazy model is built
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from error
-    content = content.get("model", content) if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors; expected a state dict under 'model'.")
-    return tensors
-
-
-class _Inert:
-    """Stands for a class or function that a file names: it can be called and filled, and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _build(config: SegGptConfig, state: Mapping[str, torch.Tensor], **kwargs: Any) -> SegGptForImageSegmentation:
-    """The module of these sizes and weights; the options are those of `from_pretrained`."""
-    kwargs.setdefault("dtype", next(iter(state.values())).dtype)
-    return SegGptForImageSegmentation.from_pretrained(None, config=config, state_dict=state, **kwargs)
-
-
 def _is_file(source: str) -> bool:
     """Whether a source names one file of weights, as the papers published them."""
     return Path(source).suffix in (".pth", ".pt", ".ckpt") or Path(source).is_file()
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest if names else "no tensors at all"
