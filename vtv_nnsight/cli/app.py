@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,16 +85,14 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from vtv_nnsight.files import package_version
-
-        say(f"vtv-nnsight {package_version()}")
+        say(f"vtv-nnsight {version('vtv-nnsight')}")
         raise typer.Exit
 
 
 @app.callback()
 def vtv(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
