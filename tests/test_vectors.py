@@ -98,7 +98,7 @@ def test_arithmetic(vectors):
 
 def test_score_equals_its_definition(model, prompts, vectors):
     heads = {task: all_heads(model, rows) for task, rows in prompts.items()}
-    seen = {task: ByStage(encoder=positions(rows.visible), decoder=positions(rows.decoded)) for task, rows in prompts.items()}
+    seen = {t: ByStage(encoder=positions(p.visible), decoder=positions(p.decoded)) for t, p in prompts.items()}
     scores, over_positions, over_heads = vectors.score(), vectors.score("position"), vectors.score("head")
     for stack, size in {"encoder": (3, 4), "decoder": (2, 2)}.items():
         shared = seen["c"][stack]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.files import write_text
@@ -326,7 +327,8 @@ class PatchSet:
     def save(self, path: str | Path) -> None:
         """Write a JSON file: the space and the units' names."""
         content = {"kind": KIND, "space": self.space.metadata, "patches": list(self)}
-        write_text(path, json.dumps(content) + "\n")
+        text = re.sub(r"\[[\d\s,]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(content, indent=1))
+        write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> PatchSet:
@@ -404,13 +406,14 @@ def patch(
     for stage in own["stages"]:
         with unset_fake_temporarily():
             steps = [_Step(stage, v, mask[stage], scale) for v, mask in zip(vectors, masks)]
+            (everywhere,) = model.groups(stage, "head").values()
         layers = sorted({layer for step in steps for layer in step.layers})
         if not layers:
             continue
         seen = model.positions(stage)
         if not isinstance(seen, FakeTensor):
             for step in steps:
-                step.check(seen.cpu())
+                step.check(seen.cpu(), everywhere)
         for layer in layers:
             for step in steps:
                 if layer in step.layers:
@@ -443,13 +446,15 @@ class _Step:
         busy = self.asked.flatten(1).any(1) | mask.requires_grad  # gates that are 0 need their gradient, too
         self.layers = set(busy.nonzero()[:, 0].tolist())
 
-    def check(self, seen: torch.Tensor) -> None:
-        """Refuse what cannot be patched at the positions `seen` [token]."""
-        shown = torch.zeros(self.asked.shape[1], dtype=torch.bool).index_fill(0, seen, True)
-        whole = self.asked.all(1, keepdim=True)
+    def check(self, seen: torch.Tensor, everywhere: torch.Tensor) -> None:
+        """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token], of all that there are."""
+        rows = seen if seen.ndim == 2 else seen[None]
+        shown = torch.zeros(len(rows), self.asked.shape[1], dtype=torch.bool).scatter_(1, rows, True)
+        whole = self.asked[:, everywhere].all(1, keepdim=True)
+        asked, lacked = self.asked.any(2).any(0), ~self.present.cpu()
         for wrong, why in (
-            ((self.asked & ~whole).any(2).any(0) & ~shown, "these prompts do not show them to it"),
-            (self.asked.any(2).any(0) & shown & ~self.present.cpu(), f"the vector of {self.vector.task!r} lacks them"),
+            ((self.asked & ~whole).any(2).any(0) & ~shown.all(0), "these prompts do not show them to it"),
+            (asked & shown.any(0) & lacked, f"the vector of {self.vector.task!r} lacks them"),
         ):
             if wrong.any():
                 places = place_names(wrong.nonzero()[:, 0])
@@ -462,10 +467,15 @@ class _Step:
             return
         if self.mask.ndim == 4 and len(self.mask) != len(z):
             raise ValueError(f"a mask for {len(self.mask)} rows was given; this batch has {len(z)}.")
-        mask = self.mask.select(-3, layer).to(z.device).index_select(-2, seen)[..., None]
-        new = self.values[layer].index_select(0, seen.to(self.values.device)).to(z)
+        mask = self.mask.select(-3, layer).to(z.device)
+        if seen.ndim == 1:
+            mask = mask.index_select(-2, seen)
+        else:
+            at = repeat(seen, "row token -> row token head", head=mask.shape[-1])
+            mask = mask.expand(len(z), -1, -1).gather(1, at)
+        mask, new = mask[..., None], self.values[layer][seen.to(self.values.device)].to(z)
         if mask.dtype != torch.bool:
-            there = self.present.to(z.device)[seen][:, None, None]
+            there = self.present.to(z.device)[seen][..., None, None]
             attention.heads = z + mask.to(z.dtype) * torch.where(there, new - z, 0)
         elif torch.is_grad_enabled():
             attention.heads = torch.where(mask, new, z)

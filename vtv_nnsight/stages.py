@@ -50,8 +50,8 @@ def fingerprint(model: InContextModel, layout: Layout | None = None, *, cached: 
     Args:
         model: The model.
         layout: Also tell the order and the examples of this layout.
-        cached: Take the digests that were made before, unless a parameter has been written to or moved since. Writes
-            through `parameter.data` are not seen.
+        cached: Take the digests that were made before, unless a parameter has been written to, moved or dropped since.
+            Writes into `parameter.data` are not seen.
     """
     return geometry(model, layout) | _weights(model, cached)
 

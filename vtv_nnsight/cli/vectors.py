@@ -191,7 +191,6 @@ def search(
         [steps.select(model, one, rows, settings, layout, batch_size or 32) for one in chosen],
         space,
         settings,
-        scores=steps.score(loaded, space),
         batch_size=batch_size,
         resume=resume,
         **given(recipe=recipe, size=size),

@@ -30,7 +30,7 @@ from matplotlib.ticker import LogLocator
 from vtv_nnsight import data, metrics, search, tasks
 from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap, evaluate
 from vtv_nnsight.experiment.settings import Settings
-from vtv_nnsight.experiment.steps import collect, load_model, read_vectors, score, split_data
+from vtv_nnsight.experiment.steps import collect, load_model, read_vectors, split_data
 from vtv_nnsight.experiment.steps import search as search_units
 from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 from vtv_nnsight.patches import PatchSet, PatchSpace
@@ -206,7 +206,7 @@ def run_searches(options: Leaderboard, bench: Bench, train: Dataset) -> Sets:
     """What every algorithm finds for every task, one result for each seed."""
     layout = next(iter(bench.here.values())).layout
     space, seeds = PatchSpace(bench.model, layout), range(options.seed + 1, options.seed + 1 + options.seeds)
-    scores, chosen = score(bench.vectors, space), options.chosen
+    chosen = options.chosen
     found: Sets = {name: {task: [] for task in chosen} for name in options.algorithms}
     plan = [(task, seed, name) for task in chosen.values() for seed in seeds for name in options.algorithms]
     with progress_bar(plan, desc="searching", unit="search", disable=not plan) as bar:
@@ -215,7 +215,7 @@ def run_searches(options: Leaderboard, bench: Bench, train: Dataset) -> Sets:
             prompts = task.prompts(train, options.prompts, seed, layout)
             result = search_units(
                 bench.model, bench.vectors, [task], [prompts], space,
-                Settings(search=name, budget=options.budget, seed=seed), scores=scores,
+                Settings(search=name, budget=options.budget, seed=seed),
                 batch_size=options.batch_size, resume=journal(options, task, name, seed), progress=False,
             )  # fmt: skip
             found[name][task.name].append(result)

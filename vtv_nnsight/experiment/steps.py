@@ -51,8 +51,8 @@ from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.search import ALGORITHMS, SearchResult, reinforce
-from vtv_nnsight.search.objective import _split as split_prompts
+from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
+from vtv_nnsight.search.holdout import held_out_count
 from vtv_nnsight.search.objective import processes
 from vtv_nnsight.stages import fingerprint
 from vtv_nnsight.tasks import Task
@@ -152,7 +152,7 @@ def run(
                         if step.everyone_lacks(f"{name}.safetensors"):
                             step.working_on(task.name)
                             found[task.name] = search(
-                                model, vectors, [task], [prompts[task.name]], space, settings, scores=scores,
+                                model, vectors, [task], [prompts[task.name]], space, settings,
                                 batch_size=batch_size, resume=fold.folder / f"{name}.journal",
                             )  # fmt: skip
                             step.save(f"{name}.safetensors", lambda path, result: result.save(path), found[task.name])
@@ -262,10 +262,12 @@ def check(settings: Settings, folds: Sequence[Fold], tasks: Sequence[Task], spac
         raise ValueError(
             f"candidates={settings.candidates} are fewer than the prompts={settings.prompts} to select; give more."
         )
-    if settings.search == "ranking" and len(tasks) < 2:
-        raise ValueError("search='ranking' ranks by a score that compares tasks; give two tasks or more.")
     trial = _Trial(space, settings.prompts, settings.loss)
-    algorithm, options = _algorithm(settings.search, torch.zeros(len(space)))
+    algorithm, options = _algorithm(settings.search)
+    if algorithm.needs_scores:
+        if len(tasks) < 2:
+            raise ValueError(f"search={settings.search!r} ranks by what tells tasks apart; give two tasks or more.")
+        options["scores"] = torch.zeros(len(space))
     with suppress(_Enough):
         algorithm.on(trial, budget=settings.budget, seed=settings.seed, progress=False, **options)
 
@@ -279,8 +281,7 @@ class _Trial:
 
     def __init__(self, space: PatchSpace, prompts: int, loss: str) -> None:
         self.space, self.loss, self.evaluations = space, loss, 0
-        train, held_out = split_prompts(torch.arange(prompts), HELD_OUT, 0)
-        self.train, self.held_out = torch.arange(len(train)), len(train) + torch.arange(len(held_out))
+        self.held_out, self.train = torch.arange(prompts).tensor_split([held_out_count(prompts, HELD_OUT)])
         self.group = torch.zeros(prompts, dtype=torch.long)
 
     def __call__(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -349,7 +350,6 @@ def search(
     space: PatchSpace,
     settings: Settings,
     *,
-    scores: torch.Tensor | None = None,
     batch_size: int | None = None,
     resume: str | os.PathLike | None = None,
     **options: Any,
@@ -358,29 +358,24 @@ def search(
 
     Args:
         prompts: Of every task, with examples; the search does not show them.
-        scores: What `score` returned, for search="ranking".
         **options: The algorithm's own.
 
     Returns:
         Without the seconds of its history, so that the same seed gives the same file.
     """
-    algorithm, own = _algorithm(settings.search, scores)
+    algorithm, own = _algorithm(settings.search)
     result = algorithm(
         model, [vectors[task.name] for task in tasks], list(tasks), [rows.query_only() for rows in prompts], space,
         budget=settings.budget, loss=settings.loss, seed=settings.seed, batch_size=batch_size, resume=resume,
-        **own | options,
+        vectors=vectors, **own | options,
     )  # fmt: skip
     return replace(result, history=tuple(moment._replace(seconds=float("nan")) for moment in result.history))
 
 
-def _algorithm(name: str, scores: torch.Tensor | None) -> tuple[Any, dict[str, Any]]:
-    """The function of that name, and the options that it cannot do without."""
+def _algorithm(name: str) -> tuple[Algorithm, dict[str, Any]]:
+    """The algorithm of that name, and the options that make it so."""
     if name == "published":
         return reinforce, {"recipe": "published"}
-    if name == "ranking":
-        if scores is None:
-            raise ValueError("search='ranking' ranks by a score that compares tasks; give two tasks or more.")
-        return ALGORITHMS[name], {"scores": scores}
     return ALGORITHMS[name], {}
 
 

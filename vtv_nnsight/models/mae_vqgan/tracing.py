@@ -147,7 +147,7 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
         output = prompts.layout.regions["output"].to(prompts.device)
         kept = token_index(prompts.decoded, output)
         self.decoder.norm.output = self.decoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
-        return replace(prompts, decoded=output)
+        return prompts._with(decoded=output)
 
     @torch.no_grad()
     def _codes(self, prompts: VisualPrompt) -> torch.Tensor:
