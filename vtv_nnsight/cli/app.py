@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from vtv_nnsight.experiment.settings import Settings
 
@@ -53,6 +53,26 @@ class Commands(TyperGroup):
                 raise
             complain(f"[bold red]Error:[/] {escape(sentence(error))}")
             raise typer.Exit(1) from error
+
+
+class ListingCommand(TyperCommand):
+    """A command whose help names what the registries hold, in place of {algorithms} and {sources}. They are asked when
+    the help is shown, since they need torch."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            text = getattr(parameter, "help", None) or ""
+            if "{algorithms}" in text:
+                from vtv_nnsight.search import ALGORITHMS
+
+                text = text.replace("{algorithms}", ", ".join(ALGORITHMS))
+            if "{sources}" in text:
+                from vtv_nnsight.data.source import SOURCES
+
+                text = text.replace("{sources}", ", ".join(source.usage for source in SOURCES.values()))
+            if text:
+                parameter.help = text
+        super().format_help(ctx, formatter)
 
 
 def sentence(error: Exception) -> str:
@@ -129,8 +149,7 @@ BatchSize = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        help="The data: scenes (generated), a folder of pictures, pascal:ROOT[:FOLD], detection:ROOT, reasoning:TASK, "
-        "or hf:NAME[:SPLIT]."
+        help="The data: {sources}, or a folder by its path alone."
     ),
 ]
 Images = Annotated[Path | None, typer.Option(help="A folder of your own pictures, in place of --data.")]
