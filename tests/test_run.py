@@ -286,8 +286,8 @@ def test_settings_are_tried_before_the_first_step(model, tmp_path, done, change,
 
 
 def test_pictures_to_test_on_are_never_searched_on(monkeypatch):
-    rows, parts = data.scenes("train", 8), {"train": range(5), "test": [7, 4]}
-    monkeypatch.setattr(runs, "load", lambda spec, split, n, seed: rows.select(parts[split]))
+    rows = data.scenes("train", 8)
+    monkeypatch.setattr(data, "split_data", lambda spec, *args: (rows.select(range(5)), rows.select([7, 4])))
     with pytest.raises(ValueError, match="1 of the 2 pictures of x to test on are also among those to search on"):
         runs.split_data("x", 5, 2, 0)
 
@@ -484,14 +484,14 @@ def test_help_begins_with_the_whole(vtv):
 
 def test_folds_have_folders_of_their_own(monkeypatch, tmp_path):
     asked = []
-    rows = {split: data.scenes(split, 8) for split in ("train", "test")}
-    monkeypatch.setattr(runs, "load", lambda spec, split, n, seed: asked.append((spec, split)) or rows[split])
+    rows = [data.scenes(split, 8) for split in ("train", "test")]
+    monkeypatch.setattr(data, "split_data", lambda spec, *args: asked.append(spec) or rows)
     folds, _ = runs.load_folds(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(1, 3)))
     assert [(fold.name, fold.folder, fold.number) for fold in folds] == [
         ("fold1", tmp_path / "fold1", 1),
         ("fold3", tmp_path / "fold3", 3),
     ]
-    assert asked == [(f"pascal:data:{fold}", split) for fold in (1, 3) for split in ("train", "test")]
+    assert asked == [f"pascal:data:{fold}" for fold in (1, 3)]
 
 
 def test_a_quarter_is_set_aside_of_data_without_splits(photographs, tmp_path):
