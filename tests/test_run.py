@@ -21,7 +21,7 @@ from vtv_nnsight.cli import start
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.experiment import STEPS, run
 from vtv_nnsight.experiment import steps as runs
-from vtv_nnsight.experiment.settings import PUBLISHED, Settings
+from vtv_nnsight.experiment.settings import PUBLISHED, QUICK, Settings
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import display, progress_bar
 from vtv_nnsight.report import page as report
@@ -429,7 +429,7 @@ def vtv(monkeypatch):
     return call
 
 
-def test_options_become_settings(vtv, tmp_path):
+def test_options_become_settings(vtv, tmp_path, monkeypatch):
     code, said, (out, settings, options) = vtv("run")
     assert (code, settings, str(out)) == (0, Settings(), "runs/scenes") and "wrote runs/scenes" in said
     assert options == {"redo": False, "device": None, "batch_size": None}
@@ -442,8 +442,23 @@ def test_options_become_settings(vtv, tmp_path):
     published = PUBLISHED | {"test_prompts": 50}
     assert settings == Settings(model="m.pth", data="pascal:VOCdevkit", folds=(0, 2), **published)
     assert str(out) == "runs/pascal"
+    assert vtv("run", "--quick", "--budget", 9)[2][1] == Settings(**QUICK | {"budget": 9})
+    code, said, (out, settings, _) = vtv("run", "--quick", "--tasks", "identity")
+    assert settings == Settings(**QUICK | {"tasks": ("identity",)}) and str(out) == "runs/scenes-quick"
+    assert "Open it in a browser" in said and "Next: vtv run --images" in said
+    opened = []
+    monkeypatch.setattr(start.webbrowser, "open", opened.append)
+    assert vtv("run", "--open", "-o", tmp_path)[0] == 0 and opened == [tmp_path.as_uri()]
     code, said, _ = vtv("run", "--images", tmp_path, "--data", "pascal:VOCdevkit")
     assert code == 1 and "give one" in said
+
+
+def test_a_run_ends_with_its_table(finished, capsys):
+    start.summarise(finished / "report.html")
+    said = capsys.readouterr().out
+    table = Table.load(finished / "evaluation" / "lowlight.parquet")
+    assert all(name in said for name in (*TASKS, "mIoU ↑", "MSE ↓", "one-shot", "zero-shot", "task vector"))
+    assert all(f"{table.values('lowlight', name).mean():.3f}" in said for name in start.SHOWN)
 
 
 def test_interrupting_says_how_to_go_on(vtv, monkeypatch):
