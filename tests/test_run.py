@@ -29,6 +29,8 @@ from vtv_nnsight.report import pictures, reading
 from vtv_nnsight.search import Objective, SearchResult
 from vtv_nnsight.vectors import TaskVectors
 
+pytestmark = pytest.mark.timeout(900)
+
 TASKS = ("segmentation", "lowlight")
 SMALL = dict(tasks=TASKS, max_images=40, prompts=8, candidates=30, budget=200, test_prompts=6)
 

@@ -488,4 +488,5 @@ def draw_transfer(panel: Axes, rows: Sequence[Mapping[str, Any]], names: Sequenc
     panel.imshow(matrix, cmap="coolwarm", vmin=-limit, vmax=limit, aspect="auto")
     panel.set_xticks(range(len(names)), names, rotation=15)
     panel.set_yticks(range(len(names)), names)
-    panel.set(title=f"{plain_label(best)}: token loss over that of the task's own set", xlabel="task done", ylabel="set of task")
+    title = f"{plain_label(best)}: token loss over that of the task's own set"
+    panel.set(title=title, xlabel="task done", ylabel="set of task")
