@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
