@@ -39,7 +39,7 @@ from common import alternate, machine, options, ratio, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, PatchSpace, TaskVectors, data, search, tasks
-from vtv_nnsight.patches import GRANULARITIES
+from vtv_nnsight.models.interface import GRANULARITIES
 from vtv_nnsight.progress import tqdm
 
 TASK = tasks.segmentation

@@ -486,7 +486,7 @@ def test_command_line(vtv, model, patches, tmp_path):  # noqa: F811
     model._module.save_pretrained(tmp_path / "model")
     patches.save(tmp_path / "patches.json")
     file, made = tmp_path / "vectors.safetensors", tmp_path / "results"
-    common = ("--data", "scenes", "--images", 12, "--n", 3, "--tasks", "segmentation,lowlight")
+    common = ("--data", "scenes", "--max-images", 12, "--n", 3, "--tasks", "segmentation,lowlight")
     code, out, _ = vtv("collect", tmp_path / "model", *common, "--select", 12, "-o", file)
     assert code == 0 and f"wrote {file}" in out and list(TaskVectors.load(file)) == ["segmentation", "lowlight"]
     code, out, _ = vtv("score", file, "--top", 3, "--plot", tmp_path / "scores.png")
@@ -500,7 +500,7 @@ def test_command_line(vtv, model, patches, tmp_path):  # noqa: F811
     for wrong, message in (
         (("collect", tmp_path / "model", "--tasks", "swimming", "-o", file), "'swimming' is not a task"),
         (("evaluate", tmp_path / "model", "--vectors", file, "-o", made), "--vectors and --patches go together"),
-        (("evaluate", tmp_path / "model", "--tasks", "identity", *patched, "-o", made), "no vector of identity"),
+        (("evaluate", tmp_path / "model", "--tasks", "identity", *patched, "-o", made), "no vector of 'identity'"),
         (("score", tmp_path / "patches.json"), "not a complete safetensors file"),
     ):
         code, _, complaint = vtv(*wrong)

@@ -26,8 +26,9 @@ import torch
 from einops import rearrange
 
 from vtv_nnsight.layouts import positions
+from vtv_nnsight.models.interface import GRANULARITIES
 from vtv_nnsight.models.mae_vqgan.checkpoints import DTYPES
-from vtv_nnsight.patches import GRANULARITIES, PatchSet, PatchSpace
+from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.stages import ByStage, device_of, fingerprint
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 
