@@ -44,7 +44,7 @@ def test_activations_are_means_over_a_region(model, prompts, heads):
     )
     with pytest.raises(ValueError, match="'sky' is not a region; choose 'cls' or one of example_input"):
         activations(model, prompts, "sky", progress=False)
-    with pytest.raises(ValueError, match="no stack sees 'example_input'"):
+    with pytest.raises(ValueError, match="no stage sees 'example_input'"):
         activations(model, {"a": prompts["a"].query_only()}, "example_input", progress=False)
     with pytest.raises(ValueError, match="no prompts"):
         activations(model, {"a": prompts["a"][:0]})

@@ -44,7 +44,8 @@ def vectors(model, prompts):
 def projected(module, vector):
     """A vector as the released code keeps it: every head after its slice of the projection, with all of the bias."""
     stacks = []
-    for stack, mean, present in zip(("encoder", "decoder"), vector.mean, vector.present):
+    for stack, mean in vector.mean.items():
+        present = vector.present[stack]
         layers = []
         for block, z in zip(getattr(module, stack).blocks, mean[:, present]):
             slices = block.attn.proj.weight.unflatten(1, (z.shape[1], -1))
@@ -67,9 +68,9 @@ def test_activations_are_recovered(model, vectors, folder):
     for task, vector in found.items():
         assert vector.count == vectors[task].count and vector.variance is None
         assert vector.fingerprint == vectors[task].fingerprint
-        for a, b in zip(vector.mean, vectors[task].mean):
+        for a, b in zip(vector.mean.values(), vectors[task].mean.values()):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, equal_nan=True)
-        assert all(0 <= value < 1e-6 for value in residuals[task])
+        assert all(0 <= value < 1e-6 for value in residuals[task].values())
 
 
 def test_imported_vectors_patch_as_ones_own_do(model, prompts, vectors, folder):
@@ -92,7 +93,7 @@ def test_activations_in_half_precision_leave_a_residual(module, model, vectors, 
         with open(tmp_path / "inpaint_mean_activations.pkl", "wb") as file:
             pickle.dump([count, encoder.to(dtype), decoder.to(dtype)], file)
         found, residuals = released.read_activations(model, tmp_path)
-        assert list(found) == ["inpainting"] and most / 100 < max(residuals["inpainting"]) < most
+        assert list(found) == ["inpainting"] and most / 100 < max(residuals["inpainting"].values()) < most
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -279,7 +280,7 @@ def test_from_the_command_line(module, model, vectors, folder, tmp_path, monkeyp
     assert code == 0 and "lowlight: 5 prompts, residual encoder" in printed.out
     found = TaskVectors.load(out / "vectors.safetensors")
     torch.testing.assert_close(
-        found["lowlight"].mean.decoder, vectors["lowlight"].mean.decoder, atol=1e-5, rtol=1e-4, equal_nan=True
+        found["lowlight"].mean["decoder"], vectors["lowlight"].mean["decoder"], atol=1e-5, rtol=1e-4, equal_nan=True
     )
     assert PatchSet.load(out / "bernoullis_0_1_best.json") == PatchSet(PatchSpace(model), logits > 0)
 
@@ -305,7 +306,7 @@ def test_the_released_files_give_the_released_numbers(golden, golden_model, tmp_
         ours.copy_(golden[name])
     (tmp_path / "segmentation_mean_activations.pkl").write_bytes(pickle.dumps(content))
     found, residuals = released.read_activations(model, tmp_path)
-    assert max(residuals["segmentation"]) < 1e-5
+    assert max(residuals["segmentation"].values()) < 1e-5
     rank = Layout().index(Layout().query_band, Layout().regions["output"]) - 1
     for granularity in range(3):
         logits = 2.0 * golden[f"mask_g{granularity}"] - 1

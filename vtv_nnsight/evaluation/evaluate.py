@@ -11,14 +11,13 @@ loss, the mean cross-entropy of the output's logits against the tokenizer's code
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 import torch
 
-from vtv_nnsight import metrics
 from vtv_nnsight.evaluation.conditions import Condition
 from vtv_nnsight.evaluation.table import Table
+from vtv_nnsight.models.interface import InContextModel, Loss
 from vtv_nnsight.progress import tqdm
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.stages import device_of
@@ -29,7 +28,7 @@ UNPATCHED = ("one-shot", "zero-shot", "tokenizer", "copy")
 
 
 def evaluate(
-    model: Any,
+    model: InContextModel,
     task: Task,
     prompts: VisualPrompt,
     conditions: Mapping[str, Condition | str | tuple | None] | None = None,
@@ -67,51 +66,60 @@ def evaluate(
     conditions = {name: Condition.of(value, name) for name, value in conditions.items()}
     device = device_of(model)
     conditions = {name: condition.to(device) for name, condition in conditions.items()}
+    loss = next(iter(model.losses), None)
     values: dict[str, list[torch.Tensor]] = {name: [] for name in conditions}
     pictures: dict[str, list[torch.Tensor]] = {name: [] for name in ("prompt", "truth", *conditions)}
     kept = 0
     with torch.no_grad(), tqdm(total=len(prompts) * len(conditions), unit="answer", disable=not progress) as bar:
         for batch in prompts.split(batch_size):
             batch = batch.to(device).one_shot()
-            codes = model._module.vqgan.encode(batch.canvas.to(model._module.dtype))
-            truth, more = batch.region("output"), min(len(batch), keep - kept)
+            truth, codes = batch.region("output"), loss and model.truth(batch)
+            more = min(len(batch), keep - kept)
             asked = batch.canvas[:more].clone()
             crop(asked, "output", batch.layout)[:] = 0.5
             shown = {"prompt": asked, "truth": truth}
             for name, condition in conditions.items():
                 bar.set_postfix_str(f"{task.name}, {name}")
-                shown[name], loss = _answer(model, batch, codes, condition)
-                values[name].append(torch.stack([task.score(shown[name], truth).double(), loss.double()], 1).cpu())
+                answer, losses = _answer(model, batch, condition, loss, codes)
+                if answer is not None:
+                    shown[name] = answer
+                    values[name].append(torch.stack([task.score(answer, truth).double(), losses.double()], 1).cpu())
                 bar.update(len(batch))
             for name, cells in shown.items():
                 pictures[name].append(cells[:more].mul(255).round().byte().cpu())
             kept += more
     about = {"task": task.name, "metric": task.metric.name, "label": task.metric.label, "fold": fold}
-    about |= {"loss_name": "token loss", "image": range(len(prompts)), "query": prompts.queries.numpy()}
+    about |= {"loss_name": _label(loss), "image": range(len(prompts)), "query": prompts.queries.numpy()}
     frames = []
-    for name, parts in values.items():
+    for name, parts in ((name, parts) for name, parts in values.items() if parts):
         scores, losses = torch.cat(parts).T.numpy()
         frames.append(pd.DataFrame(about | {"condition": name, "score": scores, "loss": losses}))
-    shown = {task.name: {name: torch.cat(parts) for name, parts in pictures.items()}}
+    shown = {task.name: {name: torch.cat(parts) for name, parts in pictures.items() if parts}}
+    if not frames:
+        raise ValueError("nothing bounds this model: there is no ceiling to compare; give other conditions.")
     return Table(pd.concat(frames, ignore_index=True), shown)
 
 
 def _answer(
-    model: Any, prompts: VisualPrompt, codes: torch.Tensor, condition: Condition
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output cells [batch, 3, cell, cell] and the losses [batch] (NaN where the model was not asked) of one-shot
-    prompts with the tokenizer's codes [batch, patch] of their canvases."""
-    layout, none = prompts.layout, torch.full((len(prompts),), torch.nan, device=prompts.device)
+    model: InContextModel, prompts: VisualPrompt, condition: Condition, loss: Loss | None, truth: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The output cells [batch, 3, cell, cell] of one-shot prompts, or None for a ceiling that there is not; and the
+    losses [batch], NaN where the model was not asked or has none."""
+    losses = torch.full((len(prompts),), torch.nan, device=prompts.device)
     if condition.shot == "copy":
-        return prompts.region("query"), none
+        return prompts.region("query"), losses
     if condition.shot == "ceiling":
-        drawn = model._module.paint(codes, prompts.canvas, prompts.visible, prompts.decoded, paste=False)
-        return crop(drawn, "output", layout), none
+        best = model.ceiling(prompts)
+        return None if best is None else crop(best, "output", prompts.layout), losses
     prompts = prompts.query_only() if condition.shot == "zero" else prompts
     with model.trace(prompts):
         condition.apply(model)
-        logits = model.output.logits.save()
-    output = layout.regions["output"].to(prompts.device)
-    loss = metrics.token_loss(logits[:, layout.index(prompts.decoded, output) - 1], codes[:, output])
-    drawn = model._module.paint(logits.argmax(-1), prompts.canvas, prompts.visible, prompts.decoded)
-    return crop(drawn, "output", layout), loss
+        output = model.output.save()
+    if loss is not None:
+        losses = loss.value(output, prompts, truth)
+    return crop(model.paint(output, prompts), "output", prompts.layout), losses
+
+
+def _label(loss: Loss | None) -> str:
+    """What a loss is called in tables: "token loss" of "tokens"."""
+    return f"{loss.name.removesuffix('s')} loss" if loss else "loss"

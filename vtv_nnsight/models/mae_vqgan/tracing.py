@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,7 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
         output = prompts.layout.regions["output"].to(prompts.device)
         kept = token_index(prompts.decoded, output)
         self.decoder.norm.output = self.decoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
-        return replace(prompts, decoded=output)
+        return prompts._with(decoded=output)
 
     @torch.no_grad()
     def _codes(self, prompts: VisualPrompt) -> torch.Tensor:
