@@ -622,7 +622,9 @@ def _checks(size: int) -> torch.Tensor:
 
 def _column(images: Any, name: str) -> np.ndarray | None:
     if hasattr(images, "column_names"):
-        return np.asarray(images[name]) if name in images.column_names else None
+        if name not in images.column_names:
+            return None
+        return np.asarray(images.with_format(None)[name])  # whatever the format is: a transform reads all of a row
     named = len(images) and isinstance(images[0], Mapping) and name in images[0]
     return np.asarray([row[name] for row in images]) if named else None
 
