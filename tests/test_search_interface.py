@@ -12,11 +12,11 @@ from vtv_nnsight.search.journal import digest
 
 
 class Coins:
-    """An objective of the test's own: the fewest coins worth `target` (known: all but "1c"); no model, no patches."""
+    """An objective of the test's own: coins that are worth `target` (known: all, and no debt); no model, no patches."""
 
     def __init__(self, prompts=8):
-        self.space = search.NamedUnits(["1c", "2c", "5c", "10c", "20c", "50c"])
-        self.worth = torch.tensor([1.0, 2.0, 5.0, 10.0, 20.0, 50.0])
+        self.space = search.NamedUnits(["debt", "2c", "5c", "10c", "20c", "50c"])
+        self.worth = torch.tensor([-10.0, 2.0, 5.0, 10.0, 20.0, 50.0])
         self.target, self.asked = 87.0, 0
         self.train, self.held_out = torch.arange(prompts), prompts + torch.arange(3)
         self.group = torch.zeros(prompts + 3, dtype=torch.long)
@@ -52,7 +52,7 @@ def test_every_algorithm_runs_on_an_objective_without_a_model(name, tmp_path):
     loaded = search.SearchResult.load(tmp_path / "result.safetensors")
     assert loaded.patches == result.patches and list(loaded.patches) == list(result.patches)
     assert torch.equal(loaded.scores, result.scores) and repr(loaded) == repr(result)
-    assert "2c" in loaded.patches and "1c" not in loaded.patches
+    assert "2c" in loaded.patches and "debt" not in loaded.patches
 
 
 @pytest.mark.parametrize("name", search.ALGORITHMS)
@@ -114,10 +114,10 @@ def test_gates_and_attribution_find_more_with_their_options():
     class Bait(SmoothCoins):
         def losses(self, gates, rows):
             bait = gates[:, 0]
-            return super().losses(gates, rows) - 20 * bait + 60 * bait.square()
+            return super().losses(gates, rows) - 40 * bait + 120 * bait.square()
 
     straight, bent = (search.attribution.on(Bait(), steps=n, progress=False) for n in (1, 16))
-    assert straight.scores[0] == pytest.approx(1.74 + 20, abs=0.01)
+    assert straight.scores[0] == pytest.approx(40 - 17.4, abs=0.01)
     assert bent.scores[0] < 0 < bent.scores[1:].min()
     started = search.gates.on(SmoothCoins(), start="attribution", budget=1200, images=4, progress=False)
     assert list(started.patches) == ["2c", "5c", "10c", "20c", "50c"]
