@@ -143,7 +143,7 @@ def test_a_picture_of_a_billion_pixels_is_not_opened(vtv, tmp_path):
 
 def test_vectors_that_are_not_finite_are_named(vtv, tmp_path, small_config):
     model = MAEVQGAN(MAEVQGANModel(small_config()))
-    rows = data.scenes("train", 4)
+    rows = data.scenes("train", 20)
     vectors = TaskVectors.collect(
         model, {t.name: t.prompts(rows, 2, 0, model.layout) for t in (tasks.identity, tasks.lowlight)}, progress=False
     )
