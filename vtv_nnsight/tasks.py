@@ -181,7 +181,7 @@ class Task:
                     f"an example of {self.name} has no {self.needs!r}; give a row with one: "
                     f"{{'image': …, {self.needs!r}: …}} ({what})."
                 )
-        return VisualPrompt.from_cells(cells, layout).changed(pictures=torch.tensor([pictures]))
+        return VisualPrompt.from_cells(cells, layout)._with(pictures=torch.tensor([pictures]))
 
     def prompts(self, images: Any, n: int = 100, seed: int = 0, layout: Layout | None = None) -> VisualPrompt:
         """`n` one-shot prompts of random rows; the same seed gives the same prompts.

@@ -29,7 +29,8 @@ BASELINE = "one-shot"
 """The condition, by its name in a table, that the others are compared with."""
 CONTROL = 104_729
 """Added to the seed of the control's units, so that a user's own random set of the same seed is another one."""
-MODES = ("replace", "add")
+MODES = ("replace",)
+"""What `patch` can do with a vector."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Condition:
         vectors: A task vector to patch in, or several.
         patches: Where: a PatchSet or a SearchResult (its set), or as many of them as there are vectors.
         scale: How far to go from the model's own activation to the vector's; see `patch`.
-        mode: "replace", or "add"; see `patch`.
+        mode: "replace": the vector in the place of the activation; see `patch`.
         ablation: Instead of vectors: what `patches` are silenced with, "zero" or a task vector such as
             `vectors.mean()`.
         run: A function that is called with the model inside the trace, after the patches.
@@ -106,8 +107,7 @@ class Condition:
         if self.ablation is not None:
             ablate(model, self.patches, None if self.ablation == "zero" else self.ablation)
         elif self.patches is not None:
-            options = {} if self.mode == "replace" else {"mode": self.mode}
-            patch(model, self.vectors, self.patches, scale=self.scale, **options)
+            patch(model, self.vectors, self.patches, scale=self.scale)
         if self.run is not None:
             self.run(model)
 
