@@ -26,11 +26,23 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory):
-    """make_checkpoint(*options) → the path of a checkpoint that data/make_checkpoint.py wrote."""
+def script():
+    """The module data/make_checkpoint.py."""
     spec = importlib.util.spec_from_file_location("make_checkpoint", DATA / "make_checkpoint.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture(scope="session")
+def weight_of(script):
+    """weight_of(name, shape, seed) → the golden weight of that name."""
+    return script.tensor
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(script, tmp_path_factory):
+    """make_checkpoint(*options) → the path of a checkpoint that data/make_checkpoint.py wrote."""
 
     def make(*options):
         path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.pth"

@@ -110,7 +110,7 @@ def test_folders_of_other_models_are_checked_alike(tmp_path):
     ViTMAEForPreTraining(ViTMAEConfig(**sizes, **decoder, decoder_intermediate_size=16)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for settings, words in (
-        ({"num_attention_heads": 0}, "has a config of which no model can be built: "),
+        ({"num_attention_heads": 0}, "no model can be built of the config of "),
         ({"hidden_size": 32}, "has shape .*; the sizes in its config ask for"),
         ({"num_hidden_layers": 3}, "has no vit.layers.2.*; it is incomplete"),
     ):

@@ -352,7 +352,8 @@ def test_ones_own_pictures(photographs, model, tmp_path):
     """Tasks are those that need no masks; of one task there is no score to show."""
     settings = Settings(model=model, data=str(photographs), **SMALL | {"tasks": ("inpainting",)})
     page = run(tmp_path / "run", settings, progress=False).read_text()
-    broken, few = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    broken, few, *shared = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    assert all("share pictures with training prompts" in note and note in page for note in shared)
     assert "3 of 13 files" in broken and all(name in broken for name in ("broken.png", "deeper/cut.jpg", "dot.png"))
     assert "8 pictures to learn from are few" in few and "deeper/cut.jpg" in page
     assert "Which heads" not in page and not (tmp_path / "run" / "scores.csv").exists()

@@ -218,21 +218,20 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-def _storage(data: bytes) -> torch.Tensor:
-    """The elements of a storage that torch pickled, a small file in torch's old format: [element]."""
+def _storage(data: bytes) -> torch.TypedStorage:
+    """A storage that torch pickled: a small file in torch's old format."""
     file = io.BytesIO(data)
     try:
         for _ in ("magic number", "protocol", "system", "storage", "keys"):
             file.seek(check_pickle(file))
         file.seek(0)
-        storage = torch.load(file, weights_only=True)
-        return torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
+        return torch.load(file, weights_only=True)
     except Exception as error:
         raise Refused("it holds a storage that is damaged, or is more than numbers") from error
 
 
-def _tensor(storage: torch.Tensor, offset: int, shape: tuple, stride: tuple, *_: Any) -> torch.Tensor:
-    return storage.as_strided(shape, stride, offset).clone()
+def _tensor(storage: torch.TypedStorage, offset: int, shape: tuple, stride: tuple, *_: Any) -> torch.Tensor:
+    return torch._utils._rebuild_tensor(storage, offset, shape, stride).clone()
 
 
 _KNOWN = {

@@ -184,7 +184,9 @@ def settings_of(
         raise ValueError(f"--images {images} is not a folder; give one of pictures (--max-images says how many).")
     chosen = {"data": str(images) if images else data} | dict(preset or {}) | given(**options)
     if tasks:
-        chosen["tasks"] = tuple(tasks.split(","))
+        from vtv_nnsight.tasks import get_all
+
+        chosen["tasks"] = tuple(task.name for task in get_all(tasks))
     return Settings(**chosen)
 
 

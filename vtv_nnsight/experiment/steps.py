@@ -316,18 +316,14 @@ def collect(
 
 
 def read_vectors(path: str | os.PathLike, tasks: Sequence[str] = ()) -> TaskVectors:
-    """Vectors in a file, which are finite and hold some tasks.
+    """Vectors in a file, which hold some tasks.
 
     Raises:
-        ValueError: naming the task that is missing, or that holds NaN where it has values.
+        FileNotFoundError, ValueError: as `TaskVectors.load`; and naming the task that is missing.
     """
     vectors = TaskVectors.load(path)
     if missing := [task for task in tasks if task not in vectors]:
         raise ValueError(f"{path} has no vector of {', '.join(map(repr, missing))}; it has {', '.join(vectors)}.")
-    for name, vector in vectors.items():
-        for stage, mean in vector.mean.items():
-            if not mean[:, vector.present[stage]].isfinite().all():
-                raise ValueError(f"the vector of {name!r} in {path} is not finite in the {stage}; collect it again.")
     return vectors
 
 

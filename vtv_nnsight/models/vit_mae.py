@@ -27,7 +27,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, ViTMAEDecoder, ViTMAEModel
 from transformers.utils import ModelOutput
 
-from vtv_nnsight.images import IMAGENET_MEAN, IMAGENET_STD
+from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, decoder_sources, positions, take, tile, token_index
 from vtv_nnsight.models.envoys import EagerProperty, StackEnvoy, heads_of
 from vtv_nnsight.models.interface import Loss
@@ -159,18 +159,6 @@ class ViTMAENetwork(nn.Module):
         if paste:
             painted = torch.where(self.layout.pixels(visible.to(canvas.device)), canvas, painted)
         return painted.mul(255).floor().div(255)
-
-
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels [..., 3, height, width] in [0, 1] → less ImageNet's mean, over its deviation."""
-    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
-
-
-def denormalise(values: torch.Tensor) -> torch.Tensor:
-    """The inverse of `normalise`."""
-    mean, std = (values.new_tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
-    return values * std + mean
 
 
 def layout_of(config: ViTMAEConfig) -> Layout:
