@@ -9,6 +9,7 @@ import torch
 
 from vtv_nnsight import search
 from vtv_nnsight.search.journal import digest
+from vtv_nnsight.search.registry import algorithm
 
 
 class Coins:
@@ -93,7 +94,7 @@ def test_the_registry_says_what_an_algorithm_takes():
 def test_a_new_algorithm_takes_a_decorator(monkeypatch):
     monkeypatch.setattr("vtv_nnsight.search.registry.ALGORITHMS", known := dict(search.ALGORITHMS))
 
-    @search.algorithm("the same set whatever the loss")
+    @algorithm("the same set whatever the loss")
     def everything(search, *, but: int):
         "All units but one."
         choices = torch.arange(search.units) != but
