@@ -14,6 +14,7 @@ _HOMES = {
     "PatchSpace": "patches",
     "TaskVector": "vectors",
     "TaskVectors": "vectors",
+    "ViTMAE": "models.vit_mae",
     "VisualPrompt": "prompts",
     "ablate": "patches",
     "evaluate": "evaluation",

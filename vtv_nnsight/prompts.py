@@ -95,10 +95,11 @@ class VisualPrompt:
                 )
         known = [p.pictures for p in prompts if p.pictures is not None]
         pictures = torch.cat(known) if len(known) == len(prompts) else None
-        return first._with(canvas=torch.cat([p.canvas for p in prompts]), pictures=pictures)
+        return first.changed(canvas=torch.cat([p.canvas for p in prompts]), pictures=pictures)
 
-    def _with(self, **changes: Any) -> VisualPrompt:
-        """This prompt with other tensors, which are known to be good: looking at them would wait for the GPU."""
+    def changed(self, **changes: Any) -> VisualPrompt:
+        """This prompt with other tensors that are known to be good. `dataclasses.replace` looks at all of them, and
+        waits for the GPU to do so."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__ | changes)
         return new
@@ -110,7 +111,7 @@ class VisualPrompt:
         """Some of the rows, always as a batch: an int gives a batch of one."""
         if isinstance(rows, int):
             rows = [range(len(self))[rows]]
-        return self._with(canvas=self.canvas[rows], pictures=None if self.pictures is None else self.pictures[rows])
+        return self.changed(canvas=self.canvas[rows], pictures=None if self.pictures is None else self.pictures[rows])
 
     def __iter__(self) -> Iterator[VisualPrompt]:
         return (self[i] for i in range(len(self)))
@@ -125,7 +126,7 @@ class VisualPrompt:
         if not canvas.is_floating_point():
             raise TypeError(f"{canvas.dtype} cannot hold a canvas; give a floating point type.")
         ids = {name: getattr(self, name) for name in ("visible", "decoded", "pictures")}
-        return self._with(canvas=canvas, **{n: None if i is None else i.to(canvas.device) for n, i in ids.items()})
+        return self.changed(canvas=canvas, **{n: None if i is None else i.to(canvas.device) for n, i in ids.items()})
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +135,7 @@ class VisualPrompt:
     def query_only(self) -> VisualPrompt:
         """The zero-shot form: the encoder sees the query alone, the decoder the query's band of the canvas, with the
         output hidden (ECCV 2024, §4)."""
-        return self._with(
+        return self.changed(
             visible=self.layout.regions["query"].to(self.device),
             decoded=self.layout.query_band.to(self.device),
         )
@@ -142,7 +143,7 @@ class VisualPrompt:
     def one_shot(self) -> VisualPrompt:
         """The form with examples, as `from_canvas` makes it: the encoder sees all but the output, the decoder sees
         everything."""
-        return self._with(visible=self.layout.visible.to(self.device), decoded=self.layout.all_patches.to(self.device))
+        return self.changed(visible=self.layout.visible.to(self.device), decoded=self.layout.all_patches.to(self.device))
 
     @property
     def queries(self) -> torch.Tensor:

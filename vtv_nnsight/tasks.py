@@ -31,7 +31,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from functools import reduce
 from numbers import Real
 from operator import add
@@ -181,7 +181,7 @@ class Task:
                     f"an example of {self.name} has no {self.needs!r}; give a row with one: "
                     f"{{'image': …, {self.needs!r}: …}} ({what})."
                 )
-        return replace(VisualPrompt.from_cells(cells, layout), pictures=torch.tensor([pictures]))
+        return VisualPrompt.from_cells(cells, layout).changed(pictures=torch.tensor([pictures]))
 
     def prompts(self, images: Any, n: int = 100, seed: int = 0, layout: Layout | None = None) -> VisualPrompt:
         """`n` one-shot prompts of random rows; the same seed gives the same prompts.

@@ -61,7 +61,7 @@ class Condition:
     def __post_init__(self) -> None:
         patched = self.patches is not None or self.run is not None
         object.__setattr__(self, "shot", self.shot or ("zero" if patched else "one"))
-        object.__setattr__(self, "patches", _sets(self.patches))
+        object.__setattr__(self, "patches", found_sets(self.patches))
         if self.shot not in SHOTS:
             raise ValueError(f"shot={self.shot!r} is unknown; choose one of {', '.join(SHOTS)}.")
         if patched and self.shot in ("copy", "ceiling"):
@@ -127,7 +127,7 @@ def comparison(
         others: Vectors of all tasks by name.
         seed: Of the random units.
     """
-    patches = _sets(patches)
+    patches = found_sets(patches)
     conditions = {
         "one-shot": Condition("one"),
         "zero-shot": Condition("zero"),
@@ -142,8 +142,8 @@ def comparison(
     return conditions | {"tokenizer": Condition("ceiling"), "copy": Condition("copy")}
 
 
-def _sets(patches: Any) -> Any:
-    """The sets of search results; all else as it is."""
+def found_sets(patches: Any) -> Any:
+    """The sets of search results, one or a list; all else as it is."""
     if isinstance(patches, list):
-        return [_sets(one) for one in patches]
+        return [found_sets(one) for one in patches]
     return getattr(patches, "patches", patches)
