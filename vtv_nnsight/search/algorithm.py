@@ -1,8 +1,8 @@
 """What an algorithm is given: a `Search`, through which it proposes sets of units and reads their losses.
 
 An algorithm is a function of a `Search` that returns a set of units and a score for each of them. `registry.algorithm`
-makes it public and puts it into `ALGORITHMS`, where the command line, the benchmarks and the docs find it. A file in this
-folder is all that a new one takes:
+makes it public and puts it into `ALGORITHMS`, where the command line, the benchmarks and the docs find it. A file in
+this folder is all that a new one takes:
 
     >>> from vtv_nnsight.search.registry import algorithm
     >>> @algorithm("the toss of a coin")
