@@ -9,6 +9,7 @@ import torch
 
 from vtv_nnsight import search
 from vtv_nnsight.search.journal import digest
+from vtv_nnsight.search.registry import algorithm
 
 
 class Coins:
@@ -81,19 +82,19 @@ def test_an_objective_that_lacks_something_is_refused():
 
 
 def test_the_registry_says_what_an_algorithm_takes():
-    for name, algorithm in search.ALGORITHMS.items():
-        assert algorithm is getattr(search, name) and algorithm.name == name == algorithm.__name__
-        assert algorithm.description and "\n" not in algorithm.description and algorithm.description in repr(algorithm)
-        parameters = inspect.signature(algorithm).parameters
-        assert set(algorithm.options) < set(parameters) and "vectors" in parameters
-        assert algorithm.takes_size == ("size" in parameters) and algorithm.needs_scores == ("scores" in parameters)
+    for name, own in search.ALGORITHMS.items():
+        assert own is getattr(search, name) and own.name == name == own.__name__
+        assert own.description and "\n" not in own.description and own.description in repr(own)
+        parameters = inspect.signature(own).parameters
+        assert set(own.options) < set(parameters) and "vectors" in parameters
+        assert own.takes_size == ("size" in parameters) and own.needs_scores == ("scores" in parameters)
     assert {n for n, a in search.ALGORITHMS.items() if a.needs_gradient} == {"attribution", "gates"}
 
 
 def test_a_new_algorithm_takes_a_decorator(monkeypatch):
     monkeypatch.setattr("vtv_nnsight.search.registry.ALGORITHMS", known := dict(search.ALGORITHMS))
 
-    @search.algorithm("the same set whatever the loss")
+    @algorithm("the same set whatever the loss")
     def everything(search, *, but: int):
         "All units but one."
         choices = torch.arange(search.units) != but
