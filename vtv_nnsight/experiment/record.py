@@ -172,6 +172,8 @@ class RunRecord:
                     f"{', '.join(str(out / name) for name in changed)}: not as this run wrote it; put it back, or do "
                     f"{', '.join(step for step in STEPS if step in steps)} again with redo (--redo)."
                 )
+            if spoilt:
+                self.content["notes"] = notes
             for step in spoilt:
                 self.content["seconds"].pop(step, None)
                 for folder in folders:
