@@ -52,7 +52,7 @@ class MaskedAutoencoder(InContextModel):
         output = prompts.layout.regions["output"].to(prompts.device)
         kept = token_index(prompts.decoded, output)
         self.decoder.norm.output = self.decoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
-        return prompts.changed(decoded=output)
+        return prompts._with(decoded=output)
 
 
 def groups(stage: str, granularity: str, layout: Layout) -> dict[str, torch.Tensor]:
