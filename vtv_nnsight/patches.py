@@ -105,15 +105,20 @@ class PatchSpace:
         try:
             found = updated(metadata)
             units = found.pop("units", None) or _published_units(found)
+            layout = layout_of(found)
             groups = {
-                stage: {name: torch.as_tensor(places) for name, places in own["groups"].items()}
+                stage: {name: _read_places(name, places, layout) for name, places in own["groups"].items()}
                 for stage, own in units.items()
                 if stage in found["stacks"]
             }
             space = cls.__new__(cls)
             space._build(found, groups, {stage: own["layers"] for stage, own in units.items()})
-        except (AttributeError, KeyError, TypeError) as error:
-            reason = f"there is no {error}" if isinstance(error, KeyError) else error
+            if any(len(space._paths[stage.name]) != stage.layers for stage in space.stages):
+                raise ValueError("it names more or fewer layers than it has")
+            if not len(space):
+                raise ValueError("it has no units")
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise ValueError(f"this is not a space of units: {reason}.") from error
         return space
 
@@ -226,6 +231,14 @@ class PatchSpace:
             if means:
                 parts.append(torch.stack(means, dim=-1).flatten(-3))
         return torch.cat(parts, dim=-1)
+
+
+def _read_places(name: str, places: Any, layout: Layout) -> torch.Tensor:
+    """The positions of a group, from a file."""
+    found = torch.as_tensor(places)
+    if found.dtype != torch.long or found.ndim != 1 or not ((found >= 0) & (found < layout.num_positions)).all():
+        raise ValueError(f"the places of {name!r} are not positions from 0 to {layout.num_positions - 1}")
+    return found
 
 
 def _published_units(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,7 +359,7 @@ class PatchSet:
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise ValueError(f"{path} is not a patch set; expected what PatchSet.save writes.")
         space, names = content.get("space"), content.get("patches")
-        if not isinstance(space, dict) or not isinstance(names, list):
+        if not isinstance(space, dict) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise ValueError(f"{path} is not a complete patch set (it lacks its space or its patches); make it again.")
         return cls.named(PatchSpace.from_metadata(space), names)
 
