@@ -6,7 +6,7 @@
     ...     answer_loss(model, prompts),
     ... )
     >>> print(curves.summary())                      # CPR and CMD, with intervals
-    >>> plots.faithfulness(curves)
+    >>> circuits.plots.draw([curves])
 
 After MIB (Mueller et al., *MIB: A Mechanistic Interpretability Benchmark*, 2025, arXiv 2504.13151, §3): the first share
 k of the units is kept, and f(k) = (m_k − m_∅) / (m_full − m_∅), where m_full is the whole model's, one-shot, and m_∅
@@ -57,7 +57,7 @@ def faithfulness(
     Args:
         model: The model, on its device and in its dtype.
         vector: "in": what is patched in, the task's vector. "out": what takes the place of the units that are ablated,
-            such as `stages.zero_vector(model)` or `vectors.mean()`.
+            such as `vectors.zero_vector(model)` or `vectors.mean()`.
         prompts: One-shot, with the truth in their output cells; "in" shows their queries alone.
         space: The units. "out" ablates what the space names and leaves the rest, so that its groups should hold the
             example's cells, too (granularity "cell").
