@@ -31,7 +31,18 @@ import torch
 from common import journal, options, save, table
 from matplotlib.figure import Figure
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, VisualPrompt, data, evaluate, search, tasks
+from vtv_nnsight import (
+    MAEVQGAN,
+    PatchSet,
+    PatchSpace,
+    TaskVectors,
+    VisualPrompt,
+    data,
+    evaluate,
+    metrics,
+    search,
+    tasks,
+)
 from vtv_nnsight.evaluation import Table, bootstrap
 from vtv_nnsight.progress import tqdm
 from vtv_nnsight.vectors import TaskVector
@@ -146,7 +157,7 @@ def lines(name: str, asked: Mapping, found: Sequence[Mapping[Any, Found]], judge
     """One task's rows; `found` and `judged` are the seeds'."""
     task, base, rows = tasks.get(name), asked["masks", EACH], []
     for (varies, value), key in ({("reference", name): name for name in REFERENCES} | dict(asked)).items():
-        row = {"task": name, "metric": task.metric, "varies": varies, "value": value, "is_base": key == base}
+        row = {"task": name, "metric": task.metric.name, "varies": varies, "value": value, "is_base": key == base}
         own = [sets[key] for sets in found if key in sets]
         row["units_patched"] = [len(one.patches) for one in own]
         row["units_to_choose_from"] = len(own[0].patches.space) if own else 0
@@ -158,7 +169,7 @@ def lines(name: str, asked: Mapping, found: Sequence[Mapping[Any, Found]], judge
 
 
 def label(row: dict[str, Any]) -> str:
-    return "mIoU ↑" if row["metric"] == "iou" else f"{row['metric'].upper()} ↓"
+    return metrics.get(row["metric"]).label
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
@@ -191,10 +202,10 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
                 panel.axhline(row["score"]["mean"], color=style[0], linestyle=style[1], label=row["value"])
             points(panel, [row for row in own if row["varies"] == varies], f"C{i}")
             panel.set_title(varies.replace("_", " ") if i == 0 else "", fontsize=10)
-        iou = own[0]["metric"] == "iou"
+        bounded = metrics.get(own[0]["metric"]).higher_is_better
         first = panels[i, 0]
-        first.set_ylabel(f"{name}\n{label(own[0])}" + ("" if iou else ", log scale"), color=f"C{i}")
-        first.set_yscale("linear" if iou else "log")
+        first.set_ylabel(f"{name}\n{label(own[0])}" + ("" if bounded else ", log scale"), color=f"C{i}")
+        first.set_yscale("linear" if bounded else "log")
         for axis in (first.yaxis.set_major_formatter, first.yaxis.set_minor_formatter):
             axis("{x:g}")
         first.tick_params(axis="y", which="both", labelsize=8)

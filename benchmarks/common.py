@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.stats import t as student
+from tabulate import tabulate
 
 from vtv_nnsight import VisualPrompt
 from vtv_nnsight.files import replacing, write_text
@@ -26,8 +28,6 @@ from vtv_nnsight.pretraining import recipes
 
 SIZES = {"embedded": "tiny", "small": "small", "vit-l": "published"}
 """Name → the size of `pretraining.recipes` that it is."""
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""Student's t at 97.5 %, for 1 to 9 degrees of freedom."""
 
 
 def options(file: str, doc: str, quick: str) -> argparse.ArgumentParser:
@@ -108,17 +108,14 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     values = np.asarray(list(values), dtype=float)
     if len(values) < 2:
         return float(values.mean()), math.nan
-    freedom = len(values) - 1
-    t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom
-    return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(len(values)))
+    quantile = student.ppf(0.975, len(values) - 1)
+    return float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Markdown that is aligned to be read as it is; floats to four digits."""
     body = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *body)]
-    lines = [list(head), ["-" * width for width in widths], *body]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+    return tabulate(body, head, tablefmt="github", disable_numparse=True)
 
 
 def save(args: argparse.Namespace, results: Mapping[str, Any], figure: Figure) -> None:

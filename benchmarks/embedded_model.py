@@ -71,7 +71,7 @@ def main() -> None:
                 numbers[f"{name}, {_title(task)}, {line.condition}"] = [line.mean, line.low, line.high]
                 cells.append(f"{line.mean:.3f} ({line.low:.3f} to {line.high:.3f})")
             held_out = " (held out)" if task in HELD_OUT else ""
-            label = "mIoU" if task.metric == "iou" else "MSE"
+            label = task.metric.label.split()[0]
             lines.append(f"| {name} | {_title(task)}{held_out} | {label} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
             if args.pictures:

@@ -29,11 +29,10 @@ from matplotlib.figure import Figure
 from vtv_nnsight import MAEVQGAN, VisualPrompt, data, search, tasks
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import tqdm
-from vtv_nnsight.search.reinforce import PUBLISHED
+from vtv_nnsight.search.published import PUBLISHED
 from vtv_nnsight.vectors import TaskVectors
 
 PAPER = "reinforce, published"
-ALGORITHMS = ("reinforce", "gates", "attribution", "mediation", "ranking", "greedy", "random")
 ABLATIONS = {
     "reinforce, batch baseline": dict(baseline="batch"),
     "reinforce, independent": dict(antithetic=False),
@@ -69,12 +68,10 @@ class Bench:
     def run(self, label: str, seed: int, budget: int | None, **own) -> search.SearchResult:
         """A search of its algorithm's own options; "prompts" of them says how many to train on."""
         name = label.split(",")[0]
-        if name == "ranking":
-            own["scores"] = self.vectors.score()
         drawn = self.task.prompts(self.images, self.args.prompts, 100 + seed, self.model.layout).query_only()
         prompts = drawn[: own.pop("prompts", None)]
         vector, file = self.vectors[self.task.name], journal(self.args.resume, label, budget, seed)
-        shared = dict(budget=budget, held_out=self.held_out, seed=seed, resume=file)
+        shared = dict(budget=budget, held_out=self.held_out, seed=seed, vectors=self.vectors, resume=file)
         return search.ALGORITHMS[name](self.model, vector, self.task, prompts, self.space, **shared, **own)
 
 
@@ -136,12 +133,12 @@ def main() -> None:
     parser = options(__file__, __doc__, "three algorithms, one budget, one seed and 2 published steps")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--task", default="segmentation")
-    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
+    parser.add_argument("--algorithms", nargs="+", default=list(search.ALGORITHMS), choices=search.ALGORITHMS)
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--budgets", nargs="+", type=int, default=[1000, 2000, 4000, 8000])
     parser.add_argument("--published-steps", type=int, default=PUBLISHED.steps)
     parser.add_argument("--seeds", type=int, default=5, help="as many, from --seed on")
-    parser.add_argument("--collected", type=int, default=100, help="prompts a task that vectors are the mean of")
+    parser.add_argument("--collected", type=int, default=100, help="prompts per task that vectors are the mean of")
     parser.add_argument("--prompts", type=int, default=96, help="to train on, each seed its own")
     parser.add_argument("--held-out", type=int, default=32, help="prompts, the same for all")
     parser.add_argument("--test", type=int, default=128, help="prompts, the same for all")

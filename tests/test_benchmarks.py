@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, tasks
+from vtv_nnsight.experiment import leaderboard
+from vtv_nnsight.search import SearchResult
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -35,14 +37,21 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-@pytest.fixture
-def patch_sets(script):
-    return script("patch_sets")
-
-
 @pytest.fixture(scope="module")
 def space():
     return PatchSpace(MAEVQGAN("tiny"))
+
+
+def test_computation(tmp_path):
+    found, printed = quick("computation", tmp_path)
+    (case,) = found["cases"]
+    transformer, whole = case["GFLOPs of the transformer a canvas"], case["GFLOPs a canvas"]
+    for way in ("one-shot", "zero-shot"):
+        assert whole[way] > transformer[way] > 0
+    drawing = [whole[way] - transformer[way] for way in ("one-shot", "zero-shot")]
+    assert drawing[0] == pytest.approx(drawing[1])  # the VQGAN draws as many patches either way
+    assert 0 < case["saved"]["FLOPs"] < case["saved"]["FLOPs of the transformer"] < 100
+    assert "saved (%)" in printed
 
 
 def test_patch_sets(tmp_path, space):
@@ -85,75 +94,78 @@ def test_patch_sets(tmp_path, space):
     assert all(0 <= value <= 1 for (task, _), row in rows.items() if task == "segmentation" for value in row["metric"])
 
 
-def test_every_unit_is_pruned(patch_sets, space):
+def test_every_unit_is_pruned(space):
     whole = PatchSet.random(space, 25)
-    parts = [whole - rest for rest in patch_sets.prunings(whole, seed=1)]
+    parts = [whole - rest for rest in leaderboard.prunings(whole, seed=1)]
     assert [len(part) for part in parts] == [3] * 9
     assert all((part & whole) == part for part in parts)
     assert PatchSet(space, torch.stack([part.choices for part in parts]).any(0)) == whole
-    assert [len(rest) for rest in patch_sets.prunings(PatchSet.random(space, 2))] == [1, 1]
-    assert list(patch_sets.prunings(PatchSet.random(space, 0))) == []
+    assert [len(rest) for rest in leaderboard.prunings(PatchSet.random(space, 2))] == [1, 1]
+    assert list(leaderboard.prunings(PatchSet.random(space, 0))) == []
 
 
-def test_stability_is_jaccard_against_chance(patch_sets, space):
+def test_stability_is_jaccard_against_chance(space):
     a, b = (PatchSet.random(space, 48, seed) for seed in (0, 1))
-    assert patch_sets.stability([a]) is None
-    assert patch_sets.stability([a, a])["mean"] == 1
-    found = patch_sets.stability([a, b])
+    assert leaderboard.stability([a]) is None
+    assert leaderboard.stability([a, a])["mean"] == 1
+    found = leaderboard.stability([a, b])
     assert found == {"mean": a.jaccard(b), "by_chance": pytest.approx(1 / 3)}
 
 
-def test_units_are_ranked_by_score_and_chosen_ones_lead_among_equals(patch_sets, space):
+def test_units_are_ranked_by_score_and_chosen_ones_lead_among_equals(space):
     scores = torch.zeros(len(space), dtype=torch.float64)
     scores[[3, 5]], scores[0] = torch.tensor([2.0, 1.0], dtype=torch.float64), torch.nan
     chosen = PatchSet.named(space, [space.names[i] for i in (5, 90, 91)])
-    result = patch_sets.search.SearchResult("x", chosen, scores, False, 0.0, 0, (), {}, 0)
-    best = patch_sets.best_scored(result, count=96)
+    result = SearchResult("x", chosen, scores, False, 0.0, 0, (), {}, 0)
+    best = leaderboard.best_scored(result, count=96)
     assert list(best)[0] == 1 and list(best)[-1] == len(space)
     assert best[1].choices.nonzero()[:, 0].tolist() == [3]
     assert best[4].choices.nonzero()[:, 0].tolist() == [3, 5, 90, 91]
     assert max(k for k, one in best.items() if not one.choices[0]) < len(space)
-    assert patch_sets.best_scored(chosen) == {}
+    assert leaderboard.best_scored(chosen) == {}
 
 
-def test_gap_closed(patch_sets):
+def test_gap_closed():
     bounds = {name: {"token_loss": [loss]} for name, loss in (("zero-shot", 5.0), ("one-shot", 3.0))}
-    assert patch_sets.gap_closed({"token_loss": [3.5]}, bounds) == 0.75
-    assert patch_sets.gap_closed({"token_loss": [3.5]}, bounds | {"zero-shot": {"token_loss": [3.0]}}) is None
+    assert leaderboard.gap_closed({"token_loss": [3.5]}, bounds) == 0.75
+    assert leaderboard.gap_closed({"token_loss": [3.5]}, bounds | {"zero-shot": {"token_loss": [3.0]}}) is None
 
 
-def test_losses_that_differ_end_the_benchmark(patch_sets):
-    patch_sets.agree(2.0, 2.0001, "x")
+def test_losses_that_differ_end_the_benchmark():
+    leaderboard.agree(2.0, 2.0001, "x")
     with pytest.raises(RuntimeError, match="x: the token loss is 2.0 to a search and 2.1 to an evaluation"):
-        patch_sets.agree(2.0, 2.1, "x")
+        leaderboard.agree(2.0, 2.1, "x")
 
 
-def test_whose_a_file_is(patch_sets, space, tmp_path):
+def test_whose_a_file_is(space, tmp_path):
     chosen = {name: tasks.get(name) for name in ("segmentation", "lowlight")}
     files = {name: tmp_path / f"{name}.json" for name in ("segmentation", "mine", "one-shot", "identity")}
     for file in files.values():
         PatchSet.random(space, 3).save(file)
-    found = patch_sets.read([str(files["segmentation"]), str(files["mine"])], chosen)
+    found = leaderboard.read([str(files["segmentation"]), str(files["mine"])], chosen)
     assert {name: list(by_task) for name, by_task in found.items()} == {
         str(tmp_path): ["segmentation"],
         "mine": ["segmentation", "lowlight"],
     }
-    assert list(patch_sets.read([f"lowlight={files['mine']}"], chosen)["mine"]) == ["lowlight"]
+    assert list(leaderboard.read([f"lowlight={files['mine']}"], chosen)["mine"]) == ["lowlight"]
     for wrong, sentence in (
         ([files["identity"]], "is of 'identity' and --tasks is segmentation,lowlight; add it"),
         ([files["mine"], files["mine"]], "is a second set of 'segmentation' that is called 'mine'"),
         ([files["one-shot"]], "would be called 'one-shot', as another row is"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            patch_sets.read(list(map(str, wrong)), chosen)
+            leaderboard.read(list(map(str, wrong)), chosen)
 
 
-def test_options_that_make_no_sense(patch_sets):
-    good = dict(budget=1, seeds=1, prompts=1, n=1, batch_size=1, algorithms="gates", tasks="lowlight")
-    assert list(patch_sets.check(SimpleNamespace(**good))) == ["lowlight"]
-    for wrong, sentence in (({"n": 0}, "n=0 leaves nothing"), ({"algorithms": "gate"}, "'gate' is not an algorithm")):
+def test_options_that_make_no_sense():
+    good = dict(budget=1, seeds=1, prompts=1, test_prompts=1, batch_size=1, algorithms=("gates",), tasks=("lowlight",))
+    assert list(leaderboard.Leaderboard(**good).chosen) == ["lowlight"]
+    for wrong, sentence in (
+        ({"test_prompts": 0}, "test_prompts=0 leaves nothing"),
+        ({"algorithms": ("gate",)}, "'gate' is not an algorithm"),
+    ):
         with pytest.raises(ValueError, match=sentence):
-            patch_sets.check(SimpleNamespace(**good | wrong))
+            leaderboard.Leaderboard(**good | wrong)
 
 
 def test_throughput(tmp_path):
@@ -338,7 +350,7 @@ def test_intervals_and_tables(script):
     assert common.interval([2.0])[0] == 2
     assert common.table(["a", "long"], [["xyz", 1 / 3]]).splitlines() == [
         "| a   | long   |",
-        "| --- | ------ |",
+        "|-----|--------|",
         "| xyz | 0.3333 |",
     ]
 

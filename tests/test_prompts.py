@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vtv_nnsight.images import as_cell
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.prompts import VisualPrompt, crop
 
@@ -106,6 +107,44 @@ def test_from_cells_leaves_the_rest_white():
     layout = Layout()
     prompt = VisualPrompt.from_cells({"query": torch.zeros(3, 111, 111)}, layout)
     assert prompt.region("query").max() == 0 and prompt.canvas.sum() == 3 * (224**2 - 111**2)
+
+
+def test_from_cells_takes_pictures(tmp_path):
+    layout, picture = Layout(), Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save(tmp_path / "picture.png")
+    expected = as_cell(picture, 111)
+    for cell in (picture, tmp_path / "picture.png", str(tmp_path / "picture.png"), expected):
+        assert torch.equal(
+            VisualPrompt.from_cells({"example_input": cell}, layout).region("example_input")[0], expected
+        )
+    with pytest.raises(ValueError, match=r"'query' have shape \[3, 60, 60\].*\[3, 111, 111\], or a picture"):
+        VisualPrompt.from_cells({"query": torch.zeros(3, 60, 60)}, layout)
+    with pytest.raises(ValueError, match="'sky' is not a cell"):
+        VisualPrompt.from_cells({"sky": picture}, layout)
+    with pytest.raises(TypeError, match="image of type int"):
+        VisualPrompt.from_cells({"query": 3}, layout)
+
+
+def test_pixels_are_looked_at_once(monkeypatch):
+    prompt = VisualPrompt.from_canvas(canvases())
+    monkeypatch.setattr("vtv_nnsight.prompts._check_canvas", lambda *_: pytest.fail("looked at again"))
+    monkeypatch.setattr("vtv_nnsight.prompts._check_patches", lambda *_: pytest.fail("looked at again"))
+    again = VisualPrompt.cat([prompt[0], *prompt[1:].split(1)]).to(torch.float64).query_only().one_shot()
+    assert torch.equal(again.canvas, prompt.canvas.double()) and torch.equal(again.visible, prompt.visible)
+    assert torch.equal(again.decoded, prompt.decoded) and again.layout == prompt.layout
+    with pytest.raises(TypeError, match="torch.uint8 cannot hold a canvas"):
+        prompt.to(torch.uint8)
+
+
+def test_queries_are_told_apart_by_their_pixels():
+    canvas = canvases(4)
+    canvas[2, :, 113:, :111] = canvas[0, :, 113:, :111]
+    queries = VisualPrompt.from_canvas(canvas).queries
+    assert queries.dtype == torch.long and queries[2] == queries[0] and len(queries.unique()) == 3
+    known = replace(VisualPrompt.from_canvas(canvas), pictures=torch.tensor([[1, 7], [2, 7], [3, 8], [4, 9]]))
+    assert known[1:].queries.tolist() == [7, 8, 9] and known.query_only().queries.tolist() == [7, 7, 8, 9]
+    assert VisualPrompt.cat([known, known[0]]).pictures.tolist()[-1] == [1, 7]
+    assert VisualPrompt.cat([known, VisualPrompt.from_canvas(canvas)]).pictures is None
 
 
 def test_to_casts_pixels_and_keeps_ids():

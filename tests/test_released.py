@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import make_config
 
 from vtv_nnsight import MAEVQGAN, Layout, cli, released, tasks
 from vtv_nnsight.layouts import positions
@@ -16,10 +17,7 @@ from vtv_nnsight.vectors import TaskVectors
 @pytest.fixture(scope="module")
 def module():
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vqgan_channels=32, vqgan_num_res_blocks=1)
-    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, num_codes=24)
-    levels = dict(vqgan_channel_multipliers=(1, 1, 2), vqgan_attention_levels=(2,), vqgan_fold=4, vqgan_z_channels=8)
-    module = MAEVQGANModel(MAEVQGANConfig(image_size=64, code_dim=8, **sizes, **decoder, **levels)).eval()
+    module = MAEVQGANModel(make_config()).eval()
     for parameter in module.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return module
@@ -44,7 +42,8 @@ def vectors(model, prompts):
 def projected(module, vector):
     """A vector as the released code keeps it: every head after its slice of the projection, with all of the bias."""
     stacks = []
-    for stack, mean, present in zip(("encoder", "decoder"), vector.mean, vector.present):
+    for stack, mean in vector.mean.items():
+        present = vector.present[stack]
         layers = []
         for block, z in zip(getattr(module, stack).blocks, mean[:, present]):
             slices = block.attn.proj.weight.unflatten(1, (z.shape[1], -1))
@@ -67,9 +66,9 @@ def test_activations_are_recovered(model, vectors, folder):
     for task, vector in found.items():
         assert vector.count == vectors[task].count and vector.variance is None
         assert vector.fingerprint == vectors[task].fingerprint
-        for a, b in zip(vector.mean, vectors[task].mean):
+        for a, b in zip(vector.mean.values(), vectors[task].mean.values()):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, equal_nan=True)
-        assert all(0 <= value < 1e-6 for value in residuals[task])
+        assert all(0 <= value < 1e-6 for value in residuals[task].values())
 
 
 def test_imported_vectors_patch_as_ones_own_do(model, prompts, vectors, folder):
@@ -92,7 +91,7 @@ def test_activations_in_half_precision_leave_a_residual(module, model, vectors, 
         with open(tmp_path / "inpaint_mean_activations.pkl", "wb") as file:
             pickle.dump([count, encoder.to(dtype), decoder.to(dtype)], file)
         found, residuals = released.read_activations(model, tmp_path)
-        assert list(found) == ["inpainting"] and most / 100 < max(residuals["inpainting"]) < most
+        assert list(found) == ["inpainting"] and most / 100 < max(residuals["inpainting"].values()) < most
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -173,6 +172,31 @@ def test_stack_globals_by_hand_are_refused(tmp_path):
         path.write_bytes(text)
         with pytest.raises(ValueError, match="refused: it names"):
             released.load(path)
+
+
+def test_pickles_that_stand_for_something_enormous_are_refused_at_once(tmp_path):
+    shared = (0,) * 10
+    for _ in range(40):
+        shared = (shared,) * 10
+    for content in (shared, [shared], {"a": [1, shared]}):
+        (tmp_path / "bernoullis_0.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match="was refused: its objects refer to each other so often"):
+            released.load(tmp_path / "bernoullis_0.pkl")
+    deep = []
+    for _ in range(300):
+        deep = [deep]
+    (tmp_path / "bernoullis_0.pkl").write_bytes(pickle.dumps(deep))
+    with pytest.raises(ValueError, match="was refused: its objects are nested more than 200 deep"):
+        released.load(tmp_path / "bernoullis_0.pkl")
+
+
+def test_lists_that_hold_each_other_stay_shared(tmp_path):
+    """Made empty and filled from the outside in, so that none is large when it is used."""
+    text = b"".join(b"]q" + bytes([i]) + b"0" for i in range(100))
+    text += b"".join(b"h" + bytes([i]) + b"(" + (b"h" + bytes([(i + 1) % 100])) * 10 + b"e0" for i in range(100))
+    (tmp_path / "bernoullis_0.pkl").write_bytes(b"\x80\x02" + text + b"h\x00.")
+    found = released.load(tmp_path / "bernoullis_0.pkl")
+    assert len(found) == 10 and all(inner is found[0] for inner in found)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([torch.zeros(99)])[:-40]])
@@ -279,7 +303,7 @@ def test_from_the_command_line(module, model, vectors, folder, tmp_path, monkeyp
     assert code == 0 and "lowlight: 5 prompts, residual encoder" in printed.out
     found = TaskVectors.load(out / "vectors.safetensors")
     torch.testing.assert_close(
-        found["lowlight"].mean.decoder, vectors["lowlight"].mean.decoder, atol=1e-5, rtol=1e-4, equal_nan=True
+        found["lowlight"].mean["decoder"], vectors["lowlight"].mean["decoder"], atol=1e-5, rtol=1e-4, equal_nan=True
     )
     assert PatchSet.load(out / "bernoullis_0_1_best.json") == PatchSet(PatchSpace(model), logits > 0)
 
@@ -305,7 +329,7 @@ def test_the_released_files_give_the_released_numbers(golden, golden_model, tmp_
         ours.copy_(golden[name])
     (tmp_path / "segmentation_mean_activations.pkl").write_bytes(pickle.dumps(content))
     found, residuals = released.read_activations(model, tmp_path)
-    assert max(residuals["segmentation"]) < 1e-5
+    assert max(residuals["segmentation"].values()) < 1e-5
     rank = Layout().index(Layout().query_band, Layout().regions["output"]) - 1
     for granularity in range(3):
         logits = 2.0 * golden[f"mask_g{granularity}"] - 1

@@ -1,27 +1,38 @@
 """`vtv run` and `vtv report`: what is written, what is done again, what is refused, and what the report says."""
 
+import html
+import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from vtv_nnsight import MAEVQGAN, cli, data, tasks
+from vtv_nnsight.cli import start
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.experiment import STEPS, run
 from vtv_nnsight.experiment import steps as runs
-from vtv_nnsight.experiment.settings import PUBLISHED, Settings
+from vtv_nnsight.experiment.settings import PUBLISHED, QUICK, Settings
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.progress import display, tqdm
+from vtv_nnsight.progress import display, progress_bar
 from vtv_nnsight.report import page as report
-from vtv_nnsight.search import SearchResult
+from vtv_nnsight.report import pictures, reading
+from vtv_nnsight.search import Objective, SearchResult
 from vtv_nnsight.vectors import TaskVectors
 
+pytestmark = pytest.mark.timeout(900)
+
 TASKS = ("segmentation", "lowlight")
-SMALL = dict(tasks=TASKS, images=40, prompts=8, candidates=30, budget=200, evaluations=6)
+SMALL = dict(tasks=TASKS, max_images=40, prompts=8, candidates=30, budget=200, test_prompts=6)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +61,15 @@ def done(monkeypatch):
     """The steps that did something, in order; the report is not drawn, which takes the longest."""
     steps = []
     monkeypatch.setattr(report, "write", lambda out: out / "report.html")
-    for name, function in (("select", runs.select), ("collect", runs.collect), ("search", runs.seek)):
-        monkeypatch.setattr(runs, function.__name__, _noting(function, name, steps))
-    monkeypatch.setattr(runs, "judge", _noting(runs.judge, "evaluate", steps))
+    for name in ("select", "collect", "search", "evaluate"):
+        monkeypatch.setattr(runs, name, _noting(getattr(runs, name), name, steps))
     return steps
 
 
 def _noting(function, name, steps):
-    def noted(*args):
-        *rest, doing = args
-        return function(*rest, lambda what: (steps.append(name), doing(what)))
+    def noted(*args, **options):
+        steps.append(name)
+        return function(*args, **options)
 
     return noted
 
@@ -88,11 +98,11 @@ def test_a_run_writes_what_the_rest_of_the_library_reads(finished, model):
 def test_kept_prompts_are_exact(tmp_path, model):
     layout = MAEVQGAN(model).layout
     rows = data.scenes("train", 40, 0)
-    part = runs.Part("", tmp_path, 0, rows, rows)
-    settings = Settings(**SMALL | {"prompts": 20})
-    made = [runs.select(part, None, [tasks.lowlight], layout, settings, 8, lambda what: None) for _ in range(2)]
-    assert (made[0]["lowlight"].canvas == tasks.lowlight.prompts(rows, 20, 0, layout).canvas).all()
-    assert (made[0]["lowlight"].canvas == made[1]["lowlight"].canvas).all()
+    made = runs.select(None, tasks.lowlight, rows, Settings(**SMALL | {"prompts": 20}), layout)
+    assert (made.canvas == tasks.lowlight.prompts(rows, 20, 0, layout).canvas).all()
+    runs.write_prompts(tmp_path / "prompts.safetensors", {"lowlight": made})
+    read = runs.read_prompts(tmp_path / "prompts.safetensors", layout)
+    assert (read["lowlight"].canvas == made.canvas).all()
 
 
 def test_a_finished_run_is_not_done_again(copy, model, done):
@@ -111,9 +121,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path,
             raise KeyboardInterrupt
         return losses(*args)
 
-    losses = runs.search.Objective._losses
+    losses = Objective._losses
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs.search.Objective, "_losses", interrupt)
+        patch.setattr(Objective, "_losses", interrupt)
         run(tmp_path / "run", settings, progress=False)
     assert (tmp_path / "run" / "search" / "segmentation.journal").exists()
     assert done == ["select", "select", "collect", "search"]
@@ -123,13 +133,13 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path,
         one, other = (SearchResult.load(out / "search" / f"{name}.safetensors") for out in (finished, tmp_path / "run"))
         assert one.patches == other.patches and one.held_out_loss == other.held_out_loss
         one, other = (Table.load(out / "evaluation" / f"{name}.parquet") for out in (finished, tmp_path / "run"))
-        assert one.rows.to_pandas().equals(other.rows.to_pandas())
+        assert one.frame.equals(other.frame)
 
 
 def test_a_changed_setting_is_refused_or_done_again(copy, model, done):
-    changed = Settings(model=model, **SMALL | {"evaluations": 4})
+    changed = Settings(model=model, **SMALL | {"test_prompts": 4})
     before = times(copy)
-    with pytest.raises(ValueError, match=r"evaluations was 6 and is 4, .*\. Name another folder, or do evaluate again"):
+    with pytest.raises(ValueError, match=r"test_prompts was 6 and is 4, .*\. Name another folder, or do evaluate"):
         run(copy, changed, progress=False)
     assert times(copy) == before and done == []
     vectors, found = (copy / "vectors.safetensors").read_bytes(), times(copy / "search")
@@ -137,6 +147,165 @@ def test_a_changed_setting_is_refused_or_done_again(copy, model, done):
     assert done == ["evaluate", "evaluate"]
     assert (copy / "vectors.safetensors").read_bytes() == vectors and times(copy / "search") == found
     assert len(Table.load(copy / "evaluation" / "lowlight.parquet").values("lowlight", "one-shot")) == 4
+
+
+def flip(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(folder):
+    """Give two searches each other's names."""
+    one, other = (folder / "search" / f"{name}.safetensors" for name in TASKS)
+    one.rename(folder / "aside")
+    other.rename(one)
+    (folder / "aside").rename(other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "again"),
+    [
+        (lambda out: flip(out / "prompts.safetensors"), "prompts", ["select"] * 2 + ["collect"]),
+        (lambda out: flip(out / "vectors.safetensors"), "vectors", ["collect"] + ["search"] * 2 + ["evaluate"] * 2),
+        (swap, "search/segmentation.safetensors, .*search/lowlight", ["search"] * 2 + ["evaluate"] * 2),
+        (lambda out: flip(out / "search" / "lowlight.safetensors"), "lowlight", ["search"] + ["evaluate"] * 2),
+        (lambda out: flip(out / "evaluation" / "lowlight.safetensors"), "lowlight", ["evaluate"]),
+        (lambda out: flip(out / "evaluation" / "lowlight.parquet"), "lowlight.parquet", ["evaluate"]),
+    ],
+)
+def test_a_file_that_was_changed_is_named_and_made_again(copy, finished, model, done, damage, name, again):
+    settings = Settings(model=model, **SMALL)
+    damage(copy)
+    with pytest.raises(ValueError, match=f"{name}.*not as this run wrote it; put it back, or do .*redo"):
+        run(copy, settings, progress=False)
+    with pytest.raises(ValueError, match=f"{name}.*not as the run wrote it"):
+        reading.read(copy)
+    assert done == []
+    run(copy, settings, redo=True, progress=False)
+    assert done[: len(again)] == again
+    assert files(copy) == files(finished)
+
+
+def files(folder):
+    """Name → content of what the steps of a run wrote."""
+    kinds = (".safetensors", ".csv", ".parquet")
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.suffix in kinds}
+    return {name: path.read_bytes() for name, path in found.items() if name != "table.csv"}
+
+
+def test_a_file_that_no_run_wrote_is_not_used(copy, finished, model, done):
+    """As when the program was killed between a file and its record, or somebody put one there."""
+    record = json.loads((copy / "run.json").read_text())
+    del record["files"]["search/lowlight.safetensors"]
+    (copy / "run.json").write_text(json.dumps(record))
+    (copy / "search" / "lowlight.safetensors").write_bytes(b"not a search")
+    run(copy, Settings(model=model, **SMALL), progress=False)
+    assert done == ["search"] and files(copy) == files(finished)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda out: (out / "run.json").write_text('{"kind": "vtv run"}'), "run.json lacks the settings of a run"),
+        (lambda out: (out / "run.json").write_text("{"), "run.json cannot be read"),
+        (
+            lambda out: (out / "run.json").write_text(
+                json.dumps({"settings": {"tasks": [], "folds": []}, "files": {"../thesis.safetensors": "0"}})
+            ),
+            "names files that no run writes",
+        ),
+        (
+            lambda out: ((out / "vectors.safetensors").unlink(), (out / "vectors.safetensors").mkdir()),
+            "is a folder where a run keeps a file",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_one_sentence(copy, model, done, damage, words):
+    damage(copy)
+    for call in (lambda: run(copy, Settings(model=model, **SMALL), progress=False), lambda: reading.read(copy)):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert done == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda out, path: path.write_bytes(path.read_bytes()[:200]), "is not the whole table of an evaluation"),
+        (
+            lambda out, path: path.write_bytes((out / "evaluation" / "segmentation.parquet").read_bytes()),
+            "is of segmentation; expected an evaluation of lowlight",
+        ),
+        (
+            lambda out, path: Table(Table.load(path).frame.query("condition != 'one-shot'")).parquet(path),
+            "lacks the conditions one-shot",
+        ),
+    ],
+)
+def test_an_evaluation_of_something_else_is_one_sentence(copy, damage, words):
+    """In a run of 0.1, whose record has no digests."""
+    record = json.loads((copy / "run.json").read_text())
+    del record["files"]
+    (copy / "run.json").write_text(json.dumps(record))
+    damage(copy, copy / "evaluation" / "lowlight.parquet")
+    with pytest.raises(ValueError, match=words):
+        reading.read(copy)
+
+
+def test_two_processes_write_what_one_writes(finished, model, tmp_path):
+    script = tmp_path / "run.py"
+    settings = f"Settings(model={model!r}, **{SMALL!r})"
+    script.write_text(
+        "from vtv_nnsight.experiment import Settings, run\n"
+        f"run({str(tmp_path / 'run')!r}, {settings}, progress=False)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
+    package = str(Path(__file__).parents[1])
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": package}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files(tmp_path / "run") == files(finished)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"budget": 20}, "budget=20 is too small for reinforce"),
+        ({"search": "greedy", "budget": 30}, "budget=30 is too small for greedy"),
+        ({"search": "gates", "loss": "pixels"}, "loss='pixels' has no gradient"),
+        ({"search": "ranking", "tasks": ("lowlight",)}, "give two tasks or more"),
+        ({"candidates": 5}, "candidates=5 are fewer than the prompts=8"),
+        ({"prompts": 1}, "1 prompts and held_out=0.25 leave 0 to train on"),
+    ],
+)
+def test_settings_are_tried_before_the_first_step(model, tmp_path, done, change, words):
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path / "run", Settings(model=model, **SMALL | change), progress=False)
+    assert done == [] and not (tmp_path / "run").exists()
+
+
+def test_pictures_to_test_on_are_never_searched_on(monkeypatch):
+    rows = data.scenes("train", 8)
+    monkeypatch.setattr(data, "split_data", lambda spec, *args: (rows.select(range(5)), rows.select([7, 4])))
+    with pytest.raises(ValueError, match="1 of the 2 pictures of x to test on are also among those to search on"):
+        runs.split_data("x", 5, 2, 0)
+
+
+def test_single_steps_are_those_of_a_run(finished, model, tmp_path):
+    """`vtv collect` and `vtv search` write what `vtv run` writes."""
+    args = ["--max-images", 40, "--prompts", 8, "--candidates", 30, "--tasks", ",".join(TASKS)]
+    vectors, found = tmp_path / "vectors.safetensors", tmp_path / "found.safetensors"
+    for command in (
+        ["collect", model, *args, "-o", vectors],
+        ["search", model, *args[:-1], "lowlight", "--vectors", vectors, "--budget", 200, "-o", found],
+    ):
+        result = CliRunner().invoke(cli.app, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+    assert vectors.read_bytes() == (finished / "vectors.safetensors").read_bytes()
+    assert found.read_bytes() == (finished / "search" / "lowlight.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +352,8 @@ def test_ones_own_pictures(photographs, model, tmp_path):
     """Tasks are those that need no masks; of one task there is no score to show."""
     settings = Settings(model=model, data=str(photographs), **SMALL | {"tasks": ("inpainting",)})
     page = run(tmp_path / "run", settings, progress=False).read_text()
-    broken, few = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    broken, few, *shared = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    assert all("share pictures with training prompts" in note and note in page for note in shared)
     assert "3 of 13 files" in broken and all(name in broken for name in ("broken.png", "deeper/cut.jpg", "dot.png"))
     assert "8 pictures to learn from are few" in few and "deeper/cut.jpg" in page
     assert "Which heads" not in page and not (tmp_path / "run" / "scores.csv").exists()
@@ -207,7 +377,7 @@ def test_what_pictures_cannot_serve(photographs, model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"loss": "taste"}, {"prompts": 0}, {"evaluations": -1}])
+@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"loss": "taste"}, {"prompts": 0}, {"test_prompts": -1}])
 def test_settings_that_lead_nowhere_are_refused_at_once(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"^{name}={value!r} "):
@@ -222,22 +392,22 @@ def test_the_report_is_one_file_with_everything(finished):
     for name in TASKS:
         section = page[page.index(f'<section id="{name}">') :]
         section = section[: section.index("</section>")]
-        assert section.count("<figure><img") == 4 * len(report.SHOWN)
+        assert section.count("<figure><img") == 4 * len(report.PICTURES)
         assert section.count("<picture>") == 2 and "Probability of every unit" in section
         table = Table.load(finished / "evaluation" / f"{name}.parquet")
         patched = next(line for line in table.lines() if line.condition == "task vector")
         units = len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
         assert f"<b>{patched.mean:.3f}</b>" in section and f"With {units} of 22 units" in section
         assert f"{patched.low:.3f} to {patched.high:.3f}" in section
-    assert "Which heads tell the tasks apart" in page and "&quot;budget&quot;: 200" in page
+    assert "Which heads tell the tasks apart" in page and '"budget": 200' in html.unescape(page)
 
 
 def test_runs_are_compared(finished, copy, model, tmp_path, done):
     run(copy, Settings(model=model, **SMALL | {"budget": 300}), redo=True, progress=False)
     page = report.compare([finished, copy], tmp_path / "comparison.html").read_text()
-    assert "<th scope=col>budget" in page and "<td>200" in page and "<td>300" in page
-    assert "<th scope=col>seed" not in page
-    assert page.count("<th scope=row>finished") == page.count("<th scope=row>copy") == 1 + len(TASKS)
+    assert '<th scope="col">budget' in page and "<td>200" in page and "<td>300" in page
+    assert '<th scope="col">seed' not in page
+    assert page.count('<th scope="row">finished') == page.count('<th scope="row">copy') == 1 + len(TASKS)
 
 
 def test_an_unfinished_run_has_no_report(copy, tmp_path):
@@ -253,6 +423,7 @@ def vtv(monkeypatch):
     """vtv(*args) → (exit code, what was said, the Settings that a run was asked for)."""
     asked = []
     monkeypatch.setattr(runs, "run", lambda out, settings, **options: asked.append((out, settings, options)) or out)
+    monkeypatch.setattr(start, "summarise", lambda page: None)
 
     def call(*args):
         result = CliRunner().invoke(cli.app, list(map(str, args)), env={"COLUMNS": "200"})
@@ -261,7 +432,7 @@ def vtv(monkeypatch):
     return call
 
 
-def test_options_become_settings(vtv, tmp_path):
+def test_options_become_settings(vtv, tmp_path, monkeypatch):
     code, said, (out, settings, options) = vtv("run")
     assert (code, settings, str(out)) == (0, Settings(), "runs/scenes") and "wrote runs/scenes" in said
     assert options == {"redo": False, "device": None, "batch_size": None}
@@ -269,13 +440,28 @@ def test_options_become_settings(vtv, tmp_path):
     _, _, (out, settings, options) = vtv("run", *args)
     assert settings == Settings(data=str(tmp_path), tasks=("lowlight", "identity"), seed=3)
     assert out.name == tmp_path.name and options["redo"]
-    args = ("--model", "m.pth", "--data", "pascal:VOCdevkit", "--folds", "0,2", "--published", "--evaluations", 50)
+    args = ("--model", "m.pth", "--data", "pascal:VOCdevkit", "--folds", "0,2", "--published", "--test-prompts", 50)
     _, _, (out, settings, _) = vtv("run", *args)
-    published = PUBLISHED | {"evaluations": 50}
+    published = PUBLISHED | {"test_prompts": 50}
     assert settings == Settings(model="m.pth", data="pascal:VOCdevkit", folds=(0, 2), **published)
     assert str(out) == "runs/pascal"
+    assert vtv("run", "--quick", "--budget", 9)[2][1] == Settings(**QUICK | {"budget": 9})
+    code, said, (out, settings, _) = vtv("run", "--quick", "--tasks", "identity")
+    assert settings == Settings(**QUICK | {"tasks": ("identity",)}) and str(out) == "runs/scenes-quick"
+    assert "Open it in a browser" in said and "Next: vtv run --images" in said
+    opened = []
+    monkeypatch.setattr(start.webbrowser, "open", opened.append)
+    assert vtv("run", "--open", "-o", tmp_path)[0] == 0 and opened == [tmp_path.as_uri()]
     code, said, _ = vtv("run", "--images", tmp_path, "--data", "pascal:VOCdevkit")
     assert code == 1 and "give one" in said
+
+
+def test_a_run_ends_with_its_table(finished, capsys):
+    start.summarise(finished / "report.html")
+    said = capsys.readouterr().out
+    table = Table.load(finished / "evaluation" / "lowlight.parquet")
+    assert all(name in said for name in (*TASKS, "mIoU ↑", "MSE ↓", "one-shot", "zero-shot", "task vector"))
+    assert all(f"{table.values('lowlight', name).mean():.3f}" in said for name in start.SHOWN)
 
 
 def test_interrupting_says_how_to_go_on(vtv, monkeypatch):
@@ -286,6 +472,29 @@ def test_interrupting_says_how_to_go_on(vtv, monkeypatch):
     assert vtv("run")[:2] == (130, "Stopped. The same command goes on where it stopped.\n")
 
 
+def test_sigterm_stops_like_ctrl_c():
+    script = (
+        "import sys, time\nfrom vtv_nnsight import cli\n"
+        "@cli.app.command('run')\ndef wait():\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "sys.argv = ['vtv', 'run']\ncli.main()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        assert process.wait(30) == 143
+        assert process.stderr.read() == b"Stopped. The same command goes on where it stopped.\n"
+
+
+@pytest.mark.parametrize("name", ["plain", "$x", "a_$b$", "_hidden", "m[/b]", "conv[red]", "\\frac$"])
+def test_names_are_shown_as_they_are(finished, name, capsys, vtv, monkeypatch):
+    found = reading.read(finished)
+    figure = pictures.searches({name: [found.results["lowlight"][""]]})
+    (label,) = figure.axes[0].get_legend().get_texts()
+    figure.savefig(io.BytesIO())
+    assert label.get_text().replace("\\$", "$").replace("\\\\", "\\").strip() == name
+    assert f"wrote {name}" in vtv("run", "-o", name)[1]
+
+
 def test_help_begins_with_the_whole(vtv):
     said = vtv("--help")[1]
     assert said.index("From end to end") < said.index("run ") < said.index("report ") < said.index("Model")
@@ -293,29 +502,29 @@ def test_help_begins_with_the_whole(vtv):
 
 def test_folds_have_folders_of_their_own(monkeypatch, tmp_path):
     asked = []
-    rows = data.scenes("train", 8)
-    monkeypatch.setattr(runs, "load", lambda spec, split, n, seed: asked.append((spec, split)) or rows)
-    parts, _ = runs.sources(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(1, 3)))
-    assert [(part.name, part.folder, part.fold) for part in parts] == [
+    rows = [data.scenes(split, 8) for split in ("train", "test")]
+    monkeypatch.setattr(data, "split_data", lambda spec, *args: asked.append(spec) or rows)
+    folds, _ = runs.load_folds(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(1, 3)))
+    assert [(fold.name, fold.folder, fold.number) for fold in folds] == [
         ("fold1", tmp_path / "fold1", 1),
         ("fold3", tmp_path / "fold3", 3),
     ]
-    assert asked == [(f"pascal:data:{fold}", split) for fold in (1, 3) for split in ("train", "test")]
+    assert asked == [f"pascal:data:{fold}" for fold in (1, 3)]
 
 
 def test_a_quarter_is_set_aside_of_data_without_splits(photographs, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ((part,), _) = runs.sources(tmp_path, Settings(data=str(photographs)))
-    sizes = [[row["image"].width for row in rows] for rows in (part.train, part.test)]
+        ((fold,), _) = runs.load_folds(tmp_path, Settings(data=str(photographs)))
+    sizes = [[row["image"].width for row in rows] for rows in (fold.train, fold.test)]
     assert sorted(sizes[0] + sizes[1]) == [40 + 9 * i for i in range(10)] and len(sizes[1]) == 2
 
 
 def test_progress_is_one_display(capsys):
     with display(2) as step:
-        with step("collect") as doing:
-            doing("segmentation")
-            for _ in tqdm(range(3)):
+        with step("collect") as working_on:
+            working_on("segmentation")
+            for _ in progress_bar(range(3)):
                 pass
         with step("score"):
             pass
@@ -323,5 +532,5 @@ def test_progress_is_one_display(capsys):
     steps = re.findall(r"✓ (\d/\d \w+)  (.*)", err)
     assert out == "" and steps == [("1/2 collect", "0.0 s"), ("2/2 score", "done before")]
     assert "it/s" not in err
-    list(tqdm(range(3)))
+    list(progress_bar(range(3)))
     assert "it/s" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from datasets import Dataset
 from PIL import ExifTags, Image, ImageDraw
 from scipy import ndimage
 
-from vtv_nnsight import tasks
+from vtv_nnsight import metrics, tasks
 from vtv_nnsight.images import as_rgb, to_pil, to_tensor
 from vtv_nnsight.layouts import Layout
 
@@ -63,11 +63,11 @@ def test_names_and_sums():
 def test_a_sum_corrupts_in_turn_and_scores_as_the_task_that_wants_something():
     both = tasks.lowlight + tasks.segmentation
     shown, target = both.cells(row(), 32)
-    assert both.metric == "iou" and both.higher_is_better
+    assert both.metric.name == "iou" and both.higher_is_better
     assert torch.equal(shown, tasks.lowlight.cells(row(), 32)[0])
     assert torch.equal(target, tasks.segmentation.cells(row(), 32)[1])
     clean = tasks.lowlight + tasks.colorization
-    assert clean.metric == "mse" and torch.equal(clean.cells(row(), 32)[1], tasks.identity.cells(row(), 32)[1])
+    assert clean.metric.name == "mse" and torch.equal(clean.cells(row(), 32)[1], tasks.identity.cells(row(), 32)[1])
 
 
 def test_the_square_has_a_quarter_of_the_side_and_stays_inside():
@@ -144,7 +144,7 @@ def test_edges_are_sobels():
     step.paste((255, 255, 255), (20, 0, 40, 40))
     shown, edges = tasks.edges.cells({"image": step}, 40)
     assert torch.equal(edges[0, :, [19, 20]], torch.ones(40, 2)) and edges.sum() == 3 * 40 * 2
-    assert tasks.edges.metric == "mse"
+    assert tasks.edges.metric.name == "mse"
     _, edges = tasks.edges.cells(row(), 64)
     shown = tasks.colorization.corrupt(tasks.identity.cells(row(), 64)[0], tasks.CENTER)[0].numpy()
     sobel = np.hypot(*(ndimage.sobel(shown, axis=axis, mode="nearest") for axis in (0, 1))) / 4
@@ -152,10 +152,10 @@ def test_edges_are_sobels():
 
 
 def test_colorization_can_be_scored_by_lpips(monkeypatch):
-    monkeypatch.setattr("vtv_nnsight.metrics.lpips", lambda prediction, target: torch.tensor([0.25]))
+    monkeypatch.setattr("vtv_nnsight.metrics._lpips_network", lambda device: lambda a, b: torch.tensor([0.25]))
     task = tasks.Colorization(metric="lpips")
     assert task.score(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)).item() == 0.25
-    assert (task + tasks.lowlight).metric == "lpips" and not task.higher_is_better
+    assert (task + tasks.lowlight).metric.name == "lpips" and not task.higher_is_better
     with pytest.raises(ValueError, match="metric='ssim'.*mse, lpips"):
         tasks.Colorization(metric="ssim")
 
@@ -198,6 +198,193 @@ def test_too_few_images_are_refused():
         tasks.identity.prompts([row()], n=1)
     with pytest.raises(ValueError, match="n=0"):
         tasks.identity.prompts([row(), row()], n=0)
+
+
+NAMED = {
+    "lowlight(0.1)": tasks.Lowlight(0.1),
+    "lowlight(1e-05)": tasks.Lowlight(1e-5),
+    "inpainting(center)": CENTERED,
+    "segmentation(black, white)": tasks.Segmentation("black", "white"),
+    "segmentation(#fde725, #440154)": tasks.Segmentation(tasks.YELLOW, tasks.PURPLE),
+    "segmentation(fill=edges)": tasks.Segmentation(fill="edges"),
+    "segmentation(red, fill=texture)": tasks.Segmentation("red", fill="texture"),
+    "segmentation(hsl%280%2C100%25%2C50%25%29)": tasks.Segmentation("hsl(0,100%,50%)"),
+    "detection(background=blue)": tasks.Detection(background="blue"),
+    "colorization(lpips)": tasks.Colorization("lpips"),
+    "inpainting+lowlight(0.1)": tasks.inpainting + tasks.Lowlight(0.1),
+    "segmentation(fill=edges)+inpainting(center)+lowlight": tasks.Segmentation(fill="edges")
+    + CENTERED
+    + tasks.lowlight,
+    "color+shape+lowlight": tasks.color + tasks.shape + tasks.lowlight,
+    "lowlight(0.25)+color+size": tasks.Lowlight(0.25) + (tasks.color + tasks.size),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_name_says_all_that_a_task_is(name, tmp_path):
+    assert NAMED[name].name == name and tasks.get(name) == NAMED[name]
+    (tmp_path / f"{name}.txt").write_text(name)
+    assert not set(name) & set('<>:"/\\|?*\n')
+
+
+def test_names_differ_where_tasks_do():
+    several = [tasks.Lowlight(value / 100) for value in range(101)] + list(NAMED.values()) + list(tasks.VTV)
+    assert len({task.name for task in several}) == len(set(several))
+    assert (
+        tasks.get("lowlight(0.50)") == tasks.lowlight and tasks.get("segmentation(red,fill=edges)").foreground == "red"
+    )
+    assert tasks.get_all("segmentation(black, white),lowlight") == [
+        tasks.Segmentation("black", "white"),
+        tasks.lowlight,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lowlight(dark)", "'lowlight\\(dark\\)' is not a lowlight task: brightness='dark'.*from 0 to 1"),
+        ("lowlight(2)", "brightness=2"),
+        ("lowlight(0.1", "'lowlight\\(0.1' is not a task; choose from segmentation"),
+        ("lowlight(gamma=2)", "is not a lowlight task: .*'gamma'"),
+        ("segmentation(reddish)", "is not a segmentation task: .*'reddish'"),
+        ("segmentation(1)", "1 is not a colour"),
+        ("colorization(ssim)", "metric='ssim' is not a metric; choose from mse|iou, mse, lpips"),
+        ("", "'' is not a task"),
+    ],
+)
+def test_names_that_are_no_tasks_are_refused(name, words):
+    with pytest.raises(ValueError, match=words):
+        tasks.get(name)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(tasks, "_REGISTRY", dict(tasks._REGISTRY))
+    monkeypatch.setattr(tasks, "_KINDS", dict(tasks._KINDS))
+    monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
+
+
+def test_a_task_of_ones_own_is_found_by_its_name(registry):
+    @tasks.register
+    @dataclass(frozen=True)
+    class Posterized(tasks.Task):
+        levels: int = 2
+        label: str = "3"
+
+        def target(self, row, cell, shown):
+            return (cell * self.levels).round() / self.levels
+
+    assert tasks.names()[-1] == "posterized" and tasks.get("posterized") == Posterized()
+    for task in (
+        Posterized(3),
+        Posterized(3, "7"),
+        Posterized(label="a b"),
+        Posterized(label="x/y"),
+        Posterized(label=""),
+    ):
+        assert tasks.get(task.name) == task and "/" not in task.name and isinstance(tasks.get(task.name).label, str)
+        assert tasks.get(f"{task.name}+lowlight") == task + tasks.lowlight
+    wanted = tasks.get("posterized(4)").cells(row(), 16)[1]
+    assert torch.equal(wanted, (tasks.identity.cells(row(), 16)[1] * 4).round() / 4)
+
+    @dataclass(frozen=True)
+    class Rotated(tasks.Task):
+        turns: int
+
+    assert tasks.register(Rotated(1)) == Rotated(1) and tasks.get("rotated(1)") == Rotated(1)
+    assert tasks.get("rotated(3)") == Rotated(3)
+    with pytest.raises(ValueError, match="'rotated' is not a rotated task: .*turns"):
+        tasks.get("rotated")
+
+    class Lowlight(tasks.Task):
+        pass
+
+    with pytest.raises(ValueError, match="'lowlight' is the name of another task"):
+        tasks.register(Lowlight)
+    with pytest.raises(TypeError, match="is not a task"):
+        tasks.register("lowlight")
+    assert tasks.get("lowlight") == tasks.lowlight
+
+
+def test_a_metric_where_more_is_better_is_turned_for_searches(registry):
+    closeness = metrics.register(
+        metrics.Metric(
+            "closeness", lambda a, b: 1 / (1 + metrics.mse(a, b)), higher_is_better=True, label="closeness ↑"
+        )
+    )
+
+    @dataclass(frozen=True)
+    class Copied(tasks.Task):
+        metric = closeness
+
+    black, white = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
+    for task in (Copied(), tasks.Colorization("closeness"), Copied() + tasks.lowlight):
+        assert task.higher_is_better and task.metric is closeness
+        assert task.score(white, white).tolist() == [1, 1] and task.loss(white, white).tolist() == [-1, -1]
+        assert (task.loss(white, white) < task.loss(black, white)).all()
+    assert tasks.get("colorization(closeness)") == tasks.Colorization(closeness)
+
+
+def test_metrics_of_0_1_were_strings(registry):
+    with pytest.warns(DeprecationWarning, match="Old.metric is a metrics.Metric since 0.2"):
+
+        class Old(tasks.Task):
+            metric = "iou"
+
+    assert Old().metric is metrics.IOU and Old().higher_is_better
+    with pytest.warns(DeprecationWarning, match='metric.name == "iou"'):
+        assert tasks.segmentation.metric == "iou"
+    with pytest.warns(DeprecationWarning):
+        assert tasks.segmentation.metric != "mse"
+
+
+def test_pictures_and_paths_are_rows(tmp_path):
+    photo().save(tmp_path / "a.png")
+    mask().save(tmp_path / "mask.png")
+    expected = tasks.lowlight.prompt({"image": photo()}, {"image": photo(seed=1)})
+    for example in (photo(), tmp_path / "a.png", str(tmp_path / "a.png"), {"image": str(tmp_path / "a.png")}):
+        assert torch.equal(tasks.lowlight.prompt(example, photo(seed=1)).canvas, expected.canvas)
+    several = tasks.lowlight.prompt([tmp_path / "a.png", photo(seed=2)], photo(seed=1), Layout(examples=2))
+    assert torch.equal(
+        several.region("query"), tasks.lowlight.prompt([row(), row()], row(1), Layout(examples=2)).region("query")
+    )
+    paths = {"image": tmp_path / "a.png", "mask": tmp_path / "mask.png"}
+    assert torch.equal(
+        tasks.segmentation.prompt(paths, photo(seed=1)).canvas, tasks.segmentation.prompt(row(), photo(seed=1)).canvas
+    )
+    drawn = tasks.lowlight.prompts([tmp_path / "a.png", photo(seed=1)], n=9)
+    assert len(drawn) == 9 and len(drawn.queries.unique()) == 2
+    with pytest.raises(
+        ValueError, match=r"no 'mask'; give a row with one: \{'image': …, 'mask': …\} \(PIL 'L', 0 or 255\)"
+    ):
+        tasks.segmentation.prompt(photo(), photo())
+    with pytest.raises(FileNotFoundError, match="no picture .*nowhere.png"):
+        tasks.lowlight.prompt(tmp_path / "nowhere.png", photo())
+    (tmp_path / "b.png").write_text("no picture")
+    with pytest.raises(ValueError, match="b.png cannot be read as a picture"):
+        tasks.lowlight.prompt(tmp_path / "b.png", photo())
+
+
+def test_a_streaming_data_set_says_what_to_give():
+    rows = Dataset.from_list([{"image": photo(seed=seed)} for seed in range(3)])
+    stream = rows.to_iterable_dataset()
+    with pytest.raises(TypeError, match=r"IterableDataset has no rows .*list\(images.take\(1000\)\)"):
+        tasks.lowlight.prompts(stream, n=2)
+    assert torch.equal(
+        tasks.lowlight.prompts(list(stream.take(3)), n=2).canvas, tasks.lowlight.prompts(rows, n=2).canvas
+    )
+
+
+def test_prompts_know_their_pictures():
+    images = [row(seed) for seed in range(5)]
+    for task in (tasks.inpainting, tasks.segmentation + tasks.inpainting):
+        prompts = task.prompts(images, n=12, seed=1)
+        drawn = tasks.draw(images, 12, seed=1)
+        numbers = dict(zip(drawn.rows.flatten().tolist(), prompts.pictures.flatten().tolist()))
+        assert len(numbers) == len(set(numbers.values())) == 5
+        assert [[numbers[i] for i in pair] for pair in drawn.rows.tolist()] == prompts.pictures.tolist()
+        assert prompts.queries.tolist() == prompts.pictures[:, 1].tolist()
+        assert torch.equal(task.compose(images, drawn[[3, 1]]).canvas, prompts[[3, 1]].canvas)
 
 
 def test_a_new_task_is_a_class_with_one_method():

@@ -4,43 +4,25 @@ import runpy
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
+import accelerate
 import nnsight
 import pytest
 import torch
+from conftest import DATA, FINE, make_config
 from nnsight.intervention.envoy import Envoy, eproperty
 from safetensors.torch import load_file
 
 from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt
-from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel, tracing
-
-DATA = Path(__file__).parent / "data"
-SIZES = dict(
-    image_size=112,
-    patch_size=8,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    decoder_hidden_size=16,
-    decoder_num_hidden_layers=2,
-    decoder_num_attention_heads=2,
-    num_codes=64,
-    code_dim=8,
-    vqgan_z_channels=8,
-    vqgan_channels=32,
-    vqgan_channel_multipliers=(1, 1, 1),
-    vqgan_num_res_blocks=1,
-    vqgan_attention_levels=(2,),
-    vqgan_fold=2,
-)
+from vtv_nnsight.models.devices import available_devices, resolve_device
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel, tracing
 
 
 @pytest.fixture(scope="module")
 def module():
     """A small model whose weights are large enough for every edit to show in the logits."""
     torch.manual_seed(0)
-    module = MAEVQGANModel(MAEVQGANConfig(**SIZES)).eval()
+    module = MAEVQGANModel(make_config(**FINE)).eval()
     for parameter in module.parameters():
         if parameter.ndim < 2:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -337,6 +319,60 @@ def test_cache(model, prompts):
     assert torch.equal(cache["model.encoder.blocks.0.attn"].output, out)
 
 
+def test_heads_are_cached_as_the_projections_input(model, prompts):
+    with torch.no_grad(), model.trace(prompts) as tracer:
+        attention = model.encoder.blocks[0].attn
+        cache = tracer.cache(modules=[attention.proj], include_inputs=True)
+        attention.heads[:, :, 1] = 0
+        z = attention.heads.save()
+    assert torch.equal(cache["model.encoder.blocks.0.attn.proj"].input, z.flatten(-2)) and not z[:, :, 1].any()
+
+
+def test_a_call_is_one_untraced_forward(folder, module, prompts):
+    lazy = MAEVQGAN(folder)
+    with torch.no_grad():
+        expected = module(prompts.canvas, prompts.visible, prompts.decoded).logits
+        assert torch.equal(lazy(prompts).logits, expected)
+        assert torch.equal(lazy(prompts.canvas, prompts.visible, decoded=prompts.decoded).logits, expected)
+    with pytest.raises(TypeError, match="was given str; give a VisualPrompt"):
+        lazy("picture.png")
+
+
+def test_positions_cannot_be_written(model, prompts):
+    with pytest.raises(ValueError, match="encoder.positions can only be read: they follow"), model.trace(prompts):
+        model.encoder.positions = torch.arange(3)
+
+
+def test_patches_of_each_row(model, module, prompts):
+    rows = torch.Generator().manual_seed(0)
+    visible = torch.stack([torch.randperm(196, generator=rows)[:20] for _ in range(3)])
+    decoded = torch.arange(196).expand(3, -1)
+    with torch.no_grad():
+        expected = module(prompts.canvas, visible, decoded).logits
+        with model.trace(prompts.canvas, visible, decoded):
+            positions = model.encoder.positions.save()
+            logits = model.output.logits.save()
+        with model.trace() as tracer:
+            with tracer.invoke(prompts.canvas[:1], visible[0], decoded[0]):
+                first = model.output.logits.save()
+            with tracer.invoke(prompts.canvas[1:], visible[1:], decoded[1:]):
+                seen = model.encoder.positions.save()
+                rest = model.output.logits.save()
+    assert torch.equal(positions, torch.cat([torch.zeros(3, 1, dtype=torch.long), 1 + visible], 1))
+    assert torch.equal(logits, expected) and torch.equal(seen, positions[1:])
+    torch.testing.assert_close(torch.cat([first, rest]), expected, rtol=1e-4, atol=1e-5)
+    for wrong, message in (
+        (visible[:2], "visible has 2 rows for 3 canvases"),
+        (visible + torch.tensor([[0], [0], [190]]), r"visible holds patch ids from \d+ to \d+; this"),
+        (visible * torch.tensor([[1], [0], [1]]), "visible names a patch twice in a row"),
+        (visible[:, :0], "visible is empty"),
+    ):
+        with pytest.raises(ValueError, match=message), model.trace(prompts.canvas, wrong, decoded):
+            model.output.save()
+    with pytest.raises(ValueError, match=r"patches that they share; give visible and decoded as \[patch\]"):
+        model.generate(prompts.canvas, visible, decoded)
+
+
 def test_scan_loads_no_weights(folder, prompts):
     model = MAEVQGAN(folder, dtype=torch.bfloat16, attn_implementation="eager")
     single = prompts[:1]
@@ -379,6 +415,24 @@ def test_generate(model, module, prompts):
     assert torch.equal(drawn, whole) and not torch.equal(whole, expected)
     zero_shot = model.generate(prompts.query_only())
     assert zero_shot.shape == expected.shape
+
+
+def test_generate_in_the_body_of_a_one_line_with(model, prompts):
+    expected = model.generate(prompts)
+    with torch.no_grad(): canvas = model.generate(prompts)  # fmt: skip # noqa: E701
+    with torch.no_grad(), torch.autocast("cpu", enabled=False): other = model.generate(prompts)  # fmt: skip # noqa: E701
+    assert torch.equal(canvas, expected) and torch.equal(other, expected)
+    with torch.no_grad(), model.generate(prompts) as tracer:
+        traced = tracer.result.save()
+    assert torch.equal(traced, expected)
+    with pytest.raises(ValueError, match="must start on its own line"):  # noqa: SIM117
+        with model.generate(prompts) as tracer: canvas = tracer.result.save()  # fmt: skip # noqa: E701
+
+
+def test_painting_needs_no_gradients(model, module, prompts):
+    codes = module(prompts.canvas, prompts.visible, prompts.decoded).logits.argmax(-1)
+    assert not module.paint(codes, prompts.canvas, prompts.visible, prompts.decoded).requires_grad
+    assert not model.generate(prompts).requires_grad
 
 
 def test_generate_in_invokes(model, prompts):
@@ -442,6 +496,33 @@ def test_pattern(eager, model, prompts):
             eager.encoder.blocks[1].attn.pattern[:] = 1 / 148
             in_place = eager.output.logits.save()
         assert torch.equal(in_place, changed)
+
+
+def test_gradients_after_an_edit_of_the_pattern(module, prompts):
+    model = MAEVQGAN(module, attn_implementation="eager")
+    scale = torch.tensor(0.5, requires_grad=True)
+    with model.trace() as tracer:
+        with tracer.invoke(prompts[:1]):
+            model.encoder.blocks[1].attn.pattern[:, 0] *= 0
+        with tracer.invoke(prompts[1:]):
+            pattern = model.encoder.blocks[1].attn.pattern
+            pattern[:, 1] *= scale
+            pattern[:, 2] = 1 / 148
+            loss = model.output.logits.square().sum().save()
+    loss.backward()
+
+    softmax = model._module.encoder.blocks[1].attn.softmax
+
+    def edit(_, __, output):
+        heads = [output[:, 0], output[:, 1] * expected, torch.full_like(output[:, 2], 1 / 148), output[:, 3]]
+        return torch.stack(heads, 1)
+
+    expected = torch.tensor(0.5, requires_grad=True)
+    handle = softmax.register_forward_hook(edit)
+    model._module(prompts.canvas[1:], prompts.visible, prompts.decoded).logits.square().sum().backward()
+    handle.remove()
+    torch.testing.assert_close(scale.grad, expected.grad, rtol=1e-4, atol=1e-6)
+    assert scale.grad.abs() > 0
 
 
 def test_pattern_without_eager(model, prompts):
@@ -525,7 +606,7 @@ def test_layouts(model, prompts):
     with pytest.raises(ValueError, match=message), model.trace(foreign):
         model.output.save()
     for other in (flipped, several, prompts.query_only()):
-        with pytest.raises(ValueError, match="cannot share a batch"), model.trace() as tracer:
+        with pytest.raises(ValueError, match="cannot share.*`with model.session():`"), model.trace() as tracer:
             with tracer.invoke(prompts):
                 model.output.save()
             with tracer.invoke(other):
@@ -627,6 +708,37 @@ def test_to_and_autocast(folder, prompts):
     assert z.dtype == logits.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert model.generate(prompts).shape == (3, 3, 112, 112)
+
+
+def test_offloaded_weights(folder, module, prompts, tmp_path):
+    """Weights that lie on the disk are on "meta" until a module runs, and a tokenizer of its own device is brought its
+    inputs: what `device_map` does over several GPUs."""
+    expected = module.generate(prompts.canvas, prompts.visible, prompts.decoded)
+    place = {"encoder": "cpu", "decoder": "cpu", "vqgan": "disk"}
+    part = MAEVQGAN(folder, device_map=place, offload_folder=str(tmp_path))
+    whole = MAEVQGAN(folder, dispatch=True)
+    accelerate.cpu_offload(whole._module, execution_device=torch.device("cpu"))
+    assert whole._module.encoder.cls_token.is_meta and whole.device == torch.device("cpu")
+    for model in (part, whole):
+        assert torch.equal(model.generate(prompts), expected)
+        with torch.no_grad(), model.trace(prompts):
+            z = model.encoder.blocks[1].attn.heads.save()
+        assert z.device.type == "cpu" and not z.is_meta
+        assert model._module.vqgan.codebook.weight.is_meta
+        assert torch.equal(model._module.vqgan.encode(prompts.canvas), module.vqgan.encode(prompts.canvas))
+
+
+def test_devices_that_are_not_there(folder, module):
+    absent = next(name for name in ("cuda:99", "mps:99", "xpu:99") if name not in available_devices())
+    for name in (absent, "tpu", "meta", "gpu", "cpu:7x"):
+        with pytest.raises(ValueError, match=f"there is no device '{name}' here; choose one of cpu"):
+            MAEVQGAN(folder).to(name)
+        with pytest.raises(ValueError, match=f"there is no device '{name}' here; choose one of cpu"):
+            MAEVQGAN(folder, device_map=name)
+        with pytest.raises(ValueError, match=f"there is no device '{name}'"):
+            MAEVQGAN(module, device_map={"encoder": "cpu", "": name})
+    assert resolve_device("cpu") == torch.device("cpu") and available_devices()[0] == "cpu"
+    assert all(str(resolve_device(name)) == name for name in available_devices())
 
 
 def test_users_own_envoys(module, prompts):

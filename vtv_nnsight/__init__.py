@@ -8,11 +8,15 @@ from importlib import import_module
 _MODULES = ("data", "metrics", "search", "tasks")
 _HOMES = {
     "MAEVQGAN": "models.mae_vqgan.tracing",
+    "Condition": "evaluation",
     "Layout": "layouts",
+    "Painter": "models.painter",
     "PatchSet": "patches",
     "PatchSpace": "patches",
+    "SegGPT": "models.painter",
     "TaskVector": "vectors",
     "TaskVectors": "vectors",
+    "ViTMAE": "models.vit_mae",
     "VisualPrompt": "prompts",
     "ablate": "patches",
     "evaluate": "evaluation",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from typing import Any
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -9,17 +13,43 @@ from PIL import ExifTags, Image, ImageOps
 
 SMALLEST = 8
 """Pictures with a side of fewer pixels than this are refused."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of red, green and blue in [0, 1]: how both papers' models normalise pixels, and what their MSE is measured in."""
+LUMA = (0.299, 0.587, 0.114)
+"""ITU-R 601-2: the shares of red, green and blue in a colour's lightness."""
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as RGB: turned upright (EXIF), transparency on white, 16 bits scaled to 8.
+def open_picture(image: Image.Image | str | os.PathLike) -> Image.Image:
+    """A PIL image as it is, or the picture in a file.
 
     Raises:
-        TypeError: when it is not a PIL image.
+        FileNotFoundError: when there is no such file.
+        TypeError: when it is neither a PIL image nor a path.
+        ValueError: when the file is not a picture.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, (str, os.PathLike)):
+        raise TypeError(
+            f"an image of type {type(image).__name__} was given; expected a PIL image or the path of a picture "
+            "(PIL.Image.fromarray makes an image of an array, images.to_pil of a tensor)."
+        )
+    try:
+        return Image.open(os.path.expanduser(image))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no picture {os.fspath(image)}.") from error
+    except OSError as error:
+        raise ValueError(f"{os.fspath(image)} cannot be read as a picture: {error}") from error
+
+
+def as_rgb(image: Image.Image | str | os.PathLike) -> Image.Image:
+    """A picture of any mode as RGB: turned upright (EXIF), transparency on white, 16 bits scaled to 8.
+
+    Raises:
+        FileNotFoundError, TypeError: as `open_picture`.
         ValueError: when it is smaller than `SMALLEST` pixels on a side, or cannot be decoded.
     """
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"an image of type {type(image).__name__} was given; expected a PIL image: use PIL.Image.open.")
+    image = open_picture(image)
     if min(image.size) < SMALLEST:
         width, height = image.size
         raise ValueError(f"the image is {width}x{height} pixels; expected at least {SMALLEST} on a side.")
@@ -58,6 +88,29 @@ def luma(pixels: torch.Tensor) -> torch.Tensor:
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """PIL RGB → float [3, height, width] in [0, 1]."""
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").float().div(255)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels [..., 3, height, width] in [0, 1] → less ImageNet's mean, over its deviation."""
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+def denormalise(values: torch.Tensor) -> torch.Tensor:
+    """The inverse of `normalise`."""
+    mean, std = (values.new_tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    return values * std + mean
+
+
+def as_cell(image: Any, size: int) -> torch.Tensor:
+    """A picture or its path → the pixels of a square cell, float [3, size, size] in [0, 1]."""
+    return to_tensor(resize(as_rgb(image), size))
+
+
+def digest(pixels: torch.Tensor) -> int:
+    """A number from 0 to 2^63 - 1 that stands for some pixels: the same for the same values, whatever device."""
+    values = pixels.detach().float().contiguous().cpu().numpy()
+    return int.from_bytes(hashlib.blake2b(values.tobytes(), digest_size=8).digest(), "big") >> 1
 
 
 def to_pil(pixels: torch.Tensor) -> Image.Image:

@@ -1,20 +1,64 @@
-"""How far an answer is from the truth: pure functions of tensors, one value a picture.
+"""How far an answer is from the truth: pure functions of tensors, one value for each picture.
 
 Pixels are [batch, 3, height, width] in [0, 1]; results are [batch]. The papers score the output cell only
 (`prompt.region("output")`).
+
+A `Metric` is such a function with a name, a direction and a label. One of your own serves a task like the others:
+
+    >>> psnr = metrics.register(Metric("psnr", my_psnr, higher_is_better=True, label="PSNR ↑"))
+    >>> tasks.Colorization(metric="psnr")
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch.nn import functional as F
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from vtv_nnsight.images import IMAGENET_STD
+
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How answers are scored.
+
+    Args:
+        name: A short name in lower case, as tables and files have it.
+        function: Predictions and targets, pixels [batch, 3, height, width] in [0, 1] → scores [batch].
+        higher_is_better: The direction; searches minimise, and turn the sign where it is True.
+        label: What people read, with an arrow to the better side, as "mIoU ↑".
+    """
+
+    name: str
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    higher_is_better: bool
+    label: str
+
+    def __call__(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.function(prediction, target)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str):
+            warnings.warn(
+                f'a metric is a Metric since 0.2; write metric.name == "{other}".', DeprecationWarning, stacklevel=2
+            )
+            return self.name == other
+        if not isinstance(other, Metric):
+            return NotImplemented
+        return (self.name, self.function) == (other.name, other.function)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
 
 def iou(
@@ -54,7 +98,8 @@ def accuracy(
     foreground: Colour = WHITE,
     background: Colour = BLACK,
 ) -> torch.Tensor:
-    """Share of the pixels on the right side of the two colours."""
+    """Deprecated, used by nothing: the share of the pixels on the right side of the two colours."""
+    warnings.warn("metrics.accuracy goes in 0.3: the papers report IoU.", DeprecationWarning, stacklevel=2)
     a, b = (_nearest(pixels, (foreground, background)) for pixels in _pair(prediction, target))
     return (a == b).flatten(1).double().mean(1)
 
@@ -75,6 +120,38 @@ def lpips(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     prediction, target = _pair(prediction, target)
     with torch.no_grad():
         return _lpips_network(prediction.device)(2 * prediction.float() - 1, 2 * target.float() - 1).flatten()
+
+
+IOU = Metric("iou", iou, higher_is_better=True, label="mIoU ↑")
+MSE = Metric("mse", mse, higher_is_better=False, label="MSE ↓")
+LPIPS = Metric("lpips", lpips, higher_is_better=False, label="LPIPS ↓")
+METRICS = {metric.name: metric for metric in (IOU, MSE, LPIPS)}
+"""The metrics that `get` knows."""
+
+
+def get(name: str | Metric) -> Metric:
+    """The metric of a name.
+
+    Raises:
+        ValueError: naming the metrics there are.
+    """
+    if isinstance(name, Metric):
+        return name
+    if name not in METRICS:
+        raise ValueError(f"metric={name!r} is not a metric; choose from {', '.join(METRICS)}, or register one.")
+    return METRICS[name]
+
+
+def register(metric: Metric) -> Metric:
+    """Let `get`, tasks and tables find a metric by its name.
+
+    Raises:
+        ValueError: when the name is one of this module's metrics. One of your own is replaced.
+    """
+    if any(metric.name == own.name and metric != own for own in (IOU, MSE, LPIPS)):
+        raise ValueError(f"{metric.name!r} is the name of another metric; choose a name of its own.")
+    METRICS[metric.name] = metric
+    return metric
 
 
 def token_loss(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

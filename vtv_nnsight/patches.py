@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.files import write_text
@@ -104,15 +105,20 @@ class PatchSpace:
         try:
             found = updated(metadata)
             units = found.pop("units", None) or _published_units(found)
+            layout = layout_of(found)
             groups = {
-                stage: {name: torch.as_tensor(places) for name, places in own["groups"].items()}
+                stage: {name: _read_places(name, places, layout) for name, places in own["groups"].items()}
                 for stage, own in units.items()
                 if stage in found["stacks"]
             }
             space = cls.__new__(cls)
             space._build(found, groups, {stage: own["layers"] for stage, own in units.items()})
-        except (AttributeError, KeyError, TypeError) as error:
-            reason = f"there is no {error}" if isinstance(error, KeyError) else error
+            if any(len(space._paths[stage.name]) != stage.layers for stage in space.stages):
+                raise ValueError("it names more or fewer layers than it has")
+            if not len(space):
+                raise ValueError("it has no units")
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise ValueError(f"this is not a space of units: {reason}.") from error
         return space
 
@@ -227,6 +233,14 @@ class PatchSpace:
         return torch.cat(parts, dim=-1)
 
 
+def _read_places(name: str, places: Any, layout: Layout) -> torch.Tensor:
+    """The positions of a group, from a file."""
+    found = torch.as_tensor(places)
+    if found.dtype != torch.long or found.ndim != 1 or not ((found >= 0) & (found < layout.num_positions)).all():
+        raise ValueError(f"the places of {name!r} are not positions from 0 to {layout.num_positions - 1}")
+    return found
+
+
 def _published_units(found: Mapping[str, Any]) -> dict[str, Any]:
     """The units of a space whose file names none, as version 0.1 wrote them: MAE-VQGAN's."""
     layout = layout_of(found)
@@ -326,7 +340,8 @@ class PatchSet:
     def save(self, path: str | Path) -> None:
         """Write a JSON file: the space and the units' names."""
         content = {"kind": KIND, "space": self.space.metadata, "patches": list(self)}
-        write_text(path, json.dumps(content) + "\n")
+        text = re.sub(r"\[[\d\s,]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(content, indent=1))
+        write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> PatchSet:
@@ -344,7 +359,7 @@ class PatchSet:
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise ValueError(f"{path} is not a patch set; expected what PatchSet.save writes.")
         space, names = content.get("space"), content.get("patches")
-        if not isinstance(space, dict) or not isinstance(names, list):
+        if not isinstance(space, dict) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise ValueError(f"{path} is not a complete patch set (it lacks its space or its patches); make it again.")
         return cls.named(PatchSpace.from_metadata(space), names)
 
@@ -404,13 +419,14 @@ def patch(
     for stage in own["stages"]:
         with unset_fake_temporarily():
             steps = [_Step(stage, v, mask[stage], scale) for v, mask in zip(vectors, masks)]
+            (everywhere,) = model.groups(stage, "head").values()
         layers = sorted({layer for step in steps for layer in step.layers})
         if not layers:
             continue
         seen = model.positions(stage)
         if not isinstance(seen, FakeTensor):
             for step in steps:
-                step.check(seen.cpu())
+                step.check(seen.cpu(), everywhere)
         for layer in layers:
             for step in steps:
                 if layer in step.layers:
@@ -443,13 +459,15 @@ class _Step:
         busy = self.asked.flatten(1).any(1) | mask.requires_grad  # gates that are 0 need their gradient, too
         self.layers = set(busy.nonzero()[:, 0].tolist())
 
-    def check(self, seen: torch.Tensor) -> None:
-        """Refuse what cannot be patched at the positions `seen` [token]."""
-        shown = torch.zeros(self.asked.shape[1], dtype=torch.bool).index_fill(0, seen, True)
-        whole = self.asked.all(1, keepdim=True)
+    def check(self, seen: torch.Tensor, everywhere: torch.Tensor) -> None:
+        """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token], of all that there are."""
+        rows = seen if seen.ndim == 2 else seen[None]
+        shown = torch.zeros(len(rows), self.asked.shape[1], dtype=torch.bool).scatter_(1, rows, True)
+        whole = self.asked[:, everywhere].all(1, keepdim=True)
+        asked, lacked = self.asked.any(2).any(0), ~self.present.cpu()
         for wrong, why in (
-            ((self.asked & ~whole).any(2).any(0) & ~shown, "these prompts do not show them to it"),
-            (self.asked.any(2).any(0) & shown & ~self.present.cpu(), f"the vector of {self.vector.task!r} lacks them"),
+            ((self.asked & ~whole).any(2).any(0) & ~shown.all(0), "these prompts do not show them to it"),
+            (asked & shown.any(0) & lacked, f"the vector of {self.vector.task!r} lacks them"),
         ):
             if wrong.any():
                 places = place_names(wrong.nonzero()[:, 0])
@@ -462,10 +480,15 @@ class _Step:
             return
         if self.mask.ndim == 4 and len(self.mask) != len(z):
             raise ValueError(f"a mask for {len(self.mask)} rows was given; this batch has {len(z)}.")
-        mask = self.mask.select(-3, layer).to(z.device).index_select(-2, seen)[..., None]
-        new = self.values[layer].index_select(0, seen.to(self.values.device)).to(z)
+        mask = self.mask.select(-3, layer).to(z.device)
+        if seen.ndim == 1:
+            mask = mask.index_select(-2, seen)
+        else:
+            at = repeat(seen, "row token -> row token head", head=mask.shape[-1])
+            mask = mask.expand(len(z), -1, -1).gather(1, at)
+        mask, new = mask[..., None], self.values[layer][seen.to(self.values.device)].to(z)
         if mask.dtype != torch.bool:
-            there = self.present.to(z.device)[seen][:, None, None]
+            there = self.present.to(z.device)[seen][..., None, None]
             attention.heads = z + mask.to(z.dtype) * torch.where(there, new - z, 0)
         elif torch.is_grad_enabled():
             attention.heads = torch.where(mask, new, z)

@@ -1,48 +1,170 @@
-"""Progress bars: tqdm's, or all of them as one line of a display that says which step of several is being done.
+"""Progress bars: of a loop, or all of them as one line of a display that says which step of several is being done.
 
+    >>> for batch in progress_bar(batches, desc="collecting"):
+    ...     ...
     >>> with display(2) as step:
-    ...     with step("collect") as doing:
-    ...         doing("segmentation")
-    ...         for prompt in tqdm(prompts):      # shows inside the display
+    ...     with step("collect") as working_on:
+    ...         working_on("segmentation")
+    ...         for prompt in progress_bar(prompts):      # shows inside the display
     ...             ...
 
-Long loops of this package take `tqdm` from here.
+All are drawn by rich, on stderr; in a notebook under the cell, where ipywidgets is installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from tqdm.auto import tqdm as bar
-from tqdm.std import tqdm as base
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 from transformers.utils import logging as loading
 
-_update: ContextVar[Callable[..., None] | None] = ContextVar("update", default=None)
+_display: ContextVar[Callable[..., None] | None] = ContextVar("display", default=None)
 """Changes the line of the display that is shown, if one is."""
 
 
-def tqdm(*args: Any, **kwargs: Any) -> base:
-    """A progress bar, with tqdm's own arguments."""
-    return (bar if _update.get() is None else _Line)(*args, **kwargs)
+class progress_bar:
+    """A progress bar over a loop, or one that is told how far things are. Bars inside others stand below them.
+
+    Args:
+        iterable: What to loop over; None for a bar that `update` moves.
+        total: How many steps there are; by default as many as the iterable has.
+        desc: What is being done.
+        unit: What a step is called.
+        initial: Steps that were done before.
+        disable: Show nothing.
+        delay: Seconds before the bar is shown, for what is done in a moment as a rule.
+    """
+
+    _shown: ClassVar[list[progress_bar]] = []
+
+    def __init__(
+        self,
+        iterable: Iterable[Any] | None = None,
+        *,
+        total: int | None = None,
+        desc: str = "",
+        unit: str = "it",
+        initial: int = 0,
+        disable: bool = False,
+        delay: float = 0.0,
+    ) -> None:
+        if total is None and hasattr(iterable, "__len__"):
+            total = len(iterable)
+        self._iterable, self._done, self._total, self._note = iterable, initial, total, ""
+        self._desc, self._unit = desc, unit
+        self._line = None if disable else _display.get()
+        self._progress: Progress | None = None
+        self._due = time.monotonic() + delay if not disable and self._line is None else float("inf")
+        self._show()
+
+    @property
+    def total(self) -> int | None:
+        return self._total
+
+    @total.setter
+    def total(self, total: int) -> None:
+        self._total = total
+        self._show()
+
+    def update(self, n: int = 1) -> None:
+        """Say that so many more steps are done."""
+        self._done += n
+        self._show()
+
+    def set_postfix_str(self, text: str) -> None:
+        """Show a few words behind the bar."""
+        self._note = text
+        self._show()
+
+    def close(self) -> None:
+        self._due = float("inf")
+        if self not in self._shown:
+            return
+        self._shown.remove(self)
+        if self._shown:
+            self._progress.remove_task(self._task)
+        else:
+            self._progress.stop()
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            for item in self._iterable:
+                yield item
+                self.update()
+        finally:
+            self.close()
+
+    def __enter__(self) -> progress_bar:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _show(self) -> None:
+        fields = dict(completed=self._done, total=self._total, note=escape(self._note))
+        if self._line is not None:
+            self._line(**fields)
+        elif self in self._shown:
+            self._progress.update(self._task, **fields)
+        elif time.monotonic() >= self._due:
+            self._progress = self._shown[0]._progress if self._shown else _started()
+            self._task = self._progress.add_task(escape(self._desc), unit=self._unit, **fields)
+            self._shown.append(self)
 
 
-class _Line(base):
-    """A bar that a display shows."""
+def _started() -> Progress:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=_console(),
+    )
+    progress.start()
+    return progress
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"gui": True})  # it prints nothing of its own
 
-    def display(self, *_: Any, **__: Any) -> None:
-        if update := _update.get():
-            update(completed=self.n, total=self.total, note=self.postfix or "")
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step."""
+
+    def render(self, task: Task) -> Text:
+        unit, speed = task.fields["unit"], task.finished_speed or task.speed
+        if not speed:
+            return Text(f"? {unit}/s", style="progress.data.speed")
+        rate = f"{speed:.4g} {unit}/s" if speed >= 1 else f"{1 / speed:.4g} s/{unit}"
+        return Text(rate, style="progress.data.speed")
+
+
+def _console() -> Console:
+    """Of stderr. Without ipywidgets rich warns in notebooks at every redraw; there it then writes plain lines."""
+    console = Console(stderr=True, highlight=False)
+    if console.is_jupyter and not importlib.util.find_spec("ipywidgets"):
+        return Console(stderr=True, highlight=False, force_jupyter=False)
+    return console
 
 
 @contextmanager
@@ -54,7 +176,7 @@ def display(total: int, shown: bool = True) -> Iterator[Callable[[str], Abstract
         *columns,
         TextColumn("[dim]{task.fields[note]}", justify="left"),
         TimeElapsedColumn(),
-        console=Console(stderr=True, highlight=False),
+        console=_console(),
         transient=True,
         disable=not shown,
     )
@@ -66,24 +188,24 @@ def display(total: int, shown: bool = True) -> Iterator[Callable[[str], Abstract
 
     @contextmanager
     def step(name: str) -> Iterator[Callable[[str], None]]:
-        title, began, done = f"[bold]{next(numbers)}/{total} {name}[/]", time.perf_counter(), []
+        title, began, worked = f"[bold]{next(numbers)}/{total} {escape(name)}[/]", time.perf_counter(), []
 
-        def doing(what: str) -> None:
-            done.append(what)
-            update(description=f"{title} {what}", completed=0, total=None, note="")
+        def working_on(what: str) -> None:
+            worked.append(what)
+            update(description=f"{title} {escape(what)}", completed=0, total=None, note="")
 
         update(description=title, completed=0, total=None, note="")
-        yield doing
+        yield working_on
         if shown:
-            spent = duration(time.perf_counter() - began) if done else "done before"
+            spent = duration(time.perf_counter() - began) if worked else "done before"
             progress.console.print(f"[green]✓[/] {title}  [dim]{spent}[/]")
 
-    token = _update.set(update)
+    token = _display.set(update)
     try:
         with progress:
             yield step
     finally:
-        _update.reset(token)
+        _display.reset(token)
 
 
 @contextmanager
@@ -107,3 +229,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+tqdm = progress_bar

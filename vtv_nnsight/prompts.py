@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 
-from vtv_nnsight.images import to_pil
+from vtv_nnsight.images import as_cell, digest, to_pil
 from vtv_nnsight.layouts import Layout
 
 
@@ -26,15 +27,19 @@ class VisualPrompt:
         visible: LongTensor [visible patch] of the patches that the encoder sees, shared by the batch.
         decoded: LongTensor [decoded patch] of the patches that the decoder sees.
         layout: Where the cells lie.
+        pictures: LongTensor [batch, examples + 1] of `images.digest`s of the pictures that the cells were made of, as
+            they were before a task changed them, the query last; None where that is not known. Tasks say it.
 
     Raises:
-        TypeError, ValueError: naming what is wrong with the canvas or the patch ids.
+        TypeError, ValueError: naming what is wrong with the canvas or the patch ids. Rows, moves and other forms of a
+            prompt are not looked at again.
     """
 
     canvas: torch.Tensor
     visible: torch.Tensor
     decoded: torch.Tensor
     layout: Layout
+    pictures: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_canvas(self.canvas, self.layout)
@@ -52,14 +57,26 @@ class VisualPrompt:
         return cls(canvas, layout.visible, layout.all_patches, layout)
 
     @classmethod
-    def from_cells(cls, cells: Mapping[str, torch.Tensor], layout: Layout) -> VisualPrompt:
-        """One one-shot prompt from pixels [3, cell, cell] by cell name, on the layout's background; cells without
-        pixels are white."""
-        size = layout.canvas_size
+    def from_cells(cls, cells: Mapping[str, Any], layout: Layout) -> VisualPrompt:
+        """One one-shot prompt on the layout's background, cells that are not given being white.
+
+        Args:
+            cells: Name of a cell → its pixels [3, cell, cell] in [0, 1], or a picture (PIL or its path), which is
+                resized.
+
+        Raises:
+            ValueError: when the layout has no such cell, or pixels are of another size.
+        """
+        size, cell = layout.canvas_size, layout.cell_size
         canvas = torch.tensor(layout.canvas_colour).view(1, 3, 1, 1).repeat(1, 1, size, size)
-        for name, pixels in (dict.fromkeys(layout.cells, 1.0) | dict(cells)).items():
-            rows, columns = layout.cells[name]
-            canvas[0, :, rows, columns] = pixels
+        for name, pixels in (dict.fromkeys(layout.cells, torch.ones(3, cell, cell)) | dict(cells)).items():
+            pixels = pixels if isinstance(pixels, torch.Tensor) else as_cell(pixels, cell)
+            if pixels.shape != (3, cell, cell):
+                raise ValueError(
+                    f"the pixels of {name!r} have shape {list(pixels.shape)}; this layout expects [3, {cell}, {cell}], "
+                    "or a picture, which is resized."
+                )
+            crop(canvas, name, layout)[0] = pixels
         return cls.from_canvas(canvas, layout)
 
     @classmethod
@@ -76,7 +93,16 @@ class VisualPrompt:
                     f"prompts that show other patches ({len(first.visible)} and {len(other.visible)}) cannot share a "
                     "batch; call query_only() on all of them or on none."
                 )
-        return replace(first, canvas=torch.cat([p.canvas for p in prompts]))
+        known = [p.pictures for p in prompts if p.pictures is not None]
+        pictures = torch.cat(known) if len(known) == len(prompts) else None
+        return first._with(canvas=torch.cat([p.canvas for p in prompts]), pictures=pictures)
+
+    def _with(self, **changes: Any) -> VisualPrompt:
+        """This prompt with other tensors that are known to be good. `dataclasses.replace` looks at all of them, and
+        waits for the GPU to do so."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__ | changes)
+        return new
 
     def __len__(self) -> int:
         return len(self.canvas)
@@ -85,7 +111,7 @@ class VisualPrompt:
         """Some of the rows, always as a batch: an int gives a batch of one."""
         if isinstance(rows, int):
             rows = [range(len(self))[rows]]
-        return replace(self, canvas=self.canvas[rows])
+        return self._with(canvas=self.canvas[rows], pictures=None if self.pictures is None else self.pictures[rows])
 
     def __iter__(self) -> Iterator[VisualPrompt]:
         return (self[i] for i in range(len(self)))
@@ -97,9 +123,10 @@ class VisualPrompt:
     def to(self, *args, **kwargs) -> VisualPrompt:
         """Move the canvas (device, dtype) and the ids (device) as `torch.Tensor.to` does."""
         canvas = self.canvas.to(*args, **kwargs)
-        return replace(
-            self, canvas=canvas, visible=self.visible.to(canvas.device), decoded=self.decoded.to(canvas.device)
-        )
+        if not canvas.is_floating_point():
+            raise TypeError(f"{canvas.dtype} cannot hold a canvas; give a floating point type.")
+        ids = {name: getattr(self, name) for name in ("visible", "decoded", "pictures")}
+        return self._with(canvas=canvas, **{n: None if i is None else i.to(canvas.device) for n, i in ids.items()})
 
     @property
     def device(self) -> torch.device:
@@ -108,11 +135,23 @@ class VisualPrompt:
     def query_only(self) -> VisualPrompt:
         """The zero-shot form: the encoder sees the query alone, the decoder the query's band of the canvas, with the
         output hidden (ECCV 2024, §4)."""
-        return replace(
-            self,
+        return self._with(
             visible=self.layout.regions["query"].to(self.device),
             decoded=self.layout.query_band.to(self.device),
         )
+
+    def one_shot(self) -> VisualPrompt:
+        """The form with examples, as `from_canvas` makes it: the encoder sees all but the output, the decoder
+        everything."""
+        return self._with(visible=self.layout.visible.to(self.device), decoded=self.layout.all_patches.to(self.device))
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """A number for each row's query picture, LongTensor [batch] on the CPU: rows of one number ask about the same
+        picture. Of the query's cell where `pictures` is not known."""
+        if self.pictures is not None:
+            return self.pictures[:, -1].cpu()
+        return torch.tensor([digest(cell) for cell in self.region("query").cpu()], dtype=torch.long)
 
     def region(self, name: str) -> torch.Tensor:
         """Pixels [batch, 3, cell, cell] of a cell, such as "query" or "output" (the truth)."""

@@ -38,6 +38,12 @@ class ByStage(dict[str, Any]):
         return self[name]
 
 
+MOST = 2048
+"""What a file may say of layers, heads, their width, and patches along a side of the canvas: more would not fit into
+memory."""
+_SIZES = ("layers", "heads", "head_dim", "streams")
+
+
 def fingerprint(model: InContextModel, layout: Layout | None = None, *, cached: bool = False) -> dict[str, Any]:
     """What must agree before a vector or a set of units is used with a model.
 
@@ -50,8 +56,8 @@ def fingerprint(model: InContextModel, layout: Layout | None = None, *, cached: 
     Args:
         model: The model.
         layout: Also tell the order and the examples of this layout.
-        cached: Take the digests that were made before, unless a parameter has been written to or moved since. Writes
-            through `parameter.data` are not seen.
+        cached: Take the digests that were made before, unless a parameter has been written to, moved or dropped since.
+            Writes into `parameter.data` are not seen.
     """
     return geometry(model, layout) | _weights(model, cached)
 
@@ -68,16 +74,29 @@ def geometry(model: InContextModel, layout: Layout | None = None) -> dict[str, A
 
 
 def stages_of(found: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """The stages that a fingerprint tells of."""
-    sizes = ("layers", "heads", "head_dim")
-    return tuple(
-        Stage(name, *(found[f"{name} {size}"] for size in sizes), found[f"{name} streams"]) for name in found["stages"]
-    )
+    """The stages that a fingerprint tells of.
+
+    Raises:
+        ValueError: when no model has such sizes.
+    """
+    stages = tuple(Stage(name, *(found[f"{name} {size}"] for size in _SIZES)) for name in found["stages"])
+    for stage in stages:
+        for size in _SIZES:
+            if not (isinstance(value := getattr(stage, size), int) and 0 < value <= MOST):
+                raise ValueError(f"{stage.name} {size} {value!r} is not a number from 1 to {MOST}")
+    return stages
 
 
 def layout_of(found: Mapping[str, Any]) -> Layout:
-    """The layout that a fingerprint tells of; where it tells a canvas only, one with the other settings' defaults."""
-    return Layout(**{name: found[name] for name in Layout.__dataclass_fields__ if name in found})
+    """The layout that a fingerprint tells of; where it tells a canvas only, one with the other settings' defaults.
+
+    Raises:
+        ValueError: when no model has such a canvas.
+    """
+    layout = Layout(**{name: found[name] for name in Layout.__dataclass_fields__ if name in found})
+    if layout.grid > MOST:
+        raise ValueError(f"a canvas of {layout.grid} patches a side is beyond any model's ({MOST})")
+    return layout
 
 
 def updated(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,25 +1,42 @@
 """What is asked of the model: how a picture becomes an input and a target, and how an answer is scored.
 
-A task is a value. The papers' own are instances in this module, and `+` asks for two at once:
+A task is a value. The papers' own are instances in this module, and `+` asks for two at once. A task's name says all
+that it is, so that `get` makes an equal one of it:
 
     >>> tasks.get("inpainting+lowlight") == tasks.inpainting + tasks.lowlight
     True
+    >>> tasks.Lowlight(0.1).name, tasks.get("lowlight(0.1)") == tasks.Lowlight(0.1)
+    ('lowlight(0.1)', True)
     >>> prompt = tasks.segmentation.prompt(example=images[0], query=images[1], layout=model.layout)
 
-A row of data is a mapping with "image" (PIL) and, where the task needs them, "mask" (PIL "L", 0 or 255), "label" and
-"answer" (PIL: the output itself).
-To write a new task, subclass `Task` and say what it does to the input (`corrupt`) or what it wants (`target`).
+A row of data is a mapping with "image" (PIL, or the path of a picture) and, where the task needs them, "mask" (PIL "L",
+0 or 255), "label" and "answer" (the output itself). A picture alone, or its path, is a row with nothing else.
+
+A new task is a frozen dataclass, a subclass of `Task` that says what is done to the input (`corrupt`), or what is
+wanted (`target`), or how it is scored (`metric`). `register` lets `get` and the command line find it:
+
+    @tasks.register
+    @dataclass(frozen=True)
+    class Negative(tasks.Task):
+        def target(self, row, cell, shown):
+            return 1 - cell
 
 Sources: VP is *Visual Prompting via Image Inpainting* (NeurIPS 2022), VTV *Finding Visual Task Vectors* (ECCV 2024).
 """
 
 from __future__ import annotations
 
+import ast
+import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import reduce
+from numbers import Real
 from operator import add
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
@@ -28,13 +45,14 @@ from PIL import Image, ImageColor, ImageFilter
 from torch.nn import functional as F
 
 from vtv_nnsight import metrics
-from vtv_nnsight.images import as_rgb, luma, resize, to_tensor, upright_size
+from vtv_nnsight.images import as_cell, digest, luma, open_picture, resize, to_tensor, upright_size
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.prompts import VisualPrompt
 
 Row = Mapping[str, Any]
+Picture = Image.Image | str | os.PathLike
 Place = tuple[float, float]
-"""A random point of the unit square, drawn once a prompt: what the example and the query share."""
+"""A random point of the unit square, drawn once for each prompt: what the example and the query share."""
 
 _COLUMNS = {"image": "PIL", "mask": "PIL 'L', 0 or 255", "answer": "PIL: the output itself"}
 CENTER: Place = (0.5, 0.5)
@@ -63,16 +81,37 @@ class Task:
     """The identity task, and the base of the others: input and target are the image.
 
     Class attributes:
-        metric: "mse" or "lpips" (lower is better), or "iou" (higher is better).
+        metric: How answers are scored.
         needs: The column of a row that the answer is made of, if it is not the image.
     """
 
-    metric = "mse"
+    metric = metrics.MSE
     needs = "image"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if isinstance(cls.__dict__.get("metric"), str) and "metric" not in cls.__annotations__:
+            warnings.warn(
+                f"{cls.__name__}.metric is a metrics.Metric since 0.2; write metrics.get({cls.metric!r}).",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            cls.metric = metrics.get(cls.metric)
 
     @property
     def name(self) -> str:
-        return type(self).__name__.lower()
+        """What the task is called, with the settings that are not the defaults: "lowlight", "lowlight(0.1)",
+        "segmentation(black, white)", "segmentation(fill=edges)". `get` makes an equal task of it. It can be the name of
+        a file: characters that cannot are written as in a URL ("%2F")."""
+        given, skipped = [], False
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if _default(field) == value:
+                skipped = True
+            else:
+                given.append(f"{field.name}={_written(value)}" if skipped else _written(value))
+        kind = type(self).__name__.lower()
+        return f"{kind}({', '.join(given)})" if given else kind
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
         """The input that is made of a clean cell [3, size, size] in [0, 1]."""
@@ -85,7 +124,7 @@ class Task:
 
     def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The task's metric of output cells [batch, 3, size, size] in [0, 1]: [batch]."""
-        return metrics.mse(prediction, target)
+        return self.metric(prediction, target)
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The score, negated where higher is better: [batch]."""
@@ -94,43 +133,55 @@ class Task:
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric == "iou"
+        return self.metric.higher_is_better
 
     def __add__(self, other: Task) -> Task:
-        parts = [part for task in (self, other) for part in (task.parts if isinstance(task, Sum) else (task,))]
-        return Sum(tuple(parts))
+        return Sum((self, other))
 
-    def cells(self, row: Row, size: int, place: Place = CENTER) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def cells(self, row: Row | Picture, size: int, place: Place = CENTER) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The input and the target of one row, [3, size, size] in [0, 1] each."""
-        if "image" not in row:
-            raise ValueError(f"a row with {', '.join(row) or 'nothing'} has no 'image'; give a PIL image of that name.")
-        cell = to_tensor(resize(as_rgb(row["image"]), size))
-        shown = self.corrupt(cell, place)
-        return shown, self.target(row, cell, shown)
+        _, shown, target = self._cells(row, size, place)
+        return shown, target
 
     def prompt(
-        self, example: Row | Sequence[Row], query: Row, layout: Layout | None = None, place: Place = CENTER
+        self,
+        example: Row | Picture | Sequence[Row | Picture],
+        query: Row | Picture,
+        layout: Layout | None = None,
+        place: Place = CENTER,
     ) -> VisualPrompt:
         """One one-shot prompt: the example(s) solved, the query, and the truth in the output cell where it is known.
+
+        Args:
+            example: A row, or a picture (PIL or its path) where the task makes the answer of the picture alone; a list
+                of them for a layout of several examples.
+            query: The same.
+            layout: The published one by default.
+            place: See `Place`.
 
         Raises:
             ValueError: when the number of examples is not the layout's, or an example lacks what its answer needs.
         """
         layout = layout or Layout()
-        examples = [example] if isinstance(example, Mapping) else list(example)
+        examples = [example] if isinstance(example, (Mapping, Image.Image, str, os.PathLike)) else list(example)
         if len(examples) != layout.examples:
             raise ValueError(f"{len(examples)} examples were given for a layout of {layout.examples}; give as many.")
         names = iter(layout.cells)
-        cells = {}
+        cells, pictures = {}, []
         for row in (*examples, query):
-            shown, target = self.cells(row, layout.cell_size, place)
+            clean, shown, target = self._cells(row, layout.cell_size, place)
+            pictures.append(digest(clean))
             cells[next(names)] = shown
             answer = next(names)
             if target is not None:
                 cells[answer] = target
             elif row is not query:
-                raise ValueError(f"an example of {self.name} has no {self.needs!r}; give one ({_COLUMNS[self.needs]}).")
-        return VisualPrompt.from_cells(cells, layout)
+                what = f"{_COLUMNS[self.needs]}" if self.needs in _COLUMNS else "as the task wants it"
+                raise ValueError(
+                    f"an example of {self.name} has no {self.needs!r}; give a row with one: "
+                    f"{{'image': …, {self.needs!r}: …}} ({what})."
+                )
+        return VisualPrompt.from_cells(cells, layout)._with(pictures=torch.tensor([pictures]))
 
     def prompts(self, images: Any, n: int = 100, seed: int = 0, layout: Layout | None = None) -> VisualPrompt:
         """`n` one-shot prompts of random rows; the same seed gives the same prompts.
@@ -140,15 +191,26 @@ class Task:
         Args:
             images: A datasets.Dataset or a sequence of rows.
             n: Number of prompts; rows may serve in several.
+            seed: Of what is drawn.
+            layout: The published one by default.
         """
         layout = layout or Layout()
-        generator = np.random.default_rng(seed)
-        rows, places = draw_rows(images, n, layout.examples, generator), generator.random((n, 2))
+        return self.compose(images, draw(images, n, layout.examples, seed), layout)
+
+    def compose(self, images: Any, drawn: Draw, layout: Layout | None = None) -> VisualPrompt:
+        """The one-shot prompts of drawn rows (see `draw`), all of them or a part: `task.compose(images, drawn[:8])`."""
         prompts = [
-            self.prompt([images[i] for i in examples], images[query], layout, (place[0], place[1]))
-            for (*examples, query), place in zip(rows.tolist(), places)
+            self.prompt([images[i] for i in examples], images[query], layout, (across, down))
+            for (*examples, query), (across, down) in zip(drawn.rows.tolist(), drawn.places.tolist())
         ]
         return VisualPrompt.cat(prompts)
+
+    def _cells(self, row: Row | Picture, size: int, place: Place) -> tuple[torch.Tensor, ...]:
+        """The picture, the input that is made of it, and the target or None: [3, size, size] each."""
+        row = _opened(row)
+        clean = as_cell(row["image"], size)
+        shown = self.corrupt(clean, place)
+        return clean, shown, self.target(row, clean, shown)
 
 
 @dataclass(frozen=True)
@@ -169,11 +231,15 @@ class Segmentation(Task):
     foreground: str = "white"
     background: str = "black"
     fill: str = "solid"
-    metric = "iou"
+    metric = metrics.IOU
     needs = "mask"
 
     def __post_init__(self) -> None:
         _choose("fill", self.fill, "solid", "edges", "texture")
+        for colour in (self.foreground, self.background):
+            if not isinstance(colour, str):
+                raise ValueError(f"{colour!r} is not a colour; give one as PIL knows it, as 'white' or '#440154'.")
+            ImageColor.getrgb(colour)
 
     def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor | None:
         if row.get("mask") is None:
@@ -239,6 +305,10 @@ class Lowlight(Task):
 
     brightness: float = 0.5
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.brightness, Real) or not 0 <= self.brightness <= 1:
+            raise ValueError(f"brightness={self.brightness!r} is not a share of the light; give a number from 0 to 1.")
+
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
         return self.brightness * cell
 
@@ -273,19 +343,16 @@ class Colorization(Task):
     """Luma of the image (ITU-R 601-2, as PIL's "L") in three channels → image.
 
     Args:
-        metric: "mse", or "lpips" (an optional package; see `metrics.lpips`).
+        metric: A `Metric` or its name: "mse", "lpips" (an optional package; see `metrics.lpips`), ….
     """
 
-    metric: str = "mse"
+    metric: metrics.Metric | str = metrics.MSE
 
     def __post_init__(self) -> None:
-        _choose("metric", self.metric, "mse", "lpips")
+        object.__setattr__(self, "metric", metrics.get(self.metric))
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
         return luma(cell).expand(3, -1, -1)
-
-    def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return getattr(metrics, self.metric)(prediction, target)
 
 
 @dataclass(frozen=True)
@@ -303,7 +370,7 @@ class Reasoning(Task):
     """
 
     changes: tuple[str, ...]
-    metric = "iou"
+    metric = metrics.IOU
     needs = "answer"
 
     def __post_init__(self) -> None:
@@ -320,7 +387,7 @@ class Reasoning(Task):
         return Reasoning(self.changes + other.changes) if isinstance(other, Reasoning) else super().__add__(other)
 
     def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor | None:
-        return to_tensor(resize(as_rgb(row["answer"]), cell.shape[-1])) if row.get("answer") is not None else None
+        return as_cell(row["answer"], cell.shape[-1]) if row.get("answer") is not None else None
 
     def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         foreground = BLUE if "color" in self.changes else GREEN
@@ -330,9 +397,22 @@ class Reasoning(Task):
 @dataclass(frozen=True)
 class Sum(Task):
     """Several tasks at once: the input suffers all their corruptions in turn; the target and the metric are those of
-    the first task that wants something else than the clean image."""
+    the first task that wants something else than the clean image.
+
+    Args:
+        parts: The tasks. Sums among them count part by part, and neighbouring changes of `Reasoning` are one.
+    """
 
     parts: tuple[Task, ...]
+
+    def __post_init__(self) -> None:
+        parts: list[Task] = []
+        for part in (inner for task in self.parts for inner in (task.parts if isinstance(task, Sum) else (task,))):
+            if parts and isinstance(part, Reasoning) and isinstance(parts[-1], Reasoning):
+                parts[-1] += part
+            else:
+                parts.append(part)
+        object.__setattr__(self, "parts", tuple(parts))
 
     @property
     def name(self) -> str:
@@ -343,7 +423,7 @@ class Sum(Task):
         return next((part for part in self.parts if type(part).target is not Task.target), self.parts[0])
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> metrics.Metric:
         return self._wanted.metric
 
     @property
@@ -377,24 +457,126 @@ VTV = (segmentation, lowlight, identity, inpainting, colorization)
 REASONING = (color, shape, size, color + shape, color + size, shape + size)
 """VP's reasoning study: three changes and their pairs."""
 
-_REGISTRY = {task.name: task for task in (*VTV, detection, edges, color, shape, size)}
+_REGISTRY: dict[str, Task] = {}
+_KINDS: dict[str, type[Task]] = {}
+_OUTSIDE_BRACKETS = r"(?![^(]*\))"
+_Registered = TypeVar("_Registered", bound=Task | type[Task])
+
+
+def register(task: _Registered) -> _Registered:
+    """Let `get`, and with it the command line, find a task by its name, and its kind with any settings.
+
+    Args:
+        task: A task, or a class of tasks whose settings have defaults (so that it decorates a class).
+
+    Returns:
+        What was given.
+
+    Raises:
+        TypeError: when it is no task.
+        ValueError: when the name belongs to one of this module's tasks. One of your own is replaced.
+    """
+    one = task() if isinstance(task, type) and issubclass(task, Task) else task
+    if not isinstance(one, Task):
+        raise TypeError(f"{task!r} is not a task; give an instance or a subclass of tasks.Task.")
+    if isinstance(one, Sum):
+        raise ValueError(f"{one.name!r} is a sum; register its parts, and get finds the sum.")
+    kind = one.name.partition("(")[0]
+    other = _KINDS.get(kind, type(one))
+    if other is not type(one) and other.__module__ == __name__:
+        raise ValueError(f"{kind!r} is the name of another task; choose a name of its own.")
+    _REGISTRY[one.name], _KINDS[kind] = one, type(one)
+    return task
 
 
 def get(name: str) -> Task:
-    """The task of a name, or of several joined by "+".
+    """The task of a name such as "lowlight" or "lowlight(0.1)", or of several joined by "+".
 
     Raises:
-        ValueError: naming the tasks there are.
+        ValueError: naming the tasks there are, or what is wrong with the settings.
     """
-    unknown = [part for part in name.split("+") if part not in _REGISTRY]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is not a task; choose from {', '.join(_REGISTRY)}, or join several with '+'.")
-    return reduce(add, (_REGISTRY[part] for part in name.split("+")))
+    return reduce(add, map(_read, re.split(r"\+" + _OUTSIDE_BRACKETS, name)))
+
+
+def get_all(names: str) -> list[Task]:
+    """The tasks of names with commas between them, as the command line takes them."""
+    return [get(name) for name in re.split("," + _OUTSIDE_BRACKETS, names)]
 
 
 def names() -> list[str]:
-    """The names that `get` knows."""
+    """The names that `get` knows; settings in brackets make others of them."""
     return list(_REGISTRY)
+
+
+def _read(name: str) -> Task:
+    """The task of a name without "+"."""
+    name = name.strip()
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    kind, bracket, rest = name.partition("(")
+    if kind not in _KINDS or (bracket and not rest.endswith(")")):
+        raise ValueError(
+            f"{name!r} is not a task; choose from {', '.join(_REGISTRY)}, with settings in brackets as in "
+            "'lowlight(0.1)', or join several with '+'."
+        )
+    values: list[Any] = []
+    named: dict[str, Any] = {}
+    for part in rest.removesuffix(")").split(",") if bracket else []:
+        key, equals, text = part.strip().partition("=")
+        if equals:
+            named[key] = _value(text)
+        else:
+            values.append(_value(key))
+    try:
+        return _KINDS[kind](*values, **named)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name!r} is not a {kind} task: {error}") from error
+
+
+def _default(field: Any) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _written(value: Any) -> str:
+    """A setting in a task's name: words and numbers as they are, all else as in a URL."""
+    if isinstance(value, metrics.Metric):
+        value = value.name
+    value = value.item() if hasattr(value, "item") else value
+    return quote(value if isinstance(value, str) and _value(value) == value else repr(value), safe="#")
+
+
+def _value(text: str) -> Any:
+    """What `_written` wrote: a Python literal, or else a word."""
+    text = unquote(text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Which rows make which prompt, and where their random places are; a part of it by indexing.
+
+    Args:
+        rows: Row numbers [prompt, examples + 1], the query's last.
+        places: A `Place` for each prompt, [prompt, 2].
+    """
+
+    rows: np.ndarray
+    places: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, prompts: slice | Sequence[int] | np.ndarray) -> Draw:
+        return Draw(self.rows[prompts], self.places[prompts])
+
+
+def draw(images: Any, n: int, examples: int = 1, seed: int | np.random.Generator = 0) -> Draw:
+    """Draw rows and places for `n` prompts of so many examples; see `draw_rows`."""
+    generator = np.random.default_rng(seed)
+    return Draw(draw_rows(images, n, examples, generator), generator.random((n, 2)))
 
 
 def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator) -> np.ndarray:
@@ -403,10 +585,16 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
     The rows of a prompt are distinct and of one class where the data has labels.
 
     Raises:
+        TypeError: when the data cannot be asked for a row by its number, such as a streaming data set.
         ValueError: when no class has enough images.
     """
     if n < 1:
         raise ValueError(f"n={n} prompts were asked for; expected 1 or more.")
+    if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+        raise TypeError(
+            f"{type(images).__name__} has no rows that can be drawn by number; give a Dataset or a list: of a "
+            "streaming data set, list(images.take(1000))."
+        )
     labels = _column(images, "label")
     groups = [np.arange(len(images))] if labels is None else [np.flatnonzero(labels == c) for c in np.unique(labels)]
     groups = [group for group in groups if len(group) > examples]
@@ -434,8 +622,21 @@ def _checks(size: int) -> torch.Tensor:
 
 def _column(images: Any, name: str) -> np.ndarray | None:
     if hasattr(images, "column_names"):
-        return np.asarray(images[name]) if name in images.column_names else None
-    return np.asarray([row[name] for row in images]) if len(images) and name in images[0] else None
+        if name not in images.column_names:
+            return None
+        return np.asarray(images.with_format(None)[name])  # whatever the format is: a transform reads all of a row
+    named = len(images) and isinstance(images[0], Mapping) and name in images[0]
+    return np.asarray([row[name] for row in images]) if named else None
+
+
+def _opened(row: Row | Picture) -> Row:
+    """A row whose pictures are PIL images, not paths."""
+    if not isinstance(row, Mapping):
+        return {"image": open_picture(row)}
+    if "image" not in row:
+        raise ValueError(f"a row with {', '.join(row) or 'nothing'} has no 'image'; give a PIL image of that name.")
+    paths = {name: open_picture(row[name]) for name in _COLUMNS if isinstance(row.get(name), (str, os.PathLike))}
+    return {**row, **paths}
 
 
 def _binary(row: Row) -> Image.Image:
@@ -450,3 +651,7 @@ def _binary(row: Row) -> Image.Image:
     if set(mask.getcolors(256) and [value for _, value in mask.getcolors(256)]) - {0, 255}:
         raise ValueError(f"a mask holds values from {low} to {high}; expected 0 (background) and 255 (foreground).")
     return mask
+
+
+for _task in (*VTV, detection, edges, color, shape, size):
+    register(_task)

@@ -14,9 +14,11 @@ from datasets import Dataset, Features, Image, Value
 from einops import rearrange
 from PIL import Image as PILImage
 
+from vtv_nnsight.images import LUMA as LUMA_WEIGHTS
+
 SPLITS = ("train", "test")
 PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+LUMA = np.array(LUMA_WEIGHTS, np.float32)
 
 
 class Photograph(NamedTuple):

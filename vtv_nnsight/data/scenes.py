@@ -18,6 +18,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from einops import einsum, rearrange
 from PIL import Image as PILImage
 
+from vtv_nnsight.images import LUMA as LUMA_WEIGHTS
+
 SPLITS = ("train", "validation", "test")
 FOLDS = (0, 1, 2, 3)
 HUES = {  # degrees; each row is a fold, and the two classes of a shape have neighbouring hues
@@ -29,7 +31,7 @@ HUES = {  # degrees; each row is a fold, and the two classes of a shape have nei
 NAMES = tuple(HUES)
 SMALLEST = 32
 CHUNK = 64  # scenes drawn at once: enough to vectorise over, few enough to stay in cache
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+LUMA = np.array(LUMA_WEIGHTS, np.float32)
 
 
 class Scenes(NamedTuple):

@@ -4,7 +4,7 @@
 
 The folder, and what is written in it:
 
-    run.json                     settings, seeds, versions, the machine, seconds a step, and what there is to be told
+    run.json                     settings, seeds, versions, the machine, seconds per step, a digest of every other file
     prompts.safetensors          prompts that the model does well one-shot, of every task
     vectors.safetensors          the task vectors of these prompts (`TaskVectors`)
     scores.csv                   how well each unit tells the tasks apart
@@ -13,7 +13,12 @@ The folder, and what is written in it:
     report.html, table.csv, …    see `vtv_nnsight.report`
 
 Data in folds, such as Pascal-5i, have a folder for each fold. A step whose file is there is not done again, a search or
-a collection that was interrupted goes on, and a folder that was made with other settings is refused.
+a collection that was interrupted goes on, and a folder that was made with other settings is refused, as are files that
+the run did not write itself. Of several processes (`torchrun --nproc-per-node 2 -m vtv_nnsight run`) the first writes,
+and searches are shared out; the files are those of one process.
+
+The steps are functions of their own: `select`, `collect`, `score`, `search` and `evaluate`, which `vtv collect` and its
+like call with the same defaults.
 """
 
 from __future__ import annotations
@@ -21,64 +26,49 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
-import platform
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 
-from vtv_nnsight import search
+from vtv_nnsight import data
 from vtv_nnsight import tasks as registry
-from vtv_nnsight.data import load
-from vtv_nnsight.evaluation import comparison, evaluate, select_prompts
+from vtv_nnsight.evaluation import Table, comparison, select_prompts
+from vtv_nnsight.evaluation import evaluate as evaluate_conditions
+from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_step
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.devices import resolve_device
 from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
-from vtv_nnsight.patches import PatchSpace
+from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.report import page as report
-from vtv_nnsight.search import ALGORITHMS, SearchResult
+from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
+from vtv_nnsight.search.holdout import held_out_count
+from vtv_nnsight.search.objective import processes
 from vtv_nnsight.stages import fingerprint
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
 
-STEPS = {
-    "select": ("model", "vqgan", "weights", "data", "folds", "pictures", "tasks", "order", "images", "prompts")
-    + ("candidates", "seed", "version"),
-    "collect": (),
-    "score": ("granularity",),
-    "search": ("search", "loss", "budget"),
-    "evaluate": ("evaluations", "test pictures"),
-}
-"""Step → the settings that matter from there on."""
-
-FILES = {
-    "select": ("prompts.safetensors",),
-    "collect": ("vectors.safetensors", "vectors.state"),
-    "score": ("scores.csv",),
-    "search": ("search/*",),
-    "evaluate": ("evaluation/*",),
-}
-"""Step → what it writes."""
-
-PER_PROMPT = 4
-"""Pictures a prompt, at least, for prompts to be picked: each serves in one only."""
+PICTURES_PER_PROMPT = 4
+"""Pictures per prompt, at least, for prompts to be selected: each serves in one only."""
 
 SIXTEENTH = 255 * 128
 """Prompts are kept as 16-bit numbers: pixels of 8 bits, and those darkened to a half, are kept exactly."""
+
+HELD_OUT = 0.25
+"""Of the prompts, the share that searches hold out."""
+
+ENOUGH = 10_000
+"""Evaluations after which the trial of a search's settings ends."""
 
 
 def run(
@@ -95,58 +85,121 @@ def run(
     Args:
         out: The folder; it is made.
         settings: The defaults take some minutes on two CPU cores.
-        redo: When the settings are not those that the folder was begun with, do again what depends on them.
+        redo: When the settings are not those that the folder was begun with, or a file in it was changed, do again what
+            depends on them.
         device: Where the model runs.
-        batch_size: Rows a trace; 32 by default, and as many as the device likes for searches.
+        batch_size: Prompts per forward; 32 by default, and as many as the device likes for searches.
         progress: Show which step is being done.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: when the folder was begun with other settings, naming them and the steps that depend on them; or
-            when the data cannot serve a task.
+        ValueError: before anything is done, when the folder was begun with other settings or a file in it was changed,
+            naming them and the steps that depend on them; when the data cannot serve a task, or pictures to test on are
+            among those to search on; or when a search cannot be done with these settings.
     """
-    out, settings = Path(out), settings or Settings()
+    from vtv_nnsight.report import page as report  # which reads what this package writes, and so imports it
+
+    out, settings, state = Path(out), settings or Settings(), processes()
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
     with quiet():
-        model = MAEVQGAN(settings.model, **({"vqgan": settings.vqgan} if settings.vqgan else {}), dispatch=True)
-        model = model.to(device) if device else model
-        parts, notes = sources(out, settings)
-        tasks = servable(settings, parts[0].train)
+        model = load_model(settings.model, settings.vqgan, device)
+        folds, notes = load_folds(out, settings)
+        tasks = servable(settings, folds[0].train)
         layout = replace(model.layout, order=settings.order)
         space = PatchSpace(model, layout, settings.granularity)
-        diary = Diary(out, settings, model, parts, tasks, notes, redo)
-        with display(len(STEPS) * len(parts) + 1, progress) as step:
-            for part in parts:
-                at = partial(diary.timed, step, part)
-                with at("select") as doing:
-                    prompts = select(part, model, tasks, layout, settings, batch_size or 32, doing)
-                with at("collect") as doing:
-                    vectors = collect(part, model, prompts, batch_size or 32, doing)
-                with at("score") as doing:
-                    scores = score(part, vectors, space, doing)
-                with at("search") as doing:
-                    found = seek(part, model, vectors, tasks, prompts, space, scores, settings, batch_size, doing)
-                with at("evaluate") as doing:
-                    judge(part, model, vectors, tasks, found, layout, settings, batch_size or 32, doing)
-            with diary.timed(step, None, "report") as doing:
-                doing("")
-                path = report.write(out)
-    return path
+        check(settings, folds, tasks, space)
+        record = None
+        if state.is_main_process:
+            record = RunRecord.open(
+                out, identity(settings, model, folds, tasks), [fold.folder for fold in folds], notes,
+                model._module.device, redo,
+            )  # fmt: skip
+        state.wait_for_everyone()
+        at_once = batch_size or 32
+        with display(len(STEPS) * len(folds) + 1, progress and state.is_main_process) as shown:
+            for fold in folds:
+
+                def begin(name: str, fold: Fold = fold) -> AbstractContextManager[StepFiles]:
+                    return begin_step(record, fold.folder, name, shown(f"{name} {fold.name}".strip()))
+
+                with begin("select") as step:
+                    if step.lacks("prompts.safetensors"):
+                        prompts = {
+                            task.name: select(model, task, fold.train, settings, layout, at_once)
+                            for task in step.each(tasks)
+                        }
+                        step.save("prompts.safetensors", write_prompts, prompts)
+                    prompts = read_prompts(step.path("prompts.safetensors"), layout)
+                with begin("collect") as step:
+                    if step.lacks("vectors.safetensors"):
+                        step.working_on("")
+                        vectors = collect(model, prompts, at_once, fold.folder / "vectors.state")
+                        step.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
+                        step.remove("vectors.state")
+                    vectors = TaskVectors.load(step.path("vectors.safetensors"))
+                with begin("score") as step:
+                    scores = score(vectors, space)
+                    if scores is not None and step.lacks("scores.csv"):
+                        step.working_on("")
+                        step.save("scores.csv", partial(write_scores, space=space), scores)
+                with begin("search") as step:
+                    found = {}
+                    for task in tasks:
+                        name = f"search/{task.name}"
+                        if step.everyone_lacks(f"{name}.safetensors"):
+                            step.working_on(task.name)
+                            found[task.name] = search(
+                                model, vectors, [task], [prompts[task.name]], space, settings,
+                                batch_size=batch_size, resume=fold.folder / f"{name}.journal",
+                            )  # fmt: skip
+                            step.save(f"{name}.safetensors", lambda path, result: result.save(path), found[task.name])
+                            step.remove(f"{name}.journal")
+                        found[task.name] = SearchResult.load(step.path(f"{name}.safetensors"))
+                with begin("evaluate") as step:
+                    for task in tasks:
+                        names = [f"evaluation/{task.name}.{kind}" for kind in ("safetensors", "parquet")]
+                        if any([step.lacks(name) for name in names]):
+                            step.working_on(task.name)
+                            patches = found[task.name].patches
+                            table = evaluate(
+                                model, task, fold.test, settings, layout, vectors, patches, fold.number, at_once
+                            )
+                            step.save(names[0], partial(write_pictures, task=task), table)
+                            step.save(names[1], lambda path, table: table.parquet(path), table)
+                    step.wait()
+            with begin_step(record, out, "report", shown("report")) as step:
+                if state.is_main_process:
+                    step.working_on("")
+                    report.write(out)
+                step.wait()
+    return out / "report.html"
 
 
-class Part(NamedTuple):
-    """All of the data, or a fold."""
+class Fold(NamedTuple):
+    """The pictures of one fold, or of all data where there are no folds."""
 
     name: str
     folder: Path
-    fold: int
+    number: int
     train: Dataset
     test: Dataset
 
 
-def sources(out: Path, settings: Settings) -> tuple[list[Part], list[str]]:
-    """The data of every fold, training and test apart; and what loading them had to say."""
+def load_model(source: str, vqgan: str | os.PathLike | None = None, device: str | None = None) -> MAEVQGAN:
+    """A model with its weights, on a device; of several processes each on a device of its own."""
+    state = processes()
+    if device is None and state.num_processes > 1:
+        device = str(state.device)
+    device = resolve_device(device) if device else None
+    model = MAEVQGAN(source, **({"vqgan": vqgan} if vqgan else {}), dispatch=True)
+    return model.to(device) if device else model
+
+
+def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
+    """The data of every fold, pictures to learn from and to test on apart; and what loading them had to say."""
     names = {"": settings.data}
     if settings.data.startswith("pascal:"):
         root = Path(settings.data.removeprefix("pascal:"))
@@ -154,31 +207,36 @@ def sources(out: Path, settings: Settings) -> tuple[list[Part], list[str]]:
         names = {f"fold{fold}": f"pascal:{root}:{fold}" for fold in settings.folds or range(4)}
     elif settings.folds:
         raise ValueError(f"{settings.data!r} has no folds; they go with data='pascal:ROOT'.")
-    parts = []
+    folds = []
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", UserWarning)
-        for number, (name, spec) in enumerate(names.items()):
-            fold = int(name.removeprefix("fold")) if name else number
-            parts.append(Part(name, out / name, fold, *halves(spec, settings)))
-    notes = [str(warning.message) for warning in heard if warning.category is UserWarning]
-    fewest = min(len(part.train) for part in parts)
-    if fewest < PER_PROMPT * settings.prompts:
+        for name, spec in names.items():
+            number = int(name.removeprefix("fold") or 0)
+            parts = split_data(spec, settings.max_images, 2 * settings.test_prompts, settings.seed)
+            folds.append(Fold(name, out / name, number, *parts))
+    notes = list(dict.fromkeys(str(warning.message) for warning in heard if warning.category is UserWarning))
+    fewest = min(len(fold.train) for fold in folds)
+    if fewest < PICTURES_PER_PROMPT * settings.prompts:
         notes.append(
             f"{fewest} pictures to learn from are few: prompts are drawn at random, and pictures serve in several."
         )
-    return parts, notes
+    return folds, notes
 
 
-def halves(spec: str, settings: Settings) -> tuple[Dataset, Dataset]:
-    """Training and test rows: the source's own, or a quarter set aside where it has none."""
-    train = load(spec, "train", settings.images, settings.seed)
-    test = train if Path(spec).expanduser().is_dir() else load(spec, "test", 2 * settings.evaluations, settings.seed)
-    if digest(train) != digest(test):
-        return train, test
-    if len(train) < 4:
-        raise ValueError(f"{spec} holds {len(train)} pictures; a run needs 4 or more, some of them to be tested on.")
-    halves = train.train_test_split(test_size=max(2, len(train) // 4), seed=settings.seed)
-    return halves["train"], halves["test"]
+def split_data(spec: str, train: int, test: int, seed: int) -> tuple[Dataset, Dataset]:
+    """At most so many pictures to collect and search on, and to test on, which share none.
+
+    Raises:
+        ValueError: when some pictures are in both, whatever the source says of its splits.
+    """
+    parts = data.split_data(spec, train, test, seed)
+    digests = [set(data.identities(rows)) for rows in parts]
+    if shared := digests[0] & digests[1]:
+        raise ValueError(
+            f"{len(shared)} of the {len(digests[1])} pictures of {spec} to test on are also among those to search on; "
+            "remove the copies, or give data whose splits share no picture."
+        )
+    return parts
 
 
 def servable(settings: Settings, rows: Dataset) -> list[Task]:
@@ -193,232 +251,184 @@ def servable(settings: Settings, rows: Dataset) -> list[Task]:
     return wanted or [task for task in registry.VTV if task.needs in rows.column_names]
 
 
+def selects(settings: Settings, rows: Dataset) -> bool:
+    """Whether there are enough pictures for prompts to be selected among candidates."""
+    return len(rows) >= PICTURES_PER_PROMPT * settings.prompts
+
+
+def check(settings: Settings, folds: Sequence[Fold], tasks: Sequence[Task], space: PatchSpace) -> None:
+    """Refuse settings that a later step would refuse."""
+    if settings.candidates < settings.prompts and any(selects(settings, fold.train) for fold in folds):
+        raise ValueError(
+            f"candidates={settings.candidates} are fewer than the prompts={settings.prompts} to select; give more."
+        )
+    trial = _Trial(space, settings.prompts, settings.loss)
+    algorithm, options = _algorithm(settings.search)
+    if algorithm.needs_scores:
+        if len(tasks) < 2:
+            raise ValueError(f"search={settings.search!r} ranks by what tells tasks apart; give two tasks or more.")
+        options["scores"] = torch.zeros(len(space))
+    with suppress(_Enough):
+        algorithm.on(trial, budget=settings.budget, seed=settings.seed, progress=False, **options)
+
+
+class _Enough(Exception):
+    """A trial has gone on long enough."""
+
+
+class _Trial:
+    """An objective that costs nothing, to try a search's settings on: every loss is 0."""
+
+    def __init__(self, space: PatchSpace, prompts: int, loss: str) -> None:
+        self.space, self.loss, self.evaluations = space, loss, 0
+        self.held_out, self.train = torch.arange(prompts).tensor_split([held_out_count(prompts, HELD_OUT)])
+        self.group = torch.zeros(prompts, dtype=torch.long)
+
+    def __call__(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        self.evaluations += len(rows)
+        if self.evaluations > ENOUGH:
+            raise _Enough
+        return torch.zeros(len(rows), dtype=torch.float64)
+
+    def gradient(self, gates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.loss != "tokens":
+            raise ValueError(f'loss={self.loss!r} has no gradient (its codes are an arg-max); use loss="tokens".')
+        return self(gates, rows), torch.zeros(gates.shape, dtype=torch.float64)
+
+
 def select(
-    part: Part, model: Any, tasks: list[Task], layout: Layout, settings: Settings, batch_size: int, doing: Callable
-) -> dict[str, VisualPrompt]:
-    """Prompts that the model does well one-shot, by task."""
-    path = part.folder / "prompts.safetensors"
-    if not path.exists():
-        canvases = {}
-        for task in tasks:
-            doing(task.name)
-            if len(part.train) < PER_PROMPT * settings.prompts:
-                prompts = task.prompts(part.train, settings.prompts, settings.seed, layout)
-            else:
-                prompts = select_prompts(
-                    model, task, part.train, settings.prompts, candidates=settings.candidates, seed=settings.seed,
-                    layout=layout, batch_size=batch_size,
-                )  # fmt: skip
-            canvases[task.name] = prompts.canvas.mul(SIXTEENTH).round().short().cpu()
-        write_tensors(path, "prompts", canvases, {"tasks": [task.name for task in tasks]})
-    canvases, facts = read_tensors(path, "prompts")
-    return {name: VisualPrompt.from_canvas(canvases[name].float() / SIXTEENTH, layout) for name in facts["tasks"]}
+    model: Any, task: Task, rows: Dataset, settings: Settings, layout: Layout, batch_size: int = 32
+) -> VisualPrompt:
+    """Prompts that the model does well one-shot (ECCV 2024, §4.1); random ones where there are few pictures."""
+    if not selects(settings, rows):
+        return task.prompts(rows, settings.prompts, settings.seed, layout)
+    return select_prompts(
+        model, task, rows, settings.prompts, candidates=settings.candidates, seed=settings.seed, layout=layout,
+        batch_size=batch_size,
+    )  # fmt: skip
 
 
 def collect(
-    part: Part, model: Any, prompts: dict[str, VisualPrompt], batch_size: int, doing: Callable
+    model: Any, prompts: Mapping[str, VisualPrompt], batch_size: int = 32, resume: str | os.PathLike | None = None
 ) -> TaskVectors:
-    """The mean activation of every head, by task."""
-    path, state = (part.folder / f"vectors.{kind}" for kind in ("safetensors", "state"))
-    if not path.exists():
-        doing("")
-        TaskVectors.collect(model, prompts, batch_size=batch_size, resume=state).save(path)
-        state.unlink()
-    return TaskVectors.load(path)
+    """The mean activation of every head, by task (ECCV 2024, §4.1)."""
+    return TaskVectors.collect(model, prompts, batch_size=batch_size, resume=resume)
 
 
-def score(part: Part, vectors: TaskVectors, space: PatchSpace, doing: Callable) -> torch.Tensor | None:
-    """How well each unit tells the tasks apart, [unit]; None of a single task."""
-    if len(vectors) < 2:
-        return None
-    scores, path = space.average(vectors.score()), part.folder / "scores.csv"
-    if not path.exists():
-        doing("")
-        order = scores.nan_to_num(-1).argsort(descending=True).tolist()
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            [("unit", "score"), *((space.names[i], f"{scores[i]:.6g}") for i in order)]
-        )
-        write_text(path, text.getvalue())
-    return scores
+def read_vectors(path: str | os.PathLike, tasks: Sequence[str] = ()) -> TaskVectors:
+    """Vectors in a file, which hold some tasks.
+
+    Raises:
+        FileNotFoundError, ValueError: as `TaskVectors.load`; and naming the task that is missing.
+    """
+    vectors = TaskVectors.load(path)
+    if missing := [task for task in tasks if task not in vectors]:
+        raise ValueError(f"{path} has no vector of {', '.join(map(repr, missing))}; it has {', '.join(vectors)}.")
+    return vectors
 
 
-def seek(
-    part: Part, model: Any, vectors: TaskVectors, tasks: list[Task], prompts: dict[str, VisualPrompt],
-    space: PatchSpace, scores: torch.Tensor | None, settings: Settings, batch_size: int | None, doing: Callable,
-) -> dict[str, SearchResult]:  # fmt: skip
-    """The units to patch, by task."""
-    algorithm = _algorithm(settings.search, scores)
-    found = {}
-    for task in tasks:
-        path, journal = (part.folder / "search" / f"{task.name}.{kind}" for kind in ("safetensors", "journal"))
-        if not path.exists():
-            doing(task.name)
-            path.parent.mkdir(exist_ok=True)
-            queries = prompts[task.name].query_only()
-            algorithm(
-                model, vectors[task.name], task, queries, space, budget=settings.budget, loss=settings.loss,
-                seed=settings.seed, batch_size=batch_size, resume=journal,
-            ).save(path)  # fmt: skip
-            journal.unlink()
-        found[task.name] = SearchResult.load(path)
-    return found
+def space_of(vectors: TaskVectors, granularity: str) -> PatchSpace:
+    """The space of the model and layout that vectors were collected from."""
+    found = next(iter(vectors.values()))
+    return PatchSpace.from_metadata(found.fingerprint | {"granularity": granularity, "stacks": list(found.mean)})
 
 
-def _algorithm(name: str, scores: torch.Tensor | None) -> Callable[..., SearchResult]:
-    if name == "published":
-        return partial(search.reinforce, recipe="published")
-    if name == "ranking":
-        if scores is None:
-            raise ValueError("search='ranking' ranks by a score that compares tasks; give two tasks or more.")
-        return partial(search.ranking, scores=scores)
-    return ALGORITHMS[name]
+def score(vectors: TaskVectors, space: PatchSpace) -> torch.Tensor | None:
+    """How well each unit tells the tasks apart, [unit] (ECCV 2024, §4.2); None of a single task."""
+    return space.average(vectors.score()) if len(vectors) > 1 else None
 
 
-def judge(
-    part: Part, model: Any, vectors: TaskVectors, tasks: list[Task], found: dict[str, SearchResult], layout: Layout,
-    settings: Settings, batch_size: int, doing: Callable,
-) -> None:  # fmt: skip
-    """Scores and first answers of all conditions, on pictures that were not searched on."""
-    for task in tasks:
-        path = part.folder / "evaluation" / f"{task.name}.parquet"
-        if path.exists():
-            continue
-        doing(task.name)
-        path.parent.mkdir(exist_ok=True)
-        prompts = task.prompts(part.test, settings.evaluations, settings.seed, layout)
-        conditions = comparison(vectors[task.name], found[task.name].patches, vectors, settings.seed)
-        table = evaluate(model, task, prompts, conditions, fold=part.fold, batch_size=batch_size)
-        report.write_pictures(path.with_suffix(".safetensors"), table, task)
-        table.parquet(path)
-
-
-class Diary:
-    """run.json: it knows what a folder was begun with, refuses what differs, and writes down how long steps take.
+def search(
+    model: Any,
+    vectors: TaskVectors,
+    tasks: Sequence[Task],
+    prompts: Sequence[VisualPrompt],
+    space: PatchSpace,
+    settings: Settings,
+    *,
+    batch_size: int | None = None,
+    resume: str | os.PathLike | None = None,
+    **options: Any,
+) -> SearchResult:
+    """The units to patch so that the model does the tasks with no example (ECCV 2024, §4.3): one set for all of them.
 
     Args:
-        redo: Remove what differing settings have spoilt, instead of refusing.
+        prompts: Of every task, with examples; the search does not show them.
+        **options: The algorithm's own.
+
+    Returns:
+        Without the seconds of its history, so that the same seed gives the same file.
     """
-
-    def __init__(
-        self, out: Path, settings: Settings, model: Any, parts: list[Part], tasks: list[Task], notes: list[str],
-        redo: bool,
-    ) -> None:  # fmt: skip
-        self.path, self.out = out / "run.json", out
-        facts = asdict(settings) | {
-            "tasks": [task.name for task in tasks],
-            "folds": [part.fold for part in parts if part.name],
-            "weights": _short(fingerprint(model)),
-            "pictures": _short([digest(part.train) for part in parts]),
-            "test pictures": _short([digest(part.test) for part in parts]),
-            "version": package_version(),
-        }
-        facts = json.loads(json.dumps(facts))
-        found = json.loads(self.path.read_text()) if self.path.exists() else {}
-        seconds = found.get("seconds", {})
-        if found:
-            for step in self._spoilt(found["settings"], facts, redo):
-                seconds.pop(step, None)
-                for part in parts:
-                    for file in (file for pattern in FILES[step] for file in part.folder.glob(pattern)):
-                        file.unlink()
-        elif out.is_dir() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty and holds no run; name a new folder.")
-        for part in parts:
-            part.folder.mkdir(parents=True, exist_ok=True)
-        packages = ("torch", "nnsight", "transformers", "datasets", "numpy")
-        self.facts = {
-            "kind": "vtv run",
-            "settings": facts,
-            "notes": notes,
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-            "machine": {
-                "processors": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "device": _device_name(model._module.device),
-            },
-            "seconds": seconds,
-        }
-        self._write()
-
-    def _spoilt(self, found: dict[str, Any], facts: dict[str, Any], redo: bool) -> list[str]:
-        """The steps that depend on settings that differ from those found."""
-        differ = [name for name in facts if found.get(name) != facts[name]]
-        first = next((i for i, names in enumerate(STEPS.values()) if set(names) & set(differ)), None)
-        if first is None:
-            return []
-        steps = list(STEPS)[first:]
-        if not redo:
-            changes = ", ".join(f"{name} was {_word(found.get(name))} and is {_word(facts[name])}" for name in differ)
-            raise ValueError(
-                f"{self.out} was begun with other settings: {changes}. Name another folder, or do {', '.join(steps)} "
-                "again there with redo (--redo)."
-            )
-        return steps
-
-    @contextmanager
-    def timed(self, step: Callable, part: Part | None, name: str) -> Iterator[Callable]:
-        """A step of the display, whose seconds are added to those of earlier attempts."""
-        began, worked = time.perf_counter(), []
-
-        with step(f"{name} {part.name}".strip() if part else name) as doing:
-
-            def noted(what: str) -> None:
-                worked.append(what)
-                doing(what)
-
-            try:
-                yield noted
-            finally:
-                if worked:
-                    spent = time.perf_counter() - began
-                    self.facts["seconds"][name] = round(self.facts["seconds"].get(name, 0) + spent, 2)
-                    self._write()
-
-    def _write(self) -> None:
-        self.facts["peak memory (MiB)"] = _peak_memory()
-        write_text(self.path, json.dumps(self.facts, indent=1) + "\n")
+    algorithm, own = _algorithm(settings.search)
+    result = algorithm(
+        model, [vectors[task.name] for task in tasks], list(tasks), [rows.query_only() for rows in prompts], space,
+        budget=settings.budget, loss=settings.loss, seed=settings.seed, batch_size=batch_size, resume=resume,
+        vectors=vectors, **own | options,
+    )  # fmt: skip
+    return replace(result, history=tuple(moment._replace(seconds=float("nan")) for moment in result.history))
 
 
-def digest(rows: Dataset) -> str:
-    """A name for what rows hold; of pictures that lie in files, for the files' names, sizes and times."""
-    hasher = hashlib.blake2b(digest_size=8)
-
-    def take(value: Any) -> None:
-        if isinstance(value, dict):
-            for inner in value.values():
-                take(inner)
-        elif isinstance(value, bytes):
-            hasher.update(value)
-        elif isinstance(value, str) and os.path.isfile(value):
-            status = os.stat(value)
-            hasher.update(f"{os.path.basename(value)} {status.st_size} {status.st_mtime_ns}".encode())
-        else:
-            hasher.update(repr(value).encode())
-
-    for row in rows.with_format("arrow")[:].to_pylist():
-        take(row)
-    return hasher.hexdigest()
+def _algorithm(name: str) -> tuple[Algorithm, dict[str, Any]]:
+    """The algorithm of that name, and the options that make it so."""
+    if name == "published":
+        return reinforce, {"recipe": "published"}
+    return ALGORITHMS[name], {}
 
 
-def _short(facts: Any) -> str:
-    """A name for facts."""
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+def evaluate(
+    model: Any,
+    task: Task,
+    rows: Dataset,
+    settings: Settings,
+    layout: Layout,
+    vectors: TaskVectors | None = None,
+    patches: PatchSet | None = None,
+    fold: int = 0,
+    batch_size: int = 32,
+) -> Table:
+    """Scores and first answers on prompts of pictures that were not searched on, of every condition; without vectors
+    those that need none."""
+    prompts = task.prompts(rows, settings.test_prompts, settings.seed, layout)
+    conditions = comparison(vectors[task.name], patches, vectors, settings.seed) if vectors else None
+    return evaluate_conditions(model, task, prompts, conditions, fold=fold, batch_size=batch_size)
 
 
-def _word(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def write_prompts(path: Path, prompts: Mapping[str, VisualPrompt]) -> None:
+    canvases = {name: rows.canvas.mul(SIXTEENTH).round().short().cpu() for name, rows in prompts.items()}
+    write_tensors(path, "prompts", canvases, {"tasks": list(prompts)})
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def read_prompts(path: Path, layout: Layout) -> dict[str, VisualPrompt]:
+    canvases, metadata = read_tensors(path, "prompts")
+    return {name: VisualPrompt.from_canvas(canvases[name].float() / SIXTEENTH, layout) for name in metadata["tasks"]}
 
 
-def _peak_memory() -> int | None:
-    """Of this process, in MiB, where the system tells."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
+def write_pictures(path: Path, table: Table, task: Task) -> None:
+    """The first answers of an evaluation, which a Parquet file has no place for."""
+    shown = table.pictures[task.name]
+    write_tensors(path, "answers", shown, {"names": list(shown)})
+
+
+def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:
+    """Units and their scores [unit], the highest first, as CSV."""
+    order = scores.nan_to_num(-1).argsort(descending=True).tolist()
+    text = io.StringIO()
+    rows = [("unit", "score"), *((space.names[i], f"{scores[i]:.6g}") for i in order)]
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def identity(settings: Settings, model: Any, folds: Sequence[Fold], tasks: Sequence[Task]) -> dict[str, Any]:
+    """What the numbers of a run depend on, as run.json has it: settings, weights, pictures and version."""
+    return asdict(settings) | {
+        "tasks": [task.name for task in tasks],
+        "folds": [fold.number for fold in folds if fold.name],
+        "weights": _digest(fingerprint(model)),
+        "pictures": _digest([data.identities(fold.train) for fold in folds]),
+        "test pictures": _digest([data.identities(fold.test) for fold in folds]),
+        "version": package_version(),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]

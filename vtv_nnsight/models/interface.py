@@ -92,7 +92,8 @@ class InContextModel(ABC):
 
     @abstractmethod
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
-        """The position of every token of a stage: LongTensor [token].
+        """The position of every token of a stage: LongTensor [token]; inside a trace whose rows were given patches of
+        their own, [batch, token].
 
         Args:
             stage: Its name.

@@ -1,5 +1,7 @@
 """The report of a run, and the comparison of several."""
 
-from vtv_nnsight.report.page import compare, overview, read, write, write_pictures
+from vtv_nnsight.report.page import compare, write
+from vtv_nnsight.report.pictures import overview
+from vtv_nnsight.report.reading import read
 
-__all__ = ["compare", "overview", "read", "write", "write_pictures"]
+__all__ = ["compare", "overview", "read", "write"]

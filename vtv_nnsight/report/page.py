@@ -3,133 +3,40 @@
     >>> report.write("runs/scenes")                                   # runs/scenes/report.html
     >>> report.compare(["runs/a", "runs/b"], "comparison.html")       # or `vtv report runs/a runs/b`
 
-Beside report.html stand the same numbers (table.csv, table.md) and a picture of the first answers (answers.png).
+Beside report.html stand the same numbers (table.csv, table.md) and a picture of the first answers (answers.png). The
+pages are Jinja2 templates (templates/), which escape all that they are given.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
+from functools import partial, reduce
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
-import torch
-from matplotlib.figure import Figure
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vtv_nnsight import plots
-from vtv_nnsight import tasks as registry
-from vtv_nnsight.evaluation import BASELINE, Line, Table
-from vtv_nnsight.files import read_tensors, write_tensors, write_text
-from vtv_nnsight.images import to_pil
-from vtv_nnsight.layouts import Layout
-from vtv_nnsight.progress import duration, quiet
-from vtv_nnsight.prompts import crop
+from vtv_nnsight.evaluation import BASELINE, Line
+from vtv_nnsight.files import replacing, write_text
+from vtv_nnsight.patches import PatchSet
+from vtv_nnsight.progress import duration
+from vtv_nnsight.report.pictures import draw, overview, plain_label, prompt_cells, searches, uri
+from vtv_nnsight.report.reading import CONDITIONS, PATCHED, PICTURES, ZERO_SHOT, Found, read
 from vtv_nnsight.search import plots as search_plots
-from vtv_nnsight.search.result import SearchResult
-from vtv_nnsight.stages import ByStage
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import TaskVectors
-
-PATCHED = "task vector"
-CONDITIONS = {
-    "one-shot": "An example is shown; nothing is patched.",
-    "zero-shot": "No example is shown; nothing is patched.",
-    PATCHED: "No example is shown; the task vector is patched in at the units that were found.",
-    "one-shot + task vector": "An example is shown, and the task vector is patched in as well.",
-    "random units": "No example is shown; the task vector at as many units drawn at random.",
-    "vector of …": "No example is shown; the vector of another task at the same units.",
-    "tokenizer": "The tokenizer's own drawing of the truth: no answer can be better.",
-    "copy": "The query as its own answer.",
-}
-"""What is compared, in words."""
-
-SHOWN = {
-    "example_input": "example",
-    "example_output": "its answer",
-    "query": "query",
-    "one-shot": "one-shot",
-    "zero-shot": "no example, nothing patched",
-    PATCHED: "no example, task vector",
-    "truth": "truth",
-}
-"""The pictures of a row, and what is written under them."""
 
 ROWS = 4
-"""Rows of pictures, a task."""
+"""Rows of pictures per task."""
 
-BAR = "&nbsp;"
-"""The head of a column of bars, which phones do without."""
+SUMMARY = (BASELINE, ZERO_SHOT, PATCHED, "random units", "tokenizer", "copy")
+"""The conditions of the table on top."""
 
-INK = {"light": "#1c2126", "dark": "#e8e6e1"}
-
-
-class Found(NamedTuple):
-    """What a run left in its folder.
-
-    Args:
-        facts: run.json.
-        results: Task → name of the fold ("" where there are none) → what its search found.
-        scores: Name of the fold → `TaskVectors.score()`; none of a single task.
-    """
-
-    name: str
-    facts: dict[str, Any]
-    table: Table
-    results: dict[str, dict[str, SearchResult]]
-    scores: dict[str, ByStage]
-    layout: Layout
-
-    @property
-    def tasks(self) -> list[Task]:
-        return [registry.get(name) for name in self.facts["settings"]["tasks"]]
-
-
-def read(run: str | os.PathLike) -> Found:
-    """What a run left.
-
-    Raises:
-        FileNotFoundError: when the folder holds no run, or an unfinished one.
-    """
-    run = Path(run)
-    if not (run / "run.json").is_file():
-        raise FileNotFoundError(f"{run} holds no run.json; make it with `vtv run --out {run}`.")
-    facts = json.loads((run / "run.json").read_text())
-    names = facts["settings"]["tasks"]
-    parts = {f"fold{fold}": run / f"fold{fold}" for fold in facts["settings"]["folds"]} or {"": run}
-    for folder in parts.values():
-        for name in names:
-            if not (folder / "evaluation" / f"{name}.parquet").is_file():
-                raise FileNotFoundError(f"{run} is not finished: {name} is not evaluated yet; run the same `vtv run`.")
-    with quiet():
-        tables = [
-            _read_table(folder / "evaluation" / f"{name}.parquet", name) for name in names for folder in parts.values()
-        ]
-    results = {
-        name: {part: SearchResult.load(folder / "search" / f"{name}.safetensors") for part, folder in parts.items()}
-        for name in names
-    }
-    scores = {}
-    if len(names) > 1:
-        scores = {part: TaskVectors.load(folder / "vectors.safetensors").score() for part, folder in parts.items()}
-    layout = next(iter(results[names[0]].values())).patches.space.layout
-    return Found(run.name, facts, Table.cat(tables), results, scores, layout)
-
-
-def write_pictures(path: Path, table: Table, task: Task) -> None:
-    """Keep the first answers of an evaluation, which a Parquet file has no place for."""
-    shown = table.pictures[task.name]
-    write_tensors(path, "answers", shown, {"names": list(shown)})
-
-
-def _read_table(path: Path, task: str) -> Table:
-    tensors, facts = read_tensors(path.with_suffix(".safetensors"), "answers")
-    return Table(Table.load(path).rows, {task: {name: tensors[name] for name in facts["names"]}})
+Lines = dict[str, dict[str, Line]]
+"""Of a task: "score" or "loss" → condition → its line of the table."""
 
 
 def write(run: str | os.PathLike) -> Path:
@@ -137,12 +44,38 @@ def write(run: str | os.PathLike) -> Path:
     run, found = Path(run), read(run)
     found.table.csv(run / "table.csv")
     write_text(run / "table.md", found.table.markdown() + "\n")
-    overview(found).savefig(run / "answers.png", dpi=150)
-    lines = found.table.lines()
-    body = [_head(found), _summary(found, lines)]
-    body += [_task(found, task, [line for line in lines if line.task == task.name]) for task in found.tasks]
-    body += [_scores(found), _legend(lines), _facts(found)]
-    write_text(run / "report.html", _page(f"Visual task vectors: {found.name}", body))
+    with replacing(run / "answers.png") as temporary:
+        overview(found).savefig(temporary, dpi=150, format="png")
+    lines, record = found.lines(), found.record
+    shared = _shared(found)
+    page = _render(
+        "run.html",
+        title=f"Visual task vectors: {found.name}",
+        settings=record["settings"],
+        machine=record["machine"],
+        notes=record["notes"],
+        seconds=record["seconds"],
+        spent=duration(found.seconds),
+        record=json.dumps(record, indent=1),
+        patched=PATCHED,
+        prompt=prompt_cells(found),
+        marked=[(1, 2)],
+        units=len(_space(found)),
+        summary=_summary(found, lines),
+        words=_words(condition for task in lines.values() for condition in task["score"]),
+        tasks=[_task(found, task, lines[task.name]) for task in found.tasks],
+        scores=[
+            draw(
+                partial(plots.score_map, scores, found.layout),
+                f"{fold or 'Each cell is a head'}: the variance between tasks over that within a task, at each place.",
+                wide=True,
+            )
+            for fold, scores in found.scores.items()
+        ],
+        overlap=_overlap(found),
+        shared=shared,
+    )
+    write_text(run / "report.html", page)
     return run / "report.html"
 
 
@@ -154,220 +87,178 @@ def compare(runs: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
     shared = [task for task in found[0].tasks if all(task in one.tasks for one in found)]
     if not shared:
         raise ValueError(f"{', '.join(one.name for one in found)} have no task in common; there is nothing to compare.")
-    body = [f"<h1>{len(found)} runs compared</h1>", _differences(found)]
-    lines = {one.name: one.table.lines() for one in found}
-    for task in shared:
-        body.append(
-            _compared(
-                found, task, {name: [line for line in own if line.task == task.name] for name, own in lines.items()}
-            )
-        )
-    body.append(_legend([line for own in lines.values() for line in own]))
-    write_text(path, _page("Visual task vectors: runs compared", body))
+    settings = [
+        name
+        for name in found[0].record["settings"]
+        if len({json.dumps(one.record["settings"].get(name)) for one in found}) > 1
+    ]
+    lines = {one.name: one.lines() for one in found}
+    page = _render(
+        "comparison.html",
+        title="Visual task vectors: runs compared",
+        settings=settings,
+        runs=[
+            {
+                "name": one.name,
+                "settings": [_word(one.record["settings"].get(name)) for name in settings],
+                "seconds": one.seconds,
+            }
+            for one in found
+        ],
+        patched=PATCHED,
+        words=_words((BASELINE, ZERO_SHOT, PATCHED)),
+        tasks=[
+            _compared(found, task, {name: own[task.name]["score"] for name, own in lines.items()}) for task in shared
+        ],
+    )
+    write_text(path, page)
     return Path(path)
 
 
-def overview(found: Found, row: int = 0) -> Figure:
-    """A row of pictures for every task: example, query, answers, truth."""
-    figure = Figure(figsize=(1.5 * len(SHOWN), 1.65 * len(found.tasks)), layout="constrained")
-    panels = figure.subplots(len(found.tasks), len(SHOWN), squeeze=False)
-    for number, (task, across) in enumerate(zip(found.tasks, panels)):
-        pictures = _cells(found, task)
-        for panel, (name, label) in zip(across, SHOWN.items()):
-            panel.imshow(pictures[name][row].permute(1, 2, 0).numpy())
-            panel.set(xticks=[], yticks=[])
-            panel.spines[:].set_visible(False)
-            if number == 0:
-                panel.set_title(label.replace(", ", ",\n"), fontsize=8)
-        across[0].set_ylabel(task.name, fontsize=8)
-    return figure
+def _summary(found: Found, lines: dict[str, Lines]) -> dict[str, Any]:
+    shown = [name for name in SUMMARY if any(name in own["score"] for own in lines.values())]
+    rows = [
+        {
+            "task": task.name,
+            "metric": task.metric.label,
+            "scores": [own.mean if (own := lines[task.name]["score"].get(name)) else None for name in shown],
+            "size": _size(found, task),
+        }
+        for task in found.tasks
+    ]
+    return {"head": ["task", "metric", *shown, "units patched"], "rows": rows}
 
 
-def _cells(found: Found, task: Task) -> dict[str, torch.Tensor]:
-    """The pictures of `SHOWN`, uint8 [row, 3, height, width], of the first prompts."""
-    pictures = found.table.pictures[task.name]
-    names = {"example_input", "example_output", "query"}
-    return {n: crop(pictures["prompt"], n, found.layout) if n in names else pictures[n] for n in SHOWN}
-
-
-def _head(found: Found) -> str:
-    settings, machine = found.facts["settings"], found.facts["machine"]
-    spent = duration(sum(found.facts["seconds"].values()))
-    notes = "".join(f"<p class=note>{escape(note)}</p>" for note in found.facts["notes"])
-    return f"""<h1>Visual task vectors</h1>
-<p class=lead>Model <b>{escape(settings["model"])}</b>, pictures from <b>{escape(settings["data"])}</b>.
-For every task, the mean activations of the attention heads over {settings["prompts"]} prompts were patched into
-the model at units found by search (<i>{escape(settings["search"])}</i>), and the model was then asked to do the task
-<b>with no example</b>, on {settings["evaluations"]} new queries. {spent} on {machine["processors"]} processors
-({escape(machine["device"])}).</p>{notes}"""
-
-
-def _summary(found: Found, lines: list[Line]) -> str:
-    rows = []
-    for task in found.tasks:
-        scores = {line.condition: line for line in lines if line.task == task.name and line.measure == task.metric}
-        cells = "".join(f"<td>{_number(scores[name].mean)}</td>" for name in ("one-shot", "zero-shot", PATCHED))
-        rows.append(
-            f"<tr><th scope=row><a href='#{escape(task.name)}'>{escape(task.name)}</a><td>{_metric(task)}{cells}"
-            f"<td>{_size(found, task)}</tr>"
-        )
-    head = ("task", "metric", "one-shot", "no example, nothing patched", "no example, task vector", "units patched")
-    return _table(head, rows)
-
-
-def _task(found: Found, task: Task, lines: list[Line]) -> str:
-    results = found.results[task.name]
+def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
+    scores, results = lines["score"], found.results[task.name]
+    patched, copied = scores[PATCHED], scores.get("copy")
+    sure = patched.difference_low > 0 or patched.difference_high < 0
+    better = (patched.difference > 0) == task.metric.higher_is_better
     maps = [
-        _figure(
-            lambda result=result: search_plots.score_maps(result),
-            f"{_scored(result)} of every unit{f', {part}' if part else ''}; the chosen ones are ringed.",
+        draw(
+            partial(search_plots.score_maps, result),
+            f"{'Probability' if result.probabilistic else 'Score'} of every unit{f', {fold}' if fold else ''}: each "
+            "cell is a head, each panel a place. The ringed units are patched.",
             wide=True,
         )
-        for part, result in results.items()
+        for fold, result in results.items()
         if result.patches.space.granularity != "token"
     ]
-    searched = _figure(
-        lambda: search_plots.curves({task.name: list(results.values())}),
-        f"The search ({next(iter(results.values())).algorithm}): best held-out loss so far.",
+    searched = draw(
+        partial(searches, {task.name: list(results.values())}),
+        f"The search ({next(iter(results.values())).algorithm}): best held-out loss so far; lower is better.",
     )
-    return f"""<section id="{escape(task.name)}"><h2>{escape(task.name)}</h2>
-<p>{_sentence(found, task, lines)}</p>
-{_pictures(found, task)}
-{_results(task, lines)}
-<div class=figures>{"".join(maps)}{searched}</div></section>"""
+    return {
+        "name": task.name,
+        "size": _size(found, task),
+        "metric": task.metric.label,
+        "patched": patched.mean,
+        "one_shot": scores[BASELINE].mean,
+        "zero_shot": scores[ZERO_SHOT].mean,
+        "verdict": ("better than" if better else "worse than") if sure else "not told apart from",
+        "copied": copied.mean if copied else None,
+        "copy_wins": bool(copied) and (copied.mean > patched.mean) == task.metric.higher_is_better
+        and copied.mean != patched.mean,
+        "pictures": _pictures(found, task),
+        "rows": min(ROWS, len(found.table.pictures[task.name]["truth"])),
+        "queries": patched.images,
+        "loss": f"{lines['loss'][PATCHED].measure} ↓",
+        "lines": [(line, lines["loss"][name]) for name, line in scores.items()],
+        "low": min(line.low for line in scores.values()),
+        "high": max(line.high for line in scores.values()),
+        "figures": [*maps, searched],
+    }  # fmt: skip
 
 
-def _sentence(found: Found, task: Task, lines: list[Line]) -> str:
-    scores = {line.condition: line for line in lines if line.measure == task.metric}
-    patched, shown, bare = scores[PATCHED], scores[BASELINE], scores["zero-shot"]
-    sure = patched.difference_low > 0 or patched.difference_high < 0
-    better = (patched.difference > 0) == task.higher_is_better
-    verdict = ("better than" if better else "worse than") if sure else "not told apart from"
-    return (
-        f"With {_size(found, task)} units patched and no example, {_metric(task)} is <b>{_number(patched.mean)}</b>: "
-        f"{verdict} one-shot ({_number(shown.mean)}). With nothing patched it is {_number(bare.mean)}."
-    )
-
-
-def _pictures(found: Found, task: Task) -> str:
-    cells = _cells(found, task)
-    rows = min(ROWS, len(cells["truth"]))
-    figures = []
-    for i in range(rows):
-        for name, label in SHOWN.items():
-            score = _number(found.table.values(task.name, name)[i]) if name in CONDITIONS else "&nbsp;"
-            alt = f"{label}, row {i + 1}"
-            figures.append(
-                f"<figure><img src='{_uri(cells[name][i])}' alt='{escape(alt)}'>"
-                f"<figcaption><b>{label}</b> <span>{score}</span></figcaption></figure>"
-            )
-    return f"<div class=row>{''.join(figures)}</div>"
-
-
-def _results(task: Task, lines: list[Line]) -> str:
-    scores = [line for line in lines if line.measure == task.metric]
-    losses = {line.condition: line for line in lines if line.measure != task.metric}
-    low, high = min(line.low for line in scores), max(line.high for line in scores)
-    rows = []
-    for line in scores:
-        mark = " class=mark" if line.condition == PATCHED else ""
-        loss = losses[line.condition]
-        rows.append(
-            f"<tr{mark}><th scope=row>{escape(line.condition)}<td class=bar>{_bar(line, low, high)}"
-            f"<td>{_interval(line.mean, line.low, line.high)}"
-            f"<td>{_interval(line.difference, line.difference_low, line.difference_high, sign='+')}"
-            f"<td>{_interval(loss.mean, loss.low, loss.high)}</tr>"
-        )
-    head = ("", BAR, _metric(task), f"difference to {BASELINE}", "token loss ↓")
-    return _table(head, rows) + f"<p class=small>{scores[0].images} queries; 95 % bootstrap intervals.</p>"
-
-
-def _scores(found: Found) -> str:
-    if not found.scores:
-        return ""
-    figures = [
-        _figure(
-            lambda scores=scores: plots.score_map(scores, found.layout),
-            part or "Variance between tasks over variance within a task, head by head.",
-            wide=True,
-        )
-        for part, scores in found.scores.items()
+def _pictures(found: Found, task: Task) -> list[dict[str, Any]]:
+    cells = found.cells(task)
+    scores = {name: found.table.values(task.name, name) for name in PICTURES if name in CONDITIONS}
+    return [
+        {
+            "uri": uri(cells[name][row]),
+            "row": row + 1,
+            "label": label,
+            "score": float(scores[name][row]) if name in scores else None,
+        }
+        for row in range(min(ROWS, len(cells["truth"])))
+        for name, label in PICTURES.items()
     ]
-    return f"""<section><h2>Which heads tell the tasks apart</h2>
-<p>A head whose mean differs between tasks more than it varies within one carries the task.</p>
-<div class=figures>{"".join(figures)}</div></section>"""
 
 
-def _differences(found: list[Found]) -> str:
-    """The settings, of which those that do not differ are left out."""
-    names = [
-        name
-        for name in found[0].facts["settings"]
-        if len({json.dumps(one.facts["settings"].get(name)) for one in found}) > 1
-    ]
-    rows = [
-        f"<tr><th scope=row>{escape(one.name)}"
-        + "".join(f"<td>{escape(_word(one.facts['settings'].get(name)))}" for name in names)
-        + f"<td>{duration(sum(one.facts['seconds'].values()))}</tr>"
-        for one in found
-    ]
-    return _table(("run", *map(escape, names), "time"), rows)
-
-
-def _compared(found: list[Found], task: Task, lines: dict[str, list[Line]]) -> str:
-    scores = {
-        one.name: {line.condition: line for line in lines[one.name] if line.measure == task.metric} for one in found
-    }
+def _compared(found: list[Found], task: Task, scores: dict[str, dict[str, Line]]) -> dict[str, Any]:
     everything = [line for own in scores.values() for line in own.values()]
-    low, high = min(line.low for line in everything), max(line.high for line in everything)
-    rows = []
-    for one in found:
-        own = scores[one.name]
-        cells = "".join(
-            f"<td>{_interval(own[name].mean, own[name].low, own[name].high)}" for name in (BASELINE, "zero-shot")
-        )
-        patched = own[PATCHED]
-        rows.append(
-            f"<tr><th scope=row>{escape(one.name)}{cells}<td class=bar>{_bar(patched, low, high)}"
-            f"<td>{_interval(patched.mean, patched.low, patched.high)}<td>{_size(one, task)}</tr>"
-        )
-    head = ("run", BASELINE, "zero-shot", BAR, f"{PATCHED}, {_metric(task)}", "units")
-    figure = _figure(
-        lambda: search_plots.curves({one.name: list(one.results[task.name].values()) for one in found}),
-        "The searches: best held-out loss so far.",
-    )
-    return f"<section><h2>{escape(task.name)}</h2>{_table(head, rows)}<div class=figures>{figure}</div></section>"
+    return {
+        "name": task.name,
+        "metric": task.metric.label,
+        "low": min(line.low for line in everything),
+        "high": max(line.high for line in everything),
+        "runs": [
+            {
+                "name": one.name,
+                "unpatched": [scores[one.name][name] for name in (BASELINE, ZERO_SHOT)],
+                "patched": scores[one.name][PATCHED],
+                "size": _size(one, task),
+            }
+            for one in found
+        ],
+        "searches": draw(
+            partial(searches, {one.name: list(one.results[task.name].values()) for one in found}),
+            "The searches: best held-out loss so far; lower is better.",
+        ),
+    }
 
 
-def _legend(lines: Iterable[Line]) -> str:
-    names = {line.condition for line in lines}
-    words = {n: text for n, text in CONDITIONS.items() if n in names or n.endswith("…")}
-    items = "".join(f"<dt>{escape(name)}<dd>{escape(text)}" for name, text in words.items())
-    return f"<section><h2>What is compared</h2><dl>{items}</dl></section>"
+def _sets(found: Found) -> dict[str, PatchSet]:
+    """Of each task, the units that were found in every fold."""
+    return {
+        name: reduce(lambda a, b: a & b, (result.patches for result in folds.values()))
+        for name, folds in found.results.items()
+    }
 
 
-def _facts(found: Found) -> str:
-    facts = found.facts
-    times = "".join(f"<tr><th scope=row>{escape(step)}<td>{duration(s)}</tr>" for step, s in facts["seconds"].items())
-    return f"""<section><h2>How it was made</h2>
-<table class=times>{times}</table>
-<details><summary>Settings, versions, machine</summary><pre>{escape(json.dumps(facts, indent=1))}</pre></details>
-<p class=small>The method: Hojel et al., <i>Finding Visual Task Vectors</i>, ECCV 2024. The model: Bar et al., <i>Visual
-Prompting via Image Inpainting</i>, NeurIPS 2022.</p></section>"""
+def _shared(found: Found) -> list[str]:
+    """The units that were found for every task."""
+    return list(reduce(lambda a, b: a & b, _sets(found).values()))
+
+
+def _overlap(found: Found) -> list[Any]:
+    sets = {plain_label(name): patches for name, patches in _sets(found).items()}
+    if len(sets) < 2 or _space(found).granularity == "token":
+        return []
+    caption = "How alike the tasks' sets are (Jaccard similarity), and how many tasks patch each unit."
+    return [draw(partial(search_plots.overlap, sets), caption, wide=True)]
+
+
+def _space(found: Found) -> Any:
+    return next(iter(next(iter(found.results.values())).values())).patches.space
+
+
+def _words(conditions: Iterable[str]) -> dict[str, str]:
+    """What the conditions are that a page shows."""
+    names = set(conditions)
+    others = any(name.startswith("vector of ") for name in names)
+    return {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
 
 
 def _size(found: Found, task: Task) -> str:
-    sizes = [len(result.patches) for result in found.results[task.name].values()]
-    total = len(next(iter(found.results[task.name].values())).patches.space)
-    return f"{', '.join(map(str, sizes))} of {total}"
+    results = found.results[task.name].values()
+    return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
 
 
-def _scored(result: SearchResult) -> str:
-    return "Probability" if result.probabilistic else "Score"
+def _words(conditions: Iterable[str]) -> dict[str, str]:
+    """What the conditions are that a page shows."""
+    names = set(conditions)
+    others = any(name.startswith("vector of ") for name in names)
+    return {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
+
+
+def _size(found: Found, task: Task) -> str:
+    results = found.results[task.name].values()
+    return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
 
 
 def _metric(task: Task) -> str:
-    return "mIoU ↑" if task.higher_is_better else f"{task.metric.upper()} ↓"
+    return "mIoU ↑" if task.metric.higher_is_better else f"{task.metric.upper()} ↓"
 
 
 def _word(value: Any) -> str:
@@ -378,57 +269,10 @@ def _number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.3f}".replace("-", "−")
 
 
-def _interval(mean: float, low: float, high: float, sign: str = "") -> str:
-    if mean != mean:
-        return "<span class=none>–</span>"
-    return f"{_number(mean, sign)} <small>{_number(low, sign)} to {_number(high, sign)}</small>"
-
-
-def _bar(line: Line, low: float, high: float) -> str:
-    """A mean with its interval, on the scale from `low` to `high`."""
-    spread = (high - low) or 1.0
-    mean, left, right = (3 + 94 * (value - low) / spread for value in (line.mean, line.low, line.high))
-    return (
-        f"<svg viewBox='0 0 100 10' width=100 height=10 aria-hidden=true><path d='M0 5H100' class=rail />"
-        f"<path d='M{left:.1f} 5H{right:.1f}' class=range /><circle cx={mean:.1f} cy=5 r=2.8 /></svg>"
+def _render(template: str, **content: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("vtv_nnsight.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[str]) -> str:
-    top = "".join(f"<th scope=col{' class=bar' if cell == BAR else ''}>{cell}" for cell in head)
-    return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-
-
-def _figure(draw: Callable[[], Figure], caption: str, wide: bool = False) -> str:
-    """A figure drawn twice, in light and in dark, on no background."""
-    uris = {}
-    for theme, ink in INK.items():
-        keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-        with matplotlib.rc_context(dict.fromkeys(keys, ink) | {"legend.framealpha": 0.0, "font.size": 9}):
-            buffer, figure = io.BytesIO(), draw()
-            figure.savefig(buffer, format="png", dpi=144, transparent=True)
-            uris[theme] = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    width = int(96 * figure.get_figwidth())
-    return (
-        f"<figure class='{'wide' if wide else ''}'><div class=scroll><picture>"
-        f"<source media='(prefers-color-scheme: dark)' srcset='{uris['dark']}'>"
-        f"<img src='{uris['light']}' width={width} alt='{escape(caption, quote=True)}'></picture></div>"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _uri(pixels: torch.Tensor) -> str:
-    """A picture, uint8 [3, height, width], as a data URI."""
-    buffer = io.BytesIO()
-    to_pil(pixels.float() / 255).save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _page(title: str, body: Iterable[str]) -> str:
-    style = (files("vtv_nnsight.report") / "report.css").read_text()
-    return (
-        f"<!doctype html><html lang=en><head><meta charset=utf-8>"
-        f'<meta name=viewport content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title><style>{style}</style></head>'
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
+    environment.filters |= {"number": _number, "duration": duration}
+    style = (files("vtv_nnsight.report") / "report.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(style=style, **content) + "\n"

@@ -4,17 +4,9 @@
     >>> result = search.reinforce(model, vectors["segmentation"], tasks.segmentation, prompts.query_only(), space)
     >>> result.patches, result.held_out_loss, result.history
 
-Every algorithm is a function of the same arguments and returns a `SearchResult`:
-
-| function      | how it searches                                              | what it reads         |
-|---------------|--------------------------------------------------------------|-----------------------|
-| `reinforce`   | score-function gradients of Bernoullis; also the paper's own | losses                |
-| `gates`       | hard-concrete gates by gradient                              | gradients, and losses |
-| `attribution` | gradient x (vector - activation), the top units              | gradients, and losses |
-| `mediation`   | the effect of each unit alone, the top units                 | losses                |
-| `ranking`     | the task score of each unit, the top units                   | losses, for the size  |
-| `greedy`      | random changes, kept when better                             | losses                |
-| `random`      | random sets, the best one                                    | losses                |
+Every algorithm is called with the same arguments and returns a `SearchResult`. `search.ALGORITHMS` has them by name,
+each with its one-line `description`, its own `options`, and whether it `needs_gradient`, `needs_scores` or
+`takes_size`.
 
 Arguments that all of them share:
 
@@ -23,15 +15,22 @@ Arguments that all of them share:
 - budget: Patched evaluations that may be spent, one mask on one prompt each, those of the held-out prompts included; a
   gradient of one prompt counts as three. 8000 by default.
 - seed: Of the split into training and held-out prompts, and of all that is random in the search.
+- vectors: The `TaskVectors` of all tasks. Only an algorithm that compares tasks (`ranking`) looks at them, so they can
+  be given to every one.
 - resume: A file that keeps what the search has learnt. When it exists the search goes on where it was interrupted, and
   ends as it would have.
 - progress: Show a progress bar with the held-out loss.
 
 An algorithm proposes masks and reads losses and nothing else: `search.reinforce.on(objective, budget=…)` runs it on any
-objective. To write a new one, see `vtv_nnsight.search.algorithm`.
+`SearchObjective`, of a model or not. To write a new one, see `vtv_nnsight.search.algorithm`; a file of this folder is
+all it takes. (It is also a name of `search` at once; the imports below tell editors so.)
 """
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from vtv_nnsight.search import plots
+from vtv_nnsight.search.algorithm import Search, SearchObjective
 from vtv_nnsight.search.attribution import attribution
 from vtv_nnsight.search.gates import gates
 from vtv_nnsight.search.greedy import greedy
@@ -39,11 +38,31 @@ from vtv_nnsight.search.mediation import mediation
 from vtv_nnsight.search.objective import LOSSES, Objective
 from vtv_nnsight.search.random import random
 from vtv_nnsight.search.ranking import ranking
+from vtv_nnsight.search.registry import ALGORITHMS, Algorithm
 from vtv_nnsight.search.reinforce import reinforce
-from vtv_nnsight.search.result import SearchResult, Step
+from vtv_nnsight.search.result import NamedUnits, SearchResult, Step
 
-ALGORITHMS = {
-    function.__name__: function for function in (reinforce, gates, attribution, mediation, ranking, greedy, random)
-}
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+ALGORITHMS.update({name: ALGORITHMS.pop(name) for name in sorted(ALGORITHMS)})
+globals().update(ALGORITHMS)
 
-__all__ = [*ALGORITHMS, "ALGORITHMS", "LOSSES", "Objective", "SearchResult", "Step", "plots"]
+__all__ = [
+    "attribution",
+    "gates",
+    "greedy",
+    "mediation",
+    "random",
+    "ranking",
+    "reinforce",
+    "ALGORITHMS",
+    "LOSSES",
+    "Algorithm",
+    "NamedUnits",
+    "Objective",
+    "Search",
+    "SearchObjective",
+    "SearchResult",
+    "Step",
+    "plots",
+]

@@ -1,26 +1,27 @@
-"""What an algorithm sees of a search: masks to propose, losses to read, a budget, and held-out prompts to be judged on.
+"""What an algorithm is given: a `Search`, through which it proposes sets of units and reads their losses.
 
-An algorithm is a function of a `Run` that returns a set of units and a score for each of them. `algorithm` makes the
-public function of it:
+An algorithm is a function of a `Search` that returns a set of units and a score for each of them. `registry.algorithm`
+makes it public and puts it into `ALGORITHMS`, where the command line, the benchmarks and the docs find it. A file in
+this folder is all that a new one takes:
 
-    >>> @algorithm
-    ... def coin(run):
+    >>> from vtv_nnsight.search.registry import algorithm
+    >>> @algorithm("the toss of a coin")
+    ... def coin(search):
     ...     "One set by the toss of a coin."
-    ...     choices = torch.rand(run.units, generator=run.generator) < 0.5
-    ...     run.validate(choices)
+    ...     choices = torch.rand(search.units, generator=search.generator) < 0.5
+    ...     search.validate(choices)
     ...     return choices, choices.double()
     >>> result = coin(model, vector, task, prompts, space, budget=1000, seed=0)
-    >>> result = coin.on(objective, budget=1000, seed=0)           # any loss of masks on prompts
+    >>> result = coin.on(objective, budget=1000, seed=0)           # any SearchObjective: no model is needed
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -28,8 +29,11 @@ from accelerate.utils import broadcast_object_list
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.progress import tqdm
 from vtv_nnsight.search.journal import Answer, Journal, digest
-from vtv_nnsight.search.objective import Objective, processes
+from vtv_nnsight.search.objective import processes
 from vtv_nnsight.search.result import SearchResult, Step
+
+if TYPE_CHECKING:
+    from vtv_nnsight.vectors import TaskVectors
 
 BUDGET = 8000
 """Patched evaluations that a search may spend unless told otherwise."""
@@ -38,8 +42,60 @@ GRADIENT_COST = 3
 """Evaluations that a forward and a backward of one prompt count as: a backward is the work of two forwards."""
 
 
-class Run:
-    """One search under way.
+class Space(Protocol):
+    """The units that a search chooses from: a `PatchSpace`, or the `NamedUnits` of an objective without a model."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One for each unit."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells the space from others, as JSON can hold it."""
+
+    def __len__(self) -> int: ...
+
+
+class SearchObjective(Protocol):
+    """The loss of sets of units on prompts: all that an algorithm needs to know of a model. `Objective` is the one of
+    task vectors; `search.greedy.on(objective)` takes any object that has these members.
+
+    It may also have
+
+    - `gradient(gates, rows)`: losses [row] and their gradients [row, unit] at gates [row, unit] between 0 (as it is)
+      and 1 (patched), which `gates` and `attribution` read;
+    - `stride`: how many rows to ask for at once (all of them, without it);
+    - `fingerprint`: a dict of what its losses depend on, as JSON can hold it. A search is not resumed on an objective
+      of another fingerprint.
+    """
+
+    space: Space
+    """The units."""
+    train: torch.Tensor
+    """LongTensor [training prompt] of prompt numbers, tasks taking turns."""
+    held_out: torch.Tensor
+    """LongTensor [held-out prompt] of prompt numbers."""
+    group: torch.Tensor
+    """LongTensor [prompt]: the number of each prompt's task, 0 for all when there is one."""
+
+    def __call__(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Losses [row] of the sets [row, unit] (bool), each on the prompt of its number `rows` [row]."""
+        ...
+
+
+class Search:
+    """One search under way, as its algorithm sees it: masks to propose, losses to read, a budget to spend, chance, and
+    held-out prompts to be judged by. It counts, keeps the journal and draws the progress bar.
+
+    Args:
+        name: The algorithm's.
+        objective: The loss of sets of units on prompts.
+        budget: Evaluations that may be spent; None is `BUDGET`, or what the algorithm sets.
+        seed: Of the generator.
+        settings: The algorithm's own options.
+        vectors: The vectors of all tasks, for algorithms that compare tasks.
+        resume: The journal's file, if one is kept.
+        progress: Show a progress bar.
 
     Attributes:
         units: Number of choosable units.
@@ -48,30 +104,37 @@ class Run:
         budget, evaluations: What may be spent and what has been.
         step: The algorithm's own count of its steps, for errors.
         history: A Step for every set tried on the held-out prompts.
+
+    Raises:
+        TypeError: when the objective lacks a member of `SearchObjective`.
+        ValueError: when the budget pays for nothing, or the journal is of another search or damaged.
     """
 
     def __init__(
         self,
         name: str,
-        objective: Objective,
-        budget: int | None,
-        seed: int,
-        settings: dict[str, Any],
+        objective: SearchObjective,
+        budget: int | None = None,
+        seed: int = 0,
+        settings: dict[str, Any] | None = None,
+        vectors: TaskVectors | None = None,
         resume: str | os.PathLike | None = None,
         progress: bool = True,
     ) -> None:
         if budget is not None and budget < 1:
             raise ValueError(f"budget={budget} pays for nothing; give the evaluations that the search may spend.")
-        self.name, self.objective, self.seed, self.settings = name, objective, seed, settings
+        _check_objective(objective)
+        self.name, self.objective, self.seed = name, objective, seed
+        self.settings, self.vectors = settings or {}, vectors
         self.limited = budget is not None
         self.budget = budget if budget is not None else BUDGET
         self.units = len(objective.space)
         self.train, self.held_out = objective.train, objective.held_out
         self.generator = torch.Generator().manual_seed(seed)
         self.evaluations, self.step, self.history = 0, 0, []
-        self._offset, self._judged = 0, {}
+        self._next_prompt, self._held_out_losses = 0, {}
         self._journal = self._open(resume)
-        self._clock = time.perf_counter()
+        self._started = time.perf_counter()
         self._bar = tqdm(
             total=self.budget, desc=name, unit="eval", disable=not (progress and processes().is_main_process)
         )
@@ -84,10 +147,10 @@ class Run:
     @property
     def seconds(self) -> float:
         """Time spent, that of interrupted runs before this one included."""
-        return time.perf_counter() - self._clock
+        return time.perf_counter() - self._started
 
-    def allow(self, evaluations: int) -> None:
-        """Set the budget, where the caller has not."""
+    def set_default_budget(self, evaluations: int) -> None:
+        """The budget, where the caller has given none."""
         if not self.limited:
             self.budget = self._bar.total = evaluations
 
@@ -105,10 +168,10 @@ class Run:
             yield self.step
             self.step += 1
 
-    def draw(self, count: int) -> torch.Tensor:
-        """The next training prompts [count], in turn; over again when all have been seen."""
-        index = (self._offset + torch.arange(count)) % len(self.train)
-        self._offset += count
+    def next_prompts(self, count: int) -> torch.Tensor:
+        """Numbers of the next training prompts [count], in turn; over again when all have been seen."""
+        index = (self._next_prompt + torch.arange(count)) % len(self.train)
+        self._next_prompt += count
         return self.train[index]
 
     def losses(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -127,7 +190,7 @@ class Run:
             pairs = sets[which[piece]], rows.flatten()[piece]
             return pairs, lambda: self.objective(*pairs)
 
-        return torch.cat(self._answers(ask, rows.numel(), cost=1)).view(rows.shape)
+        return self._answers(ask, rows.numel(), width=1, cost=1).view(rows.shape)
 
     def gradient(self, gates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses [row], and their gradients [row, unit] at gates between 0 (as it is) and 1 (patched).
@@ -135,13 +198,21 @@ class Run:
         Args:
             gates: Float [row, unit].
             rows: Prompt numbers [row].
+
+        Raises:
+            TypeError: when the objective has no gradient.
         """
+        if not hasattr(self.objective, "gradient"):
+            raise TypeError(
+                f"{self.name} reads gradients and {type(self.objective).__name__} has no gradient(gates, rows); "
+                "take an algorithm that reads losses alone, such as reinforce."
+            )
 
         def ask(piece: slice) -> tuple[tuple, Callable]:
             pairs = gates[piece], rows[piece]
-            return pairs, lambda: torch.column_stack(self.objective.gradient(*pairs)).flatten()
+            return pairs, lambda: torch.column_stack(self.objective.gradient(*pairs))
 
-        values = torch.cat(self._answers(ask, len(rows), cost=GRADIENT_COST)).view(len(rows), -1)
+        values = self._answers(ask, len(rows), width=1 + self.units, cost=GRADIENT_COST)
         return values[:, 0], values[:, 1:]
 
     def mean(self, losses: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -153,7 +224,7 @@ class Run:
         losses = self.losses(choices[None], self.held_out)[0]
         held_out = self.mean(losses, self.held_out).item()
         size = int(choices.sum())
-        self._judged[digest(choices)] = held_out
+        self._held_out_losses[digest(choices)] = held_out
         self.history.append(Step(self.evaluations, self.seconds, float(train_loss), held_out, size))
         self._bar.set_postfix_str(f"held-out loss {held_out:.4f}, {size} units")
         return losses
@@ -176,7 +247,7 @@ class Run:
         ties = torch.where(sizes == sizes.min(), mean, torch.inf)
         return int(ties.argmin())
 
-    def cut(
+    def top_units(
         self, order: torch.Tensor, size: int | None = None, tolerance: float = 0.5, spend: int | None = None
     ) -> torch.Tensor:
         """The first units of an order, as a set [unit], tried on the held-out prompts.
@@ -221,7 +292,7 @@ class Run:
             patches=PatchSet(self.objective.space, choices),
             scores=scores.double(),
             probabilistic=probabilistic,
-            held_out_loss=self._judged[digest(choices)],
+            held_out_loss=self._held_out_losses[digest(choices)],
             evaluations=self.evaluations,
             history=tuple(self.history),
             settings=self.settings,
@@ -232,34 +303,45 @@ class Run:
         self._bar.close()
         self._journal.close()
 
-    def _answers(self, ask: Callable, count: int, cost: int) -> list[torch.Tensor]:
-        """Values for `count` rows, piece by piece: from the journal as far as it goes, then from the objective."""
+    def _answers(self, ask: Callable, count: int, width: int, cost: int) -> torch.Tensor:
+        """Values [row, width] for `count` rows, piece by piece: from the journal as far as it goes, then from the
+        objective. `ask` of a piece of the rows gives what is asked about them, and a function that finds the answer."""
         answers, start, stride = [], 0, getattr(self.objective, "stride", count)
         while start < count:
             known = self._journal.peek()
             piece = slice(start, min(count, start + (known.count if known else stride)))
+            size = piece.stop - start
             arguments, evaluate = ask(piece)
             query = digest(*arguments)
+            self.evaluations += cost * size
             if known:
-                known = self._journal.take(query)
-                self._clock = time.perf_counter() - known.seconds
+                known = self._journal.take(query, size, size * width)
+                self._started = time.perf_counter() - known.seconds
             else:
-                known = Answer(query, piece.stop - start, self.seconds, evaluate().double())
+                values = self._checked(evaluate(), (size, width))
+                known = Answer(query, size, self.seconds, values.flatten())
                 self._journal.write(known)
-            self.evaluations += cost * (piece.stop - start)
-            self._bar.update(cost * (piece.stop - start))
-            self._check(known.values)
-            answers.append(known.values)
+            self._bar.update(cost * size)
+            answers.append(known.values.view(size, width))
             start = piece.stop
-        return answers
+        return torch.cat(answers)
 
-    def _check(self, values: torch.Tensor) -> None:
+    def _checked(self, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """What an objective gave, as float64 [row, width] on the CPU."""
+        if values.numel() != shape[0] * shape[1] or len(values) != shape[0]:
+            expected = "[row]" if shape[1] == 1 else "[row] and gradients [row, unit]"
+            raise ValueError(
+                f"{type(self.objective).__name__} gave values of shape {list(values.shape)} for {shape[0]} rows; "
+                f"expected losses {expected}."
+            )
+        values = values.detach().cpu().double()
         if not values.isfinite().all():
             value = values[~values.isfinite()][0].item()
             raise ValueError(
                 f"step {self.step} of {self.name}, after {self.evaluations} evaluations: a loss is {value}; look for "
                 f"{value} in the vector, or try dtype=torch.float32."
             )
+        return values.view(shape)
 
     def _weights(self, rows: torch.Tensor) -> torch.Tensor:
         """Float64 [prompt] that sums to one, each task's share the same."""
@@ -267,71 +349,37 @@ class Run:
         return 1 / (len(groups) * counts[inverse].double())
 
     def _open(self, path: str | os.PathLike | None) -> Journal:
-        """The journal, which every process reads as the first has it, and the first writes."""
+        """The journal. The main process reads it, tells the others what it says, and is the only one to write it."""
         state = processes()
-        facts = {"algorithm": self.name, "seed": self.seed, "budget": self.budget} | self.settings
-        facts |= getattr(self.objective, "fingerprint", {})
-        journal = Journal(path if state.is_main_process else None, facts)
+        settings = {"algorithm": self.name, "seed": self.seed, "budget": self.budget} | self.settings
+        settings |= getattr(self.objective, "fingerprint", {})
+        journal, answers, error = None, [], None
+        if state.is_main_process:
+            try:
+                journal = Journal(path, settings)
+                answers = journal.answers
+            except ValueError as raised:
+                error = raised
         if state.num_processes > 1:
-            answers = [journal.answers]
-            broadcast_object_list(answers)
-            journal.answers = answers[0]
+            told = [answers, error]
+            broadcast_object_list(told)
+            answers, error = told
+        if error is not None:
+            raise error
+        if journal is None:
+            journal = Journal(None, settings)
+            journal.answers = answers
         return journal
 
 
-def algorithm(function: Callable[..., tuple]) -> Callable[..., SearchResult]:
-    """The public function of an algorithm: `function(run, …) -> (choices, scores[, whether they are probabilities])`
-    with the arguments that all algorithms share (see `vtv_nnsight.search`). `.on(objective, …)` runs it on any
-    objective."""
-    own = list(inspect.signature(function).parameters.values())[1:]
-
-    def on(
-        objective: Objective,
-        *,
-        budget: int | None = None,
-        seed: int = 0,
-        resume: str | os.PathLike | None = None,
-        progress: bool = True,
-        **options: Any,
-    ) -> SearchResult:
-        if unknown := options.keys() - {parameter.name for parameter in own}:
-            names = ", ".join(parameter.name for parameter in own)
-            raise TypeError(f"{function.__name__} has no option {', '.join(sorted(unknown))}; its own are: {names}.")
-        if missing := [p.name for p in own if p.default is p.empty and p.name not in options]:
-            raise TypeError(f"{function.__name__} needs {', '.join(missing)}; see its docstring.")
-        settings = {parameter.name: options.get(parameter.name, parameter.default) for parameter in own}
-        run = Run(function.__name__, objective, budget, seed, _plain(settings), resume, progress)
-        try:
-            return run.result(*function(run, **options))
-        finally:
-            run.close()
-
-    @functools.wraps(function)
-    def search(
-        model: Any,
-        vector: Any,
-        task: Any,
-        prompts: Any,
-        space: Any,
-        *,
-        budget: int | None = None,
-        loss: str = "tokens",
-        seed: int = 0,
-        batch_size: int | None = None,
-        held_out: Any = 0.25,
-        resume: str | os.PathLike | None = None,
-        progress: bool = True,
-        **options: Any,
-    ) -> SearchResult:
-        objective = Objective(
-            model, vector, task, prompts, space, loss=loss, batch_size=batch_size, held_out=held_out, seed=seed
+def _check_objective(objective: Any) -> None:
+    lacking = [name for name in ("space", "train", "held_out", "group") if not hasattr(objective, name)]
+    lacking += [] if callable(objective) else ["a call with (choices, rows)"]
+    if lacking:
+        raise TypeError(
+            f"{type(objective).__name__} is no objective of a search: it lacks {', '.join(lacking)}; "
+            "see vtv_nnsight.search.SearchObjective."
         )
-        return on(objective, budget=budget, seed=seed, resume=resume, progress=progress, **options)
-
-    shared = list(inspect.signature(search, follow_wrapped=False).parameters.values())[:-1]
-    search.__signature__ = inspect.Signature(shared + own, return_annotation=SearchResult)
-    search.on = on
-    return search
 
 
 def sizes(low: int, high: int, count: int = 16) -> list[int]:
@@ -354,12 +402,8 @@ def _pairs(choices: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, tor
     return rows, torch.arange(len(choices)).repeat_interleave(rows.shape[1])
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON can hold them; tensors by their digest."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return digest(value)
-        return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else value
-
-    return {name: plain(value) for name, value in settings.items()}
+def __getattr__(name: str) -> Any:
+    if name == "Run":
+        warnings.warn("Run is deprecated; use Search.", DeprecationWarning, stacklevel=2)
+        return Search
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from vtv_nnsight.search.algorithm import GRADIENT_COST, Run, algorithm
+from vtv_nnsight.search.algorithm import GRADIENT_COST, Search
+from vtv_nnsight.search.attribution import estimated_falls
+from vtv_nnsight.search.registry import algorithm
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """The hard-concrete distribution's own constants (Louizos et al., 2018, §4)."""
 
 
-@algorithm
+@algorithm("hard-concrete gates by gradient", needs_gradient=True)
 def gates(
-    run: Run,
+    search: Search,
     *,
+    start: str | None = None,
     init: float = -1.0,
     lr: float = 0.1,
     penalty: float = 0.05,
@@ -27,7 +30,9 @@ def gates(
     training prompts. A prompt's gradient costs three evaluations; a fifth of the budget is kept for the end.
 
     Args:
-        init: Initial location of every gate, in logits.
+        start: None starts all gates alike; "attribution" moves each by its `attribution` score (over the scores'
+            standard deviation, at most 2), for which up to a tenth of the budget is spent.
+        init: Initial location of the gates, in logits.
         lr: Adam's learning rate.
         penalty: Price of all gates being open, in units of the loss.
         images: Prompts a step, each with gates of its own drawing.
@@ -36,25 +41,32 @@ def gates(
     Returns:
         Its probabilities are those of a gate that is not shut.
     """
-    alpha = torch.full((run.units,), init, dtype=torch.float64, requires_grad=True)
+    if start not in (None, "attribution"):
+        raise ValueError(f"start={start!r} is unknown; choose 'attribution' or None.")
+    cost, held_out = GRADIENT_COST * images, len(search.held_out)
+    reserve = search.budget // 5 + held_out
+    every = max(1, search.budget // 10 // cost)
+    scored = search.train[: max(1, search.budget // 10 // GRADIENT_COST)] if start else search.train[:0]
+    search.require(GRADIENT_COST * len(scored) + reserve + cost + held_out, "one step and the end")
+    alpha = torch.full((search.units,), init, dtype=torch.float64)
+    if start:
+        falls = estimated_falls(search, scored)
+        alpha += (falls / falls.std().clamp(min=1e-12)).clamp(-2, 2)
+    alpha.requires_grad_()
     adam = torch.optim.Adam([alpha], lr)
-    cost, held_out = GRADIENT_COST * images, len(run.held_out)
-    reserve = run.budget // 5 + held_out
-    every = max(1, run.budget // 10 // cost)
-    run.require(reserve + cost + held_out, "one step and the end")
-    for step in run.steps():
-        if run.left < reserve + cost + held_out:
+    for step in search.steps():
+        if search.left < reserve + cost + held_out:
             break
-        rows = run.draw(images)
-        gate = hard_concrete(alpha, torch.rand(images, run.units, dtype=torch.float64, generator=run.generator))
-        losses, gradients = run.gradient(gate.detach().float(), rows)
+        rows = search.next_prompts(images)
+        gate = hard_concrete(alpha, torch.rand(images, search.units, dtype=torch.float64, generator=search.generator))
+        losses, gradients = search.gradient(gate.detach().float(), rows)
         adam.zero_grad()
-        (run.mean((gradients * gate).T, rows).sum() + penalty * is_open(alpha).mean()).backward()
+        (search.mean((gradients * gate).T, rows).sum() + penalty * is_open(alpha).mean()).backward()
         adam.step()
         if step % every == every - 1:
-            run.validate(alpha.detach() > 0, losses.mean())
+            search.validate(alpha.detach() > 0, losses.mean())
     probabilities = is_open(alpha).detach()
-    return run.cut(probabilities.argsort(descending=True, stable=True), None, tolerance), probabilities, True
+    return search.top_units(probabilities.argsort(descending=True, stable=True), None, tolerance), probabilities, True
 
 
 def hard_concrete(alpha: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from vtv_nnsight.search.algorithm import Run, algorithm
+from vtv_nnsight.search.algorithm import Search
 from vtv_nnsight.search.random import draw_sets
+from vtv_nnsight.search.registry import algorithm
 
 
-@algorithm
+@algorithm("random changes, kept when better")
 def greedy(
-    run: Run, *, images: int = 16, start: float = 0.1, flips: int = 1, candidates: int = 16, validate_every: float = 0.1
+    search: Search,
+    *,
+    images: int = 16,
+    start: float = 0.1,
+    flips: int = 1,
+    candidates: int = 16,
+    validate_every: float = 0.1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random sets, kept when better (the greedy random search that ECCV 2024, §5, compares with).
 
@@ -27,27 +34,27 @@ def greedy(
     Returns:
         Its scores are, for each unit, how much the loss fell when it was flipped to what it is in the end, summed.
     """
-    rows, held_out = run.train[:images], len(run.held_out)
-    run.require(len(rows) * (1 + candidates) + held_out, "one step")
-    sets = draw_sets(run, max(1, int(start * run.budget) // len(rows)))
-    losses = run.mean(run.losses(sets, rows), rows)
+    rows, held_out = search.train[:images], len(search.held_out)
+    search.require(len(rows) * (1 + candidates) + held_out, "one step")
+    sets = draw_sets(search, max(1, int(start * search.budget) // len(rows)))
+    losses = search.mean(search.losses(sets, rows), rows)
     current, loss = sets[losses.argmin()], losses.min()
-    gains, next_time = torch.zeros(run.units, dtype=torch.float64), 0.0
-    for _ in run.steps():
-        if run.evaluations >= next_time and run.left >= len(rows) * candidates + 2 * held_out:
-            run.validate(current, loss)
-            next_time = run.evaluations + validate_every * run.budget
-        if run.left < len(rows) * candidates + held_out:
+    gains, next_time = torch.zeros(search.units, dtype=torch.float64), 0.0
+    for _ in search.steps():
+        if search.evaluations >= next_time and search.left >= len(rows) * candidates + 2 * held_out:
+            search.validate(current, loss)
+            next_time = search.evaluations + validate_every * search.budget
+        if search.left < len(rows) * candidates + held_out:
             break
-        which = torch.rand(candidates, run.units, generator=run.generator).argsort(1)[:, :flips]
-        counts = torch.randint(1, flips + 1, (candidates, 1), generator=run.generator)
-        flipped = torch.zeros(candidates, run.units, dtype=torch.bool)
+        which = torch.rand(candidates, search.units, generator=search.generator).argsort(1)[:, :flips]
+        counts = torch.randint(1, flips + 1, (candidates, 1), generator=search.generator)
+        flipped = torch.zeros(candidates, search.units, dtype=torch.bool)
         flipped.scatter_(1, which, torch.arange(flips) < counts)
         proposals = current ^ flipped
-        losses = run.mean(run.losses(proposals, rows), rows)
+        losses = search.mean(search.losses(proposals, rows), rows)
         best = losses.argmin()
         if losses[best] < loss:
             gains += torch.where(flipped[best], loss - losses[best], 0.0)
             current, loss = proposals[best], losses[best]
-    run.validate(current, loss)
+    search.validate(current, loss)
     return current, torch.where(current, gains, -gains)

@@ -4,8 +4,9 @@ A search is a function of its seed and of the answers to what it asked: the loss
 its answers are all the state there is to keep, whatever the algorithm. Resuming runs the algorithm from its start; it
 asks the same questions, and the journal answers those that were answered before. The end is that of an unbroken run.
 
-A journal is text: a line of facts about the run, then a line for every answer. Lines are appended whole, and a line
-that a kill cut short is dropped, with nothing before it touched.
+A journal is text, a JSON object on every line: first the settings of the search, then its answers. Lines are appended
+whole, and a last line that a kill cut short is dropped, with nothing before it touched. An answer's checksum tells
+values that were damaged on the disk.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +34,7 @@ class Answer(NamedTuple):
     Args:
         query: Digest of what was asked.
         count: How many rows were asked about.
-        seconds: When in the run it was answered.
+        seconds: When in the search it was answered.
         values: Float64 [value].
     """
 
@@ -42,49 +45,58 @@ class Answer(NamedTuple):
 
 
 class Journal:
-    """Reads the answers of an earlier run, then appends.
+    """Reads the answers of an earlier run of a search, then appends.
 
     Args:
         path: The file; None keeps nothing.
-        facts: What the run is. A journal of another run is refused.
-        writes: Whether this process is the one that writes.
+        settings: What the search is. The journal of another is refused.
 
     Raises:
-        ValueError: naming the fact that differs, or the file when it is no journal.
+        ValueError: naming the setting that differs, or the line that is damaged, or why the file cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike | None, facts: dict[str, Any], writes: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike | None, settings: Mapping[str, Any]) -> None:
         self.path = Path(path) if path is not None else None
         self.answers: list[Answer] = []
         self._next = 0
         self._file = None
-        facts = json.loads(json.dumps(facts))
-        size = self._read(facts) if self.path is not None and self.path.exists() else 0
-        if self.path is None or not writes:
+        if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("r+b" if size else "wb")
+        settings = json.loads(json.dumps(settings))
+        try:
+            size = self._read(settings) if self.path.exists() else 0
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("r+b" if size else "wb")
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} cannot be a search's journal ({error.strerror}); give another file."
+            ) from error
         self._file.truncate(size)
         self._file.seek(size)
         self._synced = time.monotonic()
         if not size:
-            self._append({"vtv search": facts})
+            self._append({"vtv search": settings})
 
     def peek(self) -> Answer | None:
         """The answer to the next question, when it was answered before."""
         return self.answers[self._next] if self._next < len(self.answers) else None
 
-    def take(self, query: str) -> Answer:
+    def take(self, query: str, count: int, values: int) -> Answer:
         """The next answer.
+
+        Args:
+            query, count: What is asked now, and about how many rows.
+            values: How many values the answer has.
 
         Raises:
             ValueError: when it answers another question.
         """
         answer = self.answers[self._next]
-        if answer.query != query:
+        if (answer.query, answer.count, answer.values.numel()) != (query, count, values):
             raise ValueError(
                 f"{self.path} answers other questions than this search asks, from answer {self._next + 1} on; it was "
-                "written with another version of the library or of torch: start afresh with another file."
+                "written for other scores, or with another version of the library or of torch: start afresh with "
+                "another file."
             )
         self._next += 1
         return answer
@@ -93,7 +105,8 @@ class Journal:
         if self._file is None:
             return
         values = base64.b64encode(answer.values.numpy().astype("<f8").tobytes()).decode()
-        self._append({"query": answer.query, "count": answer.count, "seconds": answer.seconds, "values": values})
+        line = {"query": answer.query, "count": answer.count, "seconds": answer.seconds, "values": values}
+        self._append(line | {"checksum": digest(answer.values)})
         if time.monotonic() - self._synced > SYNC_EVERY:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -106,21 +119,21 @@ class Journal:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
 
-    def _read(self, facts: dict[str, Any]) -> int:
-        """Take in the whole lines of the file, and tell how long they are."""
+    def _read(self, settings: dict[str, Any]) -> int:
+        """Take in the whole lines of the file, and tell how many bytes they are."""
         lines, size = self.path.read_bytes().splitlines(keepends=True), 0
-        for number, line in enumerate(lines):
+        for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 break
-            try:
-                content = json.loads(line)
-                if number:
-                    values = np.frombuffer(base64.b64decode(content.pop("values")), "<f8")
-                    self.answers.append(Answer(**content, values=torch.from_numpy(values.astype(np.float64))))
-                else:
-                    _compare(content["vtv search"], facts, self.path)
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path} is not the journal of a search (line {number + 1}).") from error
+            if number == 1:
+                _compare(_header(line, self.path), settings, self.path)
+            else:
+                try:
+                    self.answers.append(_answer(line))
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise ValueError(
+                        f"{self.path} is damaged at line {number}; remove it to search from the start, or cut it there."
+                    ) from error
             size += len(line)
         if lines and not size and not lines[0].startswith(b'{"vtv search"'):
             raise ValueError(f"{self.path} is not the journal of a search (line 1).")
@@ -136,10 +149,36 @@ def digest(*arrays: torch.Tensor) -> str:
     return hasher.hexdigest()
 
 
-def _compare(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+def _header(line: bytes, path: Path) -> dict[str, Any]:
+    """The settings in a journal's first line."""
+    try:
+        settings = json.loads(line)["vtv search"]
+        settings.items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not the journal of a search (line 1).") from error
+    return settings
+
+
+def _answer(line: bytes) -> Answer:
+    """The answer in a line; raises where it is none."""
+    content = json.loads(line)
+    query, count, seconds = content["query"], content["count"], float(content["seconds"])
+    values = np.frombuffer(base64.b64decode(content["values"], validate=True), "<f8").astype(np.float64)
+    values = torch.from_numpy(values)
+    whole = type(query) is str and type(count) is int and count > 0 and len(values) and len(values) % count == 0
+    whole = whole and math.isfinite(seconds) and bool(values.isfinite().all())
+    if not whole or content.get("checksum", digest(values)) != digest(values):  # 0.1 wrote no checksum
+        raise ValueError("the answer is not whole")
+    return Answer(query, count, seconds, values)
+
+
+def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path, within: str = "") -> None:
     for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
+        ours, theirs = expected.get(name), found.get(name)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            _compare(theirs, ours, path, f"{within}{name} ")
+        elif ours != theirs:
             raise ValueError(
-                f"{path} is of another search: its {name} is {found.get(name)!r}, this one's {expected.get(name)!r}; "
+                f"{path} is of another search: its {within}{name} is {theirs!r}, this one's {ours!r}; "
                 "give another file, or the settings it was begun with."
             )

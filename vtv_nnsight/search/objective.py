@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from accelerate.utils import parse_flag_from_env, reduce
 from vtv_nnsight.models.interface import InContextModel, Loss
 from vtv_nnsight.patches import PatchSpace, patch
 from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.search.holdout import hold_out
 from vtv_nnsight.stages import device_of, fingerprint
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVector
@@ -48,7 +50,8 @@ class Objective:
             cross-entropy of the output's logits against the tokenizer's codes of the truth); or "pixels", the task's
             own loss of the painted answer, as published.
         batch_size: Rows of a trace; halved when memory runs out. None: 16 on a CPU, 256 elsewhere.
-        held_out: The share of the prompts that is held out, or prompts of their own (a list, for several tasks).
+        held_out: The share of the prompts that is held out, so that they share no picture with the others (see
+            `holdout.split_prompts`), or prompts of their own (a list, for several tasks).
         seed: Of the split.
 
     Attributes:
@@ -98,7 +101,7 @@ class Objective:
             raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
         self._fits = self.batch_size
         self.vectors = [v.to(device) for v in vectors]
-        parts = [_split(rows, part, seed) for rows, part in zip(groups, apart)]
+        parts = hold_out(groups, held_out if isinstance(held_out, (int, float)) else apart, seed)
         self.prompts = VisualPrompt.cat([rows for pair in parts for rows in pair]).to(device)
         sizes = torch.tensor([[len(rows) for rows in pair] for pair in parts])
         self.group = torch.arange(len(parts)).repeat_interleave(sizes.sum(1))
@@ -193,10 +196,11 @@ class Objective:
         return values
 
     def _batches(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Row numbers of at most `batch_size` rows of one task."""
-        groups = self.group[rows]
-        for group in groups.unique():
-            yield from (groups == group).nonzero()[:, 0].split(self.batch_size)
+        """Row numbers of at most `batch_size` rows of one task, the same however many processes share them."""
+        for part in torch.arange(len(rows)).split(self.batch_size * len(self.tasks)):
+            groups = self.group[rows[part]]
+            for group in groups.unique():
+                yield from part[groups == group].split(self.batch_size)
 
     def _fitting(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         """`function` of a batch, in parts that fit into memory."""
@@ -228,27 +232,12 @@ class Objective:
 
 def processes() -> PartialState:
     """The processes that a launcher started, and which this is. Accelerate looks for CPU processes only if told to."""
-    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=timedelta(hours=12))  # one may wait long for what another does alone
 
 
 def _listed(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _split(prompts: VisualPrompt, held_out: float | VisualPrompt, seed: int) -> tuple[VisualPrompt, VisualPrompt]:
-    """Prompts to train on and prompts to judge by."""
-    if isinstance(held_out, VisualPrompt):
-        parts = prompts, held_out
-    else:
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).to(prompts.device)
-        count = max(1, round(held_out * len(prompts)))
-        parts = prompts[order[count:]], prompts[order[:count]]
-    if not all(map(len, parts)):
-        raise ValueError(
-            f"{len(prompts)} prompts and held_out={held_out!r} leave {len(parts[0])} to train on and {len(parts[1])} "
-            "held out; give more prompts."
-        )
-    return parts
 
 
 def _in_turn(numbers: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -43,7 +43,7 @@ def best_so_far(result: SearchResult, evaluations: np.ndarray) -> np.ndarray:
 
 
 def score_maps(result: SearchResult) -> Figure:
-    """Probabilities or scores as layer x head maps, one a stack and region; chosen units are ringed.
+    """Probabilities or scores as layer x head maps, one a stage and region; chosen units are ringed.
 
     Raises:
         ValueError: for spaces with a unit a token, which have too many regions to draw.
@@ -53,9 +53,9 @@ def score_maps(result: SearchResult) -> Figure:
     limits = (0, 1) if result.probabilistic else (result.scores.min().item(), result.scores.max().item())
     figure, panels = _panels(space)
     scores, chosen = (space.split(values) for values in (result.scores, result.patches.choices))
-    for (stack, group), axes in panels.items():
-        image = axes.imshow(getattr(scores, stack)[..., group].numpy(), vmin=limits[0], vmax=limits[1], cmap="viridis")
-        layers, heads = getattr(chosen, stack)[..., group].numpy().nonzero()
+    for (stage, group), axes in panels.items():
+        image = axes.imshow(scores[stage][..., group].numpy(), vmin=limits[0], vmax=limits[1], cmap="viridis")
+        layers, heads = chosen[stage][..., group].numpy().nonzero()
         axes.scatter(heads, layers, s=30, facecolors="none", edgecolors="white")
     figure.colorbar(image, ax=list(panels.values()), label=label)
     return figure
@@ -79,24 +79,24 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     for (row, column), value in np.ndenumerate(similarity):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
     counts = space.split(sum(found.choices.int() for found in patches.values()))
-    for (stack, group), axes in panels.items():
-        image = axes.imshow(counts[stack][..., group].numpy(), vmin=0, vmax=len(patches), cmap="magma")
+    for (stage, group), axes in panels.items():
+        image = axes.imshow(counts[stage][..., group].numpy(), vmin=0, vmax=len(patches), cmap="magma")
     figure.colorbar(image, ax=list(panels.values()), label="sets that have the unit")
     return figure
 
 
 def _panels(space: PatchSpace, first: str | None = None) -> tuple[Figure, dict[tuple[str, int], object]]:
-    """A row of axes: one with the title `first`, if any, then (stack, group number) → one a region."""
+    """A row of axes: one with the title `first`, if any, then (stage, group number) → one a region."""
     if space.granularity == "token":
         raise ValueError("a space with a unit a token has too many regions to draw; average over positions first.")
-    regions = [(stack, i, name) for stack, groups in space.groups.items() for i, name in enumerate(groups)]
+    regions = [(stage, i, name) for stage, groups in space.groups.items() for i, name in enumerate(groups)]
     count = len(regions) + (first is not None)
     figure = Figure(figsize=(2.4 * count + 1, 3), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     if first is not None:
         axes.pop(0).set_title(first)
     panels = {}
-    for (stack, group, name), own in zip(regions, axes):
-        own.set(title=f"{stack}, {name}", xlabel="head", ylabel="layer")
-        panels[stack, group] = own
+    for (stage, group, name), own in zip(regions, axes):
+        own.set(title=f"{stage}, {name}", xlabel="head", ylabel="layer")
+        panels[stage, group] = own
     return figure, panels

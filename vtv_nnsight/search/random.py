@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from vtv_nnsight.search.algorithm import Run, algorithm
+from vtv_nnsight.search.algorithm import Search
+from vtv_nnsight.search.registry import algorithm
 
 
-@algorithm
-def random(run: Run, *, size: int | None = None, images: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+@algorithm("random sets, the best one")
+def random(search: Search, *, size: int | None = None, images: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """The best of as many random sets as the budget pays for.
 
     Args:
@@ -19,22 +20,22 @@ def random(run: Run, *, size: int | None = None, images: int = 16) -> tuple[torc
     Returns:
         Its scores are, for each unit, how much lower the loss was over the sets that had it.
     """
-    rows = run.train[:images]
-    count = (run.left - len(run.held_out)) // len(rows)
-    run.require(len(rows) + len(run.held_out), "one set")
-    sets = draw_sets(run, count, size)
-    losses = run.mean(run.losses(sets, rows), rows)
+    rows = search.train[:images]
+    count = (search.left - len(search.held_out)) // len(rows)
+    search.require(len(rows) + len(search.held_out), "one set")
+    sets = draw_sets(search, count, size)
+    losses = search.mean(search.losses(sets, rows), rows)
     best = losses.argmin()
-    run.validate(sets[best], losses[best])
+    search.validate(sets[best], losses[best])
     return sets[best], association(sets, losses)
 
 
-def draw_sets(run: Run, count: int, size: int | None = None) -> torch.Tensor:
+def draw_sets(search: Search, count: int, size: int | None = None) -> torch.Tensor:
     """Random sets: bool [set, unit], of one size or of sizes from 0 to all."""
-    if size is not None and not 0 <= size <= run.units:
-        raise ValueError(f"size={size} is not a number of units from 0 to {run.units}.")
-    ranks = torch.rand(count, run.units, generator=run.generator).argsort(1).argsort(1)
-    sizes = torch.randint(0, run.units + 1, (count, 1), generator=run.generator) if size is None else size
+    if size is not None and not 0 <= size <= search.units:
+        raise ValueError(f"size={size} is not a number of units from 0 to {search.units}.")
+    ranks = torch.rand(count, search.units, generator=search.generator).argsort(1).argsort(1)
+    sizes = torch.randint(0, search.units + 1, (count, 1), generator=search.generator) if size is None else size
     return ranks < sizes
 
 

@@ -1,36 +1,20 @@
-"""REINFORCE over independent Bernoullis, as published and improved."""
+"""REINFORCE over independent Bernoullis."""
 
 from __future__ import annotations
 
-import inspect
-from typing import NamedTuple
-
 import torch
 
-from vtv_nnsight.search.algorithm import Run, algorithm, prefixes
-
-
-class Published(NamedTuple):
-    """The paper's settings (ECCV 2024, §4.3 and released code)."""
-
-    init: float = -1.0
-    lr: float = 0.1
-    steps: int = 500
-    masks: int = 320
-    images: int = 10
-    validate_every: int = 50
-    epsilon: float = 1e-6
-
-
-PUBLISHED = Published()
+from vtv_nnsight.search.algorithm import Search, prefixes
+from vtv_nnsight.search.published import published
+from vtv_nnsight.search.registry import algorithm
 
 FEWEST = 4
 """Prompts under which the effect of dropping a unit is not worth measuring."""
 
 
-@algorithm
+@algorithm("score-function gradients of Bernoullis; also the paper's own")
 def reinforce(
-    run: Run,
+    search: Search,
     *,
     recipe: str = "coupled",
     init: float = -1.0,
@@ -46,11 +30,7 @@ def reinforce(
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Score-function gradients of the expected loss (Williams, 1992) over a Bernoulli for every unit.
 
-    `recipe="published"` is the paper's, to the letter: see `PUBLISHED`; its other options are fixed. Each step draws
-    320 masks, 32 for each of the same 10 training prompts; the advantage is the loss standardised over the step (within
-    each task first, when there are several); the log-probability is the mean over units; after every 50th step one
-    sampled mask is tried on the held-out prompts, and the best of these is the result. Without a budget it runs its 500
-    steps.
+    `recipe="published"` is the paper's, to the letter (`search.published.published`); its options are fixed.
 
     The default differs in five ways. What each is worth, `benchmarks/search_efficiency.py --ablations` measured on the
     embedded model's segmentation with 4000 evaluations and five seeds: the default's test loss is 1.960 ± 0.009 with 17
@@ -80,7 +60,10 @@ def reinforce(
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
     """
     if recipe == "published":
-        return _published(run)
+        given = [name for name, value in search.settings.items() if value != reinforce.options[name]]
+        if given := [name for name in given if name != "recipe"]:
+            raise ValueError(f"recipe='published' has a {', '.join(given)} of its own; leave that out, or the recipe.")
+        return published(search)
     if recipe != "coupled":
         raise ValueError(f"recipe={recipe!r} is unknown; choose 'coupled' or 'published'.")
     if baseline not in ("prompt", "batch"):
@@ -88,34 +71,34 @@ def reinforce(
     if masks < 2 or antithetic and masks % 2:
         raise ValueError(f"masks={masks} has no pairs to compare; give an even number.")
 
-    logits = torch.full((run.units,), init, dtype=torch.float64)
+    logits = torch.full((search.units,), init, dtype=torch.float64)
     adam = torch.optim.Adam([logits], lr)
-    cost, held_out = images * masks, len(run.held_out)
-    reserve = (run.budget // 3 if prune else 0) + held_out
-    every = max(1, run.budget // 12 // cost)
-    run.require(reserve + cost + held_out, "one step and the end")
+    cost, held_out = images * masks, len(search.held_out)
+    reserve = (search.budget // 3 if prune else 0) + held_out
+    every = max(1, search.budget // 12 // cost)
+    search.require(reserve + cost + held_out, "one step and the end")
     best, best_loss, waited = logits.sigmoid(), float("inf"), 0
-    for step in run.steps():
-        if run.left < reserve + cost + held_out or patience is not None and waited >= patience:
+    for step in search.steps():
+        if search.left < reserve + cost + held_out or patience is not None and waited >= patience:
             break
-        rows, probabilities = run.draw(images), logits.sigmoid()
-        choices = sample(probabilities, images, masks, antithetic, run.generator)
-        losses = run.losses(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None]).view(images, masks)
+        rows, probabilities = search.next_prompts(images), logits.sigmoid()
+        choices = sample(probabilities, images, masks, antithetic, search.generator)
+        losses = search.losses(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None]).view(images, masks)
         advantage = _loo(losses) if baseline == "prompt" else losses - losses.mean()
-        advantage = advantage / _scale(advantage, run.objective.group[rows])
-        adam.param_groups[0]["lr"] = lr * (1 - decay * run.evaluations / (run.budget - reserve))
+        advantage = advantage / _scale(advantage, search.objective.group[rows])
+        adam.param_groups[0]["lr"] = lr * (1 - decay * search.evaluations / (search.budget - reserve))
         logits.grad = gradient(choices, advantage, probabilities, antithetic and baseline == "prompt")
         adam.step()
         if step % every == every - 1:
             chosen = logits > 0
-            loss = run.mean(run.validate(chosen, losses.mean()), run.held_out).item()
+            loss = search.mean(search.validate(chosen, losses.mean()), search.held_out).item()
             waited = 0 if loss < best_loss else waited + 1
             if loss < best_loss:
                 best, best_loss = logits.sigmoid(), loss
     if not prune:
-        run.validate(best > 0.5)
+        search.validate(best > 0.5)
         return best > 0.5, best, True
-    return _prune(run, best, tolerance), best, True
+    return _prune(search, best, tolerance), best, True
 
 
 def sample(
@@ -164,68 +147,25 @@ def _scale(advantage: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return scale
 
 
-def _prune(run: Run, probabilities: torch.Tensor, tolerance: float) -> torch.Tensor:
+def _prune(search: Search, probabilities: torch.Tensor, tolerance: float) -> torch.Tensor:
     """The smallest good set of the likeliest units, less the units that it does without: [unit]. Where the budget does
     not pay for trying all of them, the least likely ones are tried."""
     order = probabilities.argsort(descending=True, stable=True)
     likely = order[: max(1, 3 * int((probabilities > 0.5).sum()) // 2)]
-    chosen = run.cut(likely, tolerance=tolerance, spend=run.left // 2)
+    chosen = search.top_units(likely, tolerance=tolerance, spend=search.left // 2)
     ranked = order[chosen[order]]
-    left = run.left - len(run.held_out)
+    left = search.left - len(search.held_out)
     tried = ranked.flip(0)[: max(0, left // FEWEST - 1) // 2].sort().values
-    if not len(tried) or len(run.train) < FEWEST:
+    if not len(tried) or len(search.train) < FEWEST:
         return chosen
-    rows = run.train[: left // (2 * len(tried) + 1)]
+    rows = search.train[: left // (2 * len(tried) + 1)]
     without = chosen.repeat(len(tried), 1)
     without[torch.arange(len(tried)), tried] = False
-    needs = run.mean(run.losses(without, rows), rows)
+    needs = search.mean(search.losses(without, rows), rows)
     kept = ranked[: len(ranked) - len(tried)]
     order = torch.cat([kept, tried[needs.argsort(descending=True, stable=True)]])
-    sets = prefixes(order, run.units, list(range(len(kept), len(ranked) + 1)))
-    losses = run.losses(sets, rows)
-    best = run.smallest_best(sets, losses, rows, tolerance)
-    run.validate(sets[best], run.mean(losses[best], rows))
+    sets = prefixes(order, search.units, list(range(len(kept), len(ranked) + 1)))
+    losses = search.losses(sets, rows)
+    best = search.smallest_best(sets, losses, rows, tolerance)
+    search.validate(sets[best], search.mean(losses[best], rows))
     return sets[best]
-
-
-def _published(run: Run) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    recipe, held_out = PUBLISHED, len(run.held_out)
-    defaults = inspect.signature(reinforce).parameters
-    if other := [name for name, value in run.settings.items() if name != "recipe" and value != defaults[name].default]:
-        raise ValueError(f"recipe='published' has a {', '.join(other)} of its own; leave that out, or the recipe.")
-    run.settings = {"recipe": "published", **recipe._asdict()}
-    run.allow(recipe.steps * recipe.masks + -(-recipe.steps // recipe.validate_every) * held_out)
-    run.require(recipe.masks + held_out, "one step")
-    images = run.train[: recipe.images]
-    rows = images[torch.arange(recipe.masks) % len(images)]
-    logits = torch.full((run.units,), recipe.init, dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam([logits], recipe.lr)
-    best, best_loss = None, float("inf")
-    for step in run.steps(recipe.steps):
-        validates = step % recipe.validate_every == 0
-        if run.left < recipe.masks + validates * held_out:
-            break
-        bernoulli = torch.distributions.Bernoulli(logits.sigmoid().clamp(recipe.epsilon, 1 - recipe.epsilon))
-        u = torch.rand(recipe.masks, run.units, dtype=torch.float64, generator=run.generator)
-        choices = u < bernoulli.probs
-        losses = run.losses(choices, rows[:, None])[:, 0]
-        advantage = losses.clone()
-        groups = run.objective.group[rows]
-        if len(groups.unique()) > 1:
-            for group in groups.unique():
-                advantage[groups == group] = _standardised(advantage[groups == group], recipe.epsilon)
-        advantage = _standardised(advantage, recipe.epsilon)
-        adam.zero_grad()
-        (bernoulli.log_prob(choices.double()).mean(-1) * advantage).mean().backward()
-        adam.step()
-        if validates:
-            probabilities = logits.detach().sigmoid().clamp(recipe.epsilon, 1 - recipe.epsilon)
-            chosen = torch.rand(run.units, dtype=torch.float64, generator=run.generator) < probabilities
-            loss = run.mean(run.validate(chosen, losses.mean()), run.held_out).item()
-            if loss < best_loss:
-                best, best_loss = (chosen, probabilities), loss
-    return *best, True
-
-
-def _standardised(losses: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return (losses - losses.mean()) / (losses.std() + epsilon)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,29 @@ class Step(NamedTuple):
     train_loss: float
     held_out_loss: float
     size: int
+
+
+class NamedUnits:
+    """The space of an objective that has no model: units that are nothing but their names.
+
+    Args:
+        names: One for each unit.
+        fingerprint: What tells the space from others, as JSON can hold it; the names, by default.
+    """
+
+    def __init__(self, names: Sequence[str], fingerprint: dict[str, Any] | None = None) -> None:
+        self.names = list(names)
+        self.fingerprint = {"units": self.names} if fingerprint is None else fingerprint
+
+    @cached_property
+    def rank(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"NamedUnits({len(self)} units)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +105,9 @@ class SearchResult:
             "scores": self.scores,
             "history": torch.tensor(self.history, dtype=torch.float64).view(-1, len(Step._fields)),
         }
-        facts = {
-            "space": self.patches.space.metadata,
+        space = self.patches.space
+        metadata = {
+            "space": space.metadata if isinstance(space, PatchSpace) else space.fingerprint,
             "algorithm": self.algorithm,
             "probabilistic": self.probabilistic,
             "held_out_loss": self.held_out_loss,
@@ -89,17 +115,27 @@ class SearchResult:
             "settings": self.settings,
             "seed": self.seed,
         }
-        write_tensors(path, "search result", tensors, facts)
+        if not isinstance(space, PatchSpace):
+            metadata["names"] = list(space.names)
+        write_tensors(path, "search result", tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SearchResult:
-        """Read what `save` wrote.
+        """Read what `save` wrote. The space of a search without a model comes back as `NamedUnits`.
 
         Raises:
             FileNotFoundError, ValueError: when there is no such file, it is incomplete, or it is something else.
         """
-        tensors, facts = read_tensors(path, "search result")
-        space = PatchSpace.from_metadata(facts.pop("space"))
-        rows = tensors["history"].tolist()
-        history = tuple(Step(int(n), seconds, train, held, int(size)) for n, seconds, train, held, size in rows)
-        return cls(patches=PatchSet(space, tensors["choices"]), scores=tensors["scores"], history=history, **facts)
+        tensors, metadata = read_tensors(path, "search result")
+        try:
+            found, names = metadata.pop("space"), metadata.pop("names", None)
+            space = PatchSpace.from_metadata(found) if names is None else NamedUnits(names, found)
+            rows = tensors["history"].tolist()
+            history = tuple(Step(int(n), seconds, train, held, int(size)) for n, seconds, train, held, size in rows)
+            patches, scores = PatchSet(space, tensors["choices"]), tensors["scores"]
+            if scores.shape != patches.choices.shape:
+                raise ValueError(f"scores of shape {list(scores.shape)} are not one for each of {len(space)} units.")
+            return cls(patches=patches, scores=scores, history=history, **metadata)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
+            raise ValueError(f"{path} is no whole search result: it {what}; search again.") from error

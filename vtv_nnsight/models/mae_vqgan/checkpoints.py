@@ -1,8 +1,7 @@
 """The papers' published files: a MAE-VQGAN `.pth`, and taming-transformers' `last.ckpt` for its tokenizer.
 
-Both are pickles, and pickles can run code. Nothing here can: the files' own code is never imported, and whatever they
-hold that is not a tensor becomes an inert placeholder. No configuration travels with them, so every size is read off
-the shapes of the tensors, and weights stay on disk (memory-mapped, copy-on-write) until somebody uses them.
+Nothing of them is run (see `models.checkpoint_files`). No configuration travels with them, so every size is read off
+the shapes of the tensors, and weights stay on disk until somebody uses them.
 
     >>> model = load_checkpoint("checkpoint-3400.pth")
     >>> model = load_checkpoint("checkpoint-3400.pth", vqgan="vqgan_imagenet_f16_1024/last.ckpt")
@@ -12,23 +11,16 @@ the shapes of the tensors, and weights stay on disk (memory-mapped, copy-on-writ
 from __future__ import annotations
 
 import math
-import mmap
 import os
-import pickle
-import struct
-import sys
 import tempfile
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import torch
 
-from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
+from vtv_nnsight.models.checkpoint_files import StoredTensor, read_tensors, some
+from vtv_nnsight.models.mae_vqgan.config import MOST_LAYERS, MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.network import MAEVQGANModel
 
 TOKENIZER = "vae."
@@ -139,30 +131,17 @@ def _published(name: str) -> str:
     return "decoder_" + rest.replace("head.", "pred.")
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor on disk.
-
-    Args:
-        shape: Its shape.
-        read: Map it into memory, or read it in another dtype.
-    """
-
-    shape: tuple[int, ...]
-    read: Callable[[torch.dtype | None], torch.Tensor]
-
-
 def _describe(
     path: PathLike, vqgan: PathLike | None, heads: int, decoder_heads: int
-) -> tuple[MAEVQGANConfig, dict[str, _Tensor]]:
+) -> tuple[MAEVQGANConfig, dict[str, StoredTensor]]:
     """Sizes, and tensors by published name."""
     path = Path(path)
-    tensors = _state_dict(path)
+    tensors = read_tensors(path)
     _require(_SIZES, tensors, path, "a MAE-VQGAN checkpoint")
     if vqgan is not None:
         vqgan = Path(vqgan)
         tensors = {name: value for name, value in tensors.items() if not name.startswith(TOKENIZER)}
-        tensors |= {TOKENIZER + name: value for name, value in _state_dict(vqgan).items()}
+        tensors |= {TOKENIZER + name: value for name, value in read_tensors(vqgan).items()}
     elif not any(name.startswith(TOKENIZER) for name in tensors):
         raise ValueError(
             f"{path} has no tokenizer (no tensors under {TOKENIZER!r}); give vqgan= the last.ckpt of "
@@ -179,7 +158,11 @@ def _config(
 ) -> MAEVQGANConfig:
     def count(prefix: str) -> int:
         numbers = (name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix))
-        return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+        last = max((int(number) for number in numbers if number.isdecimal() and len(number) < 9), default=-1)
+        if last >= MOST_LAYERS:
+            file = vqgan if vqgan and prefix.startswith(TOKENIZER) else path
+            raise ValueError(f"{file} declares {prefix}{last}; expected at most {MOST_LAYERS} of these.")
+        return last + 1
 
     _, num_positions, width = shapes["pos_embed"]
     patch = shapes["patch_embed.proj.weight"][-1]
@@ -219,7 +202,7 @@ def _config(
             f"{tokenizer} has a level of {odd[0]} channels (encoder.down); expected multiples of 32 and of the first "
             f"convolution's {channels}."
         )
-    return MAEVQGANConfig(
+    sizes = dict(
         image_size=grid * patch,
         patch_size=patch,
         hidden_size=width,
@@ -238,23 +221,33 @@ def _config(
         vqgan_attention_levels=tuple(i for i in range(levels) if count(f"vae.encoder.down.{i}.attn.")),
         vqgan_fold=fold,
     )
+    try:
+        return MAEVQGANConfig(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _require(ranks: Mapping[str, int], tensors: Mapping[str, _Tensor], file: Path, what: str, prefix: str = "") -> None:
+def _require(
+    ranks: Mapping[str, int], tensors: Mapping[str, StoredTensor], file: Path, what: str, prefix: str = ""
+) -> None:
     """Refuse a file in which tensors that sizes are read off are missing or of another rank."""
     if missing := [name.removeprefix(prefix) for name in ranks if name not in tensors]:
         held = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-        raise ValueError(f"{file} is not {what}: it has no {_some(missing)}, but {_some(held)}.")
+        raise ValueError(f"{file} is not {what}: it has no {some(missing)}, but {some(held)}.")
     for name, rank in ranks.items():
         shape = tensors[name].shape
         if len(shape) != rank:
             raise ValueError(
                 f"{file}: {name.removeprefix(prefix)} has shape {list(shape)}; expected {rank} dimensions."
             )
+        if 0 in shape:
+            raise ValueError(f"{file}: {name.removeprefix(prefix)} has shape {list(shape)}, which is empty.")
 
 
-def _check(shapes: Mapping[str, torch.Size], tensors: Mapping[str, _Tensor], path: Path, vqgan: Path | None) -> None:
-    """Refuse tensors that are missing, unknown, or of other shapes than the model's (by published name)."""
+def _check(
+    shapes: Mapping[str, torch.Size], tensors: Mapping[str, StoredTensor], path: Path, vqgan: Path | None
+) -> None:
+    """Refuse tensors that are missing, unknown, or of other shapes or kinds than the model's (by published name)."""
     if missing := [name for name in shapes if name not in tensors]:
         raise ValueError(f"{_label(missing, path, vqgan)} missing; the file is incomplete, or of another model.")
     if strange := [name for name in tensors if name not in shapes]:
@@ -268,180 +261,13 @@ def _check(shapes: Mapping[str, torch.Size], tensors: Mapping[str, _Tensor], pat
                 f"{_label([name], path, vqgan)} of shape {list(tensors[name].shape)}; the sizes of the other tensors "
                 f"ask for {list(shape)}."
             )
+        if not tensors[name].dtype.is_floating_point:
+            kind = str(tensors[name].dtype).removeprefix("torch.")
+            raise ValueError(f"{_label([name], path, vqgan)} of dtype {kind}; expected floating point.")
 
 
 def _label(names: list[str], path: Path, vqgan: Path | None) -> str:
     """Published names, those of the first one's file, as that file has them: "FILE: NAME, NAME and 3 more"."""
     if vqgan is None or not names[0].startswith(TOKENIZER):
-        return f"{path}: {_some(name for name in names if vqgan is None or not name.startswith(TOKENIZER))}"
-    return f"{vqgan}: {_some(name.removeprefix(TOKENIZER) for name in names if name.startswith(TOKENIZER))}"
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest if names else "no tensors at all"
-
-
-def _state_dict(path: Path) -> dict[str, _Tensor]:
-    """The tensors of a checkpoint file: those under "model" or "state_dict", or its own."""
-    content, starts = _parse(path)
-    if isinstance(content, dict):
-        content = next((content[key] for key in ("model", "state_dict") if key in content), content)
-    stored = {name: v for name, v in content.items() if isinstance(v, _Stored)} if isinstance(content, dict) else {}
-    if not stored:
-        raise ValueError(f"{path} holds no state dict; expected tensors by name under 'model' or 'state_dict'.")
-    size = path.stat().st_size
-    if cut := [str(name) for name, value in stored.items() if not 0 <= value.span(starts).stop <= size]:
-        raise ValueError(f"{path} is truncated or damaged: {_some(cut)} should lie beyond its {size:,} bytes.")
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return {
-        str(name): _Tensor(value.shape, partial(_read, mapped, value, value.span(starts)))
-        for name, value in stored.items()
-    }
-
-
-def _read(mapped: mmap.mmap, stored: _Stored, span: range, dtype: torch.dtype | None) -> torch.Tensor:
-    """A tensor on a private view of its file: read when it is used, and writing to it leaves the file as it is.
-
-    In another dtype it is a copy, and the memory that held the file's part is given back.
-    """
-    if not span:
-        return torch.empty(stored.shape, dtype=dtype or stored.dtype)
-    aligned = span.start % stored.dtype.itemsize == 0
-    source = mapped if aligned else bytearray(mapped[span.start : span.stop])
-    count = len(span) // stored.dtype.itemsize
-    values = torch.frombuffer(source, dtype=stored.dtype, count=count, offset=span.start if aligned else 0)
-    values = values.as_strided(stored.shape, stored.stride).contiguous()
-    if dtype in (None, stored.dtype):
-        return values
-    values = values.to(dtype)
-    if hasattr(mapped, "madvise"):
-        page = span.start - span.start % mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_DONTNEED, page, span.stop - page)
-    return values
-
-
-# torch's file formats. A pickle describes the objects and refers to storages by key; the storages' bytes lie elsewhere
-# in the same file: in a zip archive as entries "<name>/data/<key>", before torch 1.6 one after another behind the
-# pickles.
-
-DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-
-
-class _Stored(NamedTuple):
-    """A tensor as its pickle describes it: elements of a storage."""
-
-    key: str
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def span(self, starts: Mapping[str, int]) -> range:
-        """Its bytes in the file, by where each storage begins; a storage that is not there begins at infinity."""
-        first = starts.get(self.key, sys.maxsize) + self.offset * self.dtype.itemsize
-        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride))
-        return range(first, first + (0 if 0 in self.shape else last + 1) * self.dtype.itemsize)
-
-
-class _Inert:
-    """Stands for every class and function that a file names: it can be called, filled and given a state, and does
-    nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def _ignore(self, *args: Any, **kwargs: Any) -> _Inert:
-        return self
-
-    __call__ = __setstate__ = __setitem__ = append = extend = add = update = _ignore
-
-
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that imports nothing: tensors become `_Stored`, all other classes and functions `_Inert`."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="latin-1")
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            **{("torch", name): dtype for name, dtype in DTYPES.items()},
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        return self.known.get((module, name), _Inert)
-
-    def persistent_load(self, pid: tuple) -> tuple[str, torch.dtype]:
-        """("storage", class, key, device, elements, …) → key and dtype."""
-        _, dtype, key, *_ = pid
-        self.dtypes[key] = dtype
-        return key, dtype
-
-    @staticmethod
-    def _tensor(storage: tuple, offset: int, shape: tuple, stride: tuple, *_: Any) -> _Stored | _Inert:
-        key, dtype = storage
-        known = isinstance(dtype, torch.dtype)
-        return _Stored(key, dtype, offset, tuple(shape), tuple(stride)) if known else _Inert()
-
-
-def _parse(path: Path) -> tuple[Any, dict[str, int]]:
-    """What a checkpoint file holds, its tensors as `_Stored`; and where in the file each storage begins."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; a checkpoint is one file (from_pretrained reads folders).")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}.")
-    with path.open("rb") as file:
-        head = file.read(64)
-        file.seek(0)
-        if not head.startswith((b"PK", _LEGACY_MAGIC)):
-            raise ValueError(f"{path} is not a PyTorch checkpoint: it begins with {head[:24]!r}.")
-        try:
-            return _parse_zip(file) if head.startswith(b"PK") else _parse_legacy(file)
-        except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(
-                f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error or type(error).__name__}."
-            ) from error
-
-
-def _parse_zip(file: BinaryIO) -> tuple[Any, dict[str, int]]:
-    with zipfile.ZipFile(file) as archive:
-        (pickled,) = (name for name in archive.namelist() if name.split("/", 1)[-1] == "data.pkl")
-        folder = pickled.removesuffix("data.pkl") + "data/"
-        with archive.open(pickled) as stream:
-            content = _Unpickler(stream).load()
-        starts = {}
-        for entry in archive.infolist():
-            if entry.filename.startswith(folder) and entry.compress_type == zipfile.ZIP_STORED:
-                file.seek(entry.header_offset + 26)
-                starts[entry.filename.removeprefix(folder)] = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
-    return content, starts
-
-
-def _parse_legacy(file: BinaryIO) -> tuple[Any, dict[str, int]]:
-    for _ in ("magic number", "protocol", "system"):
-        _Unpickler(file).load()
-    unpickler = _Unpickler(file)
-    content = unpickler.load()
-    starts = {}
-    for key in _Unpickler(file).load():
-        (elements,) = struct.unpack("<q", file.read(8))
-        starts[key] = file.tell()
-        file.seek(elements * unpickler.dtypes[key].itemsize, os.SEEK_CUR)
-    return content, starts
+        return f"{path}: {some(name for name in names if vqgan is None or not name.startswith(TOKENIZER))}"
+    return f"{vqgan}: {some(name.removeprefix(TOKENIZER) for name in names if name.startswith(TOKENIZER))}"

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+from typing import Any
+
+import torch
 from transformers import PretrainedConfig
 
+from vtv_nnsight.images import IMAGENET_MEAN, IMAGENET_STD
 from vtv_nnsight.layouts import Layout
+
+MOST_LAYERS = 256
+MOST_WIDTH = 2**20
+MOST_PIXELS = 4096
+"""Layers of a stack, width of anything and side of a canvas: a config beyond them is damaged, and building its model
+would take hours or all memory."""
 
 
 class MAEVQGANConfig(PretrainedConfig):
@@ -22,11 +34,14 @@ class MAEVQGANConfig(PretrainedConfig):
         vqgan_z_channels: Channels of the VQGAN's latent before quantisation.
         vqgan_channels: Channels of the finest level.
         vqgan_channel_multipliers: Channels of each level as multiples of `vqgan_channels`, finest first.
-        vqgan_num_res_blocks: Residual blocks a level.
+        vqgan_num_res_blocks: Residual blocks of each level.
         vqgan_attention_levels: Levels with attention, 0 the finest.
         vqgan_fold: Side of the pixel blocks that are folded into channels before the first convolution; 1 in the
             published tokenizer.
-        image_mean, image_std: Per-channel normalisation of the transformer's input.
+        image_mean, image_std: Normalisation of the transformer's input, by channel.
+
+    Raises:
+        ValueError: naming the setting that is not of its kind, or does not go with the others.
     """
 
     model_type = "mae_vqgan"
@@ -51,8 +66,8 @@ class MAEVQGANConfig(PretrainedConfig):
         vqgan_num_res_blocks: int = 2,
         vqgan_attention_levels: tuple[int, ...] = (4,),
         vqgan_fold: int = 1,
-        image_mean: tuple[float, ...] = (0.485, 0.456, 0.406),
-        image_std: tuple[float, ...] = (0.229, 0.224, 0.225),
+        image_mean: tuple[float, ...] = IMAGENET_MEAN,
+        image_std: tuple[float, ...] = IMAGENET_STD,
         **kwargs,
     ) -> None:
         self.image_size = image_size
@@ -69,14 +84,40 @@ class MAEVQGANConfig(PretrainedConfig):
         self.code_dim = code_dim
         self.vqgan_z_channels = vqgan_z_channels
         self.vqgan_channels = vqgan_channels
-        self.vqgan_channel_multipliers = list(vqgan_channel_multipliers)
+        self.vqgan_channel_multipliers = _listed(vqgan_channel_multipliers)
         self.vqgan_num_res_blocks = vqgan_num_res_blocks
-        self.vqgan_attention_levels = list(vqgan_attention_levels)
+        self.vqgan_attention_levels = _listed(vqgan_attention_levels)
         self.vqgan_fold = vqgan_fold
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
+        self.image_mean = _listed(image_mean)
+        self.image_std = _listed(image_std)
+        self._check_kinds(kwargs.get("dtype", kwargs.get("torch_dtype")))
         super().__init__(**kwargs)
         self._check()
+
+    def _check_kinds(self, dtype: Any) -> None:
+        """That every setting is a number, or numbers, of a size that a model can have."""
+        for name, most in _COUNTS.items():
+            if not _whole(getattr(self, name), 1, most):
+                raise _wrong(name, getattr(self, name), f"a whole number from 1 to {most}")
+        levels = self.vqgan_channel_multipliers
+        if not isinstance(levels, list) or not 1 <= len(levels) <= 12 or not all(_whole(n, 1, 1024) for n in levels):
+            raise _wrong("vqgan_channel_multipliers", levels, "1 to 12 whole numbers from 1 to 1024")
+        attending, last = self.vqgan_attention_levels, len(levels) - 1
+        if not isinstance(attending, list) or not all(_whole(n, 0, last) for n in attending):
+            raise _wrong("vqgan_attention_levels", attending, f"numbers of levels, from 0 to {last}")
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            if not isinstance(value, list) or len(value) != 3 or not all(map(_real, value)):
+                raise _wrong(name, value, "3 numbers")
+        if min(self.image_std) <= 0:
+            raise _wrong("image_std", self.image_std, "3 numbers above 0")
+        for name in ("mlp_ratio", "layer_norm_eps"):
+            value = getattr(self, name)
+            if not _real(value) or not 0 < value <= 64:
+                raise _wrong(name, value, "a number above 0, and at most 64")
+        named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
+            raise _wrong("dtype", dtype, "a floating-point one, such as float32 or bfloat16")
 
     def _check(self) -> None:
         for stack, width, heads in (
@@ -98,3 +139,44 @@ class MAEVQGANConfig(PretrainedConfig):
     def layout(self) -> Layout:
         """The canvas of this model with one example."""
         return Layout(canvas_size=self.image_size, patch_size=self.patch_size)
+
+
+_COUNTS = {
+    "image_size": MOST_PIXELS,
+    "patch_size": MOST_PIXELS,
+    "num_hidden_layers": MOST_LAYERS,
+    "decoder_num_hidden_layers": MOST_LAYERS,
+    "vqgan_num_res_blocks": MOST_LAYERS,
+    "vqgan_fold": MOST_PIXELS,
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "num_attention_heads",
+            "decoder_hidden_size",
+            "decoder_num_attention_heads",
+            "num_codes",
+            "code_dim",
+            "vqgan_z_channels",
+            "vqgan_channels",
+        ),
+        MOST_WIDTH,
+    ),
+}
+"""Settings that count something, and the most that they may."""
+
+
+def _listed(values: Any) -> Any:
+    return list(values) if isinstance(values, (list, tuple)) else values
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _wrong(name: str, value: Any, expected: str) -> ValueError:
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    return ValueError(f"{name}={shown} in the model's config; expected {expected}.")

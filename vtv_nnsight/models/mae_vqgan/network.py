@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from vtv_nnsight.layouts import decoder_sources, positions, take, tile
+from vtv_nnsight.layouts import Layout, decoder_sources, positions, take, tile
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.vit import Block, PatchEmbed, sincos_positions
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
@@ -105,6 +105,11 @@ class MAEVQGANModel(PreTrainedModel):
         self.vqgan = VQGAN(config)
         self.post_init()
 
+    @property
+    def layout(self) -> Layout:
+        """The canvas with one example."""
+        return self.config.layout
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """MAE's initialisation of the transformer; the tokenizer keeps torch's own."""
@@ -149,7 +154,7 @@ class MAEVQGANModel(PreTrainedModel):
         Args:
             canvas: [batch, 3, height, width] in [0, 1].
             visible: LongTensor [visible patch], shared by the batch.
-            decoded: LongTensor [decoded patch], a block of whole rows and columns.
+            decoded: LongTensor [decoded patch], shared by the batch, a block of whole rows and columns.
             paste: Keep the canvas's own pixels at the visible patches; False gives the VQGAN's picture of all of it.
 
         Returns:
@@ -158,6 +163,7 @@ class MAEVQGANModel(PreTrainedModel):
         logits = self.forward(canvas, visible, decoded).logits
         return self.paint(logits.argmax(-1), canvas, visible, decoded, paste)
 
+    @torch.no_grad()
     def paint(
         self,
         codes: torch.Tensor,
@@ -167,10 +173,12 @@ class MAEVQGANModel(PreTrainedModel):
         paste: bool = True,
     ) -> torch.Tensor:
         """The canvas with its hidden patches drawn from codes [batch, decoded patch]; the second half of `generate`."""
-        layout, visible, decoded = self.config.layout, visible.to(canvas.device), decoded.to(canvas.device)
-        painted = self.vqgan.decode(take(codes[..., None], tile(decoded, layout.grid))[..., 0]).to(canvas.dtype)
+        if decoded.ndim != 1 or visible.ndim != 1:
+            raise ValueError("canvases are painted with patches that they share; give visible and decoded as [patch].")
+        order = tile(decoded.to(codes.device), self.layout.grid)
+        painted = self.vqgan.decode(take(codes[..., None], order)[..., 0]).to(canvas)
         if paste:
-            painted = torch.where(layout.pixels(visible), canvas, painted)
+            painted = torch.where(self.layout.pixels(visible.to(canvas.device)), canvas, painted)
         return painted.mul(255).floor().div(255)
 
 

@@ -77,13 +77,15 @@ class Block(nn.Module):
 def sincos_positions(grid: int, width: int) -> torch.Tensor:
     """Fixed 2-D sin-cos position embedding of CLS (zeros) and every patch: [1, 1 + grid * grid, width].
 
-    As in MAE: the first half of the channels encodes the column, the second the row.
+    As in MAE: the first half of the channels encodes the column, the second the row. Made on the CPU, since not every
+    device has double precision.
     """
-    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
+    wide = dict(dtype=torch.float64, device="cpu")
+    frequencies = 10000 ** -(torch.arange(width // 4, **wide) / (width // 4))
+    row, column = torch.meshgrid(*[torch.arange(grid, **wide)] * 2, indexing="ij")
     halves = []
     for coordinate in (column, row):
         angles = coordinate.flatten()[:, None] * frequencies
         halves += [angles.sin(), angles.cos()]
     patches = torch.cat(halves, dim=1)
-    return torch.cat([torch.zeros(1, width, dtype=torch.float64), patches])[None].float()
+    return torch.cat([torch.zeros(1, width, **wide), patches])[None].float()

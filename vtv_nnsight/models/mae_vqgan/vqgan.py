@@ -183,7 +183,8 @@ class VQGAN(nn.Module):
 
     def nearest(self, latent: torch.Tensor) -> torch.Tensor:
         """Unquantised [batch, patch, code_dim] → codes [batch, patch]."""
-        latent, codebook = latent.float(), self.codebook.weight.float()
+        entries = torch.arange(self.codebook.num_embeddings, device=latent.device)
+        latent, codebook = latent.float(), self.codebook(entries).to(latent.device).float()
         distance = latent.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * latent @ codebook.T
         return distance.argmin(-1)
 

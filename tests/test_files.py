@@ -1,0 +1,82 @@
+"""Files are whole, have the usual permissions, and are the same bytes for the same content."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vtv_nnsight import files
+from vtv_nnsight.files import file_digest, read_tensors, replacing, write_tensors, write_text
+
+TENSORS = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
+
+
+def test_permissions_are_those_of_new_files(tmp_path):
+    (tmp_path / "mine").touch()
+    usual = stat.S_IMODE((tmp_path / "mine").stat().st_mode)
+    write_text(tmp_path / "text", "é")
+    write_tensors(tmp_path / "tensors", "test", TENSORS, {})
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("text", "tensors")} == {usual}
+    assert sorted(os.listdir(tmp_path)) == ["mine", "tensors", "text"]
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path):
+    """In several processes, each of which has its own order of hashes."""
+    script = (
+        "import sys, torch; from vtv_nnsight.files import write_tensors; "
+        "write_tensors(sys.argv[1], 'kind', {'b': torch.arange(3.0), 'a': torch.ones(2, 2)}, {'x': 'é', 'y': [1]})"
+    )
+    for i in range(3):
+        subprocess.run([sys.executable, "-c", script, tmp_path / str(i)], check=True)
+    assert len({file_digest(tmp_path / str(i)) for i in range(3)}) == 1
+    tensors, metadata = read_tensors(tmp_path / "0", "kind")
+    assert metadata == {"x": "é", "y": [1]} and {n: t.tolist() for n, t in tensors.items()} == {
+        n: t.tolist() for n, t in TENSORS.items()
+    }
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), replacing(tmp_path / "file"):
+        raise RuntimeError
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder and a file was to be written"):
+        write_text(tmp_path / "folder", "")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        write_text(tmp_path / "nowhere" / "file", "")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "file"
+    for metadata, words in (
+        (None, "holds something else; expected test"),
+        ({"kind": "other"}, "holds other; expected test"),
+        ({"kind": "test"}, "lacks the metadata"),
+        ({"kind": "test", "facts": "{"}, "has metadata that cannot be read"),
+        ({"kind": "test", "facts": "[]"}, "lacks the metadata"),
+    ):
+        save_file(TENSORS, path, metadata)
+        with pytest.raises(ValueError, match=words):
+            read_tensors(path, "test")
+    write_tensors(path, "test", TENSORS, {})
+    whole = path.read_bytes()
+    for cut in (0, 7, 20, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
+            read_tensors(path, "test")
+    path.write_bytes(whole.replace(b"[2,2]", b"[2,9]"))
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        read_tensors(path, "test")
+    path.write_bytes(whole)
+    monkeypatch.setattr(files, "physical_memory", lambda: 50)
+    with pytest.raises(ValueError, match="bytes and this machine's memory 50"):
+        read_tensors(path, "test")
+    with pytest.raises(ValueError, match="is a folder"):
+        read_tensors(tmp_path, "test")
+    with pytest.raises(FileNotFoundError):
+        read_tensors(tmp_path / "nowhere", "test")

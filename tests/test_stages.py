@@ -1,0 +1,193 @@
+"""Values by stage, fingerprints, and files of version 0.1."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_vectors import random_module, random_prompts
+
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, VisualPrompt, patch
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.search import SearchResult
+from vtv_nnsight.stages import ByStage, check_compatible, device_of, differences, fingerprint, stages_of
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def module():
+    return random_module()
+
+
+def changed(module, change):
+    """A copy of a module whose weights were changed."""
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        change(other)
+    return MAEVQGAN(other)
+
+
+def negate(module):
+    module.encoder.blocks[1].attn.qkv.weight.neg_()
+
+
+def swap(module):
+    blocks = module.decoder.blocks
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+
+
+def redraw(module):
+    for parameter in module.encoder.parameters():
+        parameter.normal_(std=0.02)
+
+
+def scale(module):
+    module.vqgan.decoder.conv_out.weight.mul_(1 + 1e-4)
+
+
+@pytest.mark.parametrize("change", [negate, swap, redraw, scale])
+def test_other_weights_are_noticed(module, change):
+    model, other = MAEVQGAN(module), changed(module, change)
+    assert differences(fingerprint(other), fingerprint(model)) == ["other weights"]
+    for dtype in (torch.bfloat16, torch.float16):
+        if change is not scale:  # a change of 1e-4 is below what either dtype tells from rounding
+            low = MAEVQGAN(copy.deepcopy(other._module).to(dtype))
+            assert differences(fingerprint(low), fingerprint(model)) == ["other weights"]
+
+
+def test_a_part_in_128_of_a_single_number_is_noticed_in_every_tensor(module):
+    model = MAEVQGAN(copy.deepcopy(module))
+    before = fingerprint(model)
+    for name, parameter in model._module.named_parameters():
+        number = parameter.detach().flatten()[-1]
+        kept = number.item()
+        number += max(abs(kept), 1e-3) / 128
+        assert differences(fingerprint(model), before) == ["other weights"], name
+        number.fill_(kept)
+    assert not differences(fingerprint(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_are_the_same_model(module, dtype, tmp_path):
+    model, copied = MAEVQGAN(module), copy.deepcopy(module).to(dtype)
+    copied.save_pretrained(tmp_path)
+    for other in (MAEVQGAN(copied), MAEVQGAN(tmp_path, dispatch=True), MAEVQGAN(tmp_path, dtype=dtype, dispatch=True)):
+        assert not differences(fingerprint(other), fingerprint(model))
+    back = MAEVQGAN(copied.float())
+    assert not differences(fingerprint(back), fingerprint(model))
+
+
+def test_two_roundings_cannot_be_compared_and_say_so(module):
+    half, other = MAEVQGAN(module, dtype=torch.float16), changed(module, negate)
+    low = MAEVQGAN(other._module, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="load one of the two models in float32"):
+        check_compatible("a", fingerprint(half), "b", fingerprint(low))
+
+
+def test_lazy_weights_have_no_fingerprint_before_they_are_loaded(module, tmp_path):
+    module.save_pretrained(tmp_path)
+    lazy = MAEVQGAN(tmp_path)
+    assert "weights" not in fingerprint(lazy)
+    assert device_of(lazy) == torch.device("cpu")
+    assert fingerprint(lazy) == fingerprint(MAEVQGAN(module))
+    assert json.loads(json.dumps(fingerprint(lazy))) == fingerprint(lazy)
+    assert stages_of(fingerprint(lazy)) == lazy.stages
+
+
+def test_a_patch_notices_weights_that_were_written_to(module):
+    model, prompts = MAEVQGAN(copy.deepcopy(module)), random_prompts(2).query_only()
+    vector = TaskVectors.collect(model, {"a": prompts}, progress=False)["a"]
+    chosen = PatchSet.random(PatchSpace(model), 5)
+
+    def run():
+        with torch.no_grad(), model.trace(prompts):
+            patch(model, vector, chosen)
+            logits = model.output.logits.save()
+        return logits
+
+    expected, layer = run(), model._module.decoder.blocks[0].mlp.fc1
+    changes = (
+        lambda: layer.weight.neg_(),
+        lambda: setattr(layer.weight, "data", layer.weight.data.neg()),
+    )
+    for change in changes:
+        with torch.no_grad():
+            change()
+        with pytest.raises(ValueError, match="'a' does not fit this model: it has other weights"):
+            run()
+        with torch.no_grad():
+            layer.weight.neg_()
+        assert torch.equal(run(), expected)
+    layer.weight = torch.nn.Parameter(2 * layer.weight.detach())
+    with pytest.raises(ValueError, match="other weights"):
+        run()
+
+
+def test_resuming_notices_other_weights(module, tmp_path):
+    prompts, path = {"a": random_prompts(2)}, tmp_path / "state.safetensors"
+    TaskVectors.collect(MAEVQGAN(module), prompts, resume=path, progress=False)
+    TaskVectors.collect(MAEVQGAN(module), prompts, resume=path, progress=False)
+    with pytest.raises(ValueError, match="the state in .* it has other weights"):
+        TaskVectors.collect(changed(module, negate), prompts, resume=path, progress=False)
+
+
+def test_values_by_stage():
+    values = ByStage(encoder=2, decoder=3)
+    assert values.map(lambda a, b: a * b, {"encoder": 5, "decoder": 7}) == {"encoder": 10, "decoder": 21}
+    with pytest.warns(DeprecationWarning, match=r'write \["encoder"\]'):
+        assert values.encoder == 2
+    with pytest.raises(AttributeError, match="no stage 'merged'; there is encoder, decoder"):
+        values.merged  # noqa: B018
+    assert copy.deepcopy(values) == values and list(values) == ["encoder", "decoder"]
+
+
+@pytest.fixture(scope="module")
+def v0_1():
+    """The code that wrote the files of version 0.1, and its model."""
+    spec = importlib.util.spec_from_file_location("make_v0_1", DATA / "make_v0_1.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script, MAEVQGAN(script.filled(MAEVQGANModel(MAEVQGANConfig(**script.SIZES))))
+
+
+def test_vectors_of_version_0_1_load_with_a_warning(v0_1):
+    script, model = v0_1
+    with pytest.warns(UserWarning, match="written by version 0.1 .* cannot be checked"):
+        vectors = TaskVectors.load(DATA / "v0_1" / "vectors.safetensors")
+    prompts = {name: VisualPrompt.from_canvas(script.canvases(i), model.layout) for i, name in enumerate(vectors)}
+    again = TaskVectors.collect(model, prompts, progress=False)
+    for name, vector in again.items():
+        for field in ("mean", "variance"):
+            for stage, values in getattr(vector, field).items():
+                torch.testing.assert_close(getattr(vectors[name], field)[stage], values, equal_nan=True)
+        assert not differences(vectors[name].fingerprint, vector.fingerprint)
+    with torch.no_grad(), model.trace(prompts["a"].query_only()):
+        patch(model, vectors["b"], PatchSet.load(DATA / "v0_1" / "patches.json"))
+        logits = model.output.logits.save()
+    assert logits.isfinite().all()
+    other = script.filled(MAEVQGANModel(MAEVQGANConfig(**script.SIZES)))
+    with torch.no_grad():
+        other.decoder.mask_token.neg_()
+    assert differences(vectors["b"].fingerprint, fingerprint(MAEVQGAN(other))) == ["other weights"]
+
+
+def test_sets_and_results_of_version_0_1_load(v0_1):
+    _, model = v0_1
+    space = PatchSpace(model)
+    chosen = PatchSet.load(DATA / "v0_1" / "patches.json")
+    assert chosen == PatchSet.random(space, 7) and hash(chosen) == hash(PatchSet.random(space, 7))
+    assert chosen.space.names == space.names and chosen.space.metadata == space.metadata
+    result = SearchResult.load(DATA / "v0_1" / "result.safetensors")
+    assert result.algorithm == "random" and result.patches.space.names == space.names and len(result.history)
+
+
+def test_names_of_version_0_1_work_and_say_what_to_use():
+    with pytest.warns(DeprecationWarning, match="use stages.ByStage"):
+        from vtv_nnsight.vectors import Stacks
+    assert Stacks(1, 2) == {"encoder": 1, "decoder": 2}
+    with pytest.warns(DeprecationWarning, match="use stages.device_of"):
+        from vtv_nnsight.vectors import ready
+    assert ready is device_of

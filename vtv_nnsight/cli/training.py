@@ -1,0 +1,41 @@
+"""`vtv pretrain`: models of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vtv_nnsight.cli.app import TRAINING, Seed, app, wrote
+
+
+@app.command(
+    rich_help_panel=TRAINING,
+    epilog="Examples: vtv pretrain tokenizer --config tiny --out runs/tiny\n\n"
+    "vtv pretrain mae --config tiny --out runs/tiny --resume",
+)
+def pretrain(
+    stage: Annotated[str, typer.Argument(help='"tokenizer" first, then "mae".', metavar="tokenizer|mae")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; the stages go in tokenizer/ and mae/.")],
+    config: Annotated[str, typer.Option(help='"tiny" (the embedded model), "small", "published" or "smoke".')] = "tiny",
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of pictures to train on beside the generated scenes.",
+            show_default="the photographs that scikit-image and scikit-learn carry",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps to do.", show_default="the config's")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    seed: Seed = 0,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model is trained, such as cuda.", show_default="the first GPU, or cpu")
+    ] = None,
+) -> None:
+    """Train a MAE-VQGAN of your own: its tokenizer, then its transformer."""
+    from vtv_nnsight.pretraining import pretrain as run
+
+    wrote(run(stage, config, out, images=images, steps=steps, resume=resume, seed=seed, device=device))

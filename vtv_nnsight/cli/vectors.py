@@ -1,0 +1,333 @@
+"""`vtv collect`, `score`, `search` and `evaluate`, the steps of `vtv run` one at a time, by the same functions and with
+the same defaults; and `vtv import-released`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vtv_nnsight.cli.app import (
+    VECTORS,
+    VQGAN,
+    BatchSize,
+    Candidates,
+    Data,
+    Device,
+    Granularity,
+    Images,
+    ListingCommand,
+    Loss,
+    MaxImages,
+    Order,
+    Output,
+    Prompts,
+    Seed,
+    Source,
+    Tasks,
+    app,
+    given,
+    say,
+    settings_of,
+    wrote,
+)
+from vtv_nnsight.experiment.settings import Settings
+
+Split = Annotated[str, typer.Option(help='The split of the data: "train", "validation" or "test".')]
+Vectors = Annotated[Path, typer.Option(help="The vectors that `vtv collect` wrote.")]
+
+
+@app.command(
+    cls=ListingCommand,
+    rich_help_panel=VECTORS,
+    epilog="Example: vtv collect tiny --data scenes --tasks segmentation,lowlight --prompts 100 -o vectors.safetensors",
+)
+def collect(
+    source: Source,
+    output: Output,
+    tasks: Tasks = None,
+    data: Data = Settings.data,
+    images: Images = None,
+    split: Split = "train",
+    max_images: MaxImages = Settings.max_images,
+    prompts: Prompts = Settings.prompts,
+    candidates: Candidates = Settings.candidates,
+    order: Order = Settings.order,
+    seed: Seed = Settings.seed,
+    batch_size: BatchSize = None,
+    resume: Annotated[Path | None, typer.Option(help="A file that keeps the state of a long run.")] = None,
+    vqgan: VQGAN = None,
+    device: Device = None,
+) -> None:
+    """Collect task vectors: the mean activation of every head at every position, task by task."""
+    from vtv_nnsight.data import load
+    from vtv_nnsight.experiment import steps
+
+    settings = settings_of(
+        images, data, tasks, model=source, max_images=max_images, prompts=prompts, candidates=candidates, order=order,
+        seed=seed,
+    )  # fmt: skip
+    model = steps.load_model(source, vqgan, device)
+    layout = replace(model.layout, order=order)
+    rows = load(settings.data, split, max_images, seed)
+    size = batch_size or 32
+    chosen = {
+        task.name: steps.select(model, task, rows, settings, layout, size) for task in steps.servable(settings, rows)
+    }
+    steps.collect(model, chosen, size, resume).save(output)
+    wrote(output)
+
+
+@app.command(rich_help_panel=VECTORS, epilog="Example: vtv score vectors.safetensors --top 10 --plot scores.png")
+def score(
+    vectors: Annotated[Path, typer.Argument(help="The vectors that `vtv collect` wrote.")],
+    granularity: Granularity = Settings.granularity,
+    top: Annotated[int, typer.Option(min=1, help="How many units to print.")] = 10,
+    plot: Annotated[Path | None, typer.Option(help="Write layer × head heat maps to this picture.")] = None,
+) -> None:
+    """Rank heads by how well they tell tasks apart: variance between tasks over variance within a task."""
+    from vtv_nnsight import plots
+    from vtv_nnsight.experiment import steps
+
+    loaded = steps.read_vectors(vectors)
+    space = steps.space_of(loaded, granularity)
+    values = steps.score(loaded, space)
+    if values is None:
+        raise ValueError(f"a score compares tasks and {vectors} has only {', '.join(loaded)}; collect two or more.")
+    table = Table(title=Text(f"{', '.join(loaded)}: variance between tasks / within a task"))
+    table.add_column("unit")
+    table.add_column("score", justify="right")
+    for i in values.nan_to_num(-1).argsort(descending=True)[:top].tolist():
+        table.add_row(Text(space.names[i]), f"{values[i]:.3f}")
+    Console().print(table)
+    if plot:
+        plots.score_map(loaded.score(), space.layout).savefig(plot, dpi=150)
+        wrote(plot)
+
+
+@app.command(
+    cls=ListingCommand,
+    rich_help_panel=VECTORS,
+    epilog="Examples: vtv search tiny --algorithm reinforce --tasks segmentation --vectors vectors.safetensors "
+    "--budget 20000 -o segmentation.safetensors\n\n"
+    "vtv search tiny --algorithm gates --tasks segmentation,lowlight --vectors vectors.safetensors -o both.json",
+)
+def search(
+    source: Source,
+    vectors: Vectors,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The result (.safetensors), or its patch set alone (.json).")
+    ],
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            "--algorithm", "--search",
+            help="How to search: {algorithms}, or published (the paper's own).",
+        ),
+    ] = Settings.search,
+    task: Annotated[
+        str,
+        typer.Option("--tasks", "--task", help="A task; with several, commas between them, one set is to serve all."),
+    ] = "segmentation",
+    recipe: Annotated[str | None, typer.Option(help='"published" makes reinforce the paper\'s.')] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Evaluations to spend, one mask on one prompt each.",
+            show_default=f"{Settings.budget}; the paper's with published",
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Units in the set, for attribution, mediation, ranking and random.", show_default="searched for"
+        ),
+    ] = None,
+    loss: Loss = Settings.loss,
+    granularity: Granularity = Settings.granularity,
+    stacks: Annotated[str, typer.Option(help="Stages to patch, with commas between them.")] = "encoder,decoder",
+    data: Data = Settings.data,
+    images: Images = None,
+    split: Split = "train",
+    max_images: MaxImages = Settings.max_images,
+    prompts: Annotated[
+        int, typer.Option("--prompts", "--n", min=1, help="Prompts per task; a quarter of them is held out.")
+    ] = Settings.prompts,
+    candidates: Candidates = Settings.candidates,
+    order: Order = Settings.order,
+    seed: Seed = Settings.seed,
+    batch_size: BatchSize = None,
+    resume: Annotated[Path | None, typer.Option(help="A file that keeps what a long run has learnt.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A folder for pictures of the search and of what it found.")] = None,
+    vqgan: VQGAN = None,
+    device: Device = None,
+) -> None:  # fmt: skip
+    """Search for the units to patch so that the model does a task with no examples."""
+    from vtv_nnsight.data import load
+    from vtv_nnsight.experiment import steps
+    from vtv_nnsight.patches import PatchSpace
+    from vtv_nnsight.search import ALGORITHMS, plots
+
+    if algorithm not in (*ALGORITHMS, "published"):
+        raise ValueError(f"{algorithm!r} is not an algorithm; choose from {', '.join(ALGORITHMS)}, or published.")
+    published = "published" in (algorithm, recipe)
+    settings = settings_of(
+        images, data, task, {"budget": None} if published else None, model=source, max_images=max_images,
+        prompts=prompts, candidates=candidates, order=order, seed=seed, loss=loss, granularity=granularity,
+        search=algorithm, budget=budget,
+    )  # fmt: skip
+    loaded = steps.read_vectors(vectors, settings.tasks)
+    model = steps.load_model(source, vqgan, device)
+    layout = replace(model.layout, order=order)
+    rows = load(settings.data, split, max_images, seed)
+    chosen = steps.servable(settings, rows)
+    space = PatchSpace(model, layout, granularity, stacks.split(","))
+    result = steps.search(
+        model,
+        loaded,
+        chosen,
+        [steps.select(model, one, rows, settings, layout, batch_size or 32) for one in chosen],
+        space,
+        settings,
+        batch_size=batch_size,
+        resume=resume,
+        **given(recipe=recipe, size=size),
+    )
+    say(str(result))
+    (result.patches if output.suffix == ".json" else result).save(output)
+    wrote(output)
+    if plot:
+        plot.mkdir(parents=True, exist_ok=True)
+        figures = {"curve.png": plots.curves({algorithm: result})}
+        if granularity != "token":
+            figures["units.png"] = plots.score_maps(result)
+        for name, figure in figures.items():
+            figure.savefig(plot / name, dpi=150)
+            wrote(plot / name)
+
+
+@app.command(
+    cls=ListingCommand,
+    rich_help_panel=VECTORS,
+    epilog="Examples: vtv evaluate tiny --tasks segmentation,lowlight --data scenes --prompts 100 -o results\n\n"
+    "vtv evaluate tiny --tasks segmentation --vectors vectors.safetensors --patches segmentation.json -o results",
+)
+def evaluate(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for tables, values and pictures.")],
+    tasks: Tasks = "segmentation",
+    vectors: Annotated[Path | None, typer.Option(help="The vectors that `vtv collect` wrote.")] = None,
+    patches: Annotated[
+        Path | None, typer.Option(help="Where to patch: a patch set (.json) or a search result (.safetensors).")
+    ] = None,
+    data: Data = Settings.data,
+    images: Images = None,
+    split: Split = "test",
+    max_images: Annotated[
+        int | None,
+        typer.Option(min=1, help="The most pictures to draw prompts from.", show_default="two per prompt"),
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option("--prompts", "--n", "--test-prompts", min=1, help="Prompts per task to evaluate on.")
+    ] = Settings.test_prompts,
+    order: Order = Settings.order,
+    seed: Seed = Settings.seed,
+    batch_size: BatchSize = None,
+    vqgan: VQGAN = None,
+    device: Device = None,
+) -> None:
+    """Compare one-shot, zero-shot and, with vectors and patches, task vectors, on the same prompts.
+
+    Writes table.md, table.csv, values.parquet and a picture of the first answers for every task.
+    """
+    from vtv_nnsight import plots
+    from vtv_nnsight.data import load
+    from vtv_nnsight.evaluation import Table as Evaluations
+    from vtv_nnsight.experiment import steps
+    from vtv_nnsight.files import write_text
+
+    if (vectors is None) != (patches is None):
+        raise ValueError("--vectors and --patches go together; give both or neither.")
+    settings = settings_of(images, data, tasks, model=source, test_prompts=prompts, order=order, seed=seed)
+    loaded = steps.read_vectors(vectors, settings.tasks) if vectors else None
+    units = _patches(patches) if patches else None
+    model = steps.load_model(source, vqgan, device)
+    layout = replace(model.layout, order=order)
+    rows = load(settings.data, split, max_images or 2 * prompts, seed)
+    chosen = steps.servable(settings, rows)
+    table = Evaluations.cat(
+        [
+            steps.evaluate(model, task, rows, settings, layout, loaded, units, batch_size=batch_size or 32)
+            for task in chosen
+        ]
+    )
+    say(str(table))
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "table.md", table.markdown() + "\n")
+    table.csv(output / "table.csv")
+    table.parquet(output / "values.parquet")
+    written = ["table.md", "table.csv", "values.parquet"]
+    for task in chosen:
+        plots.answers(table, task.name).savefig(output / f"{task.name}.png", dpi=150)
+        written.append(f"{task.name}.png")
+    for name in written:
+        wrote(output / name)
+
+
+def _patches(path: Path) -> Any:
+    """The patch set in a file of its own, or in a search result."""
+    from vtv_nnsight.patches import PatchSet
+
+    if path.suffix != ".safetensors":
+        return PatchSet.load(path)
+    from vtv_nnsight.search.result import SearchResult
+
+    return SearchResult.load(path).patches
+
+
+@app.command(
+    "import-released",
+    rich_help_panel=VECTORS,
+    epilog="Example: vtv import-released checkpoint-3400.pth outputs/ -o imported",
+)
+def import_released(
+    source: Source,
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="{task}_mean_activations.pkl and bernoullis_*.pkl, or folders that hold them."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write in.")],
+    vqgan: VQGAN = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Draw the patches from their probabilities with this seed.", show_default="the likely ones"
+        ),
+    ] = None,
+) -> None:
+    """Turn files of VTV's released code into vectors.safetensors and patch sets (.json).
+
+    The files are pickles; only tensors and arrays are read from them, and nothing in them is run.
+    """
+    from vtv_nnsight import released
+    from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
+
+    activations, bernoullis = released.find(files)
+    model = MAEVQGAN(source, **given(vqgan=vqgan))
+    sets = {file: released.read_patches(model, file, seed) for file in bernoullis}
+    vectors, residuals = released.read_activations(model, activations) if activations else (None, {})
+    output.mkdir(parents=True, exist_ok=True)
+    for task, residual in residuals.items():
+        both = ", ".join(f"{stack} {value:.1e}" for stack, value in residual.items())
+        say(f"{task}: {vectors[task].count} prompts, residual {both}")
+    if vectors is not None:
+        vectors.save(output / "vectors.safetensors")
+        wrote(output / "vectors.safetensors")
+    for file, patches in sets.items():
+        patches.save(output / f"{file.stem}.json")
+        wrote(output / f"{file.stem}.json")

@@ -1,0 +1,149 @@
+"""What a model is asked under: with an example or without, with vectors patched in or units silenced.
+
+>>> Condition(vectors=vectors["segmentation"], patches=result, scale=0.8)     # zero-shot, patched
+>>> Condition(shot="one", patches=result, ablation="zero")                    # one-shot, the same units silenced
+>>> Condition(shot="zero", run=lambda model: ...)                             # whatever one does inside a trace
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from vtv_nnsight.patches import PatchSet, ablate, patch
+from vtv_nnsight.vectors import TaskVector
+
+SHOTS = {
+    "one": "the examples are shown",
+    "zero": "no example is shown",
+    "copy": "the query as its own answer, the floor",
+    "ceiling": "the best that the model could paint, such as its tokenizer's own picture of the truth",
+}
+"""What a condition shows, or takes for the answer without asking the model."""
+SHORT = {"one-shot": "one", "zero-shot": "zero", "copy": "copy", "tokenizer": "ceiling", "ceiling": "ceiling"}
+"""Short forms: a condition without patches, by its name in tables."""
+BASELINE = "one-shot"
+"""The condition, by its name in a table, that the others are compared with."""
+CONTROL = 104_729
+"""Added to the seed of the control's units, so that a user's own random set of the same seed is another one."""
+MODES = ("replace",)
+"""What `patch` can do with a vector."""
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """One way to ask a model.
+
+    Args:
+        shot: One of `SHOTS`; by default "one" where nothing is patched, and "zero" where something is.
+        vectors: A task vector to patch in, or several.
+        patches: Where: a PatchSet or a SearchResult (its set), or as many of them as there are vectors.
+        scale: How far to go from the model's own activation to the vector's; see `patch`.
+        mode: "replace": the vector in the place of the activation; see `patch`.
+        ablation: Instead of vectors: what `patches` are silenced with, "zero" or a task vector such as
+            `vectors.mean()`.
+        run: A function that is called with the model inside the trace, after the patches.
+
+    Raises:
+        ValueError: when these do not go together.
+    """
+
+    shot: str | None = None
+    vectors: Any = None
+    patches: Any = None
+    scale: float = 1.0
+    mode: str = "replace"
+    ablation: str | TaskVector | None = None
+    run: Callable[[Any], None] | None = None
+
+    def __post_init__(self) -> None:
+        patched = self.patches is not None or self.run is not None
+        object.__setattr__(self, "shot", self.shot or ("zero" if patched else "one"))
+        object.__setattr__(self, "patches", found_sets(self.patches))
+        if self.shot not in SHOTS:
+            raise ValueError(f"shot={self.shot!r} is unknown; choose one of {', '.join(SHOTS)}.")
+        if patched and self.shot in ("copy", "ceiling"):
+            raise ValueError(f"shot={self.shot!r} does not ask the model; patches go with 'one' or 'zero'.")
+        if (self.vectors is not None or self.ablation is not None) != (self.patches is not None):
+            raise ValueError("vectors, or an ablation, and patches go together: what to put there, and where.")
+        if self.vectors is not None and self.ablation is not None:
+            raise ValueError("a condition patches vectors in or silences units; for both, give a function as run.")
+        if isinstance(self.ablation, str) and self.ablation != "zero":
+            raise ValueError(f"ablation={self.ablation!r} is unknown; give 'zero' or a task vector.")
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}.")
+
+    @classmethod
+    def of(cls, value: Condition | str | tuple | None, name: str = "") -> Condition:
+        """A condition of a short form: None, a name of `SHORT`, (vector, patches), (vector, patches, "one-shot").
+
+        Raises:
+            ValueError: when it is none of them, naming the condition.
+        """
+        if isinstance(value, Condition):
+            return value
+        vectors, patches, shot = None, None, value or BASELINE
+        if isinstance(value, tuple) and len(value) in (2, 3):
+            vectors, patches, shot = (*value, "zero-shot")[:3]
+        allowed = list(SHORT) if vectors is None else ["one-shot", "zero-shot"]
+        if not isinstance(shot, str) or shot not in allowed:
+            raise ValueError(
+                f"condition {name!r} is {shot!r}; choose one of {', '.join(allowed)}, or give a Condition."
+            )
+        return cls(SHORT[shot], vectors, patches)
+
+    def to(self, device: torch.device) -> Condition:
+        """The same with its vectors on a device."""
+        several = isinstance(self.vectors, (list, tuple))
+        vectors = [v.to(device) for v in self.vectors] if several else self.vectors and self.vectors.to(device)
+        ablation = self.ablation.to(device) if isinstance(self.ablation, TaskVector) else self.ablation
+        return replace(self, vectors=vectors, ablation=ablation)
+
+    def apply(self, model: Any) -> None:
+        """Inside a trace: patch, silence, run."""
+        if self.ablation is not None:
+            ablate(model, self.patches, None if self.ablation == "zero" else self.ablation)
+        elif self.patches is not None:
+            patch(model, self.vectors, self.patches, scale=self.scale)
+        if self.run is not None:
+            self.run(model)
+
+
+def comparison(
+    vector: TaskVector, patches: Any, others: Mapping[str, TaskVector] | None = None, seed: int = 0
+) -> dict[str, Condition]:
+    """The conditions that tell what a vector and its patches are worth.
+
+    One-shot; zero-shot; zero-shot and one-shot with patches; the vector at as many units drawn at random; the vector of
+    another task (the next of `others`) at the same units; the tokenizer's own picture of the truth (the ceiling); the
+    query as its own answer (the floor).
+
+    Args:
+        vector: The task's.
+        patches: A PatchSet or a SearchResult.
+        others: Vectors of all tasks by name.
+        seed: Of the random units.
+    """
+    patches = found_sets(patches)
+    conditions = {
+        "one-shot": Condition("one"),
+        "zero-shot": Condition("zero"),
+        "task vector": Condition("zero", vector, patches),
+        "one-shot + task vector": Condition("one", vector, patches),
+        "random units": Condition("zero", vector, PatchSet.random(patches.space, len(patches), CONTROL + seed)),
+    }
+    names = list(others or ())
+    if rest := [name for name in names if name != vector.task]:
+        after = names[(names.index(vector.task) + 1) % len(names)] if vector.task in names else rest[0]
+        conditions[f"vector of {after}"] = Condition("zero", others[after], patches)
+    return conditions | {"tokenizer": Condition("ceiling"), "copy": Condition("copy")}
+
+
+def found_sets(patches: Any) -> Any:
+    """The sets of search results, one or a list; all else as it is."""
+    if isinstance(patches, list):
+        return [found_sets(one) for one in patches]
+    return getattr(patches, "patches", patches)

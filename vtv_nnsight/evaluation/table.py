@@ -1,0 +1,279 @@
+"""What an evaluation found, and how sure that is: means, intervals, differences, in every form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+
+from vtv_nnsight import metrics
+from vtv_nnsight.evaluation.conditions import BASELINE
+from vtv_nnsight.files import replacing, write_text
+
+RESAMPLES = 2000
+COLUMNS = ("task", "metric", "condition", "fold", "image", "score")
+"""What every file of values has."""
+
+
+class Line(NamedTuple):
+    """One measure of one condition: its mean, and its mean difference to one-shot on the same images, with 95 %
+    bootstrap intervals; NaN where there is none."""
+
+    task: str
+    condition: str
+    measure: str
+    images: int
+    mean: float
+    low: float
+    high: float
+    difference: float
+    difference_low: float
+    difference_high: float
+
+
+@dataclass(eq=False)
+class Table:
+    """What `evaluate` found. `print` it; in a notebook it is a table.
+
+    Args:
+        frame: One row for each image and condition: task, metric (its name), label (of the metric, for people),
+            condition, draw (0, or the number of a condition's draw), fold, image, query (a number; images of one number
+            ask about the same picture), score, loss (the model's own), loss_name. Files and data sets of 0.1 are taken.
+        pictures: Task → name → uint8 [image, 3, height, width]: "prompt" (canvases, their outputs grey), "truth" and
+            every condition's answers for the first images.
+    """
+
+    frame: pd.DataFrame
+    pictures: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        frame = self.frame.to_pandas() if isinstance(self.frame, Dataset) else self.frame
+        if missing := [name for name in COLUMNS if name not in frame]:
+            raise ValueError(f"these values have no column {missing[0]!r}; expected {', '.join(COLUMNS)}, ….")
+        if "token_loss" in frame:
+            frame = frame.rename(columns={"token_loss": "loss"}).assign(loss_name="token loss")
+        known = {name: metrics.METRICS[name].label for name in set(frame.metric) & set(metrics.METRICS)}
+        for name, values in (
+            ("label", frame.metric.replace(known)),
+            ("query", frame.image),
+            ("draw", 0),
+            ("loss", np.nan),
+            ("loss_name", "loss"),
+        ):
+            frame = frame if name in frame else frame.assign(**{name: values})
+        self.frame = frame
+
+    @classmethod
+    def cat(cls, tables: Iterable[Table]) -> Table:
+        """Tables of several tasks or folds as one."""
+        tables = list(tables)
+        pictures = {task: shown for table in reversed(tables) for task, shown in table.pictures.items()}
+        return cls(pd.concat([table.frame for table in tables], ignore_index=True), pictures)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Table:
+        """The per-image values that `parquet` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: when there is no such file, or it holds something else.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}.")
+        try:
+            return cls(pd.read_parquet(path))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} does not hold the values of an evaluation ({error}); evaluate again.") from error
+
+    @property
+    def rows(self) -> Dataset:
+        """Deprecated: `frame` as a datasets.Dataset."""
+        warnings.warn("Table.rows is Table.frame, a pandas frame, since 0.2.", DeprecationWarning, stacklevel=2)
+        return Dataset.from_pandas(self.frame, preserve_index=False)
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.frame.task.unique())
+
+    def values(self, task: str, condition: str, measure: str = "score") -> np.ndarray:
+        """Per-image values [image], folds one after the other; means over the draws of a condition that has several.
+
+        Args:
+            task, condition: Their names.
+            measure: "score", or "loss" or the loss's own name ("token loss", "token_loss").
+
+        Raises:
+            ValueError: when there is no such task, condition or measure.
+        """
+        frame = self.frame[(self.frame.task == task) & (self.frame.condition == condition)]
+        if not len(frame):
+            raise ValueError(f"the table has no {condition!r} of {task!r}.")
+        name = frame.loss_name.iloc[0]
+        columns = {"score": "score", "loss": "loss", name: "loss", name.replace(" ", "_"): "loss"}
+        if measure not in columns:
+            raise ValueError(f"the table has no {measure!r} of {task!r}; choose from {', '.join(columns)}.")
+        key = ["fold", "image", "repeat"]
+        frame = frame.assign(repeat=frame.groupby(["draw", "fold", "image"]).cumcount())
+        return frame.groupby(key)[columns[measure]].mean().to_numpy()
+
+    def lines(self, baseline: str = BASELINE) -> list[Line]:
+        """Means and intervals of all conditions: the task's metric, then the model's loss. With several folds, a mean
+        is the mean of the folds' means. Intervals resample query pictures, within folds, and draws where a condition
+        has several.
+
+        Args:
+            baseline: The condition that differences are to.
+        """
+        if baseline not in self._lines:
+            self._lines[baseline] = [
+                line for _, part in self.frame.groupby("task", sort=False) for line in _lines(part, baseline)
+            ]
+        return list(self._lines[baseline])
+
+    @cached_property
+    def _lines(self) -> dict[str, list[Line]]:
+        """By baseline: what was worked out before."""
+        return {}
+
+    def markdown(self) -> str:
+        """A Markdown table for each task."""
+        return self._text("pipe")
+
+    def csv(self, path: str | Path) -> None:
+        """Write one line for each task, condition and measure."""
+        write_text(path, pd.DataFrame(self.lines()).to_csv(index=False, na_rep="nan", lineterminator="\n"))
+
+    def parquet(self, path: str | Path) -> None:
+        """Write the per-image values."""
+        with replacing(path) as temporary:
+            self.frame.to_parquet(temporary, index=False)
+
+    def shown(self, task: str) -> pd.DataFrame:
+        """The table of a task as people read it: a row of text for each condition."""
+        lines = [line for line in self.lines() if line.task == task]
+        frame = self.frame[self.frame.task == task]
+        head = f"{task}, {lines[0].images} images"
+        columns = {frame.label.iloc[0]: frame.metric.iloc[0], f"{frame.loss_name.iloc[0]} ↓": frame.loss_name.iloc[0]}
+        rows: dict[str, dict[str, str]] = {line.condition: {head: line.condition} for line in lines}
+        for i, (label, measure) in enumerate(columns.items()):
+            for line in (line for line in lines if line.measure == measure):
+                rows[line.condition][label] = _interval(line.mean, line.low, line.high)
+                change = _interval(line.difference, line.difference_low, line.difference_high, sign="+")
+                rows[line.condition][f"− {BASELINE}{' ' * i}"] = change
+        return pd.DataFrame(rows.values())
+
+    def __repr__(self) -> str:
+        return self._text("simple")
+
+    def _repr_html_(self) -> str:
+        return "".join(self.shown(task).to_html(index=False, border=0) for task in self.tasks)
+
+    def _text(self, form: str) -> str:
+        tables = (self.shown(task) for task in self.tasks)
+        align = {"disable_numparse": True, "colalign": ("left", *["right"] * 4)}
+        return "\n\n".join(table.to_markdown(index=False, tablefmt=form, **align) for table in tables)
+
+
+def _lines(frame: pd.DataFrame, baseline: str) -> list[Line]:
+    """The lines of one task's rows."""
+    key = ["fold", "image", "repeat"]
+    frame = frame.assign(repeat=frame.groupby(["condition", "draw", "fold", "image"]).cumcount(), asked=True)
+    wide = frame.pivot(index=key, columns=["condition", "draw"], values=["score", "loss", "asked"])
+    queries = frame.groupby(key)["query"].first().loc[wide.index].to_numpy()
+    folds = wide.index.get_level_values("fold").to_numpy()
+    asked = wide["asked"].notna()
+    names = list(frame.condition.unique())
+    together = [names] if asked.all(axis=None) else [[name] for name in names]  # those of the same images
+    series = {}
+    for column in ("score", "loss"):
+        values = wide[column].astype(float)
+        base = values[baseline].mean(axis=1) if baseline in names else np.nan
+        series |= {(column, name, "mean"): values[name].to_numpy() for name in names}
+        series |= {(column, name, "change"): values[name].sub(base, axis=0).to_numpy() for name in names}
+    found = {}
+    for group in together:
+        rows = asked[group[0]].iloc[:, 0].to_numpy()
+        own = {key: one[rows] for key, one in series.items() if key[1] in group}
+        found |= dict(zip(own, intervals(list(own.values()), folds[rows], queries[rows])))
+    images = {name: int(asked[name].iloc[:, 0].sum()) for name in names}
+    measures = {"score": frame.metric.iloc[0], "loss": frame.loss_name.iloc[0]}
+    lines = []
+    for column, measure in measures.items():
+        for name in names:
+            change = found[column, name, "change"] if name != baseline else (np.nan,) * 3
+            lines.append(Line(frame.task.iloc[0], name, measure, images[name], *found[column, name, "mean"], *change))
+    return lines
+
+
+def _interval(mean: float, low: float, high: float, sign: str = "") -> str:
+    return "" if np.isnan(mean) else f"{mean:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
+
+
+def bootstrap(
+    values: np.ndarray,
+    folds: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    queries: np.ndarray | None = None,
+) -> tuple[float, float, float]:
+    """The mean of values [image] and its 95 % percentile interval; see `intervals`."""
+    return intervals([np.asarray(values)], folds, queries, resamples, seed)[0]
+
+
+def intervals(
+    series: Sequence[np.ndarray],
+    folds: np.ndarray | None = None,
+    queries: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[tuple[float, float, float]]:
+    """The mean of each of several series of values and its 95 % percentile interval, from the same resamples.
+
+    Images are resampled within folds, and the folds' means averaged. Images of one query are not independent: they are
+    drawn or left out together. Where a series has draws, these are resampled as well.
+
+    Args:
+        series: [image] or [image, draw] each.
+        folds: [image]; one fold by default.
+        queries: [image]: images of one number belong together; by default each stands alone.
+        resamples: Number of resamples.
+        seed: Of what is drawn.
+
+    Returns:
+        (mean, low, high) of each series.
+    """
+    columns = [one[:, None] if one.ndim == 1 else one for one in series]
+    values = np.hstack(columns)
+    folds = np.zeros(len(values)) if folds is None else np.asarray(folds)
+    queries = np.arange(len(values)) if queries is None else np.asarray(queries)
+    generator = np.random.default_rng(seed)
+    means, resampled = [], []
+    for fold in np.unique(folds):
+        part = values[folds == fold]
+        query, _ = pd.factorize(queries[folds == fold])  # numbered as they first come
+        counts = np.bincount(query)
+        sums = np.zeros((len(counts), part.shape[1]))
+        np.add.at(sums, query, part)
+        drawn = generator.integers(len(counts), size=(resamples, len(counts)))
+        offsets = len(counts) * np.arange(resamples)[:, None]
+        weights = np.bincount((drawn + offsets).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
+        means.append(part.mean(0))
+        resampled.append((weights @ sums) / (weights @ counts)[:, None])
+    mean, again = np.mean(means, axis=0), np.mean(resampled, axis=0)
+    found, start = [], 0
+    for column in columns:
+        own = slice(start, start := start + column.shape[1])
+        draws = again[:, own]
+        if draws.shape[1] > 1:
+            chosen = np.random.default_rng(seed).integers(draws.shape[1], size=draws.shape)
+            draws = np.take_along_axis(draws, chosen, axis=1)
+        low, high = np.quantile(draws.mean(1), [0.025, 0.975])
+        found.append((float(mean[own].mean()), float(low), float(high)))
+    return found

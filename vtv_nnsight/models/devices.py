@@ -1,0 +1,55 @@
+"""Which devices there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+"""What transformers takes for a `device_map` besides devices."""
+
+
+def available_devices() -> list[str]:
+    """Names of this machine's devices: "cpu", and "cuda:0", "mps:0" and the like."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind = torch.accelerator.current_accelerator().type
+    return ["cpu", *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
+def resolve_device(device: str | int | torch.device) -> torch.device:
+    """The device of that name, if there is one.
+
+    Args:
+        device: As for torch: "cuda" is the current one of its kind, an int the accelerator of that number.
+
+    Raises:
+        ValueError: naming the devices that there are.
+    """
+    names = available_devices()
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        found = None
+    if found is not None and (str(found) in names or (found.index in (None, 0) and _first(found) in names)):
+        return found
+    raise ValueError(f"there is no device {str(device)!r} here; choose one of {', '.join(names)}.")
+
+
+def check_device_map(device_map: Any) -> None:
+    """Refuse a transformers `device_map` that names devices which are not there.
+
+    Raises:
+        ValueError: naming the devices that there are.
+    """
+    if isinstance(device_map, dict):
+        for device in device_map.values():
+            if device != "disk":
+                resolve_device(device)
+    elif device_map is not None and device_map not in AUTOMATIC:
+        resolve_device(device_map)
+
+
+def _first(device: torch.device) -> str:
+    return device.type if device.type == "cpu" else f"{device.type}:0"

@@ -1,0 +1,104 @@
+"""Pictures for the pages: as data URIs, so that a page is one file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from vtv_nnsight.images import to_pil
+from vtv_nnsight.prompts import crop
+from vtv_nnsight.report.reading import PICTURES, Found
+from vtv_nnsight.search import plots as search_plots
+from vtv_nnsight.search.result import SearchResult
+
+INK = {"light": "#1c2126", "dark": "#e8e6e1"}
+
+
+class Drawn(NamedTuple):
+    """A figure as data URIs, on no background, in the ink of a light and of a dark page."""
+
+    light: str
+    dark: str
+    width: int
+    caption: str
+    wide: bool
+
+
+def draw(figure: Callable[[], Figure], caption: str, wide: bool = False) -> Drawn:
+    """A figure drawn twice, in light and in dark.
+
+    Args:
+        wide: Whether a phone should scroll it rather than make it small.
+    """
+    uris = {}
+    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    for theme, ink in INK.items():
+        with matplotlib.rc_context(dict.fromkeys(keys, ink) | {"legend.framealpha": 0.0, "font.size": 9}):
+            buffer, made = io.BytesIO(), figure()
+            made.savefig(buffer, format="png", dpi=144, transparent=True)
+            uris[theme] = _data_uri(buffer)
+    return Drawn(uris["light"], uris["dark"], int(96 * made.get_figwidth()), caption, wide)
+
+
+def searches(results: Mapping[str, Sequence[SearchResult]]) -> Figure:
+    """`search.plots.curves`, with labels shown as they are, which matplotlib takes for mathematics or hides."""
+    return search_plots.curves({plain_label(name): found for name, found in results.items()})
+
+
+def plain_label(name: str) -> str:
+    """A label that matplotlib shows as it is written: `$` begins mathematics there, and `_` hides a label."""
+    shown = name.replace("\\", "\\\\") if "$" in name else name
+    shown = shown.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def uri(pixels: torch.Tensor) -> str:
+    """A picture, uint8 [3, height, width], as a data URI."""
+    buffer = io.BytesIO()
+    to_pil(pixels.float() / 255).save(buffer, format="PNG")
+    return _data_uri(buffer)
+
+
+def prompt_cells(found: Found, size: float = 92.0) -> list[dict[str, object]]:
+    """The cells of the run's first prompt, where and how large the page's diagram of a prompt shows them."""
+    words = {"query": "query", "output": "to be painted"}
+    across = sorted({columns.start for _, columns in found.layout.cells.values()})
+    down = sorted({rows.start for rows, _ in found.layout.cells.values()})
+    canvas = found.table.pictures[found.tasks[0].name]["prompt"][0]
+    scale = 2 / len(across)
+    return [
+        {
+            "uri": uri(crop(canvas, name, found.layout)),
+            "x": 4 + across.index(columns.start) * (size + 16) * scale,
+            "y": 2 + down.index(rows.start) * (size + 16) * scale,
+            "size": size * scale,
+            "label": words.get(name) or ("example" if "input" in name else "its answer"),
+        }
+        for name, (rows, columns) in found.layout.cells.items()
+    ]
+
+
+def overview(found: Found, row: int = 0) -> Figure:
+    """A row of pictures for every task: example, query, answers, truth."""
+    figure = Figure(figsize=(1.5 * len(PICTURES), 1.65 * len(found.tasks)), layout="constrained")
+    panels = figure.subplots(len(found.tasks), len(PICTURES), squeeze=False)
+    for number, (task, across) in enumerate(zip(found.tasks, panels)):
+        pictures = found.cells(task)
+        for panel, (name, label) in zip(across, PICTURES.items()):
+            panel.imshow(pictures[name][row].permute(1, 2, 0).numpy())
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+            if number == 0:
+                panel.set_title(label, fontsize=8)
+        across[0].set_ylabel(task.name, fontsize=8)
+    return figure
+
+
+def _data_uri(png: io.BytesIO) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"

@@ -1,0 +1,144 @@
+"""The algorithms, each declared once, where it is written."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec
+
+import torch
+
+from vtv_nnsight.search.algorithm import Search, SearchObjective
+from vtv_nnsight.search.journal import digest
+from vtv_nnsight.search.objective import Objective
+from vtv_nnsight.search.result import SearchResult
+
+if TYPE_CHECKING:
+    from vtv_nnsight.models.interface import InContextModel
+    from vtv_nnsight.patches import PatchSpace
+    from vtv_nnsight.prompts import VisualPrompt
+    from vtv_nnsight.tasks import Task
+    from vtv_nnsight.vectors import TaskVector, TaskVectors
+
+ALGORITHMS: dict[str, Algorithm] = {}
+"""Name → algorithm, in alphabetical order."""
+
+Options = ParamSpec("Options")
+"""An algorithm's own options, which an editor shows in a call."""
+
+
+class Algorithm(Generic[Options]):
+    """A search algorithm, called as `vtv_nnsight.search` describes; `on` runs it on any objective.
+
+    Args:
+        function: `function(search, *, …) -> (choices [unit], scores [unit][, whether the scores are probabilities])`.
+        description: How it searches, in one line.
+        needs_gradient: Whether it reads gradients of the loss, which loss="pixels" does not have.
+
+    Attributes:
+        name: The function's.
+        options: Name → default value of its own options; `inspect.Parameter.empty` where there is none.
+    """
+
+    def __init__(
+        self, function: Callable[Concatenate[Search, Options], tuple[Any, ...]], description: str, needs_gradient: bool
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self.function, self.description, self.needs_gradient = function, description, needs_gradient
+        self.name = function.__name__
+        own = list(inspect.signature(function).parameters.values())[1:]
+        self.options = {parameter.name: parameter.default for parameter in own}
+        shared = list(inspect.signature(Algorithm.__call__).parameters.values())[1:-2]
+        shared = [p.replace(kind=p.KEYWORD_ONLY) if p.default is not p.empty else p for p in shared]
+        self.__signature__ = inspect.Signature(shared + own, return_annotation=SearchResult)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether it compares tasks, and so needs `vectors` (or their `scores`)."""
+        return "scores" in self.options
+
+    @property
+    def takes_size(self) -> bool:
+        """Whether `size` says how many units to choose."""
+        return "size" in self.options
+
+    def __call__(
+        self,
+        model: InContextModel,
+        vector: TaskVector | Sequence[TaskVector],
+        task: Task | Sequence[Task],
+        prompts: VisualPrompt | Sequence[VisualPrompt],
+        space: PatchSpace,
+        budget: int | None = None,
+        loss: str | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        held_out: float | VisualPrompt | Sequence[VisualPrompt] = 0.25,
+        vectors: TaskVectors | None = None,
+        resume: str | os.PathLike | None = None,
+        progress: bool = True,
+        *more: Options.args,
+        **options: Options.kwargs,
+    ) -> SearchResult:
+        self._check_options(more, options)
+        objective = Objective(
+            model, vector, task, prompts, space, loss=loss, batch_size=batch_size, held_out=held_out, seed=seed
+        )
+        return self.on(objective, budget, seed, vectors, resume, progress, **options)
+
+    def on(
+        self,
+        objective: SearchObjective,
+        budget: int | None = None,
+        seed: int = 0,
+        vectors: TaskVectors | None = None,
+        resume: str | os.PathLike | None = None,
+        progress: bool = True,
+        *more: Options.args,
+        **options: Options.kwargs,
+    ) -> SearchResult:
+        """Run it on any objective: see `SearchObjective`."""
+        self._check_options(more, options)
+        settings = {name: _plain(options.get(name, default)) for name, default in self.options.items()}
+        search = Search(self.name, objective, budget, seed, settings, vectors, resume, progress)
+        try:
+            return search.result(*self.function(search, **options))
+        finally:
+            search.close()
+
+    def __repr__(self) -> str:
+        return f"search.{self.name}: {self.description}"
+
+    def _check_options(self, more: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if more:
+            raise TypeError(f"{self.name} takes its own options by name: {', '.join(self.options)}.")
+        if unknown := sorted(options.keys() - self.options.keys()):
+            raise TypeError(
+                f"{self.name} has no option {', '.join(unknown)}; its own are: {', '.join(self.options) or 'none'}."
+            )
+        required = {name for name, default in self.options.items() if default is inspect.Parameter.empty}
+        if missing := sorted(required - options.keys()):
+            raise TypeError(f"{self.name} needs {', '.join(missing)}; see its docstring.")
+
+
+def algorithm(
+    description: str, *, needs_gradient: bool = False
+) -> Callable[[Callable[Concatenate[Search, Options], tuple[Any, ...]]], Algorithm[Options]]:
+    """Make a public algorithm of a function, and enter it in `ALGORITHMS`. The arguments are those of `Algorithm`."""
+
+    def declare(function: Callable[Concatenate[Search, Options], tuple[Any, ...]]) -> Algorithm[Options]:
+        made = ALGORITHMS[function.__name__] = Algorithm(function, description, needs_gradient)
+        return made
+
+    return declare
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as JSON can hold it; tensors by their digest."""
+    if isinstance(value, torch.Tensor):
+        return digest(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
