@@ -26,11 +26,23 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory):
-    """make_checkpoint(*options) → the path of a checkpoint that data/make_checkpoint.py wrote."""
+def script():
+    """The module data/make_checkpoint.py."""
     spec = importlib.util.spec_from_file_location("make_checkpoint", DATA / "make_checkpoint.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture(scope="session")
+def weight_of(script):
+    """weight_of(name, shape, seed) → the golden weight of that name."""
+    return script.tensor
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(script, tmp_path_factory):
+    """make_checkpoint(*options) → the path of a checkpoint that data/make_checkpoint.py wrote."""
 
     def make(*options):
         path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.pth"
@@ -78,28 +90,41 @@ def rows():
     return row("support"), row("query")
 
 
+def make_config(**sizes):
+    """A config that is quick to build: a canvas of 64, patches of 16."""
+    small = dict(
+        image_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        num_codes=24,
+        code_dim=8,
+        vqgan_z_channels=8,
+        vqgan_channels=32,
+        vqgan_channel_multipliers=(1, 1, 2),
+        vqgan_num_res_blocks=1,
+        vqgan_attention_levels=(2,),
+        vqgan_fold=4,
+    )
+    return MAEVQGANConfig(**small | sizes)
+
+
+FINE = dict(
+    image_size=112,
+    patch_size=8,
+    num_hidden_layers=3,
+    decoder_num_hidden_layers=2,
+    num_codes=64,
+    vqgan_channel_multipliers=(1, 1, 1),
+    vqgan_fold=2,
+)
+"""Of `make_config`: the published grid of 14x14 patches, on a canvas of 112."""
+
+
 @pytest.fixture(scope="session")
 def small_config():
-    """small_config(**sizes) → a config that is quick to build: a canvas of 64, patches of 16."""
-
-    def make(**sizes):
-        small = dict(
-            image_size=64,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            decoder_hidden_size=16,
-            decoder_num_hidden_layers=1,
-            decoder_num_attention_heads=2,
-            num_codes=24,
-            code_dim=8,
-            vqgan_z_channels=8,
-            vqgan_channels=32,
-            vqgan_channel_multipliers=(1, 1, 2),
-            vqgan_num_res_blocks=1,
-            vqgan_attention_levels=(2,),
-            vqgan_fold=4,
-        )
-        return MAEVQGANConfig(**small | sizes)
-
-    return make
+    """small_config(**sizes) → a config (`make_config`)."""
+    return make_config

@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import make_config
 
 from vtv_nnsight import MAEVQGAN, Layout, cli, released, tasks
 from vtv_nnsight.layouts import positions
@@ -16,10 +17,7 @@ from vtv_nnsight.vectors import TaskVectors
 @pytest.fixture(scope="module")
 def module():
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vqgan_channels=32, vqgan_num_res_blocks=1)
-    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, num_codes=24)
-    levels = dict(vqgan_channel_multipliers=(1, 1, 2), vqgan_attention_levels=(2,), vqgan_fold=4, vqgan_z_channels=8)
-    module = MAEVQGANModel(MAEVQGANConfig(image_size=64, code_dim=8, **sizes, **decoder, **levels)).eval()
+    module = MAEVQGANModel(make_config()).eval()
     for parameter in module.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return module
@@ -174,6 +172,31 @@ def test_stack_globals_by_hand_are_refused(tmp_path):
         path.write_bytes(text)
         with pytest.raises(ValueError, match="refused: it names"):
             released.load(path)
+
+
+def test_pickles_that_stand_for_something_enormous_are_refused_at_once(tmp_path):
+    shared = (0,) * 10
+    for _ in range(40):
+        shared = (shared,) * 10
+    for content in (shared, [shared], {"a": [1, shared]}):
+        (tmp_path / "bernoullis_0.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match="was refused: its objects refer to each other so often"):
+            released.load(tmp_path / "bernoullis_0.pkl")
+    deep = []
+    for _ in range(300):
+        deep = [deep]
+    (tmp_path / "bernoullis_0.pkl").write_bytes(pickle.dumps(deep))
+    with pytest.raises(ValueError, match="was refused: its objects are nested more than 200 deep"):
+        released.load(tmp_path / "bernoullis_0.pkl")
+
+
+def test_lists_that_hold_each_other_stay_shared(tmp_path):
+    """Made empty and filled from the outside in, so that none is large when it is used."""
+    text = b"".join(b"]q" + bytes([i]) + b"0" for i in range(100))
+    text += b"".join(b"h" + bytes([i]) + b"(" + (b"h" + bytes([(i + 1) % 100])) * 10 + b"e0" for i in range(100))
+    (tmp_path / "bernoullis_0.pkl").write_bytes(b"\x80\x02" + text + b"h\x00.")
+    found = released.load(tmp_path / "bernoullis_0.pkl")
+    assert len(found) == 10 and all(inner is found[0] for inner in found)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([torch.zeros(99)])[:-40]])

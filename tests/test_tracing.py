@@ -4,45 +4,25 @@ import runpy
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import accelerate
 import nnsight
 import pytest
 import torch
+from conftest import DATA, FINE, make_config
 from nnsight.intervention.envoy import Envoy, eproperty
 from safetensors.torch import load_file
 
 from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt
 from vtv_nnsight.models.devices import available_devices, resolve_device
-from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel, tracing
-
-DATA = Path(__file__).parent / "data"
-SIZES = dict(
-    image_size=112,
-    patch_size=8,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    decoder_hidden_size=16,
-    decoder_num_hidden_layers=2,
-    decoder_num_attention_heads=2,
-    num_codes=64,
-    code_dim=8,
-    vqgan_z_channels=8,
-    vqgan_channels=32,
-    vqgan_channel_multipliers=(1, 1, 1),
-    vqgan_num_res_blocks=1,
-    vqgan_attention_levels=(2,),
-    vqgan_fold=2,
-)
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel, tracing
 
 
 @pytest.fixture(scope="module")
 def module():
     """A small model whose weights are large enough for every edit to show in the logits."""
     torch.manual_seed(0)
-    module = MAEVQGANModel(MAEVQGANConfig(**SIZES)).eval()
+    module = MAEVQGANModel(make_config(**FINE)).eval()
     for parameter in module.parameters():
         if parameter.ndim < 2:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -626,7 +606,7 @@ def test_layouts(model, prompts):
     with pytest.raises(ValueError, match=message), model.trace(foreign):
         model.output.save()
     for other in (flipped, several, prompts.query_only()):
-        with pytest.raises(ValueError, match="cannot share a batch.*in a `with model.session():`"), model.trace() as tracer:
+        with pytest.raises(ValueError, match="cannot share.*`with model.session():`"), model.trace() as tracer:
             with tracer.invoke(prompts):
                 model.output.save()
             with tracer.invoke(other):

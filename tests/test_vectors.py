@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
+from conftest import FINE, make_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_tracing import SIZES
 
 import vtv_nnsight.vectors as code
 from vtv_nnsight import MAEVQGAN, Layout, TaskVectors, VisualPrompt
@@ -22,7 +22,7 @@ QUERY = positions(LAYOUT.regions["query"])
 def random_module(seed=0, **sizes):
     """A small model whose weights are large enough for every edit to show in the logits."""
     torch.manual_seed(seed)
-    module = MAEVQGANModel(MAEVQGANConfig(**SIZES | sizes)).eval()
+    module = MAEVQGANModel(make_config(**FINE | sizes)).eval()
     for parameter in module.parameters():
         if parameter.ndim < 2:
             parameter.data += 0.1 * torch.randn_like(parameter)

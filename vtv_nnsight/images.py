@@ -90,6 +90,18 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").float().div(255)
 
 
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels [..., 3, height, width] in [0, 1] → less ImageNet's mean, over its deviation."""
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+def denormalise(values: torch.Tensor) -> torch.Tensor:
+    """The inverse of `normalise`."""
+    mean, std = (values.new_tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    return values * std + mean
+
+
 def as_cell(image: Any, size: int) -> torch.Tensor:
     """A picture or its path → the pixels of a square cell, float [3, size, size] in [0, 1]."""
     return to_tensor(resize(as_rgb(image), size))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.layouts import CLS, Layout, positions
+from vtv_nnsight.layouts import CLS, Layout, positions, token_index
 from vtv_nnsight.models.interface import InContextModel, Stage, group_positions
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -46,6 +46,13 @@ class MaskedAutoencoder(InContextModel):
         """As *Finding Visual Task Vectors* has them (ECCV 2024, §4.3): by quadrant, CLS and query of the encoder, CLS,
         query and output of the decoder."""
         return groups(stage, granularity, layout or self.layout)
+
+    def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
+        """Compute the predictions of the output's patches alone."""
+        output = prompts.layout.regions["output"].to(prompts.device)
+        kept = token_index(prompts.decoded, output)
+        self.decoder.norm.output = self.decoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
+        return prompts._with(decoded=output)
 
 
 def groups(stage: str, granularity: str, layout: Layout) -> dict[str, torch.Tensor]:

@@ -4,18 +4,23 @@ read. MAE-VQGAN and ViT-MAE are such; a model with another input overrides `_pre
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from nnsight.intervention.envoy import traceable
 from nnsight.modeling.huggingface import HuggingFaceModel
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.checkpoint_files import some
 from vtv_nnsight.models.devices import check_device_map, resolve_device
 from vtv_nnsight.models.envoys import PromptBatcher, PromptTracer
+from vtv_nnsight.models.folders import check_folder, read_model_type
 from vtv_nnsight.prompts import VisualPrompt
 
 EXPECTED = (
@@ -101,10 +106,50 @@ class CanvasModel(HuggingFaceModel):
         return self
 
     def _read_config(self, source: str, **kwargs: Any) -> PretrainedConfig:
+        expected = self.config_class.model_type
+        if Path(source).is_dir() and (found := read_model_type(source)) != expected:
+            raise ValueError(f"{source!r} is a {found} model; expected {expected}.")
         config = AutoConfig.from_pretrained(source, revision=self.revision, **pick(kwargs, *_HUB_OPTIONS))
         if not isinstance(config, self.config_class):
-            raise ValueError(f"{source!r} is a {config.model_type} model; expected {self.config_class.model_type}.")
+            raise ValueError(f"{source!r} is a {config.model_type} model; expected {expected}.")
         return config
+
+    def _build(self, config: PretrainedConfig, source: str, **kwargs: Any) -> PreTrainedModel:
+        """The model of a config, without weights."""
+        chosen = pick(kwargs, "dtype", "attn_implementation")
+        if chosen.get("dtype") == "auto":
+            del chosen["dtype"]
+        auto = self._auto()
+        make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
+        with _one_sentence(source):
+            return make(config, **chosen)
+
+    def _from_pretrained(self, source: str, **kwargs: Any) -> PreTrainedModel:
+        """The model of a folder or a Hub id, all of whose weights were there.
+
+        Raises:
+            ValueError: naming the source and the weights that are missing, of other shapes, or damaged.
+        """
+        if Path(source).is_dir():
+            check_folder(source)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # what it would report is raised below
+        options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            with _one_sentence(source):
+                module, report = super()._load(source, **options)
+        finally:
+            logging.set_verbosity(verbosity)
+        if mismatched := sorted(report["mismatched_keys"]):
+            name, found, expected = mismatched[0]
+            raise ValueError(
+                f"{source}: {name} has shape {list(found)}; the sizes in its config ask for {list(expected)}."
+            )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{source} has no {some(missing)}; it is incomplete, or of another model.")
+        if strange := sorted(report["unexpected_keys"]):
+            raise ValueError(f"{source} has {some(strange)}, unknown to the model; it is of another one.")
+        return module
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
         """Rows of one input set; 0 when it holds only options, as in `model.trace()` with invokes."""
@@ -143,6 +188,16 @@ class CanvasModel(HuggingFaceModel):
         inputs = Inputs(**given)
         _check(inputs, self.layout)
         return inputs, {name: value for name, value in kwargs.items() if name not in Inputs._fields}
+
+
+@contextmanager
+def _one_sentence(source: str) -> Iterator[None]:
+    """What a config leads transformers to raise when nothing can be built of it, as one sentence."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"no model can be built of the config of {source!r}: {reason}.") from error
 
 
 def pick(options: dict[str, Any], *names: str) -> dict[str, Any]:

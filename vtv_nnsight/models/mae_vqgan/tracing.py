@@ -125,9 +125,9 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
         prompts.layout.index(prompts.decoded, output)
         return self._codes(prompts)[:, output]
 
-    def paint(self, output: MAEVQGANOutput, prompts: VisualPrompt) -> torch.Tensor:
+    def paint(self, output: MAEVQGANOutput, prompts: VisualPrompt, paste: bool = True) -> torch.Tensor:
         """The VQGAN's picture of the arg-max codes at the hidden patches: [batch, 3, height, width] in [0, 1]."""
-        return self._module.paint(output.logits.argmax(-1), prompts.canvas, prompts.visible, prompts.decoded)
+        return self._module.paint(output.logits.argmax(-1), prompts.canvas, prompts.visible, prompts.decoded, paste)
 
     def ceiling(self, prompts: VisualPrompt) -> torch.Tensor:
         """The tokenizer's own pictures of the canvases: [batch, 3, height, width] in [0, 1]."""
@@ -141,13 +141,6 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
             return {"model": "MAEVQGAN"}
         return {"model": "MAEVQGAN", "mask token": token.flatten()[:8].float().tolist()}
 
-    def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
-        """Compute the logits of the output's patches alone."""
-        output = prompts.layout.regions["output"].to(prompts.device)
-        kept = token_index(prompts.decoded, output)
-        self.decoder.norm.output = self.decoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
-        return prompts._with(decoded=output)
-
     @torch.no_grad()
     def _codes(self, prompts: VisualPrompt) -> torch.Tensor:
         """The tokenizer's codes of canvases, LongTensor [batch, patch]."""
@@ -155,11 +148,7 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
         return vqgan.encode(prompts.canvas.to(vqgan.codebook.weight.dtype)).to(prompts.device)
 
     def _load_meta(self, source: str, vqgan: Any = None, **kwargs: Any) -> torch.nn.Module:
-        config = self._read_config(source, vqgan, **kwargs)
-        chosen = pick(kwargs, "dtype", "attn_implementation")
-        if chosen.get("dtype") == "auto":
-            del chosen["dtype"]
-        return self._auto().from_config(config, **chosen)
+        return self._build(self._read_config(source, vqgan, **kwargs), source, **kwargs)
 
     def _load(self, source: str, vqgan: Any = None, **kwargs: Any) -> torch.nn.Module:
         if _is_checkpoint(source):
@@ -169,7 +158,7 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
             rest = {name: value for name, value in kwargs.items() if name not in own}
             return self._wrap(load_checkpoint(source, vqgan=vqgan, **own), **rest)
         self._read_config(source, vqgan, **kwargs)
-        return super()._load(_folder(source), **kwargs)
+        return self._from_pretrained(_folder(source), **kwargs)
 
     def _wrap(self, module: MAEVQGANModel, **kwargs: Any) -> torch.nn.Module:
         """The module itself, or a copy of it when something about it is to differ."""
