@@ -258,7 +258,7 @@ def _size(found: Found, task: Task) -> str:
 
 
 def _metric(task: Task) -> str:
-    return "mIoU ↑" if task.metric.higher_is_better else f"{task.metric.upper()} ↓"
+    return task.metric.label
 
 
 def _word(value: Any) -> str:
