@@ -42,6 +42,18 @@ def space():
     return PatchSpace(MAEVQGAN("tiny"))
 
 
+def test_computation(tmp_path):
+    found, printed = quick("computation", tmp_path)
+    (case,) = found["cases"]
+    transformer, whole = case["GFLOPs of the transformer a canvas"], case["GFLOPs a canvas"]
+    for way in ("one-shot", "zero-shot"):
+        assert whole[way] > transformer[way] > 0
+    drawing = [whole[way] - transformer[way] for way in ("one-shot", "zero-shot")]
+    assert drawing[0] == pytest.approx(drawing[1])  # the VQGAN draws as many patches either way
+    assert 0 < case["saved"]["FLOPs"] < case["saved"]["FLOPs of the transformer"] < 100
+    assert "saved (%)" in printed
+
+
 def test_patch_sets(tmp_path, space):
     PatchSet(space, torch.ones(len(space))).save(tmp_path / "all.json")
     found, printed = quick("patch_sets", tmp_path, tmp_path / "all.json", "--algorithms", "ranking")
