@@ -6,7 +6,9 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +283,65 @@ def test_plain_pickles_are_not_opened(tmp_path):
     with pytest.raises(ValueError, match="vectors.pkl is not a PyTorch checkpoint"):
         load_checkpoint(path)
     assert not marker.exists()
+
+
+def laughs(depth=60, width=10):
+    """A pickle of few bytes that stands for width ** depth parts: a tuple of tuples of tuples…"""
+    inner, again = b"K\x00" * width, (pickle.BINGET + b"\x01") * width
+    layers = [pickle.MARK + part + pickle.TUPLE + pickle.BINPUT + b"\x01" for part in (inner, *[again] * depth)]
+    return (pickle.POP).join(layers)
+
+
+def hostile_pickles():
+    """Pickles that would keep a reader busy for hours, as dict keys, in sets, nested, or by their number."""
+    key = b"\x80\x02}" + laughs() + b"K\x01s."
+    yield "a dict's key", key
+    yield "in a set", b"\x80\x04\x8f(" + laughs() + b"\x90."
+    yield "a frozenset", b"\x80\x04(" + laughs() + b"\x91."
+    yield "the storage's key", b"\x80\x02(X\x07\x00\x00\x00storageK\x00" + laughs() + b"X\x03\x00\x00\x00cpuK\x01tQ."
+    yield "an argument", b"\x80\x02ccollections\nOrderedDict\n]((" + laughs() + b"K\x01ta\x85R."
+    yield "deep", b"\x80\x02}" + b"K\x00" + b"\x85" * 100_000 + b"K\x01s."
+    yield "many", b"\x80\x02" + b"K\x000" * 2_000_000 + b"N."
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), list(hostile_pickles()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_pickles_that_stand_for_something_enormous_are_refused_at_once(tmp_path, name, content):
+    with zipfile.ZipFile(tmp_path / "some.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    began = time.monotonic()
+    refused(r"some.pth was refused: it.* (parts|deep|instructions)\. Nothing of it was run", tmp_path / "some.pth")
+    assert time.monotonic() - began < 60
+
+
+def test_a_tensor_that_claims_more_than_its_file_is_refused(state, save):
+    """By strides of zero, which repeat one element."""
+    state["norm.weight"] = torch.zeros(1).expand(10**12)
+    refused("some.pth is truncated or damaged: norm.weight should lie beyond its", save(state))
+
+
+def test_thousands_of_blocks_are_refused_at_once(state, save):
+    for name in ("blocks.5000.norm1.weight", "decoder_blocks.99999999.norm1.weight", "vae.encoder.down.777.x"):
+        began = time.monotonic()
+        words = rf"some.pth declares {name.rpartition('.norm1')[0] or name[:-2]}; expected at most 256 of these"
+        refused(words, save(state | {name: torch.ones(2)}))
+        assert time.monotonic() - began < 20
+    with pytest.raises(ValueError, match=r"blocks.24.norm1.weight, .* missing"):
+        load_checkpoint(save(state | {"blocks.30.norm1.weight": torch.ones(64)}))
+
+
+def test_whole_numbers_are_no_weights(state, save):
+    with pytest.raises(ValueError, match="some.pth: norm.bias of dtype int64; expected floating point"):
+        load_checkpoint(save(state | {"norm.bias": state["norm.bias"].long()}))
+
+
+def test_what_is_called_a_tensor_and_is_none(state, save):
+    """Shapes that are no shapes, storages that are none: the entry is inert, and missed as a weight."""
+    rebuild = torch._utils._rebuild_tensor_v2
+    for arguments in ((AttributeDict(), 0, (64,), (1,), False, {}), (state["norm.bias"], 0, "wide", None, False, {})):
+        with pytest.raises(ValueError, match="some.pth: norm.bias missing"):
+            load_checkpoint(save(state | {"norm.bias": Loaded(rebuild, *arguments)}))
 
 
 def refused(words, *args, error=ValueError, **kwargs):

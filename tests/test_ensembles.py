@@ -79,3 +79,5 @@ def test_what_cannot_be_ensembled_is_refused(model, prompts):
         ensembles.generate(model, prompts, "vote")
     with pytest.raises(ValueError, match="nothing to ensemble"):
         ensembles.combine([])
+    with pytest.raises(ValueError, match="nothing to ensemble; give at least one VisualPrompt"):
+        ensembles.generate(model, [])

@@ -174,6 +174,31 @@ def test_stack_globals_by_hand_are_refused(tmp_path):
             released.load(path)
 
 
+def test_pickles_that_stand_for_something_enormous_are_refused_at_once(tmp_path):
+    shared = (0,) * 10
+    for _ in range(40):
+        shared = (shared,) * 10
+    for content in (shared, [shared], {"a": [1, shared]}):
+        (tmp_path / "bernoullis_0.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match="was refused: its objects refer to each other so often"):
+            released.load(tmp_path / "bernoullis_0.pkl")
+    deep = []
+    for _ in range(300):
+        deep = [deep]
+    (tmp_path / "bernoullis_0.pkl").write_bytes(pickle.dumps(deep))
+    with pytest.raises(ValueError, match="was refused: its objects are nested more than 200 deep"):
+        released.load(tmp_path / "bernoullis_0.pkl")
+
+
+def test_lists_that_hold_each_other_stay_shared(tmp_path):
+    """Made empty and filled from the outside in, so that none is large when it is used."""
+    text = b"".join(b"]q" + bytes([i]) + b"0" for i in range(100))
+    text += b"".join(b"h" + bytes([i]) + b"(" + (b"h" + bytes([(i + 1) % 100])) * 10 + b"e0" for i in range(100))
+    (tmp_path / "bernoullis_0.pkl").write_bytes(b"\x80\x02" + text + b"h\x00.")
+    found = released.load(tmp_path / "bernoullis_0.pkl")
+    assert len(found) == 10 and all(inner is found[0] for inner in found)
+
+
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([torch.zeros(99)])[:-40]])
 def test_damaged_files_are_refused(tmp_path, content):
     (tmp_path / "x.pkl").write_bytes(content)

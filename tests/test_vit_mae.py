@@ -153,11 +153,11 @@ def test_it_has_vectors_and_units(model, prompts):
 
 def test_narrowed_outputs_are_part_of_all(model, prompts):
     with torch.no_grad(), model.trace(prompts):
-        rest = model.narrow(prompts)
+        decoded = model.narrow(prompts).decoded.save()
         logits = model.output.logits.save()
     output = prompts.layout.regions["output"]
     torch.testing.assert_close(logits, logits_of(model, prompts)[:, output])
-    assert torch.equal(rest.decoded, output)
+    assert torch.equal(decoded, output)
 
 
 def test_patterns_under_eager_attention(module, model, prompts):

@@ -15,19 +15,18 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import struct
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from einops import rearrange
 
 from vtv_nnsight.layouts import positions
+from vtv_nnsight.models.checkpoint_files import Refused, check_pickle
 from vtv_nnsight.models.interface import GRANULARITIES
-from vtv_nnsight.models.mae_vqgan.checkpoints import DTYPES
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.stages import ByStage, device_of, fingerprint
 from vtv_nnsight.vectors import TaskVector, TaskVectors
@@ -128,8 +127,9 @@ def load(path: str | os.PathLike) -> Any:
         raise FileNotFoundError(f"there is no file {path}.")
     with open(path, "rb") as file:
         try:
-            return _plain(_Unpickler(file).load())
-        except _Refused as error:
+            check_pickle(file)
+            return _plain(_Unpickler(file).load(), {})
+        except Refused as error:
             raise ValueError(f"{path} was refused: {error}. Nothing of it was run.") from error
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{path} is truncated, damaged or no pickle: {error or type(error).__name__}.") from error
@@ -137,7 +137,8 @@ def load(path: str | os.PathLike) -> Any:
 
 def _vector(model: Any, path: Path) -> tuple[TaskVector, ByStage]:
     content = load(path)
-    if not isinstance(content, (list, tuple)) or len(content) != 3 or not all(map(torch.is_tensor, content[1:])):
+    kinds = (int, torch.Tensor, torch.Tensor)
+    if not isinstance(content, list) or len(content) != 3 or not all(map(isinstance, content, kinds)):
         raise ValueError(
             f"{path} is not [count, encoder activations, decoder activations] as the released code writes."
         )
@@ -152,7 +153,7 @@ def _vector(model: Any, path: Path) -> tuple[TaskVector, ByStage]:
         if not values.isfinite().all():
             raise ValueError(f"{path}: the {stack}'s activations are not all finite (NaN or infinite).")
         values = values.reshape(expected).squeeze(1)
-        layers = [_recover(y, block.attn.proj) for y, block in zip(values, getattr(model._module, stack).blocks)]
+        layers = [_recover(y, model.attention(stack, layer).proj) for layer, y in enumerate(values)]
         z, missed, total = zip(*layers)
         mean = torch.full((size.layers, layout.num_positions, size.heads, size.head_dim), torch.nan)
         mean[:, positions(seen)] = torch.stack(z).float()
@@ -164,22 +165,18 @@ def _vector(model: Any, path: Path) -> tuple[TaskVector, ByStage]:
                 f"{residuals[stack]:.2g} of their norm); give the checkpoint that made them."
             )
     name = path.name.removesuffix(ACTIVATIONS)
-    vector = TaskVector(TASKS.get(name, name), means, None, int(content[0]), fingerprint(model, layout))
+    vector = TaskVector(TASKS.get(name, name), means, None, content[0], fingerprint(model, layout))
     return vector, residuals
 
 
-def _recover(y: torch.Tensor, proj: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _recover(y: torch.Tensor, proj: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One layer's y = W z + b, [token, head, width] → z [token, head, head_dim], |W z + b - y|² and |y - b|²."""
-    weight, bias = (parameter.detach().double().cpu() for parameter in (proj.weight, proj.bias))
+    weight, bias = (parameter.detach().cpu().double() for parameter in (proj.weight, proj.bias))
     weight = rearrange(weight, "width (head dim) -> head width dim", head=y.shape[1])
-    y = rearrange(y.double() - bias, "token head width -> head width token")
+    y = rearrange(y.cpu().double() - bias, "token head width -> head width token")
     z = torch.linalg.lstsq(weight, y).solution
     missed = (weight @ z - y).square().sum()
     return rearrange(z, "head dim token -> token head dim"), missed, y.square().sum()
-
-
-class _Refused(pickle.UnpicklingError):
-    pass
 
 
 class _Dtype:
@@ -193,7 +190,7 @@ class _Dtype:
 
     def numpy(self) -> np.dtype:
         if not isinstance(self.name, str) or self.name.lstrip("<>=|")[:1] not in set("biuf"):
-            raise _Refused(f"it holds an array of dtype {self.name!r}, which is not a number's")
+            raise Refused(f"it holds an array of dtype {self.name!r}, which is not a number's")
         return np.dtype(self.name).newbyteorder(self.order if self.order in ("<", ">") else "=")
 
 
@@ -221,35 +218,27 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-class _Storage(NamedTuple):
-    key: str
-    dtype: torch.dtype
-
-
-def _from_bytes(data: bytes) -> torch.Tensor:
-    """The elements of a storage that torch pickled: a small file in torch's old format."""
+def _storage(data: bytes) -> torch.TypedStorage:
+    """A storage that torch pickled: a small file in torch's old format."""
     file = io.BytesIO(data)
-    for _ in ("magic number", "protocol", "system"):
-        _Unpickler(file).load()
-    storage = _Unpickler(file).load()
-    if not isinstance(storage, _Storage) or not isinstance(storage.dtype, torch.dtype):
-        raise _Refused("it holds a storage of an unknown kind")
-    _Unpickler(file).load()
-    (count,) = struct.unpack("<q", file.read(8))
-    values = file.read(count * storage.dtype.itemsize)
-    return torch.frombuffer(bytearray(values), dtype=storage.dtype) if count else torch.empty(0, dtype=storage.dtype)
+    try:
+        for _ in ("magic number", "protocol", "system", "storage", "keys"):
+            file.seek(check_pickle(file))
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+    except Exception as error:
+        raise Refused("it holds a storage that is damaged, or is more than numbers") from error
 
 
-def _tensor(storage: torch.Tensor, offset: int, shape: tuple, stride: tuple, *_: Any) -> torch.Tensor:
-    return storage.as_strided(shape, stride, offset).clone()
+def _tensor(storage: torch.TypedStorage, offset: int, shape: tuple, stride: tuple, *_: Any) -> torch.Tensor:
+    return torch._utils._rebuild_tensor(storage, offset, shape, stride).clone()
 
 
 _KNOWN = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _encode,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch.storage", "_load_from_bytes"): _from_bytes,
-    **{("torch", name): dtype for name, dtype in DTYPES.items()},
+    ("torch.storage", "_load_from_bytes"): _storage,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
@@ -267,20 +256,20 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise _Refused(f"it names {module}.{name}, which is neither a tensor nor an array")
+            raise Refused(f"it names {module}.{name}, which is neither a tensor nor an array")
         return _KNOWN[module, name]
 
-    def persistent_load(self, pid: tuple) -> _Storage:
-        _, dtype, key, *_ = pid
-        return _Storage(key, dtype)
 
-
-def _plain(content: Any) -> Any:
-    """Arrays in the place of `_Array`s."""
+def _plain(content: Any, seen: dict[int, Any]) -> Any:
+    """Arrays in the place of `_Array`s, and lists in that of tuples, each once however often it is referred to."""
     if isinstance(content, _Array):
         return content.array
-    if isinstance(content, (list, tuple)):
-        return [_plain(value) for value in content]
-    if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
-    return content
+    if not isinstance(content, (list, tuple, dict)):
+        return content
+    if id(content) not in seen:
+        seen[id(content)] = plain = {} if isinstance(content, dict) else []
+        if isinstance(content, dict):
+            plain.update({key: _plain(value, seen) for key, value in content.items()})
+        else:
+            plain.extend(_plain(value, seen) for value in content)
+    return seen[id(content)]

@@ -38,6 +38,15 @@ def read_model_type(folder: str | os.PathLike) -> str:
     return _json(Path(folder) / "config.json", "model_type", str)
 
 
+def holds_numbers(folder: str | os.PathLike, name: str) -> bool:
+    """Whether a tensor of a folder's model.safetensors has a number that is not zero. True where it cannot be told."""
+    file = Path(folder) / WEIGHTS
+    if not file.exists() or name not in _names(file):
+        return True
+    with safe_open(file, "pt") as tensors:
+        return bool(tensors.get_tensor(name).any())
+
+
 def _check_index(folder: Path) -> None:
     shards: dict[str, set[str]] = {}
     for name, shard in _json(folder / INDEX, "weight_map", dict).items():

@@ -4,7 +4,8 @@ read. MAE-VQGAN and ViT-MAE are such; a model with another input overrides `_pre
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +14,7 @@ from nnsight.intervention.envoy import traceable
 from nnsight.modeling.huggingface import HuggingFaceModel
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.checkpoint_files import some
@@ -119,11 +121,8 @@ class CanvasModel(HuggingFaceModel):
             del chosen["dtype"]
         auto = self._auto()
         make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
-        try:
+        with _one_sentence(source):
             return make(config, **chosen)
-        except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{source!r} has a config of which no model can be built: {reason}.") from error
 
     def _from_pretrained(self, source: str, **kwargs: Any) -> PreTrainedModel:
         """The model of a folder or a Hub id, all of whose weights were there.
@@ -133,7 +132,14 @@ class CanvasModel(HuggingFaceModel):
         """
         if Path(source).is_dir():
             check_folder(source)
-        module, report = super()._load(source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # what it would report is raised below
+        options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            with _one_sentence(source):
+                module, report = super()._load(source, **options)
+        finally:
+            logging.set_verbosity(verbosity)
         if mismatched := sorted(report["mismatched_keys"]):
             name, found, expected = mismatched[0]
             raise ValueError(
@@ -141,6 +147,8 @@ class CanvasModel(HuggingFaceModel):
             )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{source} has no {some(missing)}; it is incomplete, or of another model.")
+        if strange := sorted(report["unexpected_keys"]):
+            raise ValueError(f"{source} has {some(strange)}, unknown to the model; it is of another one.")
         return module
 
     def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
@@ -180,6 +188,16 @@ class CanvasModel(HuggingFaceModel):
         inputs = Inputs(**given)
         _check(inputs, self.layout)
         return inputs, {name: value for name, value in kwargs.items() if name not in Inputs._fields}
+
+
+@contextmanager
+def _one_sentence(source: str) -> Iterator[None]:
+    """What a config leads transformers to raise when nothing can be built of it, as one sentence."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"no model can be built of the config of {source!r}: {reason}.") from error
 
 
 def pick(options: dict[str, Any], *names: str) -> dict[str, Any]:

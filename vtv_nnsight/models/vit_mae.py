@@ -271,9 +271,9 @@ class ViTMAE(CanvasModel, MaskedAutoencoder):
         patches = rearrange(normalise(prompts.canvas), "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side)
         return patches[:, output]
 
-    def paint(self, output: ViTMAEOutput, prompts: VisualPrompt) -> torch.Tensor:
+    def paint(self, output: ViTMAEOutput, prompts: VisualPrompt, paste: bool = True) -> torch.Tensor:
         """The predicted pixels at the hidden patches, on the prompts' own: [batch, 3, height, width] in [0, 1]."""
-        return self._module.paint(output.logits, prompts.canvas, prompts.visible, prompts.decoded)
+        return self._module.paint(output.logits, prompts.canvas, prompts.visible, prompts.decoded, paste)
 
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
         """Write a safetensors folder that this class and transformers read."""

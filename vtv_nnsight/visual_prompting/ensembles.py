@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,17 +54,19 @@ def generate(model: Any, prompts: Sequence[VisualPrompt], rule: str = "softmax",
         [batch, 3, height, width] in [0, 1].
 
     Raises:
-        ValueError: when prompts differ in number, in where their outputs lie, or in what the decoder sees.
+        ValueError: when there are none, or they differ in number, in where their outputs lie, or in what the decoder
+            sees; or the rule is unknown.
     """
+    if not prompts:
+        raise ValueError("there is nothing to ensemble; give at least one VisualPrompt.")
     for prompt in prompts[1:]:
         _check(prompts[0], prompt)
-    logits = []
+    outputs = []
     for prompt in prompts:
         with model.trace(prompt):
-            logits.append(model.output.logits.save())
-    first = prompts[0].to(logits[0].device)
-    codes = combine(logits, rule).argmax(-1)
-    return model._module.paint(codes, first.canvas, first.visible, first.decoded, paste)
+            outputs.append(model.output.save())
+    combined = replace(outputs[0], logits=combine([output.logits for output in outputs], rule))
+    return model.paint(combined, prompts[0].to(model.device), paste)
 
 
 def _check(first: VisualPrompt, other: VisualPrompt) -> None:

@@ -77,7 +77,7 @@ def attention_to_regions(model: Any, prompts: VisualPrompt) -> dict[str, torch.T
     """How much of the decoder's attention goes from the output's patches to CLS and to each cell's patches.
 
     Args:
-        model: A MAEVQGAN loaded with attn_implementation="eager".
+        model: A MAEVQGAN or a ViTMAE loaded with attn_implementation="eager".
         prompts: One-shot prompts, or zero-shot ones (`query_only`), whose decoder sees fewer cells.
 
     Returns:
@@ -94,8 +94,11 @@ def attention_to_regions(model: Any, prompts: VisualPrompt) -> dict[str, torch.T
     }
     output = groups["output"]
     groups = {"cls": positions(seen)[:1], **groups}
+    decoder = next(stage for stage in model.stages if stage.name == "decoder")
     with model.trace(prompts):
-        layers = [_shares(block.attn.pattern, output, groups) for block in model.decoder.blocks].save()
+        layers = [
+            _shares(model.attention("decoder", layer).pattern, output, groups) for layer in range(decoder.layers)
+        ].save()
     return dict(zip(groups, torch.stack(layers, dim=1).cpu()))
 
 

@@ -125,9 +125,9 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
         prompts.layout.index(prompts.decoded, output)
         return self._codes(prompts)[:, output]
 
-    def paint(self, output: MAEVQGANOutput, prompts: VisualPrompt) -> torch.Tensor:
+    def paint(self, output: MAEVQGANOutput, prompts: VisualPrompt, paste: bool = True) -> torch.Tensor:
         """The VQGAN's picture of the arg-max codes at the hidden patches: [batch, 3, height, width] in [0, 1]."""
-        return self._module.paint(output.logits.argmax(-1), prompts.canvas, prompts.visible, prompts.decoded)
+        return self._module.paint(output.logits.argmax(-1), prompts.canvas, prompts.visible, prompts.decoded, paste)
 
     def ceiling(self, prompts: VisualPrompt) -> torch.Tensor:
         """The tokenizer's own pictures of the canvases: [batch, 3, height, width] in [0, 1]."""

@@ -1,0 +1,56 @@
+import json
+
+import pytest
+import torch
+from conftest import make_config
+from transformers import SegGptConfig, SegGptForImageSegmentation, ViTMAEConfig, ViTMAEForPreTraining
+
+from vtv_nnsight import MAEVQGAN
+from vtv_nnsight.models import load_model
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.models.painter import Painter, SegGPT
+from vtv_nnsight.models.vit_mae import ViTMAE
+
+
+def seggpt(typed):
+    sizes = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=(64, 32), patch_size=8)
+    decoder = dict(decoder_hidden_size=8, pretrain_image_size=32, intermediate_hidden_state_indices=[0, 1, 2, 3])
+    model = SegGptForImageSegmentation(SegGptConfig(**sizes, **decoder, mlp_dim=32))
+    for token in (model.model.embeddings.type_token_semantic, model.model.embeddings.type_token_instance):
+        torch.nn.init.constant_(token, float(typed))
+    return model
+
+
+def vit_mae():
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32)
+    decoder = dict(decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
+    return ViTMAEForPreTraining(ViTMAEConfig(**sizes, **decoder, decoder_intermediate_size=16))
+
+
+@pytest.mark.parametrize(
+    ("make", "family"),
+    [
+        (lambda: MAEVQGANModel(make_config()), MAEVQGAN),
+        (vit_mae, ViTMAE),
+        (lambda: seggpt(True), SegGPT),
+        (lambda: seggpt(False), Painter),
+    ],
+)
+def test_a_folder_is_of_its_family(tmp_path, make, family):
+    make().save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.bfloat16)
+    assert type(model) is family
+    model.dispatch()
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_files_and_the_embedded_model(checkpoint):
+    assert type(load_model(checkpoint)) is MAEVQGAN and type(load_model()) is MAEVQGAN
+
+
+def test_other_models_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="is a bert model; expected one of mae_vqgan, vit_mae, seggpt, painter"):
+        load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        load_model(tmp_path / "nowhere.pth")
