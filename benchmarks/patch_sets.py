@@ -29,7 +29,7 @@ from pathlib import Path
 
 import common
 
-from vtv_nnsight import search
+from vtv_nnsight import search, tasks
 from vtv_nnsight.experiment.leaderboard import UNSEEN, Leaderboard, draw, markdown, measure_sets
 
 QUICK = dict(tasks="segmentation,lowlight", budget=80, seeds=2, prompts=16, test_prompts=4)
@@ -61,7 +61,7 @@ def main() -> None:
     if args.algorithms is None and not args.sets:
         args.algorithms = "attribution,ranking" if args.quick else ",".join(search.ALGORITHMS)
     given = {name: value for name, value in vars(args).items() if name in Leaderboard.__dataclass_fields__}
-    given["tasks"] = tuple(args.tasks.split(","))
+    given["tasks"] = tuple(task.name for task in tasks.get_all(args.tasks))
     given["algorithms"] = tuple(args.algorithms.split(",")) if args.algorithms else ()
     try:
         rows = measure_sets(Leaderboard(**given), args.sets)

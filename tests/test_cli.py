@@ -1,4 +1,6 @@
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 from conftest import DATA
 from PIL import Image
 
-from vtv_nnsight import cli, tasks
+from vtv_nnsight import MAEVQGAN, TaskVectors, cli, data, tasks
 from vtv_nnsight.images import as_rgb, resize, to_tensor
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
@@ -111,6 +113,14 @@ def test_a_model_paints_the_output(vtv, tmp_path, checkpoint):
         (["prompt", "--example", SUPPORT, QUERY, "--mask", QUERY, "--query", QUERY], "single --example"),
         (["prompt", "--task", "segmentation", "--example", SUPPORT, "--query", QUERY], "has no 'mask'"),
         (["prompt", "--example", SUPPORT, "--query", QUERY, "--order", "round"], "order='round'"),
+        (["collect", "tiny", "-o", "x", "--device", "cuda:99"], "there is no device 'cuda:99' here; choose one of cpu"),
+        (["run", "--device", "tpu"], "there is no device 'tpu' here; choose one of cpu"),
+        (["collect", "tiny", "-o", "x", "--prompts", 10**20], "is more than can be done; give 10,000,000 or fewer"),
+        (["run", "--seed", 2**40], "seed=1099511627776 is not a seed"),
+        (["run", "--images", "nowhere"], "--images nowhere is not a folder"),
+        (["run", "--folds", "a,b"], "--folds a,b are not numbers"),
+        (["run", "--quick", "--published"], "give one"),
+        (["run", "--tasks", "sing[/b]"], "'sing[/b]' is not a task"),
     ],
 )
 def test_mistakes_are_one_sentence(vtv, tmp_path, monkeypatch, args, words):
@@ -119,6 +129,42 @@ def test_mistakes_are_one_sentence(vtv, tmp_path, monkeypatch, args, words):
     assert code == 1 and not out and words in complaint
     assert complaint.startswith("Error: ") and complaint.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_a_billion_pixels_is_not_opened(vtv, tmp_path):
+    huge = bytearray(QUERY.read_bytes())
+    huge[16:24] = struct.pack(">II", 30_000, 30_000)
+    huge[29:33] = struct.pack(">I", zlib.crc32(huge[12:29]))
+    (tmp_path / "huge.png").write_bytes(huge)
+    args = ("prompt", "--example", SUPPORT, "--query", tmp_path / "huge.png", "-o", tmp_path / "out.png")
+    code, _, complaint = vtv(*args)
+    assert code == 1 and "huge.png has more than" in complaint and complaint.count("\n") == 1
+
+
+def test_vectors_that_are_not_finite_are_named(vtv, tmp_path, small_config):
+    model = MAEVQGAN(MAEVQGANModel(small_config()))
+    rows = data.scenes("train", 20)
+    vectors = TaskVectors.collect(
+        model, {t.name: t.prompts(rows, 2, 0, model.layout) for t in (tasks.identity, tasks.lowlight)}, progress=False
+    )
+    vectors["lowlight"].mean["decoder"][0, 5, 0, 1] = torch.nan
+    vectors.save(tmp_path / "vectors.safetensors")
+    code, _, complaint = vtv("score", tmp_path / "vectors.safetensors")
+    assert code == 1 and "lowlight/decoder/mean holds numbers that are NaN or infinite" in complaint
+
+
+def test_an_error_that_nobody_thought_of_is_one_sentence(vtv, monkeypatch):
+    def fail(*args, **options):
+        raise AttributeError("'NoneType' object\nhas no attribute 'x[/b]'")
+
+    monkeypatch.setattr("vtv_nnsight.tasks.get", fail)
+    code, _, complaint = vtv("prompt", "--example", SUPPORT, "--query", QUERY, "-o", "out.png")
+    said = "Error: AttributeError: 'NoneType' object has no attribute 'x[/b]' (--debug shows where)\n"
+    assert (code, complaint) == (1, said)
+
+
+def test_version(vtv):
+    assert vtv("--version")[1].startswith("vtv-nnsight ")
 
 
 def test_brackets_in_a_message_are_shown(vtv):

@@ -2,10 +2,14 @@
 
 import colorsys
 import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
+from test_pascal import root  # noqa: F401
 
 from vtv_nnsight import data
 from vtv_nnsight.data.photographs import PHOTOGRAPHS, crops
@@ -201,3 +205,120 @@ def test_what_folder_refuses(tmp_path):
     (tmp_path / "broken.png").write_text("not a picture")
     with pytest.warns(UserWarning, match="broken.png"), pytest.raises(ValueError, match="no picture that can be read"):
         data.folder(tmp_path)
+
+
+def digests(rows):
+    """What the pictures of rows look like, decoded: two files of one picture are one."""
+    return {np.asarray(row["image"].convert("RGB")).tobytes() for row in rows}
+
+
+def pictures(n):
+    return [Image.fromarray(image) for image in render("train", range(n), size=32).images]
+
+
+@pytest.fixture
+def specs(root, tmp_path, monkeypatch):  # noqa: F811
+    """A spec for every source, and for every way to write it."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    photos, hub, divided = tmp_path / "photos", tmp_path / "hub", tmp_path / "divided"
+    for folder in (photos, hub, divided):
+        folder.mkdir()
+    for i, picture in enumerate(pictures(21)):
+        picture.save(photos / f"{i:02}.png")
+    (photos / "a copy of 03.png").write_bytes((photos / "03.png").read_bytes())
+    rows = Dataset.from_dict({"image": pictures(24)}).cast_column("image", data.folder(photos).features["image"])
+    rows.select(range(16)).to_parquet(hub / "train.parquet")
+    rows.select(range(16)).to_parquet(divided / "train.parquet")
+    rows.select(range(16, 24)).to_parquet(divided / "validation.parquet")
+    return {
+        "scenes": ["scenes"],
+        "reasoning": ["reasoning:color", "reasoning:shape+size"],
+        "photographs": ["photographs"],
+        "pascal": [f"pascal:{root}", f"pascal:{root}:0"],
+        "detection": [f"detection:{root}"],
+        "hf": [f"hf:{hub}", f"hf:{hub}:train", f"hf:{divided}", f"hf:{divided}:validation", f"hf:{hub}:train[:12]"],
+        "folder": [str(photos), f"folder:{photos}"],
+    }
+
+
+@pytest.mark.parametrize("name", data.SOURCES)
+def test_what_is_tested_on_was_never_learned_from(specs, name):
+    """Of every source, and whatever the seeds, no picture of "train" is in another split."""
+    assert set(specs) == set(data.SOURCES)
+    if name == "photographs":
+        pytest.importorskip("skimage"), pytest.importorskip("sklearn")
+    for spec in specs[name]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # classes of a single picture
+            train = digests(data.load(spec, "train", 600, seed=0)) | digests(data.load(spec, "train", 100, seed=5))
+            for split in ("validation", "test"):
+                for seed in (0, 1):
+                    held = digests(data.load(spec, split, 300, seed=seed))
+                    assert held and not held & train, (spec, split)
+
+
+@pytest.mark.parametrize("name", [name for name in data.SOURCES if name not in ("photographs", "detection")])
+def test_split_data(specs, name):
+    for spec in specs[name]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            train, test = data.split_data(spec, 40, 20, seed=3)
+        assert len(train) <= 40 and 2 <= len(test) <= 20 and not digests(train) & digests(test)
+        assert not set(data.identities(train)) & set(data.identities(test))
+
+
+def test_a_source_that_is_not_divided_keeps_a_quarter_of_its_pictures(specs):
+    everything, train, test = (data.load(specs["folder"][0], split) for split in (None, "train", "test"))
+    assert (len(everything), len(train) + len(test)) == (22, 22) and len(set(data.identities(test))) == 21 // 4
+    copies = [i for i in data.identities(everything) if data.identities(everything).count(i) == 2]
+    assert len(set(copies)) == 1 and data.identities(train).count(copies[0]) in (0, 2)
+    held = set(data.identities(test))
+    for path in sorted(Path(specs["folder"][0]).iterdir()):
+        path.rename(path.with_name(path.name.replace("0", "x")))
+    assert set(data.identities(data.load(specs["folder"][0], "test"))) == held
+
+
+def test_pictures_in_both_splits_of_a_data_set_are_not_tested_on(specs, tmp_path):
+    leaky = tmp_path / "leaky"
+    leaky.mkdir()
+    rows = Dataset.from_dict({"image": pictures(12)}).cast_column(
+        "image", data.folder(tmp_path / "photos").features["image"]
+    )
+    rows.select(range(8)).to_parquet(leaky / "train.parquet")
+    rows.select(range(5, 12)).to_parquet(leaky / "test.parquet")
+    with pytest.warns(UserWarning, match="3 test pictures of hf:.*leaky are among its training pictures"):
+        train, test = data.split_data(f"hf:{leaky}")
+    assert (len(train), len(test)) == (8, 4) and not digests(train) & digests(test)
+    rows.select(range(7)).to_parquet(leaky / "test.parquet")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="8 pictures to learn from and 0 to test on"):
+        data.split_data(f"hf:{leaky}")
+
+
+def test_a_sources_name_is_not_a_folders(specs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("scenes", "pascal", "holiday"):
+        (tmp_path / "photos").rename(tmp_path / name)
+        if name == "scenes":
+            assert len(data.load("scenes", n=7)) == 7 and len(data.load("./scenes")) == 22
+        elif name == "pascal":
+            with pytest.raises(
+                ValueError, match=r"'pascal' is not a source of data; .*\./scenes is a folder, scenes is not"
+            ):
+                data.load("pascal")
+        else:
+            assert len(data.load("holiday")) == 22
+        (tmp_path / name).rename(tmp_path / "photos")
+
+
+def test_what_load_refuses(specs, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(6):
+        pictures(2)[i % 2].save(few / f"{i}.png")
+    with pytest.raises(ValueError, match="few holds 2 different pictures .* give 4 or more"):
+        data.load(str(few), "test")
+    assert len(data.load(str(few))) == 6
+    for spec in ("scenes", "reasoning:color", "photographs", specs["folder"][0], f"{specs['hf'][0]}:train"):
+        with pytest.raises(ValueError, match="split='trian'"):
+            data.load(spec, "trian")
+    assert all(source.usage.startswith(name) and source.help for name, source in data.SOURCES.items())

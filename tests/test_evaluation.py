@@ -1,14 +1,31 @@
 import csv
+import sys
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 from test_cli import vtv  # noqa: F401
 from test_vectors import FAST, random_module
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, evaluate, metrics, patch, tasks
-from vtv_nnsight.evaluation import Table, bootstrap, comparison, select_prompts
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, ablate, data, evaluate, metrics, patch, tasks
+from vtv_nnsight.evaluation import (
+    Condition,
+    Table,
+    best_others,
+    bootstrap,
+    comparison,
+    controls,
+    random_units,
+    select_prompts,
+    specificity,
+)
+from vtv_nnsight.evaluation.table import intervals
+from vtv_nnsight.search.objective import Objective
+
+table_module = sys.modules["vtv_nnsight.evaluation.table"]
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +60,19 @@ def table(model, prompts, vectors, patches):
     return evaluate(model, tasks.segmentation, prompts, conditions, batch_size=3, keep=2, progress=False)
 
 
-def answer(model, prompts, *patched):
+def answer(model, prompts, *patched, edit=None, **options):
     """What the table must hold of one condition, by `generate` and the metrics alone: scores and token losses."""
     with model.generate(prompts) as tracer:
         if patched:
-            patch(model, *patched)
+            patch(model, *patched, **options)
+        if edit:
+            edit(model)
         canvas = tracer.result.save()
     with torch.no_grad(), model.trace(prompts):
         if patched:
-            patch(model, *patched)
+            patch(model, *patched, **options)
+        if edit:
+            edit(model)
         logits = model.output.logits.save()
     layout = prompts.layout
     with torch.no_grad():
@@ -129,6 +150,255 @@ def test_bootstrap_covers_the_mean_and_shrinks():
     assert 88 <= hits <= 99
     few, many = (np.subtract(*bootstrap(generator.normal(size=n))[:0:-1]) for n in (50, 5000))
     assert 6 < few / many < 16
+
+
+def test_intervals_are_those_of_0_1_where_queries_differ():
+    """One resample of all series at once gives the numbers of one resample each."""
+
+    def alone(values, folds):
+        generator = np.random.default_rng(0)
+        parts = [values[folds == fold] for fold in np.unique(folds)]
+        means = [part[generator.integers(len(part), size=(2000, len(part)))].mean(1) for part in parts]
+        return np.mean([part.mean() for part in parts]), *np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+
+    generator = np.random.default_rng(1)
+    for folds in (np.zeros(40), np.repeat([0, 1, 2], [20, 15, 5])):
+        series = list(generator.normal(size=(3, 40)))
+        for found, values in zip(intervals(series, folds), series):
+            assert found == pytest.approx(alone(values, folds), abs=1e-12)
+            assert bootstrap(values, folds) == pytest.approx(found, abs=1e-12)
+
+
+def test_intervals_resample_queries_not_prompts():
+    """Each of 30 queries asked eight times is worth 30 prompts, not 240."""
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=30)
+    repeated, queries = np.repeat(values, 8), np.repeat(np.arange(30), 8)
+    order = generator.permutation(240)
+    few = bootstrap(values)
+    for given in ((repeated, queries), (repeated[order], queries[order] * 7919)):
+        mean, low, high = bootstrap(given[0], queries=given[1])
+        assert mean == pytest.approx(few[0]) and high - low == pytest.approx(few[2] - few[1], rel=0.1)
+    mean, low, high = bootstrap(repeated)
+    assert high - low < 0.5 * (few[2] - few[1])
+    frame = {"task": "t", "metric": "mse", "condition": "x", "fold": 0, "image": range(240), "score": repeated}
+    (line, _) = Table(pd.DataFrame(frame | {"query": queries})).lines()
+    assert (line.mean, line.low, line.high) == pytest.approx(
+        bootstrap(repeated, queries=queries)
+    ) and line.images == 240
+
+
+def test_intervals_are_over_draws_too():
+    generator = np.random.default_rng(0)
+    images, draws = generator.normal(size=(50, 1)), generator.normal(size=(1, 16))
+    ((mean, low, high), one) = intervals([0.1 * images + draws, 0.1 * images[:, 0] + draws[0, 0]])
+    assert mean == pytest.approx((0.1 * images + draws).mean())
+    spread = 1.96 * np.hypot(0.1 * images.std() / 50**0.5, draws.std() / 4)
+    assert high - low == pytest.approx(2 * spread, rel=0.15) and one[2] - one[1] < 0.1 * (high - low)
+
+
+def test_a_table_of_five_tasks_is_shown_at_once(monkeypatch):
+    """Every task's images are resampled once, and never again."""
+    calls = []
+    monkeypatch.setattr(
+        table_module, "intervals", lambda series, *args: calls.append(len(series)) or intervals(series, *args)
+    )
+    names = ("one-shot", "zero-shot", "task vector", "copy")
+    about = {"metric": "lpips", "fold": 0, "image": range(60), "score": 1.0, "token_loss": 2.0}
+    rows = [pd.DataFrame({"task": f"t{i}", "condition": name} | about) for i in range(5) for name in names]
+    table = Table(pd.concat(rows))
+    assert repr(table) == repr(table) and table.markdown() and table._repr_html_() and len(table.lines()) == 40
+    assert calls == [16] * 5 and "LPIPS ↓" in repr(table)
+
+
+def test_files_of_0_1_are_read(tmp_path):
+    rows = [
+        {"task": "t", "metric": "iou", "condition": name, "fold": 0, "image": i, "score": s + i, "token_loss": 3.0 + s}
+        for name, s in (("one-shot", 0.0), ("other", 0.25))
+        for i in range(3)
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "old.parquet")
+    table = Table.load(tmp_path / "old.parquet")
+    assert table.values("t", "other").tolist() == [0.25, 1.25, 2.25]
+    for name in ("token_loss", "token loss", "loss"):
+        assert table.values("t", "other", name).tolist() == [3.25] * 3
+    assert "mIoU ↑" in repr(table) and "token loss ↓" in repr(table)
+    with pytest.warns(DeprecationWarning, match="Table.rows"):
+        assert table.rows["condition"][:] == [row["condition"] for row in rows]
+    with pytest.raises(ValueError, match="no 'speed' of 't'; choose from score, loss, token loss"):
+        table.values("t", "other", "speed")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "old.parquet").read_bytes()[:-20])
+    Dataset.from_list([{"a": 1}]).to_parquet(tmp_path / "else.parquet")
+    for name in ("cut", "else"):
+        with pytest.raises(ValueError, match=f"{name}.parquet does not hold the values of an evaluation"):
+            Table.load(tmp_path / f"{name}.parquet")
+
+
+def test_conditions_are_values(model, prompts, vectors, patches, table):
+    own, other = vectors["segmentation"], vectors["lowlight"]
+    zero_shot, found = prompts.query_only(), SimpleNamespace(patches=patches)
+
+    def silence(model):
+        model.decoder.blocks[1].attn.heads[:] = 0
+
+    conditions = {
+        "one": Condition(),
+        "found": Condition(vectors=own, patches=found),
+        "pair": (own, found),
+        "half": Condition(vectors=own, patches=patches, scale=0.5),
+        "both": Condition(vectors=[own, other], patches=[found, patches]),
+        "silenced": Condition("one", patches=found, ablation="zero"),
+        "mean": Condition("one", patches=found, ablation=vectors.mean()),
+        "run": Condition("one", run=silence),
+        "floor": Condition("copy"),
+    }
+    found_table = evaluate(model, tasks.segmentation, prompts, conditions, keep=0, progress=False)
+    mean = vectors.mean()
+    expected = {
+        "one": answer(model, prompts),
+        "found": answer(model, zero_shot, own, patches),
+        "pair": answer(model, zero_shot, own, patches),
+        "half": answer(model, zero_shot, own, patches, scale=0.5),
+        "both": answer(model, zero_shot, [own, other], [patches, patches]),
+        "silenced": answer(model, prompts, edit=lambda model: ablate(model, patches)),
+        "mean": answer(model, prompts, mean, patches),
+        "run": answer(model, prompts, edit=silence),
+    }
+    for name, (scores, losses) in expected.items():
+        np.testing.assert_allclose(found_table.values("segmentation", name), scores, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(found_table.values("segmentation", name, "loss"), losses, atol=1e-5, err_msg=name)
+    assert len({tuple(losses.tolist()) for _, losses in expected.values()}) == len(expected) - 1
+    np.testing.assert_allclose(found_table.values("segmentation", "floor"), table.values("segmentation", "copy"))
+    assert Condition.of(None).shot == "one" and Condition.of("tokenizer").shot == "ceiling"
+    assert Condition(run=silence).shot == "zero"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (dict(shot="two"), "shot='two' is unknown; choose one of one, zero, copy, ceiling"),
+        (dict(shot="copy", run=print), "shot='copy' does not ask the model"),
+        (dict(vectors="v"), "go together"),
+        (dict(patches="p"), "go together"),
+        (dict(patches="p", vectors="v", ablation="zero"), "patches vectors in or silences units"),
+        (dict(patches="p", ablation="mean"), "ablation='mean' is unknown; give 'zero' or a task vector"),
+        (dict(mode="multiply"), "mode='multiply' is unknown"),
+    ],
+)
+def test_conditions_that_make_no_sense_are_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Condition(**wrong)
+
+
+def test_random_units_are_as_many_and_matched_where_asked(patches):
+    space = patches.space
+
+    def kinds(one):
+        return sorted(zip(space.units.stack[one.choices].tolist(), space.units.group[one.choices].tolist()))
+
+    for matched in (False, True):
+        sets = random_units(SimpleNamespace(patches=patches), matched=matched, seed=5)
+        assert len(sets) == 16 and {len(one) for one in sets} == {len(patches)}
+        assert len({tuple(one.choices.tolist()) for one in sets}) == 16
+        assert {kinds(one) == kinds(patches) for one in sets} == {matched}
+        again = random_units(patches, 3, matched=matched, seed=5)
+        assert all(torch.equal(a.choices, b.choices) for a, b in zip(sets, again))
+    assert random_units(patches, 1)[0] == PatchSet.random(space, len(patches), 104_729)
+    with pytest.raises(ValueError, match="draws=0"):
+        random_units(patches, 0)
+
+
+def test_controls_are_drawn_several_times(model, prompts, vectors, patches, table, tmp_path):
+    own = vectors["segmentation"]
+    conditions = {"one-shot": None} | controls(own, patches, vectors, draws=3)
+    assert list(conditions) == ["one-shot", "random units", "matched random units", "vector of lowlight"]
+    found = evaluate(model, tasks.segmentation, prompts, conditions, keep=2, progress=False)
+    zero_shot, sets = prompts.query_only(), random_units(patches, 3)
+    each = np.array([answer(model, zero_shot, own, one)[0].numpy() for one in sets])
+    np.testing.assert_allclose(found.values("segmentation", "random units"), each.mean(0), atol=1e-6)
+    np.testing.assert_allclose(each[0], table.values("segmentation", "random units"), atol=1e-6)
+    line = next(line for line in found.lines() if line.condition == "random units")
+    assert line.images == 7 and line.mean == pytest.approx(each.mean()) and line.low < line.mean < line.high
+    one_shot = found.values("segmentation", "one-shot")
+    assert line.difference == pytest.approx((each - one_shot).mean())
+    assert [len(cells) for cells in found.pictures["segmentation"].values()] == [2] * 6
+    found.parquet(tmp_path / "values.parquet")
+    assert repr(Table.load(tmp_path / "values.parquet")) == repr(found)
+
+
+def test_specificity_is_every_vector_on_every_task(model, images, vectors, patches):
+    names = ("segmentation", "lowlight")
+    prompts = {name: tasks.get(name).prompts(images, 5, seed=1, layout=model.layout) for name in names}
+    units = {"segmentation": patches, "lowlight": PatchSet.random(patches.space, 7, 3)}
+    pairs = specificity(model, units, vectors, prompts, progress=False)
+    assert list(zip(pairs.task, pairs.vector)) == [(a, b) for a in names for b in names]
+    for row in pairs.itertuples():
+        task = tasks.get(row.task)
+        scores = {}
+        for vector in names:
+            found = evaluate(
+                model, task, prompts[row.task], {"x": (vectors[vector], units[row.task])}, keep=0, progress=False
+            )
+            scores[vector] = found.values(row.task, "x")
+        assert row.mean == pytest.approx(scores[row.vector].mean()) and row.label == task.metric.label
+        if row.vector == row.task:
+            assert np.isnan(row.difference)
+        else:
+            assert row.difference == pytest.approx((scores[row.vector] - scores[row.task]).mean())
+    with pytest.raises(ValueError, match="'lowlight' has units and no prompts"):
+        specificity(model, units, vectors, {"segmentation": prompts["segmentation"]}, progress=False)
+
+
+def test_the_best_other_vector_decides():
+    rows = [
+        ("up", "up", True, 0.9, np.nan, np.nan),
+        ("up", "a", True, 0.5, -0.5, -0.3),
+        ("up", "b", True, 0.7, -0.3, -0.1),
+        ("down", "down", False, 0.3, np.nan, np.nan),
+        ("down", "a", False, 0.2, -0.2, 0.05),
+        ("down", "b", False, 0.6, 0.1, 0.5),
+    ]
+    names = ("task", "vector", "higher_is_better", "mean", "difference_low", "difference_high")
+    best = best_others(pd.DataFrame(rows, columns=names))
+    assert list(zip(best.task, best.vector, best.specific)) == [("up", "b", True), ("down", "a", False)]
+
+
+class Unbounded:
+    """A model without a loss of its own or a ceiling."""
+
+    def __init__(self, model):
+        self.model, self.losses = model, ()
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def ceiling(self, prompts):
+        return None
+
+
+def test_a_model_without_a_loss_or_a_ceiling(model, prompts, table):
+    found = evaluate(Unbounded(model), tasks.segmentation, prompts, keep=1, progress=False)
+    assert list(found.frame.condition.unique()) == ["one-shot", "zero-shot", "copy"]
+    assert list(found.pictures["segmentation"]) == ["prompt", "truth", "one-shot", "zero-shot", "copy"]
+    np.testing.assert_allclose(found.values("segmentation", "zero-shot"), table.values("segmentation", "zero-shot"))
+    assert "nan" not in repr(found) and np.isnan(found.values("segmentation", "one-shot", "loss")).all()
+    with pytest.raises(ValueError, match="nothing bounds this model"):
+        evaluate(Unbounded(model), tasks.segmentation, prompts, {"x": "ceiling"}, progress=False)
+
+
+def test_more_is_better_is_searched_for_the_right_way(model, images, vectors, patches):
+    """A metric of one's own where more is better: what a search minimises is minus the score of a table."""
+    closeness = metrics.Metric("closeness", lambda a, b: 1 / (1 + metrics.mse(a, b)), True, "closeness ↑")
+    task = tasks.Colorization(closeness)
+    prompts = task.prompts(images, 6, layout=model.layout)
+    found = evaluate(model, task, prompts, {"x": (vectors["lowlight"], patches)}, keep=0, progress=False)
+    zero_shot = prompts.query_only()
+    objective = Objective(
+        model, vectors["lowlight"], task, zero_shot[:2], patches.space, held_out=zero_shot[2:], loss="pixels"
+    )
+    losses = objective(patches.choices.expand(6, -1), torch.cat([objective.train, objective.held_out]))
+    np.testing.assert_allclose(-losses, found.values(task.name, "x"), atol=1e-6)
+    assert "closeness ↑" in repr(found) and (losses < 0).all()
 
 
 def test_folds_average_as_published(table):

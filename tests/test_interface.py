@@ -109,7 +109,7 @@ def test_what_belongs_to_it_fits_no_other_model(page, tmp_path):
     again = TaskVectors.load(tmp_path / "vectors.safetensors")
     torch.testing.assert_close(again["identity"].mean, page.vectors["identity"].mean, rtol=0, atol=0, equal_nan=True)
     tiny = MAEVQGAN("tiny")
-    other = tasks.identity.prompts(data.scenes("train", n=4), n=2, layout=tiny.layout)
+    other = tasks.identity.prompts(data.scenes("train", n=40), n=2, layout=tiny.layout)
     with pytest.raises(ValueError, match="'identity' does not fit this model: it has stages"), tiny.trace(other):
         patch(tiny, again["identity"], loaded)
     with pytest.raises(ValueError, match=r"stacks=\['encoder'\] are not stages of the model; choose from layers"):

@@ -373,6 +373,53 @@ def test_sets(model):
         PatchSpace(model, stacks="middle")
 
 
+def test_equal_sets_have_equal_hashes(model, tmp_path):
+    a, b = PatchSet.random(PatchSpace(model), 10), PatchSet.random(PatchSpace(model), 10)
+    a.save(tmp_path / "a.json")
+    assert a is not b and len({a, b, PatchSet.load(tmp_path / "a.json")}) == 1
+    others = [PatchSet.random(PatchSpace(model), 10, seed=1), PatchSet.random(PatchSpace(model, stacks="decoder"), 10)]
+    assert len({a, *others}) == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"space": 3, "patches": []},
+        {"space": {}, "patches": []},
+        {"space": {"stages": ["encoder"]}, "patches": []},
+        {"space": {"stages": 3, "stacks": [], "granularity": "head"}, "patches": []},
+        {"space": None, "patches": []},
+        {"space": {}, "patches": [["nested"]]},
+    ],
+)
+def test_sets_that_are_not_whole_are_refused_in_one_sentence(tmp_path, content):
+    path = tmp_path / "patches.json"
+    path.write_text(json.dumps({"kind": "patch set"} | content))
+    with pytest.raises(ValueError, match="patch set|space of units"):
+        PatchSet.load(path)
+
+
+def test_sets_of_unknown_units_are_refused(model, tmp_path):
+    path = tmp_path / "patches.json"
+    PatchSet.random(PatchSpace(model), 3).save(path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"patches": ["encoder.blocks.99.attn.heads[0] @ query"]}))
+    with pytest.raises(ValueError, match="is not a unit of"):
+        PatchSet.load(path)
+    for name, value in (("encoder layers", 10**9), ("decoder heads", -1), ("canvas_size", 8 * 10**6), ("stages", [])):
+        wrong = {name: held for name, held in content["space"].items() if name != "units"} | {name: value}
+        path.write_text(json.dumps(content | {"space": wrong}))
+        with pytest.raises(ValueError, match="not a space of units"):
+            PatchSet.load(path)
+    for stage, at in (("encoder", [10**9]), ("decoder", ["x"]), ("decoder", [-5000])):
+        wrong = json.loads(json.dumps(content))
+        wrong["space"]["units"][stage]["groups"]["query"] = at
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="not a space of units"):
+            PatchSet.load(path)
+
+
 def test_sets_save_and_load(model, tmp_path):
     path = tmp_path / "patches.json"
     chosen = PatchSet.random(PatchSpace(model, Layout(112, 8, order="horizontal"), "token", "decoder"), 9)

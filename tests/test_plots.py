@@ -1,6 +1,7 @@
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -125,3 +126,22 @@ def test_answers_show_pictures_and_scores(model, prompts):
         assert below == [f"{score:.3f}"]
     with pytest.raises(ValueError, match="kept no pictures"):
         plots.answers(evaluate(model, tasks.identity, prompts["b"], {"x": None}, keep=0, progress=False))
+
+
+def test_matrix_shows_every_vector_on_every_task():
+    rows = [
+        {"task": task, "vector": vector, "mean": mean, "label": label, "higher_is_better": up}
+        | {"difference_low": low, "difference_high": high}
+        for task, label, up, cells in (
+            ("a", "mIoU ↑", True, {"a": (0.8, 0, 0), "b": (0.5, -0.4, -0.2), "c": (0.2, -0.7, -0.5)}),
+            ("b", "MSE ↓", False, {"a": (0.9, 0.1, 0.3), "b": (0.6, 0, 0), "c": (0.5, -0.2, 0.1)}),
+        )
+        for vector, (mean, low, high) in cells.items()
+    ]
+    figure = plots.matrix(pd.DataFrame(rows))
+    (panel,) = figure.axes
+    np.testing.assert_allclose(images(figure)[0], [[1, 0.5, 0], [0, 0.75, 1]])
+    words = [text.get_text() for text in panel.texts]
+    assert words == ["0.800", "0.500", "0.200", "0.900", "0.600", "0.500 *"]
+    assert [frame.get_xy() for frame in panel.patches] == [(-0.47, -0.46), (0.53, 0.54)]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["a\nmIoU ↑", "b\nMSE ↓"]

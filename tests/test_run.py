@@ -21,13 +21,15 @@ from vtv_nnsight.cli import start
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.experiment import STEPS, run
 from vtv_nnsight.experiment import steps as runs
-from vtv_nnsight.experiment.settings import PUBLISHED, Settings
+from vtv_nnsight.experiment.settings import PUBLISHED, QUICK, Settings
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import display, progress_bar
 from vtv_nnsight.report import page as report
 from vtv_nnsight.report import pictures, reading
 from vtv_nnsight.search import Objective, SearchResult
 from vtv_nnsight.vectors import TaskVectors
+
+pytestmark = pytest.mark.timeout(900)
 
 TASKS = ("segmentation", "lowlight")
 SMALL = dict(tasks=TASKS, max_images=40, prompts=8, candidates=30, budget=200, test_prompts=6)
@@ -286,8 +288,8 @@ def test_settings_are_tried_before_the_first_step(model, tmp_path, done, change,
 
 
 def test_pictures_to_test_on_are_never_searched_on(monkeypatch):
-    rows, parts = data.scenes("train", 8), {"train": range(5), "test": [7, 4]}
-    monkeypatch.setattr(runs, "load", lambda spec, split, n, seed: rows.select(parts[split]))
+    rows = data.scenes("train", 8)
+    monkeypatch.setattr(data, "split_data", lambda spec, *args: (rows.select(range(5)), rows.select([7, 4])))
     with pytest.raises(ValueError, match="1 of the 2 pictures of x to test on are also among those to search on"):
         runs.split_data("x", 5, 2, 0)
 
@@ -350,7 +352,8 @@ def test_ones_own_pictures(photographs, model, tmp_path):
     """Tasks are those that need no masks; of one task there is no score to show."""
     settings = Settings(model=model, data=str(photographs), **SMALL | {"tasks": ("inpainting",)})
     page = run(tmp_path / "run", settings, progress=False).read_text()
-    broken, few = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    broken, few, *shared = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    assert all("share pictures with training prompts" in note and note in page for note in shared)
     assert "3 of 13 files" in broken and all(name in broken for name in ("broken.png", "deeper/cut.jpg", "dot.png"))
     assert "8 pictures to learn from are few" in few and "deeper/cut.jpg" in page
     assert "Which heads" not in page and not (tmp_path / "run" / "scores.csv").exists()
@@ -429,7 +432,7 @@ def vtv(monkeypatch):
     return call
 
 
-def test_options_become_settings(vtv, tmp_path):
+def test_options_become_settings(vtv, tmp_path, monkeypatch):
     code, said, (out, settings, options) = vtv("run")
     assert (code, settings, str(out)) == (0, Settings(), "runs/scenes") and "wrote runs/scenes" in said
     assert options == {"redo": False, "device": None, "batch_size": None}
@@ -442,8 +445,23 @@ def test_options_become_settings(vtv, tmp_path):
     published = PUBLISHED | {"test_prompts": 50}
     assert settings == Settings(model="m.pth", data="pascal:VOCdevkit", folds=(0, 2), **published)
     assert str(out) == "runs/pascal"
+    assert vtv("run", "--quick", "--budget", 9)[2][1] == Settings(**QUICK | {"budget": 9})
+    code, said, (out, settings, _) = vtv("run", "--quick", "--tasks", "identity")
+    assert settings == Settings(**QUICK | {"tasks": ("identity",)}) and str(out) == "runs/scenes-quick"
+    assert "Open it in a browser" in said and "Next: vtv run --images" in said
+    opened = []
+    monkeypatch.setattr(start.webbrowser, "open", opened.append)
+    assert vtv("run", "--open", "-o", tmp_path)[0] == 0 and opened == [tmp_path.as_uri()]
     code, said, _ = vtv("run", "--images", tmp_path, "--data", "pascal:VOCdevkit")
     assert code == 1 and "give one" in said
+
+
+def test_a_run_ends_with_its_table(finished, capsys):
+    start.summarise(finished / "report.html")
+    said = capsys.readouterr().out
+    table = Table.load(finished / "evaluation" / "lowlight.parquet")
+    assert all(name in said for name in (*TASKS, "mIoU ↑", "MSE ↓", "one-shot", "zero-shot", "task vector"))
+    assert all(f"{table.values('lowlight', name).mean():.3f}" in said for name in start.SHOWN)
 
 
 def test_interrupting_says_how_to_go_on(vtv, monkeypatch):
@@ -484,14 +502,14 @@ def test_help_begins_with_the_whole(vtv):
 
 def test_folds_have_folders_of_their_own(monkeypatch, tmp_path):
     asked = []
-    rows = {split: data.scenes(split, 8) for split in ("train", "test")}
-    monkeypatch.setattr(runs, "load", lambda spec, split, n, seed: asked.append((spec, split)) or rows[split])
+    rows = [data.scenes(split, 8) for split in ("train", "test")]
+    monkeypatch.setattr(data, "split_data", lambda spec, *args: asked.append(spec) or rows)
     folds, _ = runs.load_folds(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(1, 3)))
     assert [(fold.name, fold.folder, fold.number) for fold in folds] == [
         ("fold1", tmp_path / "fold1", 1),
         ("fold3", tmp_path / "fold3", 3),
     ]
-    assert asked == [(f"pascal:data:{fold}", split) for fold in (1, 3) for split in ("train", "test")]
+    assert asked == [f"pascal:data:{fold}" for fold in (1, 3)]
 
 
 def test_a_quarter_is_set_aside_of_data_without_splits(photographs, tmp_path):

@@ -9,14 +9,15 @@ import torch
 
 from vtv_nnsight import search
 from vtv_nnsight.search.journal import digest
+from vtv_nnsight.search.registry import algorithm
 
 
 class Coins:
-    """An objective of the test's own: the fewest coins worth `target` (known: all but "1c"); no model, no patches."""
+    """An objective of the test's own: coins that are worth `target` (known: all, and no debt); no model, no patches."""
 
     def __init__(self, prompts=8):
-        self.space = search.NamedUnits(["1c", "2c", "5c", "10c", "20c", "50c"])
-        self.worth = torch.tensor([1.0, 2.0, 5.0, 10.0, 20.0, 50.0])
+        self.space = search.NamedUnits(["debt", "2c", "5c", "10c", "20c", "50c"])
+        self.worth = torch.tensor([-10.0, 2.0, 5.0, 10.0, 20.0, 50.0])
         self.target, self.asked = 87.0, 0
         self.train, self.held_out = torch.arange(prompts), prompts + torch.arange(3)
         self.group = torch.zeros(prompts + 3, dtype=torch.long)
@@ -52,7 +53,7 @@ def test_every_algorithm_runs_on_an_objective_without_a_model(name, tmp_path):
     loaded = search.SearchResult.load(tmp_path / "result.safetensors")
     assert loaded.patches == result.patches and list(loaded.patches) == list(result.patches)
     assert torch.equal(loaded.scores, result.scores) and repr(loaded) == repr(result)
-    assert "2c" in loaded.patches and "1c" not in loaded.patches
+    assert "2c" in loaded.patches and "debt" not in loaded.patches
 
 
 @pytest.mark.parametrize("name", search.ALGORITHMS)
@@ -81,19 +82,19 @@ def test_an_objective_that_lacks_something_is_refused():
 
 
 def test_the_registry_says_what_an_algorithm_takes():
-    for name, algorithm in search.ALGORITHMS.items():
-        assert algorithm is getattr(search, name) and algorithm.name == name == algorithm.__name__
-        assert algorithm.description and "\n" not in algorithm.description and algorithm.description in repr(algorithm)
-        parameters = inspect.signature(algorithm).parameters
-        assert set(algorithm.options) < set(parameters) and "vectors" in parameters
-        assert algorithm.takes_size == ("size" in parameters) and algorithm.needs_scores == ("scores" in parameters)
+    for name, own in search.ALGORITHMS.items():
+        assert own is getattr(search, name) and own.name == name == own.__name__
+        assert own.description and "\n" not in own.description and own.description in repr(own)
+        parameters = inspect.signature(own).parameters
+        assert set(own.options) < set(parameters) and "vectors" in parameters
+        assert own.takes_size == ("size" in parameters) and own.needs_scores == ("scores" in parameters)
     assert {n for n, a in search.ALGORITHMS.items() if a.needs_gradient} == {"attribution", "gates"}
 
 
 def test_a_new_algorithm_takes_a_decorator(monkeypatch):
     monkeypatch.setattr("vtv_nnsight.search.registry.ALGORITHMS", known := dict(search.ALGORITHMS))
 
-    @search.algorithm("the same set whatever the loss")
+    @algorithm("the same set whatever the loss")
     def everything(search, *, but: int):
         "All units but one."
         choices = torch.arange(search.units) != but
@@ -114,10 +115,10 @@ def test_gates_and_attribution_find_more_with_their_options():
     class Bait(SmoothCoins):
         def losses(self, gates, rows):
             bait = gates[:, 0]
-            return super().losses(gates, rows) - 20 * bait + 60 * bait.square()
+            return super().losses(gates, rows) - 40 * bait + 120 * bait.square()
 
     straight, bent = (search.attribution.on(Bait(), steps=n, progress=False) for n in (1, 16))
-    assert straight.scores[0] == pytest.approx(1.74 + 20, abs=0.01)
+    assert straight.scores[0] == pytest.approx(40 - 17.4, abs=0.01)
     assert bent.scores[0] < 0 < bent.scores[1:].min()
     started = search.gates.on(SmoothCoins(), start="attribution", budget=1200, images=4, progress=False)
     assert list(started.patches) == ["2c", "5c", "10c", "20c", "50c"]

@@ -182,3 +182,12 @@ def test_sets_and_results_of_version_0_1_load(v0_1):
     assert chosen.space.names == space.names and chosen.space.metadata == space.metadata
     result = SearchResult.load(DATA / "v0_1" / "result.safetensors")
     assert result.algorithm == "random" and result.patches.space.names == space.names and len(result.history)
+
+
+def test_names_of_version_0_1_work_and_say_what_to_use():
+    with pytest.warns(DeprecationWarning, match="use stages.ByStage"):
+        from vtv_nnsight.vectors import Stacks
+    assert Stacks(1, 2) == {"encoder": 1, "decoder": 2}
+    with pytest.warns(DeprecationWarning, match="use stages.device_of"):
+        from vtv_nnsight.vectors import ready
+    assert ready is device_of

@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import torch
 from conftest import FINE, make_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vtv_nnsight.vectors as code
@@ -168,6 +171,51 @@ def test_files_that_are_not_whole_or_something_else(vectors, tmp_path):
         TaskVectors.load(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         TaskVectors.load(tmp_path / "nothing")
+
+
+def damaged(path, change):
+    """A file of vectors whose tensors, metadata or description were changed."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    facts = json.loads(metadata["facts"])
+    change(tensors, facts)
+    save_file(tensors, path, metadata | {"facts": json.dumps(facts)})
+
+
+def put(tensors, name, value):
+    tensors[name].flatten()[3] = value
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t, f: put(t, "b/decoder/mean", torch.nan), "b/decoder/mean holds numbers that are NaN"),
+        (lambda t, f: put(t, "a/encoder/variance", torch.inf), "a/encoder/variance holds numbers that are NaN or inf"),
+        (lambda t, f: t.pop("a/decoder/present"), "it has no 'a/decoder/present'"),
+        (lambda t, f: t.update({"c/encoder/mean": t["c/encoder/mean"][:, 1:].clone()}), "c/encoder/mean has shape"),
+        (lambda t, f: t.update({"a/encoder/present": torch.ones(9**6, dtype=torch.bool)}), r"at \[531441\] positions"),
+        (lambda t, f: f.pop("counts"), "it has no 'counts'"),
+        (lambda t, f: f.pop("fingerprint"), "it has no 'fingerprint'"),
+        (lambda t, f: f.update(fingerprint=3), "holds no whole task vectors"),
+        (lambda t, f: f["fingerprint"].update({"encoder layers": 10**9}), "layers 1000000000 is not"),
+        (lambda t, f: f["fingerprint"].update(canvas_size=8 * 10**9), "beyond any model"),
+        (lambda t, f: f["counts"].update(d=3), "it has no 'd/encoder/mean'"),
+    ],
+)
+def test_damaged_files_are_refused_in_one_sentence(vectors, tmp_path, change, message):
+    path = tmp_path / "vectors.safetensors"
+    vectors.save(path)
+    damaged(path, change)
+    with pytest.raises(ValueError, match=message):
+        TaskVectors.load(path)
+
+
+def test_the_same_vectors_give_the_same_bytes(model, prompts, vectors, tmp_path):
+    paths = [tmp_path / name for name in "ab"]
+    vectors.save(paths[0])
+    TaskVectors.collect(model, prompts, batch_size=4, progress=False).save(paths[1])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_a_write_that_fails_leaves_the_old_file(vectors, tmp_path, monkeypatch):

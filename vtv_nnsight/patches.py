@@ -105,15 +105,20 @@ class PatchSpace:
         try:
             found = updated(metadata)
             units = found.pop("units", None) or _published_units(found)
+            layout = layout_of(found)
             groups = {
-                stage: {name: torch.as_tensor(places) for name, places in own["groups"].items()}
+                stage: {name: _read_places(name, places, layout) for name, places in own["groups"].items()}
                 for stage, own in units.items()
                 if stage in found["stacks"]
             }
             space = cls.__new__(cls)
             space._build(found, groups, {stage: own["layers"] for stage, own in units.items()})
-        except (AttributeError, KeyError, TypeError) as error:
-            reason = f"there is no {error}" if isinstance(error, KeyError) else error
+            if any(len(space._paths[stage.name]) != stage.layers for stage in space.stages):
+                raise ValueError("it names more or fewer layers than it has")
+            if not len(space):
+                raise ValueError("it has no units")
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise ValueError(f"this is not a space of units: {reason}.") from error
         return space
 
@@ -226,6 +231,14 @@ class PatchSpace:
             if means:
                 parts.append(torch.stack(means, dim=-1).flatten(-3))
         return torch.cat(parts, dim=-1)
+
+
+def _read_places(name: str, places: Any, layout: Layout) -> torch.Tensor:
+    """The positions of a group, from a file."""
+    found = torch.as_tensor(places)
+    if found.dtype != torch.long or found.ndim != 1 or not ((found >= 0) & (found < layout.num_positions)).all():
+        raise ValueError(f"the places of {name!r} are not positions from 0 to {layout.num_positions - 1}")
+    return found
 
 
 def _published_units(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,7 +359,7 @@ class PatchSet:
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise ValueError(f"{path} is not a patch set; expected what PatchSet.save writes.")
         space, names = content.get("space"), content.get("patches")
-        if not isinstance(space, dict) or not isinstance(names, list):
+        if not isinstance(space, dict) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise ValueError(f"{path} is not a complete patch set (it lacks its space or its patches); make it again.")
         return cls.named(PatchSpace.from_metadata(space), names)
 
@@ -406,14 +419,13 @@ def patch(
     for stage in own["stages"]:
         with unset_fake_temporarily():
             steps = [_Step(stage, v, mask[stage], scale) for v, mask in zip(vectors, masks)]
-            (everywhere,) = model.groups(stage, "head").values()
         layers = sorted({layer for step in steps for layer in step.layers})
         if not layers:
             continue
         seen = model.positions(stage)
         if not isinstance(seen, FakeTensor):
             for step in steps:
-                step.check(seen.cpu(), everywhere)
+                step.check(seen.cpu(), model)
         for layer in layers:
             for step in steps:
                 if layer in step.layers:
@@ -446,15 +458,19 @@ class _Step:
         busy = self.asked.flatten(1).any(1) | mask.requires_grad  # gates that are 0 need their gradient, too
         self.layers = set(busy.nonzero()[:, 0].tolist())
 
-    def check(self, seen: torch.Tensor, everywhere: torch.Tensor) -> None:
-        """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token], of all that there are."""
+    def check(self, seen: torch.Tensor, model: InContextModel) -> None:
+        """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token]; of a whole head, those that
+        are not shown may be left out."""
         rows = seen if seen.ndim == 2 else seen[None]
         shown = torch.zeros(len(rows), self.asked.shape[1], dtype=torch.bool).scatter_(1, rows, True)
-        whole = self.asked[:, everywhere].all(1, keepdim=True)
-        asked, lacked = self.asked.any(2).any(0), ~self.present.cpu()
+        asked = self.asked.any(2).any(0)
+        hidden, lacked = asked & ~shown.all(0), asked & shown.any(0) & ~self.present.cpu()
+        if hidden.any():
+            (everywhere,) = model.groups(self.stage, "head").values()
+            hidden &= (self.asked & ~self.asked[:, everywhere].all(1, keepdim=True)).any(2).any(0)
         for wrong, why in (
-            ((self.asked & ~whole).any(2).any(0) & ~shown.all(0), "these prompts do not show them to it"),
-            (asked & shown.any(0) & lacked, f"the vector of {self.vector.task!r} lacks them"),
+            (hidden, "these prompts do not show them to it"),
+            (lacked, f"the vector of {self.vector.task!r} lacks them"),
         ):
             if wrong.any():
                 places = place_names(wrong.nonzero()[:, 0])

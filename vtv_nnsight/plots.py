@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from vtv_nnsight.clusters import region_positions, silhouette
+from vtv_nnsight.evaluation.controls import best_others
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.stages import ByStage
 
@@ -123,6 +125,38 @@ def project(points: torch.Tensor, method: str = "pca") -> np.ndarray:
         raise ImportError("t-SNE needs scikit-learn, which is not installed; use method='pca'.") from error
     perplexity = min(30.0, (len(points) - 1) / 3)
     return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points.numpy())
+
+
+def matrix(pairs: Any) -> Figure:
+    """Every vector on every task, as `evaluation.specificity` found: scores, coloured in each row from the worst (dark)
+    to the best (light); the task's own vector is framed, and a star marks the best one of another task where the own
+    is not surely better.
+
+    Args:
+        pairs: What `evaluation.specificity` returned.
+    """
+    tasks, vectors = list(pairs.task.unique()), list(pairs.vector.unique())
+    scores = pairs.pivot(index="task", columns="vector", values="mean").loc[tasks, vectors]
+    first = pairs.drop_duplicates("task").set_index("task").loc[tasks]
+    signed = scores.where(first.higher_is_better, -scores, axis=0)
+    low, high = signed.min(axis=1), signed.max(axis=1)
+    goodness = signed.sub(low, axis=0).div((high - low).where(high > low, 1.0), axis=0)
+    doubtful = {(row.task, row.vector) for row in best_others(pairs).itertuples() if not row.specific}
+    figure = Figure(figsize=(0.55 * PANEL * len(vectors) + 2, 0.3 * PANEL * len(tasks) + 1), layout="constrained")
+    panel = figure.subplots()
+    panel.imshow(goodness.to_numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    for row, task in enumerate(tasks):
+        for column, vector in enumerate(vectors):
+            star = " *" if (task, vector) in doubtful else ""
+            ink = "black" if goodness.iloc[row, column] > 0.6 else "white"
+            panel.text(column, row, f"{scores.iloc[row, column]:.3f}{star}", ha="center", va="center", color=ink)
+            if task == vector:
+                edge = {"fill": False, "edgecolor": "red", "linewidth": 2}
+                panel.add_patch(Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, **edge))
+    panel.set_xticks(range(len(vectors)), vectors, rotation=20, ha="right")
+    panel.set_yticks(range(len(tasks)), [f"{task}\n{first.label[task]}" for task in tasks])
+    panel.set(xlabel="vector", ylabel="task and the units found for it")
+    return figure
 
 
 def answers(table: Any, task: str | None = None) -> Figure:

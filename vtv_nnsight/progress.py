@@ -53,6 +53,7 @@ class progress_bar:
         unit: What a step is called.
         initial: Steps that were done before.
         disable: Show nothing.
+        delay: Seconds before the bar is shown, for what is done in a moment as a rule.
     """
 
     _shown: ClassVar[list[progress_bar]] = []
@@ -66,17 +67,16 @@ class progress_bar:
         unit: str = "it",
         initial: int = 0,
         disable: bool = False,
+        delay: float = 0.0,
     ) -> None:
         if total is None and hasattr(iterable, "__len__"):
             total = len(iterable)
         self._iterable, self._done, self._total, self._note = iterable, initial, total, ""
+        self._desc, self._unit = desc, unit
         self._line = None if disable else _display.get()
         self._progress: Progress | None = None
-        if not disable and self._line is None:
-            self._progress = self._shown[0]._progress if self._shown else self._start()
-            fields = dict(total=total, completed=initial, note="", unit=unit)
-            self._task = self._progress.add_task(escape(desc), **fields)
-            self._shown.append(self)
+        self._due = time.monotonic() + delay if not disable and self._line is None else float("inf")
+        self._show()
 
     @property
     def total(self) -> int | None:
@@ -98,6 +98,7 @@ class progress_bar:
         self._show()
 
     def close(self) -> None:
+        self._due = float("inf")
         if self not in self._shown:
             return
         self._shown.remove(self)
@@ -120,26 +121,31 @@ class progress_bar:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _start(self) -> Progress:
-        progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
-            console=_console(),
-        )
-        progress.start()
-        return progress
-
     def _show(self) -> None:
         fields = dict(completed=self._done, total=self._total, note=escape(self._note))
-        if self in self._shown:
-            self._progress.update(self._task, **fields)
-        elif self._line is not None:
+        if self._line is not None:
             self._line(**fields)
+        elif self in self._shown:
+            self._progress.update(self._task, **fields)
+        elif time.monotonic() >= self._due:
+            self._progress = self._shown[0]._progress if self._shown else _started()
+            self._task = self._progress.add_task(escape(self._desc), unit=self._unit, **fields)
+            self._shown.append(self)
+
+
+def _started() -> Progress:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=_console(),
+    )
+    progress.start()
+    return progress
 
 
 class _Rate(ProgressColumn):

@@ -98,7 +98,8 @@ class VisualPrompt:
         return first._with(canvas=torch.cat([p.canvas for p in prompts]), pictures=pictures)
 
     def _with(self, **changes: Any) -> VisualPrompt:
-        """This prompt with other tensors, which are known to be good: looking at them would wait for the GPU."""
+        """This prompt with other tensors that are known to be good. `dataclasses.replace` looks at all of them, and
+        waits for the GPU to do so."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__ | changes)
         return new
@@ -140,7 +141,7 @@ class VisualPrompt:
         )
 
     def one_shot(self) -> VisualPrompt:
-        """The form with examples, as `from_canvas` makes it: the encoder sees all but the output, the decoder sees
+        """The form with examples, as `from_canvas` makes it: the encoder sees all but the output, the decoder
         everything."""
         return self._with(visible=self.layout.visible.to(self.device), decoded=self.layout.all_patches.to(self.device))
 

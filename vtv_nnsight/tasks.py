@@ -31,7 +31,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from functools import reduce
 from numbers import Real
 from operator import add
@@ -181,7 +181,7 @@ class Task:
                     f"an example of {self.name} has no {self.needs!r}; give a row with one: "
                     f"{{'image': …, {self.needs!r}: …}} ({what})."
                 )
-        return replace(VisualPrompt.from_cells(cells, layout), pictures=torch.tensor([pictures]))
+        return VisualPrompt.from_cells(cells, layout)._with(pictures=torch.tensor([pictures]))
 
     def prompts(self, images: Any, n: int = 100, seed: int = 0, layout: Layout | None = None) -> VisualPrompt:
         """`n` one-shot prompts of random rows; the same seed gives the same prompts.
@@ -622,7 +622,9 @@ def _checks(size: int) -> torch.Tensor:
 
 def _column(images: Any, name: str) -> np.ndarray | None:
     if hasattr(images, "column_names"):
-        return np.asarray(images[name]) if name in images.column_names else None
+        if name not in images.column_names:
+            return None
+        return np.asarray(images.with_format(None)[name])  # whatever the format is: a transform reads all of a row
     named = len(images) and isinstance(images[0], Mapping) and name in images[0]
     return np.asarray([row[name] for row in images]) if named else None
 

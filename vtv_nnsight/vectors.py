@@ -297,6 +297,21 @@ class TaskVectors(Mapping[str, TaskVector]):
         return cls(vectors)
 
 
+def __getattr__(name: str) -> Any:
+    """What version 0.1 had here."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    instead, value = _MOVED[name]
+    warnings.warn(f"vectors.{name} is deprecated; use {instead}.", DeprecationWarning, stacklevel=2)
+    return value
+
+
+_MOVED = {
+    "STACKS": ("the names of model.stages", ("encoder", "decoder")),
+    "Stacks": ("stages.ByStage", lambda encoder, decoder: ByStage(encoder=encoder, decoder=decoder)),
+    "ready": ("stages.device_of", device_of),
+    "refuse": ("stages.check_compatible", check_compatible),
+}
 KIND = "task vectors"
 FIELDS = ("mean", "variance")
 

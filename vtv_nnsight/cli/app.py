@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from vtv_nnsight.experiment.settings import Settings
 
@@ -54,6 +55,26 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from error
 
 
+class ListingCommand(TyperCommand):
+    """A command whose help names what the registries hold, in place of {algorithms} and {sources}. They are asked when
+    the help is shown, since they need torch."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            text = getattr(parameter, "help", None) or ""
+            if "{algorithms}" in text:
+                from vtv_nnsight.search import ALGORITHMS
+
+                text = text.replace("{algorithms}", ", ".join(ALGORITHMS))
+            if "{sources}" in text:
+                from vtv_nnsight.data.source import SOURCES
+
+                text = text.replace("{sources}", ", ".join(source.usage for source in SOURCES.values()))
+            if text:
+                parameter.help = text
+        super().format_help(ctx, formatter)
+
+
 def sentence(error: Exception) -> str:
     """An error's message on one line."""
     words = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
@@ -84,16 +105,14 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from vtv_nnsight.files import package_version
-
-        say(f"vtv-nnsight {package_version()}")
+        say(f"vtv-nnsight {version('vtv-nnsight')}")
         raise typer.Exit
 
 
 @app.callback()
 def vtv(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
@@ -130,8 +149,7 @@ BatchSize = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        help="The data: scenes (generated), a folder of pictures, pascal:ROOT[:FOLD], detection:ROOT, reasoning:TASK, "
-        "or hf:NAME[:SPLIT]."
+        help="The data: {sources}, or a folder by its path alone."
     ),
 ]
 Images = Annotated[Path | None, typer.Option(help="A folder of your own pictures, in place of --data.")]
@@ -166,7 +184,9 @@ def settings_of(
         raise ValueError(f"--images {images} is not a folder; give one of pictures (--max-images says how many).")
     chosen = {"data": str(images) if images else data} | dict(preset or {}) | given(**options)
     if tasks:
-        chosen["tasks"] = tuple(tasks.split(","))
+        from vtv_nnsight.tasks import get_all
+
+        chosen["tasks"] = tuple(task.name for task in get_all(tasks))
     return Settings(**chosen)
 
 

@@ -19,6 +19,7 @@ from vtv_nnsight.cli.app import (
     Device,
     Granularity,
     Images,
+    ListingCommand,
     Order,
     Seed,
     app,
@@ -40,6 +41,7 @@ def _default(name: str) -> str:
 
 
 @app.command(
+    cls=ListingCommand,
     rich_help_panel=START,
     epilog="Examples: vtv run --quick\n\nvtv run --images holiday/ --out runs/holiday\n\n"
     "vtv run --model checkpoint-3400.pth --data pascal:VOCdevkit --published --device cuda",
@@ -48,7 +50,7 @@ def run(
     model: Annotated[str, typer.Option(help="A model, as SOURCE of `vtv info`.", metavar="SOURCE")] = Settings.model,
     data: Annotated[
         str,
-        typer.Option(help="The data: scenes (generated), a folder of pictures, pascal:ROOT (by fold), or hf:NAME."),
+        typer.Option(help="The data: {sources}, or a folder by its path; pascal:ROOT is done fold by fold."),
     ] = Settings.data,
     images: Images = None,
     out: Annotated[
@@ -87,7 +89,7 @@ def run(
     search: Annotated[
         str | None,
         typer.Option(
-            "--search", "--algorithm", help="An algorithm of `vtv search`, or published.",
+            "--search", "--algorithm", help="How to search: {algorithms}, or published (the paper's own).",
             show_default=_default("search"),
         ),
     ] = None,

@@ -21,6 +21,7 @@ from vtv_nnsight.cli.app import (
     Device,
     Granularity,
     Images,
+    ListingCommand,
     Loss,
     MaxImages,
     Order,
@@ -42,6 +43,7 @@ Vectors = Annotated[Path, typer.Option(help="The vectors that `vtv collect` wrot
 
 
 @app.command(
+    cls=ListingCommand,
     rich_help_panel=VECTORS,
     epilog="Example: vtv collect tiny --data scenes --tasks segmentation,lowlight --prompts 100 -o vectors.safetensors",
 )
@@ -109,6 +111,7 @@ def score(
 
 
 @app.command(
+    cls=ListingCommand,
     rich_help_panel=VECTORS,
     epilog="Examples: vtv search tiny --algorithm reinforce --tasks segmentation --vectors vectors.safetensors "
     "--budget 20000 -o segmentation.safetensors\n\n"
@@ -124,7 +127,7 @@ def search(
         str,
         typer.Option(
             "--algorithm", "--search",
-            help="How to search: reinforce, gates, attribution, mediation, ranking, greedy, random, or published.",
+            help="How to search: {algorithms}, or published (the paper's own).",
         ),
     ] = Settings.search,
     task: Annotated[
@@ -209,6 +212,7 @@ def search(
 
 
 @app.command(
+    cls=ListingCommand,
     rich_help_panel=VECTORS,
     epilog="Examples: vtv evaluate tiny --tasks segmentation,lowlight --data scenes --prompts 100 -o results\n\n"
     "vtv evaluate tiny --tasks segmentation --vectors vectors.safetensors --patches segmentation.json -o results",
@@ -319,7 +323,7 @@ def import_released(
     vectors, residuals = released.read_activations(model, activations) if activations else (None, {})
     output.mkdir(parents=True, exist_ok=True)
     for task, residual in residuals.items():
-        both = ", ".join(f"{stack} {value:.1e}" for stack, value in residual._asdict().items())
+        both = ", ".join(f"{stack} {value:.1e}" for stack, value in residual.items())
         say(f"{task}: {vectors[task].count} prompts, residual {both}")
     if vectors is not None:
         vectors.save(output / "vectors.safetensors")

@@ -6,6 +6,18 @@ from vtv_nnsight.data.pascal import detection, pascal
 from vtv_nnsight.data.photographs import photographs
 from vtv_nnsight.data.reasoning import reasoning
 from vtv_nnsight.data.scenes import scenes
-from vtv_nnsight.data.source import load
+from vtv_nnsight.data.source import SOURCES, identities, load, split_data
 
-__all__ = ["detection", "folder", "hub", "load", "pascal", "photographs", "reasoning", "scenes"]
+__all__ = [
+    "SOURCES",
+    "detection",
+    "folder",
+    "hub",
+    "identities",
+    "load",
+    "pascal",
+    "photographs",
+    "reasoning",
+    "scenes",
+    "split_data",
+]

@@ -5,7 +5,8 @@
     >>> boxes = detection("/data", split="val")
     >>> prompts = tasks.detection.prompts(boxes, n=1000, seed=0, layout=model.layout)
 
-ROOT holds `VOCdevkit/VOC2012`, as the VOC archive unpacks. Pictures and masks are decoded when a row is read. A mask
+ROOT holds `VOCdevkit/VOC2012`, as the VOC archive unpacks. Pictures and masks are decoded when a row is read;
+`images.with_format(None)["label"]` reads labels alone. A mask
 shows one class: its pixels are 255 and all others 0, the boundary (255 in the files) among them, as in the papers'
 released code. Labels are classes from 0; the files count them from 1.
 
@@ -17,18 +18,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features
-from datasets.features.features import register_feature
 from PIL import Image
 
 from vtv_nnsight.files import write_text
@@ -125,7 +124,7 @@ def pascal(
             for entry in entries
         ],
         [entry.label for entry in entries],
-        ClassMask(),
+        _class_mask,
     )
 
 
@@ -161,55 +160,34 @@ def detection(root: str | os.PathLike, split: str = "val", *, largest: float = 0
         raise ValueError(f"none of the {len(names)} pictures of {file} has a single object that is small enough.")
     names, sizes, boxes, labels = zip(*kept)
     images = [voc / "JPEGImages" / f"{name}.jpg" for name in names]
-    return _dataset(images, [{"size": s, "box": b} for s, b in zip(sizes, boxes)], labels, BoxMask())
+    return _dataset(images, [{"size": s, "box": b} for s, b in zip(sizes, boxes)], labels, _box_mask)
 
 
-@dataclass
-class ClassMask:
-    """A feature: one class of a label map on disk, decoded as PIL "L", 255 where the map has its value and else 0."""
-
-    pa_type: ClassVar[Any] = pa.struct({"path": pa.string(), "value": pa.int32()})
-    _type: str = field(default="ClassMask", init=False, repr=False)
-
-    def __call__(self) -> Any:
-        return self.pa_type
-
-    def encode_example(self, value: dict) -> dict:
-        return value
-
-    def decode_example(self, value: dict, token_per_repo_id: Any = None) -> Image.Image:
-        return Image.fromarray(np.where(_label_map(value["path"]) == value["value"], np.uint8(255), np.uint8(0)))
+def _dataset(
+    images: Iterable[Path], masks: list[dict], labels: Sequence[int], draw: Callable[..., Image.Image]
+) -> Dataset:
+    """Rows whose masks are drawn, `draw(**mask)`, when they are read."""
+    columns = {"image": [str(path) for path in images], "label": list(labels)}
+    features = Features(image=datasets.Image(), label=ClassLabel(names=list(CLASSES)))
+    rows = Dataset.from_dict(columns, features).add_column("mask", masks)
+    rows = rows.select_columns(["image", "mask", "label"])
+    return rows.with_transform(partial(_with_masks, draw=draw))
 
 
-@dataclass
-class BoxMask:
-    """A feature: a filled box, decoded as PIL "L" of a picture's size, 255 inside and else 0."""
-
-    pa_type: ClassVar[Any] = pa.struct({"size": pa.list_(pa.int32()), "box": pa.list_(pa.int32())})
-    _type: str = field(default="BoxMask", init=False, repr=False)
-
-    def __call__(self) -> Any:
-        return self.pa_type
-
-    def encode_example(self, value: dict) -> dict:
-        return value
-
-    def decode_example(self, value: dict, token_per_repo_id: Any = None) -> Image.Image:
-        mask = Image.new("L", tuple(value["size"]))
-        mask.paste(255, tuple(value["box"]))
-        return mask
+def _with_masks(batch: dict[str, list], draw: Callable[..., Image.Image]) -> dict[str, list]:
+    return batch | {"mask": [draw(**mask) for mask in batch["mask"]]} if "mask" in batch else batch
 
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)  # registering is "experimental"
-    for feature in (ClassMask, BoxMask):
-        register_feature(feature, feature.__name__)
+def _class_mask(path: str, value: int) -> Image.Image:
+    """One class of a label map on disk: PIL "L", 255 where the map has the value and else 0."""
+    return Image.fromarray(np.where(_label_map(path) == value, np.uint8(255), np.uint8(0)))
 
 
-def _dataset(images: Iterable[Path], masks: list[dict], labels: Sequence[int], mask: ClassMask | BoxMask) -> Dataset:
-    columns = {"image": [str(path) for path in images], "mask": masks, "label": list(labels)}
-    features = Features(image=datasets.Image(), mask=mask, label=ClassLabel(names=list(CLASSES)))
-    return Dataset.from_dict(columns, features)
+def _box_mask(size: list[int], box: list[int]) -> Image.Image:
+    """A filled box: PIL "L" of a picture's size, 255 inside and else 0."""
+    mask = Image.new("L", tuple(size))
+    mask.paste(255, tuple(box))
+    return mask
 
 
 def _voc(root: str | os.PathLike, *needed: str) -> Path:

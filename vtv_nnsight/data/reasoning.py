@@ -5,7 +5,8 @@
 
 A picture is a filled green circle on white, its centre anywhere but within 10 pixels of the border; its answer is the
 same circle in blue ("color"), the square around it ("shape"), or both. Radii are from 10 to 49, and 30 where the answer
-is smaller ("size": 20).
+is smaller ("size": 20). Splits are told apart by the centre (the sum of its coordinates, modulo 3), so that no picture
+is in two of them.
 """
 
 from __future__ import annotations
@@ -21,30 +22,38 @@ SIZE = 224
 MARGIN = 10
 RADII = (10, 50)
 LARGE, SMALL = 30, 20
+SPLITS = ("train", "validation", "test")
 
 
-def reasoning(task: str | tasks.Reasoning = "color", n: int = 100, seed: int = 0) -> Dataset:
+def reasoning(task: str | tasks.Reasoning = "color", n: int = 100, seed: int = 0, split: str = "train") -> Dataset:
     """`n` pictures and their answers, columns image and answer (RGB, 224x224). Row i does not depend on `n`.
 
     Args:
         task: "color", "shape", "size", or two of them joined by "+"; or the task itself.
+        n: Number of rows.
+        seed: Of what is drawn.
+        split: "train", "validation" or "test", which share no picture whatever their seeds.
 
     Raises:
-        ValueError: when it is not a reasoning task, or `n` is not positive.
+        ValueError: when it is not a reasoning task, `n` is not positive, or the split is unknown.
     """
     chosen = tasks.get(task) if isinstance(task, str) else task
     if not isinstance(chosen, tasks.Reasoning):
         raise ValueError(f"{chosen.name!r} is not a reasoning task; join some of color, shape and size by '+'.")
     if n < 1:
         raise ValueError(f"n={n} pictures were asked for; expected 1 or more.")
-    rows = [_pair(chosen.changes, np.random.default_rng([seed, i])) for i in range(n)]
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}.")
+    rows = [_pair(chosen.changes, np.random.default_rng([seed, i]), SPLITS.index(split)) for i in range(n)]
     images, answers = zip(*rows)
     columns = {"image": list(images), "answer": list(answers)}
     return Dataset.from_dict(columns, Features(image=datasets.Image(), answer=datasets.Image()))
 
 
-def _pair(changes: tuple[str, ...], generator: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+def _pair(changes: tuple[str, ...], generator: np.random.Generator, split: int) -> tuple[Image.Image, Image.Image]:
     x, y = generator.integers(MARGIN, SIZE - MARGIN, 2).tolist()
+    while (x + y) % len(SPLITS) != split:
+        x, y = generator.integers(MARGIN, SIZE - MARGIN, 2).tolist()
     radius = LARGE if "size" in changes else int(generator.integers(*RADII))
     answer = draw(
         x,

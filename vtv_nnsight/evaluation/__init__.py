@@ -1,6 +1,7 @@
 """Conditions side by side on the same prompts, with intervals."""
 
 from vtv_nnsight.evaluation.conditions import BASELINE, CONTROL, Condition, comparison
+from vtv_nnsight.evaluation.controls import best_others, controls, random_units, specificity
 from vtv_nnsight.evaluation.evaluate import evaluate
 from vtv_nnsight.evaluation.selection import select_prompts
 from vtv_nnsight.evaluation.table import Line, Table, bootstrap
@@ -11,8 +12,12 @@ __all__ = [
     "Condition",
     "Line",
     "Table",
+    "best_others",
     "bootstrap",
     "comparison",
+    "controls",
     "evaluate",
+    "random_units",
     "select_prompts",
+    "specificity",
 ]

@@ -29,7 +29,8 @@ BASELINE = "one-shot"
 """The condition, by its name in a table, that the others are compared with."""
 CONTROL = 104_729
 """Added to the seed of the control's units, so that a user's own random set of the same seed is another one."""
-MODES = ("replace", "add")
+MODES = ("replace",)
+"""What `patch` can do with a vector."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Condition:
         vectors: A task vector to patch in, or several.
         patches: Where: a PatchSet or a SearchResult (its set), or as many of them as there are vectors.
         scale: How far to go from the model's own activation to the vector's; see `patch`.
-        mode: "replace", or "add"; see `patch`.
+        mode: "replace": the vector in the place of the activation; see `patch`.
         ablation: Instead of vectors: what `patches` are silenced with, "zero" or a task vector such as
             `vectors.mean()`.
         run: A function that is called with the model inside the trace, after the patches.
@@ -61,7 +62,7 @@ class Condition:
     def __post_init__(self) -> None:
         patched = self.patches is not None or self.run is not None
         object.__setattr__(self, "shot", self.shot or ("zero" if patched else "one"))
-        object.__setattr__(self, "patches", _sets(self.patches))
+        object.__setattr__(self, "patches", found_sets(self.patches))
         if self.shot not in SHOTS:
             raise ValueError(f"shot={self.shot!r} is unknown; choose one of {', '.join(SHOTS)}.")
         if patched and self.shot in ("copy", "ceiling"):
@@ -106,8 +107,7 @@ class Condition:
         if self.ablation is not None:
             ablate(model, self.patches, None if self.ablation == "zero" else self.ablation)
         elif self.patches is not None:
-            options = {} if self.mode == "replace" else {"mode": self.mode}
-            patch(model, self.vectors, self.patches, scale=self.scale, **options)
+            patch(model, self.vectors, self.patches, scale=self.scale)
         if self.run is not None:
             self.run(model)
 
@@ -127,7 +127,7 @@ def comparison(
         others: Vectors of all tasks by name.
         seed: Of the random units.
     """
-    patches = _sets(patches)
+    patches = found_sets(patches)
     conditions = {
         "one-shot": Condition("one"),
         "zero-shot": Condition("zero"),
@@ -142,8 +142,8 @@ def comparison(
     return conditions | {"tokenizer": Condition("ceiling"), "copy": Condition("copy")}
 
 
-def _sets(patches: Any) -> Any:
-    """The sets of search results; all else as it is."""
+def found_sets(patches: Any) -> Any:
+    """The sets of search results, one or a list; all else as it is."""
     if isinstance(patches, list):
-        return [_sets(one) for one in patches]
+        return [found_sets(one) for one in patches]
     return getattr(patches, "patches", patches)

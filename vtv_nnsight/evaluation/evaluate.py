@@ -10,7 +10,7 @@ loss, the mean cross-entropy of the output's logits against the tokenizer's code
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -31,7 +31,7 @@ def evaluate(
     model: InContextModel,
     task: Task,
     prompts: VisualPrompt,
-    conditions: Mapping[str, Condition | str | tuple | None] | None = None,
+    conditions: Mapping[str, Condition | str | tuple | None | Sequence[Condition]] | None = None,
     *,
     fold: int = 0,
     batch_size: int = 32,
@@ -45,9 +45,10 @@ def evaluate(
         task: What the prompts ask, and how answers are scored.
         prompts: With the truth in their output cells; every condition shows the stages what it needs of them.
         conditions: Name → Condition, or in short "one-shot" or None, "zero-shot", "tokenizer" (the ceiling), "copy"
-            (the floor), (vector, patches) for zero-shot with patches, or (vector, patches, "one-shot"). By default the
-            four without patches; `comparison` gives them all. Differences are to the one named "one-shot". A ceiling
-            is left out where nothing bounds the model.
+            (the floor), (vector, patches) for zero-shot with patches, or (vector, patches, "one-shot"). A list of
+            Conditions is one that is drawn several times, such as random units: its intervals are over draws, too. By
+            default the four without patches; `comparison` and `controls` give them all. Differences are to the one
+            named "one-shot". A ceiling is left out where nothing bounds the model.
         fold: A number to tell parts of the data apart. `Table.cat` of several folds averages the folds' means, as is
             done for Pascal-5i (NeurIPS 2022, §4.2).
         batch_size: Rows in a trace.
@@ -63,14 +64,15 @@ def evaluate(
         conditions = {name: name for name in UNPATCHED}
     if not conditions:
         raise ValueError("there are no conditions to compare; give {name: condition}.")
-    conditions = {name: Condition.of(value, name) for name, value in conditions.items()}
+    drawn = {name: value if isinstance(value, list) else [value] for name, value in conditions.items()}
+    plans = {(name, i): Condition.of(value, name) for name, own in drawn.items() for i, value in enumerate(own)}
     device = device_of(model)
-    conditions = {name: condition.to(device) for name, condition in conditions.items()}
+    plans = {key: condition.to(device) for key, condition in plans.items()}
     loss = next(iter(model.losses), None)
-    values: dict[str, list[torch.Tensor]] = {name: [] for name in conditions}
+    values: dict[tuple[str, int], list[torch.Tensor]] = {key: [] for key in plans}
     pictures: dict[str, list[torch.Tensor]] = {name: [] for name in ("prompt", "truth", *conditions)}
     kept = 0
-    with torch.no_grad(), tqdm(total=len(prompts) * len(conditions), unit="answer", disable=not progress) as bar:
+    with torch.no_grad(), tqdm(total=len(prompts) * len(plans), unit="answer", disable=not progress) as bar:
         for batch in prompts.split(batch_size):
             batch = batch.to(device).one_shot()
             truth, codes = batch.region("output"), loss and model.truth(batch)
@@ -78,12 +80,13 @@ def evaluate(
             asked = batch.canvas[:more].clone()
             crop(asked, "output", batch.layout)[:] = 0.5
             shown = {"prompt": asked, "truth": truth}
-            for name, condition in conditions.items():
+            for (name, i), condition in plans.items():
                 bar.set_postfix_str(f"{task.name}, {name}")
                 answer, losses = _answer(model, batch, condition, loss, codes)
                 if answer is not None:
-                    shown[name] = answer
-                    values[name].append(torch.stack([task.score(answer, truth).double(), losses.double()], 1).cpu())
+                    shown.setdefault(name, answer)
+                    scores = task.score(answer, truth)
+                    values[name, i].append(torch.stack([scores.double(), losses.double()], 1).cpu())
                 bar.update(len(batch))
             for name, cells in shown.items():
                 pictures[name].append(cells[:more].mul(255).round().byte().cpu())
@@ -91,9 +94,9 @@ def evaluate(
     about = {"task": task.name, "metric": task.metric.name, "label": task.metric.label, "fold": fold}
     about |= {"loss_name": _label(loss), "image": range(len(prompts)), "query": prompts.queries.numpy()}
     frames = []
-    for name, parts in ((name, parts) for name, parts in values.items() if parts):
+    for (name, i), parts in ((key, parts) for key, parts in values.items() if parts):
         scores, losses = torch.cat(parts).T.numpy()
-        frames.append(pd.DataFrame(about | {"condition": name, "score": scores, "loss": losses}))
+        frames.append(pd.DataFrame(about | {"condition": name, "draw": i, "score": scores, "loss": losses}))
     shown = {task.name: {name: torch.cat(parts) for name, parts in pictures.items() if parts}}
     if not frames:
         raise ValueError("nothing bounds this model: there is no ceiling to compare; give other conditions.")

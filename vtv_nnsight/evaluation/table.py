@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,8 +45,8 @@ class Table:
 
     Args:
         frame: One row for each image and condition: task, metric (its name), label (of the metric, for people),
-            condition, fold, image, query (a number; images of one number ask about the same picture), score, loss (the
-            model's own), loss_name. Files and data sets of 0.1 are taken.
+            condition, draw (0, or the number of a condition's draw), fold, image, query (a number; images of one number
+            ask about the same picture), score, loss (the model's own), loss_name. Files and data sets of 0.1 are taken.
         pictures: Task → name → uint8 [image, 3, height, width]: "prompt" (canvases, their outputs grey), "truth" and
             every condition's answers for the first images.
     """
@@ -64,6 +64,7 @@ class Table:
         for name, values in (
             ("label", frame.metric.replace(known)),
             ("query", frame.image),
+            ("draw", 0),
             ("loss", np.nan),
             ("loss_name", "loss"),
         ):
@@ -102,7 +103,7 @@ class Table:
         return list(self.frame.task.unique())
 
     def values(self, task: str, condition: str, measure: str = "score") -> np.ndarray:
-        """Per-image values [image], folds one after the other.
+        """Per-image values [image], folds one after the other; means over the draws of a condition that has several.
 
         Args:
             task, condition: Their names.
@@ -118,40 +119,28 @@ class Table:
         columns = {"score": "score", "loss": "loss", name: "loss", name.replace(" ", "_"): "loss"}
         if measure not in columns:
             raise ValueError(f"the table has no {measure!r} of {task!r}; choose from {', '.join(columns)}.")
-        return frame.sort_values(["fold", "image"], kind="stable")[columns[measure]].to_numpy()
+        key = ["fold", "image", "repeat"]
+        frame = frame.assign(repeat=frame.groupby(["draw", "fold", "image"]).cumcount())
+        return frame.groupby(key)[columns[measure]].mean().to_numpy()
 
-    def lines(self) -> list[Line]:
+    def lines(self, baseline: str = BASELINE) -> list[Line]:
         """Means and intervals of all conditions: the task's metric, then the model's loss. With several folds, a mean
-        is the mean of the folds' means. Intervals resample query pictures, within folds."""
-        return list(self._lines)
+        is the mean of the folds' means. Intervals resample query pictures, within folds, and draws where a condition
+        has several.
+
+        Args:
+            baseline: The condition that differences are to.
+        """
+        if baseline not in self._lines:
+            self._lines[baseline] = [
+                line for _, part in self.frame.groupby("task", sort=False) for line in _lines(part, baseline)
+            ]
+        return list(self._lines[baseline])
 
     @cached_property
-    def _lines(self) -> list[Line]:
-        lines = []
-        for task, frame in self.frame.groupby("task", sort=False):
-            frame = frame.assign(repeat=frame.groupby(["condition", "fold", "image"]).cumcount(), asked=True)
-            wide = frame.pivot(
-                index=["fold", "image", "repeat"], columns="condition", values=["score", "loss", "asked"]
-            )
-            queries = frame.groupby(["fold", "image", "repeat"])["query"].first().loc[wide.index].to_numpy()
-            folds = wide.index.get_level_values("fold").to_numpy()
-            names = list(frame.condition.unique())
-            asked = wide["asked"][names].notna()
-            together = (
-                [names] if asked.all(axis=None) else [[name] for name in names]
-            )  # of the same images, as is usual
-            for column, measure in (("score", frame.metric.iloc[0]), ("loss", frame.loss_name.iloc[0])):
-                values = wide[column][names].astype(float)
-                base = values[BASELINE] if BASELINE in names else np.nan
-                changes = values.sub(base, axis=0).assign(**{BASELINE: np.nan})
-                for group in together:
-                    rows = asked[group[0]].to_numpy()
-                    both = np.hstack([values[group], changes[group]])[rows]
-                    mean, low, high = intervals(both, folds[rows], queries[rows])
-                    for i, name in enumerate(group):
-                        own, change = ((mean[j], low[j], high[j]) for j in (i, len(group) + i))
-                        lines.append(Line(task, name, measure, int(rows.sum()), *map(float, (*own, *change))))
-        return lines
+    def _lines(self) -> dict[str, list[Line]]:
+        """By baseline: what was worked out before."""
+        return {}
 
     def markdown(self) -> str:
         """A Markdown table for each task."""
@@ -192,6 +181,37 @@ class Table:
         return "\n\n".join(table.to_markdown(index=False, tablefmt=form, **align) for table in tables)
 
 
+def _lines(frame: pd.DataFrame, baseline: str) -> list[Line]:
+    """The lines of one task's rows."""
+    key = ["fold", "image", "repeat"]
+    frame = frame.assign(repeat=frame.groupby(["condition", "draw", "fold", "image"]).cumcount(), asked=True)
+    wide = frame.pivot(index=key, columns=["condition", "draw"], values=["score", "loss", "asked"])
+    queries = frame.groupby(key)["query"].first().loc[wide.index].to_numpy()
+    folds = wide.index.get_level_values("fold").to_numpy()
+    asked = wide["asked"].notna()
+    names = list(frame.condition.unique())
+    together = [names] if asked.all(axis=None) else [[name] for name in names]  # those of the same images
+    series = {}
+    for column in ("score", "loss"):
+        values = wide[column].astype(float)
+        base = values[baseline].mean(axis=1) if baseline in names else np.nan
+        series |= {(column, name, "mean"): values[name].to_numpy() for name in names}
+        series |= {(column, name, "change"): values[name].sub(base, axis=0).to_numpy() for name in names}
+    found = {}
+    for group in together:
+        rows = asked[group[0]].iloc[:, 0].to_numpy()
+        own = {key: one[rows] for key, one in series.items() if key[1] in group}
+        found |= dict(zip(own, intervals(list(own.values()), folds[rows], queries[rows])))
+    images = {name: int(asked[name].iloc[:, 0].sum()) for name in names}
+    measures = {"score": frame.metric.iloc[0], "loss": frame.loss_name.iloc[0]}
+    lines = []
+    for column, measure in measures.items():
+        for name in names:
+            change = found[column, name, "change"] if name != baseline else (np.nan,) * 3
+            lines.append(Line(frame.task.iloc[0], name, measure, images[name], *found[column, name, "mean"], *change))
+    return lines
+
+
 def _interval(mean: float, low: float, high: float, sign: str = "") -> str:
     return "" if np.isnan(mean) else f"{mean:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
 
@@ -204,39 +224,40 @@ def bootstrap(
     queries: np.ndarray | None = None,
 ) -> tuple[float, float, float]:
     """The mean of values [image] and its 95 % percentile interval; see `intervals`."""
-    mean, low, high = intervals(np.asarray(values)[:, None], folds, queries, resamples, seed)
-    return float(mean[0]), float(low[0]), float(high[0])
+    return intervals([np.asarray(values)], folds, queries, resamples, seed)[0]
 
 
 def intervals(
-    values: np.ndarray,
+    series: Sequence[np.ndarray],
     folds: np.ndarray | None = None,
     queries: np.ndarray | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means of several series of values and their 95 % percentile intervals, from the same resamples of the images.
+) -> list[tuple[float, float, float]]:
+    """The mean of each of several series of values and its 95 % percentile interval, from the same resamples.
 
     Images are resampled within folds, and the folds' means averaged. Images of one query are not independent: they are
-    drawn or left out together.
+    drawn or left out together. Where a series has draws, these are resampled as well.
 
     Args:
-        values: [image, series].
+        series: [image] or [image, draw] each.
         folds: [image]; one fold by default.
         queries: [image]: images of one number belong together; by default each stands alone.
         resamples: Number of resamples.
         seed: Of what is drawn.
 
     Returns:
-        Means, lower and upper bounds, [series] each.
+        (mean, low, high) of each series.
     """
+    columns = [one[:, None] if one.ndim == 1 else one for one in series]
+    values = np.hstack(columns)
     folds = np.zeros(len(values)) if folds is None else np.asarray(folds)
     queries = np.arange(len(values)) if queries is None else np.asarray(queries)
     generator = np.random.default_rng(seed)
     means, resampled = [], []
     for fold in np.unique(folds):
-        part, query = values[folds == fold], queries[folds == fold]
-        query, _ = pd.factorize(query)  # numbered as they first come
+        part = values[folds == fold]
+        query, _ = pd.factorize(queries[folds == fold])  # numbered as they first come
         counts = np.bincount(query)
         sums = np.zeros((len(counts), part.shape[1]))
         np.add.at(sums, query, part)
@@ -245,5 +266,14 @@ def intervals(
         weights = np.bincount((drawn + offsets).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
         means.append(part.mean(0))
         resampled.append((weights @ sums) / (weights @ counts)[:, None])
-    low, high = np.quantile(np.mean(resampled, axis=0), [0.025, 0.975], axis=0)
-    return np.mean(means, axis=0), low, high
+    mean, again = np.mean(means, axis=0), np.mean(resampled, axis=0)
+    found, start = [], 0
+    for column in columns:
+        own = slice(start, start := start + column.shape[1])
+        draws = again[:, own]
+        if draws.shape[1] > 1:
+            chosen = np.random.default_rng(seed).integers(draws.shape[1], size=draws.shape)
+            draws = np.take_along_axis(draws, chosen, axis=1)
+        low, high = np.quantile(draws.mean(1), [0.025, 0.975])
+        found.append((float(mean[own].mean()), float(low), float(high)))
+    return found

@@ -36,6 +36,7 @@ from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import progress_bar, quiet
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.report.pictures import plain_label
 from vtv_nnsight.search.algorithm import prefixes, sizes
 from vtv_nnsight.stages import check_compatible, device_of, fingerprint, layout_of
 from vtv_nnsight.tasks import Task
@@ -415,12 +416,13 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Metric and sufficiency of every task; below, one algorithm's transfer between tasks, and everyone's stability."""
     names = list(dict.fromkeys(row["task"] for row in rows))
     found = list(dict.fromkeys(row["set"] for row in rows if "units" in row))
+    labels = [plain_label(name) for name in found]
     figure = Figure(figsize=(max(10, 2.6 * len(names) + 1.5), 10), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(2, 1))
     panels = above.subplots(2, len(names), squeeze=False)
     for task, (top, bottom) in zip(names, panels.T):
         draw_task(top, bottom, [row for row in rows if row["task"] == task], found)
-        top.set_yticks(range(len(found)), found if task == names[0] else [])
+        top.set_yticks(range(len(found)), labels if task == names[0] else [])
     above.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     left, right = below.subplots(1, 2)
     draw_transfer(left, rows, names)
@@ -430,7 +432,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
             place = found.index(row["set"])
             for value, fill in zip(row["jaccard_over_seeds"].values(), ("full", "none")):
                 right.plot(value, place, marker, color=f"C{place % 10}", fillstyle=fill, alpha=0.8)
-    right.set_yticks(range(len(found)), found)
+    right.set_yticks(range(len(found)), labels)
     right.set(title="Jaccard over seeds (hollow: by chance)", xlim=(-0.03, 1.03))
     right.set_ylim(len(found) - 0.5, -0.5)
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
@@ -486,4 +488,5 @@ def draw_transfer(panel: Axes, rows: Sequence[Mapping[str, Any]], names: Sequenc
     panel.imshow(matrix, cmap="coolwarm", vmin=-limit, vmax=limit, aspect="auto")
     panel.set_xticks(range(len(names)), names, rotation=15)
     panel.set_yticks(range(len(names)), names)
-    panel.set(title=f"{best}: token loss over that of the task's own set", xlabel="task done", ylabel="set of task")
+    title = f"{plain_label(best)}: token loss over that of the task's own set"
+    panel.set(title=title, xlabel="task done", ylabel="set of task")

@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ class RunRecord:
         self.content = {
             "kind": "vtv run",
             "settings": settings,
-            "notes": notes,
+            "notes": list(dict.fromkeys([*notes, *found.get("notes", [])])),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
             "machine": {
                 "processors": os.cpu_count(),
@@ -171,6 +172,8 @@ class RunRecord:
                     f"{', '.join(str(out / name) for name in changed)}: not as this run wrote it; put it back, or do "
                     f"{', '.join(step for step in STEPS if step in steps)} again with redo (--redo)."
                 )
+            if spoilt:
+                self.content["notes"] = notes
             for step in spoilt:
                 self.content["seconds"].pop(step, None)
                 for folder in folders:
@@ -198,6 +201,10 @@ class RunRecord:
         if before not in (None, digest):
             self._forget_readers(step_of(name), self.out / fold_of(name))
         self.write()
+
+    def note(self, texts: Iterable[str]) -> None:
+        """Keep what there is to be told, once."""
+        self.content["notes"] = list(dict.fromkeys([*self.content["notes"], *texts]))
 
     def spent(self, step: str, seconds: float) -> None:
         """Add to the seconds that a step took in earlier attempts."""
@@ -295,14 +302,17 @@ class StepFiles:
 def begin_step(
     record: RunRecord | None, folder: Path, name: str, shown: AbstractContextManager[Callable[[str], None]]
 ) -> Iterator[StepFiles]:
-    """A step of a display, whose time is noted."""
+    """A step of a display, whose time is noted, and what it warns of."""
     began = time.perf_counter()
     with shown as show:
         step = StepFiles(record, folder, show)
         try:
-            yield step
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always", UserWarning)
+                yield step
         finally:
             if step.worked and record is not None:
+                record.note(str(warning.message) for warning in heard if warning.category is UserWarning)
                 record.spent(name, time.perf_counter() - began)
 
 

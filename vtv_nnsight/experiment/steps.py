@@ -28,7 +28,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -38,8 +38,8 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
+from vtv_nnsight import data
 from vtv_nnsight import tasks as registry
-from vtv_nnsight.data import load
 from vtv_nnsight.evaluation import Table, comparison, select_prompts
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
 from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_step
@@ -229,8 +229,8 @@ def split_data(spec: str, train: int, test: int, seed: int) -> tuple[Dataset, Da
     Raises:
         ValueError: when some pictures are in both, whatever the source says of its splits.
     """
-    parts = load(spec, "train", train, seed), load(spec, "test", test, seed)
-    digests = [set(row_digests(rows)) for rows in parts]
+    parts = data.split_data(spec, train, test, seed)
+    digests = [set(data.identities(rows)) for rows in parts]
     if shared := digests[0] & digests[1]:
         raise ValueError(
             f"{len(shared)} of the {len(digests[1])} pictures of {spec} to test on are also among those to search on; "
@@ -316,18 +316,14 @@ def collect(
 
 
 def read_vectors(path: str | os.PathLike, tasks: Sequence[str] = ()) -> TaskVectors:
-    """Vectors in a file, which are finite and hold some tasks.
+    """Vectors in a file, which hold some tasks.
 
     Raises:
-        ValueError: naming the task that is missing, or that holds NaN where it has values.
+        FileNotFoundError, ValueError: as `TaskVectors.load`; and naming the task that is missing.
     """
     vectors = TaskVectors.load(path)
     if missing := [task for task in tasks if task not in vectors]:
         raise ValueError(f"{path} has no vector of {', '.join(map(repr, missing))}; it has {', '.join(vectors)}.")
-    for name, vector in vectors.items():
-        for stage, mean in vector.mean.items():
-            if not mean[:, vector.present[stage]].isfinite().all():
-                raise ValueError(f"the vector of {name!r} in {path} is not finite in the {stage}; collect it again.")
     return vectors
 
 
@@ -428,19 +424,11 @@ def identity(settings: Settings, model: Any, folds: Sequence[Fold], tasks: Seque
         "tasks": [task.name for task in tasks],
         "folds": [fold.number for fold in folds if fold.name],
         "weights": _digest(fingerprint(model)),
-        "pictures": _digest([list(row_digests(fold.train)) for fold in folds]),
-        "test pictures": _digest([list(row_digests(fold.test)) for fold in folds]),
+        "pictures": _digest([data.identities(fold.train) for fold in folds]),
+        "test pictures": _digest([data.identities(fold.test) for fold in folds]),
         "version": package_version(),
     }
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
-
-
-def row_digests(rows: Dataset) -> Iterator[str]:
-    """A name for the picture of every row, made of its file's content."""
-    for picture in rows.with_format("arrow").select_columns(["image"])[:].to_pylist():
-        stored = picture["image"]
-        content = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
-        yield hashlib.blake2b(content, digest_size=16).hexdigest()

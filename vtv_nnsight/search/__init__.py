@@ -38,7 +38,7 @@ from vtv_nnsight.search.mediation import mediation
 from vtv_nnsight.search.objective import LOSSES, Objective
 from vtv_nnsight.search.random import random
 from vtv_nnsight.search.ranking import ranking
-from vtv_nnsight.search.registry import ALGORITHMS, Algorithm, algorithm
+from vtv_nnsight.search.registry import ALGORITHMS, Algorithm
 from vtv_nnsight.search.reinforce import reinforce
 from vtv_nnsight.search.result import NamedUnits, SearchResult, Step
 
@@ -64,6 +64,5 @@ __all__ = [
     "SearchObjective",
     "SearchResult",
     "Step",
-    "algorithm",
     "plots",
 ]

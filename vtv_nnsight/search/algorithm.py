@@ -1,9 +1,10 @@
 """What an algorithm is given: a `Search`, through which it proposes sets of units and reads their losses.
 
-An algorithm is a function of a `Search` that returns a set of units and a score for each of them. `algorithm` makes the
-public function of it and puts it into `ALGORITHMS`, where the command line, the benchmarks and the docs find it. A file
-in this folder is all that a new one takes:
+An algorithm is a function of a `Search` that returns a set of units and a score for each of them. `registry.algorithm`
+makes it public and puts it into `ALGORITHMS`, where the command line, the benchmarks and the docs find it. A file in
+this folder is all that a new one takes:
 
+    >>> from vtv_nnsight.search.registry import algorithm
     >>> @algorithm("the toss of a coin")
     ... def coin(search):
     ...     "One set by the toss of a coin."
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -398,3 +400,10 @@ def _pairs(choices: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, tor
     """Rows [set, prompt], and for each of them, flattened, the number of its set."""
     rows = rows.expand(len(choices), rows.shape[-1])
     return rows, torch.arange(len(choices)).repeat_interleave(rows.shape[1])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Run":
+        warnings.warn("Run is deprecated; use Search.", DeprecationWarning, stacklevel=2)
+        return Search
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,8 +30,8 @@ def gates(
     training prompts. A prompt's gradient costs three evaluations; a fifth of the budget is kept for the end.
 
     Args:
-        start: None starts all gates alike; "attribution" moves each by its `attribution` score (over the scores' standard
-            deviation, at most 2), for which up to a tenth of the budget is spent.
+        start: None starts all gates alike; "attribution" moves each by its `attribution` score (over the scores'
+            standard deviation, at most 2), for which up to a tenth of the budget is spent.
         init: Initial location of the gates, in logits.
         lr: Adam's learning rate.
         penalty: Price of all gates being open, in units of the loss.
