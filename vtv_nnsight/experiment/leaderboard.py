@@ -70,7 +70,7 @@ class Leaderboard:
 
     Args:
         algorithms: Searches to run now, of `search.ALGORITHMS`.
-        model, vqgan: As for `MAEVQGAN`.
+        model, vqgan: As for `models.load_model`.
         data: As for `vtv run`; searched on and measured on apart.
         transfer_data: Other data to measure on; None is `UNSEEN`, scenes of other classes, beside scenes.
         tasks: Names.

@@ -15,7 +15,7 @@ class Settings:
     """What the numbers of a run depend on.
 
     Args:
-        model, vqgan: As for `MAEVQGAN`.
+        model, vqgan: As for `models.load_model`.
         data: As for `data.load`: "scenes", a folder of pictures, "pascal:ROOT", …
         folds: Folds of Pascal-5i; by default all four where the data are "pascal:ROOT".
         tasks: Names; by default those of VTV's five that the data can serve.

@@ -309,7 +309,10 @@ def select(
 
 
 def collect(
-    model: InContextModel, prompts: Mapping[str, VisualPrompt], batch_size: int = 32, resume: str | os.PathLike | None = None
+    model: InContextModel,
+    prompts: Mapping[str, VisualPrompt],
+    batch_size: int = 32,
+    resume: str | os.PathLike | None = None,
 ) -> TaskVectors:
     """The mean activation of every head, by task (ECCV 2024, §4.1)."""
     return TaskVectors.collect(model, prompts, batch_size=batch_size, resume=resume)
