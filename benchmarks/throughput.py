@@ -69,8 +69,8 @@ class Released:
         for name, seen in STACKS:
             at = positions(getattr(prompt, seen))
             for layer, block in enumerate(getattr(module, name).blocks):
-                own = getattr(mask, name)[layer, at.cpu()].to(prompt.device)
-                new = getattr(self.vector.mean, name)[layer, at]
+                own = mask[name][layer, at.cpu()].to(prompt.device)
+                new = self.vector.mean[name][layer, at]
                 hooks.append(block.attn.proj.register_forward_pre_hook(patching(block.attn, own, new)))
         logits = module(prompt.canvas, prompt.visible, prompt.decoded).logits
         for hook in hooks:
@@ -128,7 +128,7 @@ def same_collection(module: MAEVQGANModel, single: MAEVQGAN, prompts: VisualProm
     """Both ways of collecting give the same means."""
     vector = TaskVectors.collect(single, {TASK.name: prompts}, batch_size=len(prompts), progress=False)[TASK.name]
     for (name, seen), theirs in zip(STACKS, released_collection(module, prompts).values()):
-        mean = getattr(vector.mean, name)[:, positions(getattr(prompts, seen)).cpu()].to(prompts.device)
+        mean = vector.mean[name][:, positions(getattr(prompts, seen)).cpu()].to(prompts.device)
         blocks = getattr(module, name).blocks
         ours = torch.stack([shares(block.attn, own) for block, own in zip(blocks, mean)]).cpu()
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
