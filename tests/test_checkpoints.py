@@ -154,6 +154,9 @@ def test_dtypes(checkpoint, state, save):
     stored = save({name: value.half() for name, value in state.items()})
     assert load_checkpoint(stored, dtype="auto").dtype == torch.float16
     assert load_checkpoint(stored, dtype=torch.float32).dtype == torch.float32
+    for name in ("os.system", "int8", "half precision"):
+        with pytest.raises(ValueError, match=f"dtype='{name}' is unknown; give a floating-point one"):
+            load_checkpoint(stored, dtype=name)
 
 
 def test_writing_to_weights_leaves_the_file_alone(checkpoint):

@@ -132,7 +132,7 @@ def device_of(model: InContextModel) -> torch.device:
     """Where prompts must go. Loads the weights if they are not loaded yet."""
     if hasattr(model, "dispatch"):
         model.dispatch()
-    return next(model.parameters()).device
+    return model.device
 
 
 def attention_path(model: InContextModel, stage: str, layer: int) -> str:
