@@ -24,7 +24,7 @@ from vtv_nnsight.data.pascal import detection, pascal
 from vtv_nnsight.data.photographs import photographs
 from vtv_nnsight.data.reasoning import reasoning
 from vtv_nnsight.data.scenes import scenes
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 
 SPLITS = ("train", "validation", "test")
 DRAWN = 500
@@ -181,7 +181,7 @@ def split_data(spec: str, train: int | None = None, test: int | None = None, see
 def identities(rows: Dataset) -> list[str]:
     """A digest of each row's picture, of the bytes of its file: equal pictures have equal ones, wherever they lie."""
     digests = []
-    with tqdm(total=len(rows), desc="telling pictures apart", unit="picture", disable=len(rows) < 2000) as bar:
+    with progress_bar(total=len(rows), desc="telling pictures apart", unit="picture", disable=len(rows) < 2000) as bar:
         for batch in rows.select_columns("image").with_format("arrow").iter(100):
             for cell in batch["image"].to_pylist():
                 content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.stages import device_of
 from vtv_nnsight.tasks import Task, draw
@@ -44,7 +44,7 @@ def select_prompts(
     drawn = draw(images, candidates, layout.examples, seed)
     losses = []
     starts = range(0, candidates, batch_size)
-    for start in tqdm(starts, desc=f"{task.name} candidates", unit="batch", disable=not progress):
+    for start in progress_bar(starts, desc=f"{task.name} candidates", unit="batch", disable=not progress):
         prompts = task.compose(images, drawn[start : start + batch_size], layout).to(device)
         with torch.no_grad():
             answers = crop(model.generate(prompts), "output", layout)
