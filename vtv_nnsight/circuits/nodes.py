@@ -1,0 +1,45 @@
+"""Rankings of heads as MIB's circuits are written: nodes by name, with scores (code hannamw/MIB-circuit-track)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vtv_nnsight.files import write_text
+from vtv_nnsight.patches import PatchSet, PatchSpace
+
+
+def nodes(space: PatchSpace, scores, chosen: PatchSet | None = None) -> dict[str, dict]:
+    """{"a0.h1": {"score": …, "in_graph": …}}: the heads of all layers, which are counted through the stages: after an
+    encoder of six layers, the decoder's first is layer 6.
+
+    Args:
+        space: Of granularity "head": MIB's nodes are whole heads.
+        scores: A number for each unit, [unit].
+        chosen: The units that make the circuit; all of them by default.
+
+    Raises:
+        ValueError: when the units are not whole heads, or scores are not one for each.
+    """
+    if space.granularity != "head":
+        raise ValueError(f'units by {space.granularity} are not nodes of MIB; use a space of granularity="head".')
+    if len(scores) != len(space):
+        raise ValueError(f"{len(scores)} scores were given; expected one for each of {len(space)} units.")
+    starts, total = [], 0
+    for stage in space.stages:
+        starts.append(total)
+        total += stage.layers
+    return {
+        f"a{starts[stage] + layer}.h{head}": {
+            "score": float(scores[i]),
+            "in_graph": chosen is None or bool(chosen.choices[i]),
+        }
+        for i, (stage, layer, head, _) in enumerate(zip(*(part.tolist() for part in space.units)))
+    }
+
+
+def write_nodes(path: str | Path, space: PatchSpace, scores, chosen: PatchSet | None = None) -> None:
+    """Write `nodes` as JSON, with the names that they have here beside MIB's."""
+    found = nodes(space, scores, chosen)
+    labels = dict(zip(found, space.names))
+    write_text(path, json.dumps({"nodes": {n: v | {"label": labels[n]} for n, v in found.items()}}, indent=1) + "\n")
