@@ -125,4 +125,4 @@ def _answer(
 
 def _label(loss: Loss | None) -> str:
     """What a loss is called in tables: "token loss" of "tokens"."""
-    return f"{loss.name.removesuffix('s')} loss" if loss else "loss"
+    return f"{loss.name.removesuffix('s').replace('_', ' ')} loss" if loss else "loss"

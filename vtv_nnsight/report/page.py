@@ -276,10 +276,6 @@ def _size(found: Found, task: Task) -> str:
     return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
 
 
-def _metric(task: Task) -> str:
-    return "mIoU ↑" if task.metric.higher_is_better else f"{task.metric.upper()} ↓"
-
-
 def _word(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
