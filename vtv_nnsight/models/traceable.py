@@ -208,7 +208,9 @@ def pick(options: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _join(parts: Sequence[VisualPrompt | Inputs]) -> Inputs:
-    """The rows of several input sets, one after the other."""
+    """The rows of input sets, one after the other."""
+    if len(parts) == 1:
+        return Inputs(parts[0].canvas, parts[0].visible, parts[0].decoded)
     device = parts[0].canvas.device
     if len({part.layout for part in parts if isinstance(part, VisualPrompt)}) > 1:
         raise ValueError(f"prompts of different layouts {_APART}")
