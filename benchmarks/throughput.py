@@ -39,7 +39,7 @@ from vtv_nnsight import MAEVQGAN, VisualPrompt, search, tasks
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.patches import PatchSpace
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.vectors import TaskVectors
 
@@ -275,7 +275,7 @@ def main() -> None:
     elif len(args.sizes) == 1:
         args.name += f"_{args.sizes[0]}"
     found, own = [], args.batches
-    for size in tqdm(args.sizes, desc="sizes"):
+    for size in progress_bar(args.sizes, desc="sizes"):
         args.batches = own or ([1, 4, 16] if (size, args.device) == ("vit-l", "cpu") else [1, 4, 16, 64, 256, 512])
         found += cases(size, args)
     for quantity in ("a second", "ratios", "peak MiB"):

@@ -61,6 +61,7 @@ def write(run: str | os.PathLike) -> Path:
         prompt=prompt_cells(found),
         marked=[(1, 2)],
         units=len(_space(found)),
+        places=_places(found),
         summary=_summary(found, lines),
         words=_words(condition for task in lines.values() for condition in task["score"]),
         tasks=[_task(found, task, lines[task.name]) for task in found.tasks],
@@ -233,6 +234,15 @@ def _space(found: Found) -> Any:
     return next(iter(next(iter(found.results.values())).values())).patches.space
 
 
+def _places(found: Found) -> str:
+    """Where a unit's head can be, in words."""
+    space = _space(found)
+    if space.granularity == "token":
+        return "a single token"
+    *others, last = dict.fromkeys(name for groups in space.groups.values() for name in groups)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def _words(conditions: Iterable[str]) -> dict[str, str]:
     """What the conditions are that a page shows."""
     names = set(conditions)
@@ -243,6 +253,15 @@ def _words(conditions: Iterable[str]) -> dict[str, str]:
 def _size(found: Found, task: Task) -> str:
     results = found.results[task.name].values()
     return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
+
+
+def _places(found: Found) -> str:
+    """Where a unit's head can be, in words."""
+    space = _space(found)
+    if space.granularity == "token":
+        return "a single token"
+    *others, last = dict.fromkeys(name for groups in space.groups.values() for name in groups)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _words(conditions: Iterable[str]) -> dict[str, str]:
