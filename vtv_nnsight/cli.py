@@ -563,22 +563,29 @@ def main() -> None:
 @app.command(
     rich_help_panel=TRAINING,
     epilog="Examples: vtv pretrain tokenizer --config tiny --out runs/tiny\n\n"
-    "vtv pretrain mae --config tiny --out runs/tiny --resume",
+    "vtv pretrain mae --config tiny --out runs/tiny --resume\n\nvtv pretrain corpus --out corpus",
 )
 def pretrain(
-    stage: Annotated[str, typer.Argument(help='"tokenizer" first, then "mae".', metavar="tokenizer|mae")],
+    stage: Annotated[
+        str, typer.Argument(help='"corpus", then "tokenizer", then "mae".', metavar="corpus|tokenizer|mae")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run; the stages go in tokenizer/ and mae/.")],
     config: Annotated[str, typer.Option(help='"tiny" (the embedded model), "small", "published" or "smoke".')] = "tiny",
     images: Annotated[
         Path | None, typer.Option(help="Pictures to train on beside the generated scenes, instead of the photographs "
-        "that scikit-image and scikit-learn carry.")
+        "that scikit-image and scikit-learn carry. For corpus: the pictures to gather.")
     ] = None,
+    data: Annotated[str | None, typer.Option(help="For corpus: a Hub data set to gather, as hf:NAME.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of the config's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str | None, typer.Option(help="A torch device; by default the first GPU, or the CPU.")] = None,
 ) -> None:
     """Train a MAE-VQGAN of your own: its tokenizer, then its transformer."""
+    if stage == "corpus":
+        from vtv_nnsight.pretraining.gather import gather
+
+        return _wrote(gather(out, images=images, data=data))
     from vtv_nnsight.pretraining import pretrain as run
 
     _wrote(run(stage, config, out, images=images, steps=steps, resume=resume, seed=seed, device=device))

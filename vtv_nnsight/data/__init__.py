@@ -4,8 +4,9 @@ from vtv_nnsight.data.folder import folder
 from vtv_nnsight.data.hub import hub
 from vtv_nnsight.data.pascal import detection, pascal
 from vtv_nnsight.data.photographs import photographs
+from vtv_nnsight.data.pictures import pictures
 from vtv_nnsight.data.reasoning import reasoning
 from vtv_nnsight.data.scenes import scenes
 from vtv_nnsight.data.source import load
 
-__all__ = ["detection", "folder", "hub", "load", "pascal", "photographs", "reasoning", "scenes"]
+__all__ = ["detection", "folder", "hub", "load", "pascal", "photographs", "pictures", "reasoning", "scenes"]

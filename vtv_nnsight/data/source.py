@@ -10,10 +10,12 @@ from datasets import Dataset
 from vtv_nnsight.data.folder import folder
 from vtv_nnsight.data.hub import hub
 from vtv_nnsight.data.pascal import detection, pascal
+from vtv_nnsight.data.pictures import pictures
 from vtv_nnsight.data.reasoning import reasoning
 from vtv_nnsight.data.scenes import scenes
 
 SOURCES = {
+    "pictures": "real things that the package carries, with masks and labels",
     "scenes": "generated",
     "reasoning:TASK": "generated, for color, shape, size or two of them joined by '+'",
     "pascal:ROOT": "all classes of Pascal VOC; pascal:ROOT:FOLD for one fold",
@@ -32,7 +34,7 @@ def load(spec: str, split: str = "train", n: int | None = None, seed: int = 0) -
     Args:
         spec: One of `SOURCES`.
         split: "train", "validation" or "test", where the source has splits. Pascal's are trn and, for the
-            other two, val.
+            other two, val; pictures have no validation.
         n: Rows wanted: as many generated ones (500 by default), or at most as many of the others, drawn at random.
         seed: Of what is drawn.
 
@@ -42,6 +44,8 @@ def load(spec: str, split: str = "train", n: int | None = None, seed: int = 0) -
     kind, _, rest = spec.partition(":")
     if spec == "scenes":
         return scenes(split, 500 if n is None else n, seed)
+    if spec == "pictures":
+        return pictures(split, n, seed)
     if kind == "reasoning" and rest:
         return reasoning(rest, 500 if n is None else n, seed)
     rows = _stored(kind, rest, spec, split)
