@@ -99,7 +99,7 @@ def compose(sources: Sequence[tuple[Row, Image.Image]], generator: np.random.Gen
             continue
         times = TIMES[row["split"]][row["look"]]
         for time in range(times):
-            as_taken = row["scene"] == "own" and time < times // 3
+            as_taken = row["scene"] == "own" and time == 0
             behind, background = backgrounds[_choose_background(row, backgrounds, generator)]
             image, mask = as_it_was_taken(picture, generator) if as_taken else over(row, picture, background, generator)
             rows.append(_row(row, None if as_taken else behind, image, mask, labels))
