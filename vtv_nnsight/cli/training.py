@@ -13,19 +13,22 @@ from vtv_nnsight.cli.app import TRAINING, Seed, app, wrote
 @app.command(
     rich_help_panel=TRAINING,
     epilog="Examples: vtv pretrain tokenizer --config tiny --out runs/tiny\n\n"
-    "vtv pretrain mae --config tiny --out runs/tiny --resume",
+    "vtv pretrain mae --config tiny --out runs/tiny --resume\n\nvtv pretrain corpus --out corpus",
 )
 def pretrain(
-    stage: Annotated[str, typer.Argument(help='"tokenizer" first, then "mae".', metavar="tokenizer|mae")],
+    stage: Annotated[
+        str, typer.Argument(help='"corpus", then "tokenizer", then "mae".', metavar="corpus|tokenizer|mae")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; the stages go in tokenizer/ and mae/.")],
     config: Annotated[str, typer.Option(help='"tiny" (the embedded model), "small", "published" or "smoke".')] = "tiny",
     images: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of pictures to train on beside the generated scenes.",
+            help="A folder of pictures to train on beside the generated scenes; for corpus, the pictures to gather.",
             show_default="the photographs that scikit-image and scikit-learn carry",
         ),
     ] = None,
+    data: Annotated[str | None, typer.Option(help="For corpus: a Hub data set to gather, as hf:NAME.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps to do.", show_default="the config's")
     ] = None,
@@ -36,6 +39,10 @@ def pretrain(
     ] = None,
 ) -> None:
     """Train a MAE-VQGAN of your own: its tokenizer, then its transformer."""
+    if stage == "corpus":
+        from vtv_nnsight.pretraining.gather import gather
+
+        return wrote(gather(out, images=images, data=data))
     from vtv_nnsight.pretraining import pretrain as run
 
     wrote(run(stage, config, out, images=images, steps=steps, resume=resume, seed=seed, device=device))

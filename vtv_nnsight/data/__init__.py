@@ -5,6 +5,7 @@ from vtv_nnsight.data.hub import hub
 from vtv_nnsight.data.pairs import pairs
 from vtv_nnsight.data.pascal import detection, pascal
 from vtv_nnsight.data.photographs import photographs
+from vtv_nnsight.data.pictures import pictures
 from vtv_nnsight.data.reasoning import reasoning
 from vtv_nnsight.data.scenes import scenes
 from vtv_nnsight.data.source import SOURCES, identities, load, split_data
@@ -19,6 +20,7 @@ __all__ = [
     "pairs",
     "pascal",
     "photographs",
+    "pictures",
     "reasoning",
     "scenes",
     "split_data",

@@ -22,6 +22,7 @@ from vtv_nnsight.data.hub import hub
 from vtv_nnsight.data.pairs import pairs
 from vtv_nnsight.data.pascal import detection, pascal
 from vtv_nnsight.data.photographs import photographs
+from vtv_nnsight.data.pictures import pictures
 from vtv_nnsight.data.reasoning import reasoning
 from vtv_nnsight.data.scenes import scenes
 from vtv_nnsight.progress import progress_bar
@@ -62,6 +63,10 @@ def _scenes(_: str, split: str | None, n: int | None, seed: int) -> Dataset:
 
 def _reasoning(task: str, split: str | None, n: int | None, seed: int) -> Dataset:
     return reasoning(task, DRAWN if n is None else n, seed, split or "train")
+
+
+def _pictures(_: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    return pictures("test" if _checked(split) == "validation" else split or "train")
 
 
 def _photographs(_: str, split: str | None, n: int | None, seed: int) -> Dataset:
@@ -106,6 +111,7 @@ SOURCES = {
     source.name: source
     for source in (
         Source("scenes", "", "generated scenes with masks and classes", _scenes, generated=True),
+        Source("pictures", "", "real things that the package carries, with masks and classes", _pictures),
         Source(
             "reasoning",
             "TASK",
