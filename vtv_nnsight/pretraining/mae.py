@@ -6,20 +6,18 @@ zero-shot runs it, and some hide patches at random over the whole canvas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from vtv_nnsight import tasks
-from vtv_nnsight.data.scenes import scenes
 from vtv_nnsight.layouts import Layout, take
 from vtv_nnsight.model import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.model.vqgan import VQGAN
+from vtv_nnsight.pretraining.corpus import Corpus
 from vtv_nnsight.pretraining.recipes import Recipe
-from vtv_nnsight.pretraining.stream import training_prompts
+from vtv_nnsight.pretraining.stream import training_prompts, validation_prompts
 from vtv_nnsight.pretraining.training import train
 from vtv_nnsight.prompts import VisualPrompt, crop
 
@@ -27,6 +25,8 @@ QUERY_ONLY, RANDOM = 0.08, 0.10
 """Shares of the steps that show the query alone, and that hide patches all over the canvas."""
 DROPPING = 0.5
 """Share of the other steps that drop patches beside the output."""
+VALIDATION = 32
+"""Prompts of each task and source that a validation answers."""
 MOST_DROPPED, LEAST_HIDDEN, MOST_HIDDEN = 0.6, 0.5, 0.8
 
 
@@ -63,7 +63,8 @@ def train_mae(
     recipe: Recipe,
     out: Path,
     *,
-    photographs: Sequence[Image.Image] = (),
+    corpus: Corpus | None = None,
+    validation: Corpus | None = None,
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
@@ -77,10 +78,10 @@ def train_mae(
     if torch.device(device).type == "cpu":
         model.set_attn_implementation("eager")  # twice as fast there: its fused kernel is slow on small heads
     layout = config.layout
-    held_out = {task: _validation_prompts(task, layout) for task in tasks.VTV}
+    held_out = {task: validation_prompts(task, VALIDATION, layout, validation) for task in tasks.VTV}
 
     def canvases(step: int) -> torch.Tensor:
-        return training_prompts(step, recipe.batch_size, layout, seed, photographs).canvas
+        return training_prompts(step, recipe.batch_size, layout, seed, corpus).canvas
 
     def loss(model: MAEVQGANModel, canvas: torch.Tensor, generator: torch.Generator):
         with torch.no_grad():
@@ -89,9 +90,12 @@ def train_mae(
 
     def validate(model: MAEVQGANModel) -> dict[str, float]:
         numbers = {}
-        for task, prompts in held_out.items():
-            numbers[task.name] = one_shot(model, task, prompts.to(device))
-            numbers[f"{task.name} without example"] = one_shot(model, task, prompts.query_only().to(device))
+        for task, sources in held_out.items():
+            for source, prompts in sources.items():
+                name, prompts = f"{task.name}, {source}", prompts.to(device)
+                numbers[name] = one_shot(model, task, prompts)
+                numbers[f"{name}, without example"] = one_shot(model, task, prompts.query_only())
+                numbers[f"{name}, ceiling"] = _ceiling(model, task, prompts)
         return numbers
 
     average = train(model, canvases, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
@@ -107,8 +111,11 @@ def one_shot(model: MAEVQGANModel, task: tasks.Task, prompts: VisualPrompt) -> f
     return task.score(crop(painted, "output", prompts.layout), prompts.region("output")).mean().item()
 
 
-def _validation_prompts(task: tasks.Task, layout: Layout) -> VisualPrompt:
-    return task.prompts(scenes("validation", n=96), n=32, layout=layout)
+@torch.no_grad()
+def _ceiling(model: MAEVQGANModel, task: tasks.Task, prompts: VisualPrompt) -> float:
+    """The same metric of the tokenizer's own drawing of the truth."""
+    drawn = model.vqgan.decode(model.vqgan.encode(prompts.canvas))
+    return task.score(crop(drawn, "output", prompts.layout), prompts.region("output")).mean().item()
 
 
 def _shuffled(patches: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:

@@ -2,27 +2,29 @@
 
 The codebook follows the encoder's outputs by moving averages (van den Oord et al., *Neural Discrete Representation
 Learning*, NeurIPS 2017, appendix A.1); it starts from a batch of outputs, and entries that nobody uses are re-seeded
-from the current one. The decoder learns from the pixels' absolute error, that of their differences between neighbours
-(which keeps edges sharp), and the encoder also from its distance to the codes it chose.
+from the current one. The decoder learns from the pixels' absolute and squared errors, the absolute error of their differences between neighbours (which
+keeps edges sharp), and a distance of features (`PerceptualDistance`); the encoder also from its distance to the codes
+that it chose. Most pictures are canvases, whose gutters must survive; some are crops without one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from vtv_nnsight import tasks
 from vtv_nnsight.files import replacing
 from vtv_nnsight.model import MAEVQGANConfig
 from vtv_nnsight.model.vqgan import VQGAN
+from vtv_nnsight.pretraining.corpus import PHOTO, Corpus
+from vtv_nnsight.pretraining.perceptual import PerceptualDistance
 from vtv_nnsight.pretraining.recipes import Recipe
-from vtv_nnsight.pretraining.stream import training_prompts
+from vtv_nnsight.pretraining.stream import training_crops, training_prompts, validation_prompts
 from vtv_nnsight.pretraining.training import train
 
 CODEBOOK_DECAY = 0.98
@@ -30,16 +32,22 @@ DEAD = 0.1
 """An entry that a step chooses fewer times than this, on average, is re-seeded."""
 COMMITMENT = 0.25
 EDGES = 0.5
+SQUARES = 2.0
+CROPS = 0.125
+"""Share of a batch that are pictures without a canvas."""
+LOOKED_AT = 0.25
+"""Share of a batch, from its end, whose perceptual distance is measured."""
 WEIGHTS = "vqgan.safetensors"
-VALIDATION_STEP = 10**9
-"""The step of the stream whose canvases validate: no run trains that far."""
 
 
 class TokenizerTraining(nn.Module):
-    """A VQGAN and the moving averages of its codebook."""
+    """A VQGAN and the moving averages of its codebook; `perceptual` is the weight of the distance of features."""
 
-    def __init__(self, config: MAEVQGANConfig) -> None:
+    def __init__(self, config: MAEVQGANConfig, perceptual: float = 0.0) -> None:
         super().__init__()
+        self.perceptual = perceptual
+        # in a tuple, so that its weights are neither saved nor averaged
+        self.distance = (PerceptualDistance(),) if perceptual else ()
         self.vqgan = VQGAN(config)
         self.vqgan.codebook.weight.requires_grad_(False)
         self.register_buffer("uses", torch.zeros(config.num_codes))
@@ -56,10 +64,15 @@ class TokenizerTraining(nn.Module):
         drawn = vqgan.decode_latent(latent + (quantised - latent).detach()).float()
         commitment = F.mse_loss(latent, quantised)
         pixel_loss = (drawn - target).abs().mean()
+        squares = F.mse_loss(drawn, target)
         edge_loss = sum((drawn.diff(dim=d) - target.diff(dim=d)).abs().mean() for d in (2, 3))
+        value = pixel_loss + SQUARES * squares + EDGES * edge_loss + COMMITMENT * commitment
+        if self.perceptual:
+            few = -max(1, round(LOOKED_AT * len(drawn)))
+            value = value + self.perceptual * self.distance[0].to(drawn.device)(drawn[few:], target[few:])
         self._follow(latent.detach(), codes, generator)
         used = (self.uses > DEAD).float().mean().item()
-        return pixel_loss + EDGES * edge_loss + COMMITMENT * commitment, {"used": used}
+        return value, {"used": used, "squares": squares.item() / 4}
 
     @torch.no_grad()
     def _follow(self, latent: torch.Tensor, codes: torch.Tensor, generator: torch.Generator) -> None:
@@ -88,32 +101,37 @@ def train_tokenizer(
     recipe: Recipe,
     out: Path,
     *,
-    photographs: Sequence[Image.Image] = (),
+    corpus: Corpus | None = None,
+    validation: Corpus | None = None,
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
 ) -> Path:
     """Train a tokenizer on the canvases of the training stream; `out` receives `checkpoint.pt`, `log.jsonl` and the
-    averaged weights, `vqgan.safetensors`, whose path is returned."""
+    averaged weights, `vqgan.safetensors`, whose path is returned. `validation` are the pictures to validate on, beside
+    scenes."""
     torch.manual_seed(seed)
     layout = config.layout
 
-    def canvases(step: int, n: int = recipe.batch_size) -> torch.Tensor:
-        canvas = training_prompts(step, n, layout, seed, photographs).canvas
-        return canvas.contiguous(memory_format=torch.channels_last)
+    def canvases(step: int) -> torch.Tensor:
+        plain = round(CROPS * recipe.batch_size) if corpus is not None and corpus.has(PHOTO) else 0
+        canvas = training_prompts(step, recipe.batch_size - plain, layout, seed, corpus).canvas
+        if plain:
+            canvas = torch.cat([canvas, training_crops(step, plain, layout.canvas_size, seed, corpus)])
+        return canvas
 
-    held_out = canvases(VALIDATION_STEP, 64).to(device)
-    module = TokenizerTraining(config).to(memory_format=torch.channels_last)
+    held_out = {
+        name: prompts.canvas.to(device)
+        for name, prompts in validation_prompts(tasks.identity, 64, layout, validation).items()
+    }
+    module = TokenizerTraining(config, recipe.perceptual)
+
+    def validate(module: TokenizerTraining) -> dict[str, float]:
+        found = {name: reconstruction(module.vqgan, canvas) for name, canvas in held_out.items()}
+        return {f"{key}, {name}": value for name, numbers in found.items() for key, value in numbers.items()}
+
     average = train(
-        module,
-        canvases,
-        TokenizerTraining.loss,
-        lambda m: reconstruction(m.vqgan, held_out),
-        recipe,
-        out,
-        resume=resume,
-        seed=seed,
-        device=device,
+        module, canvases, TokenizerTraining.loss, validate, recipe, out, resume=resume, seed=seed, device=device
     )
     path = out / WEIGHTS
     with replacing(path) as temporary:
