@@ -570,10 +570,13 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Folder of the run; the stages go in tokenizer/ and mae/.")],
     config: Annotated[str, typer.Option(help='"tiny" (the embedded model), "small", "published" or "smoke".')] = "tiny",
     images: Annotated[
-        Path | None, typer.Option(help="Pictures to train on beside the generated scenes, instead of the photographs "
-        "that scikit-image and scikit-learn carry.")
+        Path | None, typer.Option(help="A corpus or a folder of pictures to train on beside the generated scenes, "
+        "instead of the photographs that scikit-image and scikit-learn carry.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of the config's.")] = None,
+    decay: Annotated[
+        int | None, typer.Option(help="Last steps, over which the rates fall to zero, in place of the config's.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str | None, typer.Option(help="A torch device; by default the first GPU, or the CPU.")] = None,
@@ -581,7 +584,7 @@ def pretrain(
     """Train a MAE-VQGAN of your own: its tokenizer, then its transformer."""
     from vtv_nnsight.pretraining import pretrain as run
 
-    _wrote(run(stage, config, out, images=images, steps=steps, resume=resume, seed=seed, device=device))
+    _wrote(run(stage, config, out, images=images, steps=steps, decay=decay, resume=resume, seed=seed, device=device))
 
 
 @app.command(

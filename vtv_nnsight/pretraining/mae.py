@@ -23,11 +23,11 @@ from vtv_nnsight.prompts import VisualPrompt, crop
 
 QUERY_ONLY, RANDOM = 0.08, 0.10
 """Shares of the steps that show the query alone, and that hide patches all over the canvas."""
-DROPPING = 0.5
-"""Share of the other steps that drop patches beside the output."""
+DROPPING = 0.6
+"""Share of the other steps that drop patches beside the output; they are also the cheaper ones."""
 VALIDATION = 32
 """Prompts of each task and source that a validation answers."""
-MOST_DROPPED, LEAST_HIDDEN, MOST_HIDDEN = 0.6, 0.5, 0.8
+MOST_DROPPED, LEAST_HIDDEN, MOST_HIDDEN = 0.75, 0.5, 0.8
 
 
 def draw_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,31 +74,40 @@ def train_mae(
     torch.manual_seed(seed)
     model = MAEVQGANModel(config)
     model.vqgan.load_state_dict(vqgan.state_dict())
-    model.vqgan.requires_grad_(False).to(memory_format=torch.channels_last)
-    if torch.device(device).type == "cpu":
+    model.vqgan.requires_grad_(False)
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
         model.set_attn_implementation("eager")  # twice as fast there: its fused kernel is slow on small heads
     layout = config.layout
-    held_out = {task: validation_prompts(task, VALIDATION, layout, validation) for task in tasks.VTV}
+    held_out = [
+        (f"{task.name}, {source}", task, prompts.to(device))
+        for task in tasks.VTV
+        for source, prompts in validation_prompts(task, VALIDATION, layout, validation).items()
+    ]
+    vqgan.to(device)
+    ceilings = {f"{name}, ceiling": _ceiling(vqgan, task, prompts) for name, task, prompts in held_out}
 
-    def canvases(step: int) -> torch.Tensor:
-        return training_prompts(step, recipe.batch_size, layout, seed, corpus).canvas
-
-    def loss(model: MAEVQGANModel, canvas: torch.Tensor, generator: torch.Generator):
+    def batches(step: int) -> tuple[torch.Tensor, ...]:
+        canvas = training_prompts(step, recipe.batch_size, layout, seed, corpus).canvas
+        if not on_cpu:
+            return (canvas,)  # its codes are found on the GPU
         with torch.no_grad():
-            codes = model.vqgan.encode(canvas.contiguous(memory_format=torch.channels_last))
+            return canvas, model.vqgan.encode(canvas)
+
+    def loss(model: MAEVQGANModel, batch: tuple[torch.Tensor, ...], generator: torch.Generator):
+        canvas = batch[0]
+        with torch.no_grad():
+            codes = batch[1] if on_cpu else model.vqgan.encode(canvas)
         return masked_loss(model, canvas, codes, *draw_mask(layout, len(canvas), generator)), {}
 
     def validate(model: MAEVQGANModel) -> dict[str, float]:
-        numbers = {}
-        for task, sources in held_out.items():
-            for source, prompts in sources.items():
-                name, prompts = f"{task.name}, {source}", prompts.to(device)
-                numbers[name] = one_shot(model, task, prompts)
-                numbers[f"{name}, without example"] = one_shot(model, task, prompts.query_only())
-                numbers[f"{name}, ceiling"] = _ceiling(model, task, prompts)
+        numbers = dict(ceilings)
+        for name, task, prompts in held_out:
+            numbers[name] = one_shot(model, task, prompts)
+            numbers[f"{name}, without example"] = one_shot(model, task, prompts.query_only())
         return numbers
 
-    average = train(model, canvases, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
+    average = train(model, batches, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
     average.set_attn_implementation("sdpa")
     average.cpu().save_pretrained(out / "model")
     return out / "model"
@@ -112,9 +121,9 @@ def one_shot(model: MAEVQGANModel, task: tasks.Task, prompts: VisualPrompt) -> f
 
 
 @torch.no_grad()
-def _ceiling(model: MAEVQGANModel, task: tasks.Task, prompts: VisualPrompt) -> float:
+def _ceiling(vqgan: VQGAN, task: tasks.Task, prompts: VisualPrompt) -> float:
     """The same metric of the tokenizer's own drawing of the truth."""
-    drawn = model.vqgan.decode(model.vqgan.encode(prompts.canvas))
+    drawn = vqgan.decode(vqgan.encode(prompts.canvas))
     return task.score(crop(drawn, "output", prompts.layout), prompts.region("output")).mean().item()
 
 

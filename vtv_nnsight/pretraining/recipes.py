@@ -63,12 +63,12 @@ def _tiny() -> Size:
     config = MAEVQGANConfig(
         image_size=112,
         patch_size=8,
-        hidden_size=128,
+        hidden_size=192,
         num_hidden_layers=6,
-        num_attention_heads=4,
-        decoder_hidden_size=128,
+        num_attention_heads=6,
+        decoder_hidden_size=192,
         decoder_num_hidden_layers=4,
-        decoder_num_attention_heads=4,
+        decoder_num_attention_heads=6,
         num_codes=2048,
         code_dim=16,
         vqgan_z_channels=64,
@@ -84,7 +84,14 @@ def _tiny() -> Size:
             steps=10_500, batch_size=16, learning_rate=2e-3, weight_decay=0.0, decay=3500, validate=500, perceptual=0.1
         ),
         mae=Recipe(
-            steps=2700, batch_size=48, learning_rate=2e-3, matrix_learning_rate=2e-2, warmup=150, validate=400
+            steps=30_000,
+            batch_size=32,
+            learning_rate=2e-3,
+            matrix_learning_rate=2e-2,
+            warmup=300,
+            decay=6000,
+            ema=0.998,
+            validate=400,
         ),
     )
 

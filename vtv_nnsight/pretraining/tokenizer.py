@@ -53,8 +53,11 @@ class TokenizerTraining(nn.Module):
         self.register_buffer("uses", torch.zeros(config.num_codes))
         self.register_buffer("sums", torch.zeros(config.num_codes, config.code_dim))
 
-    def loss(self, pixels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        """Of pixels [batch, 3, height, width] in [0, 1]; moves the codebook."""
+    def loss(
+        self, batch: tuple[torch.Tensor], generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Of a batch of pixels [batch, 3, height, width] in [0, 1]; moves the codebook."""
+        (pixels,) = batch
         vqgan, target = self.vqgan, 2 * pixels - 1
         latent = vqgan.latent(pixels).float()
         if not self.uses.any():
@@ -113,12 +116,12 @@ def train_tokenizer(
     torch.manual_seed(seed)
     layout = config.layout
 
-    def canvases(step: int) -> torch.Tensor:
+    def batches(step: int) -> tuple[torch.Tensor]:
         plain = round(CROPS * recipe.batch_size) if corpus is not None and corpus.has(PHOTO) else 0
         canvas = training_prompts(step, recipe.batch_size - plain, layout, seed, corpus).canvas
         if plain:
             canvas = torch.cat([canvas, training_crops(step, plain, layout.canvas_size, seed, corpus)])
-        return canvas
+        return (canvas,)
 
     held_out = {
         name: prompts.canvas.to(device)
@@ -131,7 +134,7 @@ def train_tokenizer(
         return {f"{key}, {name}": value for name, numbers in found.items() for key, value in numbers.items()}
 
     average = train(
-        module, canvases, TokenizerTraining.loss, validate, recipe, out, resume=resume, seed=seed, device=device
+        module, batches, TokenizerTraining.loss, validate, recipe, out, resume=resume, seed=seed, device=device
     )
     path = out / WEIGHTS
     with replacing(path) as temporary:

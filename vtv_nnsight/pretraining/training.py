@@ -27,8 +27,9 @@ SAVE_EVERY = 120.0
 AHEAD = 8
 """Batches that wait for the trainer."""
 
-Batches = Callable[[int], torch.Tensor]
-Loss = Callable[[nn.Module, torch.Tensor, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
+Batch = tuple[torch.Tensor, ...]
+Batches = Callable[[int], Batch]
+Loss = Callable[[nn.Module, Batch, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 Validation = Callable[[nn.Module], dict[str, float]]
 
 
@@ -47,10 +48,11 @@ def train(
     """Minimise `loss(module, batches(step), generator)` and return the moving average of the weights.
 
     What happens in a step depends on the seed and the step alone, so a run that is killed and resumed ends as one that
-    was not. `out` receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a validation.
+    was not. `out` receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a
+    validation, with the mean loss since the last one.
 
     Args:
-        batches: The tensor that a step learns from; called in a process of its own, a few steps ahead.
+        batches: The tensors that a step learns from; called in a process of its own, a few steps ahead.
         loss: Returns a scalar, and numbers for the progress bar. It runs under bf16 autocast.
         validate: Numbers about the averaged module, such as {"psnr": 23.1}.
 
@@ -87,6 +89,7 @@ def train(
         with replacing(checkpoint) as temporary:
             torch.save(state, temporary)
 
+    losses: list[float] = []
     began, saved_at = time.monotonic() - seconds, time.monotonic()
     bar = tqdm(total=recipe.steps, initial=step, desc=out.name, unit="step", mininterval=2.0)
     ahead = DataLoader(
@@ -103,7 +106,7 @@ def train(
                 group["lr"] = peak * _schedule(step, recipe)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         with torch.autocast(device.type, torch.bfloat16):
-            value, numbers = loss(module, batch.to(device), generator)
+            value, numbers = loss(module, tuple(tensor.to(device) for tensor in batch), generator)
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss of step {step} is {value.item()}; lower the learning rate.")
         for optimizer in optimizers:
@@ -113,12 +116,15 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
         step += 1
+        losses.append(value.item())
         _update_average(average, module, min(recipe.ema, step / (step + 10)))
         seconds = time.monotonic() - began
         bar.update()
-        bar.set_postfix({"loss": f"{value.item():.3f}", **{k: f"{v:.3g}" for k, v in numbers.items()}}, refresh=False)
+        bar.set_postfix({"loss": f"{losses[-1]:.3f}", **{k: f"{v:.3g}" for k, v in numbers.items()}}, refresh=False)
         if step % recipe.validate == 0 or step == recipe.steps:
-            line = {"step": step, "seconds": round(seconds, 1), "loss": value.item(), **numbers, **validate(average)}
+            line = {"step": step, "seconds": round(seconds, 1), "loss": sum(losses) / len(losses)}
+            line |= {**numbers, **validate(average)}
+            losses.clear()
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             bar.write(json.dumps({k: round(v, 4) for k, v in line.items()}))
@@ -135,7 +141,7 @@ class _Steps(Dataset):
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, step: int) -> torch.Tensor:
+    def __getitem__(self, step: int) -> Batch:
         return self.batches(step)
 
 
