@@ -96,7 +96,7 @@ def train_mae(
 
     def loss(model: MAEVQGANModel, batch: tuple[torch.Tensor, ...], generator: torch.Generator):
         canvas = batch[0]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(canvas.device.type, enabled=False):
             codes = batch[1] if on_cpu else model.vqgan.encode(canvas)
         return masked_loss(model, canvas, codes, *draw_mask(layout, len(canvas), generator)), {}
 

@@ -81,7 +81,7 @@ def _tiny() -> Size:
     return Size(
         config,
         tokenizer=Recipe(
-            steps=10_500, batch_size=16, learning_rate=2e-3, weight_decay=0.0, decay=3500, validate=500, perceptual=0.1
+            steps=7000, batch_size=16, learning_rate=2e-3, weight_decay=0.0, decay=2500, validate=500, perceptual=0.05
         ),
         mae=Recipe(
             steps=30_000,

@@ -24,6 +24,7 @@ from vtv_nnsight.pretraining.recipes import Recipe
 
 SAVE_EVERY = 120.0
 """Seconds between checkpoints."""
+CHECKPOINT = "checkpoint.pt"
 AHEAD = 8
 """Batches that wait for the trainer."""
 
@@ -61,7 +62,7 @@ def train(
         FloatingPointError: naming the step whose loss is not finite.
     """
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.pt"
+    checkpoint = out / CHECKPOINT
     if checkpoint.exists() and not resume:
         raise FileExistsError(f"{checkpoint} is there already; continue it with resume, or choose another folder.")
     device = torch.device(device)
