@@ -124,7 +124,12 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
     recipe = Recipe(steps=3, batch_size=1, learning_rate=0.1)
     with pytest.raises(FloatingPointError, match="step 0"):
         training.train(
-            nn.Linear(1, 1), lambda step: (torch.zeros(step),), lambda m, *_: (m.weight.sum() * torch.nan, {}), dict, recipe, tmp_path
+            nn.Linear(1, 1),
+            lambda step: (torch.zeros(step),),
+            lambda m, *_: (m.weight.sum() * torch.nan, {}),
+            dict,
+            recipe,
+            tmp_path,
         )
 
 
@@ -220,7 +225,10 @@ def test_every_corruption_and_target_keeps_to_the_unit_range():
         for target in TARGETS:
             wanted = target.target({"image": mask, "mask": mask}, cell, shown)
             for pixels in (shown, wanted):
-                assert pixels.shape == cell.shape and pixels.min() >= 0 and pixels.max() <= 1 + 1e-6, (corruption, target)
+                assert pixels.shape == cell.shape and pixels.min() >= 0 and pixels.max() <= 1 + 1e-6, (
+                    corruption,
+                    target,
+                )
 
 
 def test_a_hue_turned_by_a_third_swaps_the_channels():

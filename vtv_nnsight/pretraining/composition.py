@@ -7,7 +7,6 @@ pictures of `SIZE` pixels, which tasks then bring to the size of a cell.
 
 from __future__ import annotations
 
-
 import numpy as np
 from PIL import Image, ImageFilter
 

@@ -1,8 +1,8 @@
 """The pictures that training draws from, decoded once and kept in memory, by kind and by what they show.
 
 A corpus is a folder with a `manifest.csv` (columns file, kind, package, source and split, as `vtv pretrain corpus`
-writes it), or any folder of pictures, all of which then count as photographs. Rare kinds are drawn more often: a picture
-weighs one over the root of the number of pictures of its package, and `EMPHASIS` times that.
+writes it), or any folder of pictures, all of which then count as photographs. Rare kinds are drawn more often: a
+picture weighs one over the root of the number of pictures of its package, and `EMPHASIS` times that.
 """
 
 from __future__ import annotations

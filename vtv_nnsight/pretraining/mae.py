@@ -18,7 +18,7 @@ from vtv_nnsight.model.vqgan import VQGAN
 from vtv_nnsight.pretraining.corpus import Corpus
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.pretraining.stream import training_prompts, validation_prompts
-from vtv_nnsight.pretraining.training import train
+from vtv_nnsight.pretraining.training import CHECKPOINT, train
 from vtv_nnsight.prompts import VisualPrompt, crop
 
 QUERY_ONLY, RANDOM = 0.08, 0.10
@@ -111,6 +111,13 @@ def train_mae(
     average.set_attn_implementation("sdpa")
     average.cpu().save_pretrained(out / "model")
     return out / "model"
+
+
+def averaged_model(config: MAEVQGANConfig, folder: Path) -> MAEVQGANModel:
+    """What a run that may not have ended has learned so far: the moving average in its checkpoint."""
+    model = MAEVQGANModel(config)
+    model.load_state_dict(torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)["average"])
+    return model.eval()
 
 
 @torch.no_grad()

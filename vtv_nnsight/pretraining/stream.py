@@ -3,8 +3,6 @@ unbroken one would have seen."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from einops import rearrange
@@ -59,13 +57,18 @@ def validation_prompts(task: Task, n: int, layout: Layout, corpus: Corpus | None
     found = {"scenes": task.prompts(scenes("validation", n=3 * n), n=n, layout=layout)}
     kind = CUTOUT if task.needs == "mask" else PHOTO
     if corpus is not None and corpus.has(kind):
-        generator = np.random.default_rng(0)
-        prompts = []
-        for _ in range(n):
-            *examples, query = draw_rows(corpus, layout.examples + 1, generator, kind)
-            prompts.append(task.prompt(examples, query, layout, tuple(generator.random(2))))
-        found["pictures"] = VisualPrompt.cat(prompts)
+        found["pictures"] = corpus_prompts(task, n, layout, corpus, kind)
     return found
+
+
+def corpus_prompts(task: Task, n: int, layout: Layout, corpus: Corpus, kind: str, seed: int = 0) -> VisualPrompt:
+    """`n` prompts of a task that show what a corpus has of one kind (`MIX`)."""
+    generator = np.random.default_rng(seed)
+    prompts = []
+    for _ in range(n):
+        *examples, query = draw_rows(corpus, layout.examples + 1, generator, kind)
+        prompts.append(task.prompt(examples, query, layout, tuple(generator.random(2))))
+    return VisualPrompt.cat(prompts)
 
 
 def training_crops(step: int, n: int, size: int, seed: int, corpus: Corpus) -> torch.Tensor:

@@ -72,9 +72,7 @@ class TokenizerTraining(nn.Module):
         self.register_buffer("mean", torch.zeros(3 * config.patch_size**2))
         self.register_buffer("components", torch.zeros(3 * config.patch_size**2, config.code_dim))
 
-    def loss(
-        self, batch: tuple[torch.Tensor], generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, batch: tuple[torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         """Of a batch of pixels [batch, 3, height, width] in [0, 1]; moves the codebook."""
         (pixels,) = batch
         vqgan, target, alone = self.vqgan, 2 * pixels - 1, self.steps < ALONE

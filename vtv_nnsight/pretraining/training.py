@@ -147,10 +147,10 @@ class _Steps(Dataset):
 
 
 def _stand_aside(worker: int) -> None:
-    """Where a trainer was started to run before others (`nice -n -10 taskset -c 1 …`), let the process that makes its
-    batches run beside it: on the cores that the trainer leaves free, at ordinary priority."""
+    """Where a trainer was started to run before others (`nice -n -20 taskset -c 1 …`), let the process that makes its
+    batches run beside it: on the cores that the trainer leaves free, at half its priority."""
     if hasattr(os, "nice") and (niceness := os.nice(0)) < 0:
-        os.nice(-niceness)
+        os.nice(-niceness // 2)
         if hasattr(os, "sched_setaffinity"):
             free = set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0)
             os.sched_setaffinity(0, free or os.sched_getaffinity(0))
