@@ -75,6 +75,7 @@ def train_mae(
     model = MAEVQGANModel(config)
     model.vqgan.load_state_dict(vqgan.state_dict())
     model.vqgan.requires_grad_(False)
+    _start_head(model)
     on_cpu = torch.device(device).type == "cpu"
     if on_cpu:
         model.set_attn_implementation("eager")  # twice as fast there: its fused kernel is slow on small heads
@@ -111,6 +112,16 @@ def train_mae(
     average.set_attn_implementation("sdpa")
     average.cpu().save_pretrained(out / "model")
     return out / "model"
+
+
+@torch.no_grad()
+def _start_head(model: MAEVQGANModel) -> None:
+    """Let codes that look alike begin with logits that are alike: the rows of the head are the codebook's, each
+    direction at the same variance, in random directions of the decoder's width."""
+    head, codebook = model.decoder.head.weight, model.vqgan.codebook.weight
+    alike = (codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6)
+    spread = torch.nn.init.orthogonal_(torch.empty(codebook.shape[1], head.shape[1]))
+    head.copy_(head.std() * alike @ spread * (head.shape[1] / codebook.shape[1]) ** 0.5)
 
 
 def averaged_model(config: MAEVQGANConfig, folder: Path) -> MAEVQGANModel:
