@@ -1,15 +1,18 @@
 """What the embedded model can do: the numbers of its model card.
 
-    python benchmarks/embedded_model.py [--quick] [--markdown card.md] [--pictures pictures/]
+    python benchmarks/embedded_model.py [--quick] [--corpus FOLDER] [--markdown card.md] [--pictures pictures/]
 
-On scenes never seen, of classes seen and unseen in training, and on photographs not trained on: the tokenizer's PSNR;
-every task one-shot, between the floor (the query copied) and the ceiling (the tokenizer's own drawing of the truth);
-zero-shot with nothing patched; whether the example decides which task is done; and the tasks held out of training.
+On scenes never seen, of classes seen and unseen in training, on the test pictures of a corpus (`vtv pretrain corpus`),
+and on photographs of packages not trained on: the tokenizer's PSNR; every task one-shot, between the floor (the query
+copied) and the ceiling (the tokenizer's own drawing of the truth); zero-shot with nothing patched; whether the example
+decides which task is done; the tasks held out of training; and two faults that are seen at once: lines across answers,
+and holes that stay dark. `--model` also takes a training run's folder with its checkpoint.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,53 +21,78 @@ from datasets import Dataset
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.nn import functional as F
 
-from vtv_nnsight import MAEVQGAN, VisualPrompt, data, evaluate, tasks
+from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt, data, evaluate, tasks
 from vtv_nnsight.data.photographs import crops
 from vtv_nnsight.images import to_pil
 from vtv_nnsight.metrics import mse
-from vtv_nnsight.pretraining.curriculum import HELD_OUT, INVERSE_MASK, Copy, Mirrored, Negative, Swapped
+from vtv_nnsight.pretraining import recipes
+from vtv_nnsight.pretraining.corpus import CUTOUT, PHOTO, Corpus
+from vtv_nnsight.pretraining.curriculum import (
+    HELD_OUT,
+    INVERSE_MASK,
+    PURPLE_MASK,
+    Copy,
+    Mirrored,
+    Negative,
+    Swapped,
+    UpsideDown,
+)
+from vtv_nnsight.pretraining.mae import averaged_model
+from vtv_nnsight.pretraining.stream import corpus_prompts
 from vtv_nnsight.pretraining.tokenizer import reconstruction
+from vtv_nnsight.pretraining.training import CHECKPOINT
 from vtv_nnsight.prompts import crop
 
 CONDITIONS = {"ceiling": "tokenizer", "one-shot": "one-shot", "zero-shot": "zero-shot", "floor": "copy"}
 CORRUPTIONS = (tasks.identity, tasks.lowlight, tasks.inpainting, tasks.colorization)
 TARGETS = (tasks.identity, Copy(), tasks.segmentation, INVERSE_MASK, Negative(), Swapped(), Mirrored())
 """What the same query is asked for when it is tested whether the example decides."""
+UNSEEN = (PURPLE_MASK, UpsideDown())
+"""Targets held out of training that the same query is asked for as well."""
+LINE, ACROSS = 0.1, 0.9
+"""A line differs by so much from what is two pixels to either side, in this share of its length."""
+
+Source = Callable[[tasks.Task, int], VisualPrompt | None]
+"""`n` prompts of a task, or None where there are no masks for it."""
 
 
 def main() -> None:
     parser = options(__file__, __doc__, "4 prompts a task, of scenes only")
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--corpus", type=Path, help="a corpus whose test pictures are asked about as well")
     parser.add_argument("-n", type=int, default=256, help="prompts a task")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--pictures", type=Path, help="write example answers to this folder")
     args = parser.parse_args()
     n = 4 if args.quick else args.n
-    model = MAEVQGAN(args.model, dispatch=True).to(args.device)
+    model = load(args.model).to(args.device)
     began = time.time()
-    sources = {
-        "scenes": data.scenes("test", n=2 * n, seed=args.seed),
-    }
+    layout, seed = model.layout, args.seed
+    sources = {"scenes": rows(data.scenes("test", n=2 * n, seed=seed), layout, seed)}
+    if args.corpus:
+        corpus = Corpus.read(args.corpus, "test")
+        sources["objects"] = composed(corpus, CUTOUT, layout, seed)
+        sources["pictures"] = composed(corpus, PHOTO, layout, seed)
     if not args.quick:
-        sources["scenes of unseen classes"] = data.scenes("test", n=2 * n, seed=args.seed, folds=(3,))
-        sources["photographs"] = photograph_crops(2 * n, args.seed)
-    lines, numbers = [f"{n} prompts a task, seed {args.seed}, `{args.model}`.", ""], {}
+        unseen = data.scenes("test", n=2 * n, seed=seed, folds=(3,))
+        sources["scenes of unseen classes"] = rows(unseen, layout, seed)
+        sources["photographs"] = rows(photograph_crops(2 * n, seed), layout, seed)
+    lines, numbers = [f"{n} prompts a task, seed {seed}, `{args.model}`.", ""], {}
 
     lines += ["| data | tokenizer PSNR (dB) | codes in use |", "|---|---|---|"]
-    for name, images in sources.items():
-        prompts = tasks.identity.prompts(images, n=n, seed=args.seed, layout=model.layout)
-        found = reconstruction(model._module.vqgan, prompts.canvas.to(args.device))
+    for name, source in sources.items():
+        found = reconstruction(model._module.vqgan, source(tasks.identity, n).canvas.to(args.device))
         numbers[f"tokenizer, {name}"] = found
         lines.append(f"| {name} | {found['psnr']:.1f} | {100 * found['codes']:.0f} % |")
 
     lines += ["", "| data | task | metric | " + " | ".join(CONDITIONS) + " |"]
     lines += ["|---|---|---|" + "---|" * len(CONDITIONS)]
-    for name, images in sources.items():
+    for name, source in sources.items():
         for task in (*tasks.VTV, *HELD_OUT):
-            if task.needs == "mask" and "mask" not in images.column_names:
+            if (prompts := source(task, n)) is None:
                 continue
-            prompts = task.prompts(images, n=n, seed=args.seed, layout=model.layout)
             table = evaluate(model, task, prompts, CONDITIONS, progress=False)
             cells = []
             for line in table.lines()[: len(CONDITIONS)]:
@@ -77,11 +105,23 @@ def main() -> None:
             if args.pictures:
                 save_picture(model, prompts[:8], args.pictures / f"{name}-{_title(task)}.png".replace(" ", "-"))
 
-    lines += ["", "| query | the answer is nearest to the truth of the task shown |", "|---|---|"]
-    for corruption in CORRUPTIONS:
-        share = example_decides(model, corruption, sources["scenes"], n, args.seed)
-        numbers[f"the example decides, {corruption.name}"] = share
-        lines.append(f"| {corruption.name} | {100 * share:.1f} % |")
+    lines += ["", "| data | query | the answer is nearest to the truth of the task shown | of a held-out target |"]
+    lines += ["|---|---|---|---|"]
+    for name, source in sources.items():
+        if source(tasks.segmentation, 1) is None:
+            continue
+        for corruption in CORRUPTIONS:
+            seen, held_out = example_decides(model, corruption, source, n)
+            numbers[f"the example decides, {name}, {corruption.name}"] = seen
+            numbers[f"the example decides, {name}, {corruption.name}, held out"] = held_out
+            lines.append(f"| {name} | {corruption.name} | {100 * seen:.1f} % | {100 * held_out:.1f} % |")
+
+    lines += ["", "| data | answers with a line across | mean of a filled hole, over the truth's | within 10 % |"]
+    lines += ["|---|---|---|---|"]
+    for name, source in sources.items():
+        share, (ratio, near) = lined(model, source, n), filled(model, source(tasks.inpainting, n))
+        numbers |= {f"lines, {name}": share, f"holes, {name}": ratio, f"holes within 10 %, {name}": near}
+        lines.append(f"| {name} | {100 * share:.1f} % | {ratio:.3f} | {100 * near:.0f} % |")
     seconds, threads = time.time() - began, torch.get_num_threads()
     lines += ["", f"Measured in {seconds:.0f} s on {threads} CPU threads, torch {torch.__version__}."]
     print("\n".join(lines))
@@ -121,18 +161,78 @@ def photograph_crops(n: int, seed: int) -> Dataset:
     return Dataset.from_dict({"image": [Image.fromarray(c) for c in crops(pictures, range(n), seed=seed)]})
 
 
+def load(source: str) -> MAEVQGAN:
+    """A model by its name, or the moving average that a training run's folder holds so far."""
+    if (Path(source) / CHECKPOINT).is_file():
+        return MAEVQGAN(averaged_model(recipes.get("tiny").config, Path(source)))
+    return MAEVQGAN(source, dispatch=True)
+
+
+def rows(images: Dataset, layout: Layout, seed: int) -> Source:
+    """Prompts of random rows of a data set."""
+    masked = "mask" in images.column_names
+    return lambda task, n: (
+        task.prompts(images, n=n, seed=seed, layout=layout) if masked or task.needs != "mask" else None
+    )
+
+
+def composed(corpus: Corpus, kind: str, layout: Layout, seed: int) -> Source:
+    """Prompts of cut-out objects over pictures of a corpus, or of crops of its photographs."""
+    masked = kind == CUTOUT
+    return lambda task, n: (
+        corpus_prompts(task, n, layout, corpus, kind, seed) if masked or task.needs != "mask" else None
+    )
+
+
+def answers(model: MAEVQGAN, prompts: VisualPrompt) -> torch.Tensor:
+    """The output cells that the model paints, [prompt, 3, cell, cell]."""
+    return torch.cat([crop(model.generate(some), "output", model.layout).cpu() for some in prompts.split(32)])
+
+
 @torch.no_grad()
-def example_decides(model: MAEVQGAN, corruption: tasks.Task, images: Dataset, n: int, seed: int) -> float:
+def example_decides(model: MAEVQGAN, corruption: tasks.Task, source: Source, n: int) -> tuple[float, float]:
     """The same corrupted queries under examples of every target: the share of answers that are nearer (MSE) to the
-    truth of the task shown than to that of any other."""
+    truth of the task shown than to that of any other, for targets that training showed and for those held out."""
     targets = [t for t in TARGETS if not (corruption == tasks.identity and isinstance(t, Copy))]
-    asked = [(corruption + t).prompts(images, n=n, seed=seed, layout=model.layout) for t in targets]
+    asked = [source(corruption + t, n) for t in (*targets, *UNSEEN)]
     queries = [prompts.region("query") for prompts in asked]
     assert all(torch.equal(query, queries[0]) for query in queries), "the queries differ between tasks"
-    answers = [crop(model.generate(prompts), "output", model.layout) for prompts in asked]
-    distance = torch.stack([torch.stack([mse(a, p.region("output")) for p in asked]) for a in answers])
-    shown = torch.arange(len(targets))[:, None]
-    return (distance.argmin(1) == shown).double().mean().item()
+    painted = [answers(model, prompts) for prompts in asked]
+    distance = torch.stack([torch.stack([mse(a, p.region("output")) for p in asked]) for a in painted])
+    right = distance.argmin(1) == torch.arange(len(asked))[:, None]
+    return right[: len(targets)].double().mean().item(), right[len(targets) :].double().mean().item()
+
+
+def lined(model: MAEVQGAN, source: Source, n: int) -> float:
+    """The share of answers to VTV's tasks that have a line from side to side which the truth has not."""
+    found = [
+        line_across(answers(model, prompts) - prompts.region("output"))
+        for task in tasks.VTV
+        if (prompts := source(task, n)) is not None
+    ]
+    return torch.cat(found).double().mean().item()
+
+
+def line_across(error: torch.Tensor) -> torch.Tensor:
+    """Whether an error [batch, 3, size, size] has a row or a column that is brighter, or darker, than those two pixels
+    to either side of it, nearly everywhere along it: [batch]."""
+    found = torch.zeros(len(error), dtype=torch.bool)
+    for pixels in (error.mean(1), -error.mean(1)):
+        for along in (pixels, pixels.mT):
+            beside = F.pad(along, (0, 0, 2, 2), value=-1.0)
+            higher = along - torch.maximum(beside[:, :-4], beside[:, 4:]) > LINE
+            found |= (higher.double().mean(2) >= ACROSS).any(1)
+    return found
+
+
+def filled(model: MAEVQGAN, prompts: VisualPrompt) -> tuple[float, float]:
+    """The mean of what the model fills holes with over the mean of what was there: of all, and the share of prompts
+    where the two are within a tenth."""
+    truth = prompts.region("output")
+    hole = (prompts.region("query") != truth).any(1, keepdim=True)
+    painted = answers(model, prompts)
+    mean, wanted = ((hole * pixels).flatten(1).sum(1) / (3 * hole.flatten(1).sum(1)) for pixels in (painted, truth))
+    return (mean.mean() / wanted.mean()).item(), ((mean / wanted - 1).abs() <= 0.1).double().mean().item()
 
 
 def save_picture(model: MAEVQGAN, prompts: VisualPrompt, path: Path) -> None:

@@ -6,18 +6,56 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from torch import nn
 
 pytest.importorskip("skimage")
 
 from vtv_nnsight import MAEVQGAN, Layout, tasks
 from vtv_nnsight.pretraining import pretrain, recipes, training
-from vtv_nnsight.pretraining.curriculum import HELD_OUT, INVERSE_MASK, TARGETS, Copy, draw_task
+from vtv_nnsight.pretraining.composition import LEAST_SHOWN, compose, crop
+from vtv_nnsight.pretraining.corpus import CUTOUT, PHOTO, TEXTURE, Corpus, Picture
+from vtv_nnsight.pretraining.curriculum import (
+    CORRUPTIONS,
+    HELD_OUT,
+    INVERSE_MASK,
+    TARGETS,
+    Copy,
+    Hole,
+    Hue,
+    Swapped,
+    draw_task,
+    is_held_out,
+)
 from vtv_nnsight.pretraining.mae import draw_mask
 from vtv_nnsight.pretraining.recipes import Recipe
-from vtv_nnsight.pretraining.stream import training_prompts
+from vtv_nnsight.pretraining.stream import training_prompts, validation_prompts
 
 LAYOUT = Layout(56, 4)
+
+
+@pytest.fixture(scope="module")
+def corpus_folder(tmp_path_factory):
+    """A corpus of noise and of discs, in two splits."""
+    folder, lines = tmp_path_factory.mktemp("corpus"), ["file,kind,package,source,split"]
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        for kind, mode in ((PHOTO, "RGB"), (TEXTURE, "RGB"), (CUTOUT, "RGBA")):
+            image = Image.fromarray(generator.integers(0, 256, (90, 120, 3), dtype=np.uint8))
+            if mode == "RGBA":
+                alpha = Image.new("L", image.size)
+                ImageDraw.Draw(alpha).ellipse((20, 10, 100, 80), fill=255)
+                image.putalpha(alpha)
+            image.save(folder / f"{kind}{i}.png")
+            lines.append(f"{kind}{i}.png,{kind},some,discs{i % 3}/{i}.png,{'validation' if i % 4 == 3 else 'train'}")
+    lines.append("lost.png,photo,some,lost.png,train")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(corpus_folder):
+    return Corpus.read(corpus_folder)
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +68,12 @@ def run(tmp_path_factory):
 
 
 def test_both_stages_improve_and_export_a_model(run):
-    losses = {}
+    logs = {}
     for stage in ("tokenizer", "mae"):
-        pretrain(stage, "smoke", run, steps=60, resume=True)
-        losses[stage] = [json.loads(line)["loss"] for line in (run / stage / "log.jsonl").read_text().splitlines()]
-    assert losses["tokenizer"][-1] < 0.75  # starts above 1
-    assert losses["mae"][-1] < np.log(64) - 0.3  # better than guessing among the 64 codes
+        pretrain(stage, "smoke", run, steps=60, decay=20, resume=True)
+        logs[stage] = [json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines()]
+    assert logs["tokenizer"][-1]["psnr, scenes"] > logs["tokenizer"][0]["psnr, scenes"] > 12
+    assert logs["mae"][-1]["loss"] < np.log(64) - 0.3  # better than guessing among the 64 codes
     model = MAEVQGAN(run / "mae" / "model")
     prompts = training_prompts(5, 2, model.layout)
     assert model.generate(prompts).shape == prompts.canvas.shape
@@ -66,9 +104,10 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
         return nn.Linear(3, 3)
 
     def batches(step):
-        return torch.full((4, 3), float(step))
+        return (torch.full((4, 3), float(step)),)
 
     def loss(module, batch, generator, stop_at=None):
+        (batch,) = batch
         if batch[0, 0] == stop_at:
             raise KeyboardInterrupt
         return module(batch + torch.randn(4, 3, generator=generator)).float().square().mean(), {}
@@ -85,20 +124,128 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
     recipe = Recipe(steps=3, batch_size=1, learning_rate=0.1)
     with pytest.raises(FloatingPointError, match="step 0"):
         training.train(
-            nn.Linear(1, 1), torch.zeros, lambda m, *_: (m.weight.sum() * torch.nan, {}), dict, recipe, tmp_path
+            nn.Linear(1, 1),
+            lambda step: (torch.zeros(step),),
+            lambda m, *_: (m.weight.sum() * torch.nan, {}),
+            dict,
+            recipe,
+            tmp_path,
         )
 
 
-def test_prompts_depend_on_seed_and_step_alone():
-    first, again, other = (training_prompts(step, 4, LAYOUT, seed) for step, seed in ((3, 0), (3, 0), (4, 0)))
-    assert torch.equal(first.canvas, again.canvas)
-    assert not torch.equal(first.canvas, other.canvas)
-    assert not torch.equal(first.canvas, training_prompts(3, 4, LAYOUT, seed=1).canvas)
+def test_the_rate_depends_on_the_end_in_the_last_steps_only():
+    long, short = (Recipe(steps=n, batch_size=1, learning_rate=1, warmup=4, decay=5) for n in (100, 20))
+    rates = {recipe: [training._schedule(step, recipe) for step in range(20)] for recipe in (long, short)}
+    assert rates[long][:4] == [0.25, 0.5, 0.75, 1.0] and set(rates[long][4:]) == {1.0}
+    assert rates[short][:16] == rates[long][:16]
+    assert rates[short][15:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_prompts_depend_on_seed_and_step_alone(corpus_folder):
+    def prompts(step, seed):
+        return training_prompts(step, 12, LAYOUT, seed, Corpus.read(corpus_folder)).canvas
+
+    assert torch.equal(prompts(3, 0), prompts(3, 0))
+    assert not torch.equal(prompts(3, 0), prompts(4, 0))
+    assert not torch.equal(prompts(3, 0), prompts(3, 1))
+
+
+def test_a_corpus_is_read_by_split(corpus_folder, corpus):
+    validation = Corpus.read(corpus_folder, "validation")
+    assert [len(corpus.kinds[kind]) for kind in (PHOTO, TEXTURE, CUTOUT)] == [9, 9, 9]
+    assert [len(validation.kinds[kind]) for kind in (PHOTO, TEXTURE, CUTOUT)] == [3, 3, 3]
+    cutout = corpus.draw(CUTOUT, np.random.default_rng(0))
+    assert cutout.image.size == (81, 71) and cutout.image.mode == "RGBA"  # cut to what is not transparent
+    assert corpus.another(cutout, np.random.default_rng(1)).label == cutout.label
+    with pytest.raises(ValueError, match="'test'"):
+        Corpus.read(corpus_folder, "test")
+    with pytest.raises(ValueError, match="no manifest.csv"):
+        Corpus.read(None, "validation")
+
+
+def test_a_folder_is_a_corpus_of_photographs(tmp_path):
+    for i in range(2):
+        Image.new("L", (600, 300), 90 * i).save(tmp_path / f"{i}.png")
+    corpus = Corpus.read(tmp_path)
+    assert [p.image.size for p in corpus.kinds[PHOTO]] == [(400, 200)] * 2 and not corpus.has(CUTOUT)
+    assert training_prompts(0, 4, LAYOUT, 0, corpus).canvas.shape == (4, 3, 56, 56)
+
+
+def test_rare_packages_are_drawn_more_often_than_their_number():
+    grey = Image.new("RGB", (9, 9))
+    corpus = Corpus([Picture(grey, PHOTO, "many", 100**-0.5)] * 100 + [Picture(grey, PHOTO, "one")])
+    generator = np.random.default_rng(0)
+    drawn = Counter(corpus.draw(PHOTO, generator).label for _ in range(2000))
+    assert 0.06 < drawn["one"] / 2000 < 0.12  # 1 of 11, not 1 of 101
+
+
+def test_composed_pictures_show_what_their_mask_says(corpus):
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        example, query = compose(corpus, 2, generator)
+        for row in (example, query):
+            mask = np.asarray(row["mask"])
+            assert row["image"].mode == "RGB" and row["image"].size == row["mask"].size
+            assert set(np.unique(mask)) <= {0, 255} and (mask > 0).mean() >= LEAST_SHOWN
+
+
+def test_an_objects_mask_leaves_out_what_hides_it():
+    """A white object under red ones: its mask covers white pixels only."""
+    white, red = (Image.new("RGBA", (50, 50), colour) for colour in ("white", "red"))
+    corpus = Corpus([Picture(white, CUTOUT, "white"), Picture(red, CUTOUT, "red")])
+    generator = np.random.default_rng(0)
+    seen = set()
+    for _ in range(40):
+        (row,) = compose(corpus, 1, generator)
+        pixels = np.asarray(row["image"]).astype(int)[np.asarray(row["mask"]) > 0]
+        reddish = pixels[:, 0] - pixels[:, 1:].max(1) > 60
+        seen.add(round(reddish.mean()))
+        assert reddish.mean() < 0.15 or reddish.mean() > 0.85
+    assert seen == {0, 1}
+
+
+def test_crops_fill_their_size(corpus):
+    generator = np.random.default_rng(0)
+    assert all(crop(corpus.draw(PHOTO, generator), generator, 33).size == (33, 33) for _ in range(5))
+
+
+def test_validation_shows_scenes_and_pictures(corpus):
+    found = validation_prompts(tasks.segmentation, 3, LAYOUT, corpus)
+    assert list(found) == ["scenes", "pictures"] and [len(p) for p in found.values()] == [3, 3]
+    assert list(validation_prompts(tasks.identity, 3, LAYOUT)) == ["scenes"]
+
+
+def test_every_corruption_and_target_keeps_to_the_unit_range():
+    generator = np.random.default_rng(0)
+    cell = torch.from_numpy(generator.random((3, 27, 27), np.float32))
+    mask = Image.fromarray((generator.random((27, 27)) > 0.5).astype(np.uint8) * 255)
+    for corruption in CORRUPTIONS:
+        shown = corruption.corrupt(cell, (0.3, 0.8))
+        assert torch.equal(shown, corruption.corrupt(cell, (0.3, 0.8))), corruption
+        for target in TARGETS:
+            wanted = target.target({"image": mask, "mask": mask}, cell, shown)
+            for pixels in (shown, wanted):
+                assert pixels.shape == cell.shape and pixels.min() >= 0 and pixels.max() <= 1 + 1e-6, (
+                    corruption,
+                    target,
+                )
+
+
+def test_a_hue_turned_by_a_third_swaps_the_channels():
+    cell = torch.rand(3, 4, 4)
+    assert torch.allclose(Hue(120).target({}, cell, cell), Swapped().target({}, cell, cell), atol=1e-5)
+    assert torch.allclose(Hue(360).target({}, cell, cell), cell, atol=1e-5)
+
+
+def test_squares_and_darkness_of_any_kind_are_held_out_with_the_papers():
+    assert is_held_out(Hole(0.4, level=1.0) + tasks.segmentation)
+    assert is_held_out(tasks.Lowlight(0.3) + tasks.inpainting)
+    assert not is_held_out(Hole(0.4) + tasks.identity) and not is_held_out(tasks.Lowlight(0.3) + INVERSE_MASK)
 
 
 def test_every_corruption_meets_every_target_but_those_held_out():
     generator = np.random.default_rng(0)
-    drawn = [draw_task(generator, masks=True) for _ in range(3000)]
+    drawn = [draw_task(generator, masks=True) for _ in range(5000)]
     names = {task.name for task in drawn}
     assert {"lowlight+copy", "lowlight+identity", "lowlight+segmentation", "identity+segmentation"} <= names
     for held_out in HELD_OUT:

@@ -24,13 +24,17 @@ def pretrain(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of pictures to train on beside the generated scenes; for corpus, the pictures to gather.",
+            help="A corpus or a folder of pictures to train on beside the generated scenes; for corpus, the pictures to gather.",
             show_default="the photographs that scikit-image and scikit-learn carry",
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="For corpus: a Hub data set to gather, as hf:NAME.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps to do.", show_default="the config's")
+    ] = None,
+    decay: Annotated[
+        int | None,
+        typer.Option(min=1, help="Last steps, over which the rates fall to zero.", show_default="the config's"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     seed: Seed = 0,
@@ -45,4 +49,4 @@ def pretrain(
         return wrote(gather(out, images=images, data=data))
     from vtv_nnsight.pretraining import pretrain as run
 
-    wrote(run(stage, config, out, images=images, steps=steps, resume=resume, seed=seed, device=device))
+    wrote(run(stage, config, out, images=images, steps=steps, decay=decay, resume=resume, seed=seed, device=device))

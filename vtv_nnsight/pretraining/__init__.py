@@ -14,11 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from vtv_nnsight import data
-from vtv_nnsight.images import as_rgb
 from vtv_nnsight.pretraining import recipes
+from vtv_nnsight.pretraining.corpus import Corpus
 from vtv_nnsight.pretraining.mae import train_mae
 from vtv_nnsight.pretraining.tokenizer import load_tokenizer, train_tokenizer
 
@@ -34,6 +32,7 @@ def pretrain(
     *,
     images: str | os.PathLike | None = None,
     steps: int | None = None,
+    decay: int | None = None,
     resume: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -42,9 +41,11 @@ def pretrain(
     the model's folder.
 
     Args:
-        images: A folder of pictures to train on beside the scenes; without it, the photographs that scikit-image and
-            scikit-learn carry.
+        images: A corpus (as `vtv pretrain corpus` writes it) or a folder of pictures to train on beside the scenes;
+            without it, the photographs that scikit-image and scikit-learn carry.
         steps: Optimiser steps in place of the recipe's; a resumed run may change them.
+        decay: Last steps, over which the rates fall to zero, in place of the recipe's. To end a long run early, resume
+            it with fewer `steps` and some of them as `decay`.
         resume: Continue the run in `out`, if there is one.
         device: A torch device; by default the first GPU, or the CPU.
 
@@ -57,10 +58,11 @@ def pretrain(
         raise ValueError(f"{stage!r} is not a stage of training; choose one of {', '.join(STAGES)}.")
     chosen, out = recipes.get(size), Path(out)
     recipe = getattr(chosen, stage)
-    if steps is not None:
-        recipe = replace(recipe, steps=steps)
+    changes = {"steps": steps, "decay": decay}
+    recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     options = {
-        "photographs": _pictures(images),
+        "corpus": Corpus.read(images),
+        "validation": _validation(images),
         "resume": resume,
         "seed": seed,
         "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -71,6 +73,9 @@ def pretrain(
     return train_mae(chosen.config, vqgan, recipe, out / stage, **options)
 
 
-def _pictures(images: str | os.PathLike | None) -> list[Image.Image]:
-    rows = data.photographs("train", grey=False) if images is None else data.folder(images)
-    return [as_rgb(row["image"]) for row in rows]
+def _validation(images: str | os.PathLike | None) -> Corpus | None:
+    """A corpus's own validation split, where it has one."""
+    try:
+        return Corpus.read(images, "validation")
+    except ValueError:
+        return None

@@ -28,7 +28,7 @@ from vtv_nnsight import data as sources
 from vtv_nnsight.data.pictures import credits
 from vtv_nnsight.files import replacing
 from vtv_nnsight.pretraining import archives
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 
 KINDS = {"photo": "photos", "texture": "textures", "cutout": "cutouts"}
 """Kinds of pictures, and their folders. A cut-out is an object with an alpha channel."""
@@ -143,7 +143,7 @@ def _shown() -> dict[tuple[str, str], str]:
 
 def _add_packages(out: Path, packages: Sequence[Package], fetch: Fetch) -> None:
     """Each package is asked for once, whatever kinds of pictures are taken from it, and deleted when it was read."""
-    bar = tqdm(dict.fromkeys((package.client, package.package) for package in packages), "packages")
+    bar = progress_bar(dict.fromkeys((package.client, package.package) for package in packages), desc="packages")
     for client, name in bar:
         bar.set_postfix_str(name)
         if any(fnmatch.fnmatch(name, pattern) for pattern in NEVER):
@@ -167,7 +167,9 @@ def _of_package(archive: Path, wanted: Sequence[Package]) -> Iterator[Picture]:
 
 
 def _of_folder(folder: Path) -> Iterator[Picture]:
-    for row in tqdm(sources.folder(folder).cast_column("image", Undecoded(decode=False)), folder.name):
+    for row in progress_bar(
+        sources.folder(folder).cast_column("image", Undecoded(decode=False)), desc=folder.name
+    ):
         path = Path(row["image"]["path"])
         with Image.open(path) as image:
             kind = "cutout" if _cut_out(image) else "photo"
@@ -177,7 +179,7 @@ def _of_folder(folder: Path) -> Iterator[Picture]:
 
 def _of_rows(name: str) -> Iterator[Picture]:
     rows = sources.load(name, "train")
-    for index in tqdm(range(len(rows)), name):
+    for index in progress_bar(range(len(rows)), desc=name):
         image = rows[index]["image"]
         kind = "cutout" if _cut_out(image) else "photo"
         yield Picture(kind, name, "", "", str(index), lambda image=image: image)

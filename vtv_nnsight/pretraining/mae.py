@@ -6,28 +6,28 @@ zero-shot runs it, and some hide patches at random over the whole canvas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from vtv_nnsight import tasks
-from vtv_nnsight.data.scenes import scenes
 from vtv_nnsight.layouts import Layout, take
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
+from vtv_nnsight.pretraining.corpus import Corpus
 from vtv_nnsight.pretraining.recipes import Recipe
-from vtv_nnsight.pretraining.stream import training_prompts
-from vtv_nnsight.pretraining.training import train
+from vtv_nnsight.pretraining.stream import training_prompts, validation_prompts
+from vtv_nnsight.pretraining.training import CHECKPOINT, train
 from vtv_nnsight.prompts import VisualPrompt, crop
 
 QUERY_ONLY, RANDOM = 0.08, 0.10
 """Shares of the steps that show the query alone, and that hide patches all over the canvas."""
-DROPPING = 0.5
-"""Share of the other steps that drop patches beside the output."""
-MOST_DROPPED, LEAST_HIDDEN, MOST_HIDDEN = 0.6, 0.5, 0.8
+DROPPING = 0.6
+"""Share of the other steps that drop patches beside the output; they are also the cheaper ones."""
+VALIDATION = 32
+"""Prompts of each task and source that a validation answers."""
+MOST_DROPPED, LEAST_HIDDEN, MOST_HIDDEN = 0.75, 0.5, 0.8
 
 
 def draw_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +63,8 @@ def train_mae(
     recipe: Recipe,
     out: Path,
     *,
-    photographs: Sequence[Image.Image] = (),
+    corpus: Corpus | None = None,
+    validation: Corpus | None = None,
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
@@ -73,31 +74,61 @@ def train_mae(
     torch.manual_seed(seed)
     model = MAEVQGANModel(config)
     model.vqgan.load_state_dict(vqgan.state_dict())
-    model.vqgan.requires_grad_(False).to(memory_format=torch.channels_last)
-    if torch.device(device).type == "cpu":
+    model.vqgan.requires_grad_(False)
+    _start_head(model)
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
         model.set_attn_implementation("eager")  # twice as fast there: its fused kernel is slow on small heads
     layout = config.layout
-    held_out = {task: _validation_prompts(task, layout) for task in tasks.VTV}
+    held_out = [
+        (f"{task.name}, {source}", task, prompts.to(device))
+        for task in tasks.VTV
+        for source, prompts in validation_prompts(task, VALIDATION, layout, validation).items()
+    ]
+    vqgan.to(device)
+    ceilings = {f"{name}, ceiling": _ceiling(vqgan, task, prompts) for name, task, prompts in held_out}
 
-    def canvases(step: int) -> torch.Tensor:
-        return training_prompts(step, recipe.batch_size, layout, seed, photographs).canvas
-
-    def loss(model: MAEVQGANModel, canvas: torch.Tensor, generator: torch.Generator):
+    def batches(step: int) -> tuple[torch.Tensor, ...]:
+        canvas = training_prompts(step, recipe.batch_size, layout, seed, corpus).canvas
+        if not on_cpu:
+            return (canvas,)  # its codes are found on the GPU
         with torch.no_grad():
-            codes = model.vqgan.encode(canvas.contiguous(memory_format=torch.channels_last))
+            return canvas, model.vqgan.encode(canvas)
+
+    def loss(model: MAEVQGANModel, batch: tuple[torch.Tensor, ...], generator: torch.Generator):
+        canvas = batch[0]
+        with torch.no_grad(), torch.autocast(canvas.device.type, enabled=False):
+            codes = batch[1] if on_cpu else model.vqgan.encode(canvas)
         return masked_loss(model, canvas, codes, *draw_mask(layout, len(canvas), generator)), {}
 
     def validate(model: MAEVQGANModel) -> dict[str, float]:
-        numbers = {}
-        for task, prompts in held_out.items():
-            numbers[task.name] = one_shot(model, task, prompts.to(device))
-            numbers[f"{task.name} without example"] = one_shot(model, task, prompts.query_only().to(device))
+        numbers = dict(ceilings)
+        for name, task, prompts in held_out:
+            numbers[name] = one_shot(model, task, prompts)
+            numbers[f"{name}, without example"] = one_shot(model, task, prompts.query_only())
         return numbers
 
-    average = train(model, canvases, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
+    average = train(model, batches, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
     average.set_attn_implementation("sdpa")
     average.cpu().save_pretrained(out / "model")
     return out / "model"
+
+
+@torch.no_grad()
+def _start_head(model: MAEVQGANModel) -> None:
+    """Let codes that look alike begin with logits that are alike: the rows of the head are the codebook's, each
+    direction at the same variance, in random directions of the decoder's width."""
+    head, codebook = model.decoder.head.weight, model.vqgan.codebook.weight
+    alike = (codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6)
+    spread = torch.nn.init.orthogonal_(torch.empty(codebook.shape[1], head.shape[1]))
+    head.copy_(head.std() * alike @ spread * (head.shape[1] / codebook.shape[1]) ** 0.5)
+
+
+def averaged_model(config: MAEVQGANConfig, folder: Path) -> MAEVQGANModel:
+    """What a run that may not have ended has learned so far: the moving average in its checkpoint."""
+    model = MAEVQGANModel(config)
+    model.load_state_dict(torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)["average"])
+    return model.eval()
 
 
 @torch.no_grad()
@@ -107,8 +138,11 @@ def one_shot(model: MAEVQGANModel, task: tasks.Task, prompts: VisualPrompt) -> f
     return task.score(crop(painted, "output", prompts.layout), prompts.region("output")).mean().item()
 
 
-def _validation_prompts(task: tasks.Task, layout: Layout) -> VisualPrompt:
-    return task.prompts(scenes("validation", n=96), n=32, layout=layout)
+@torch.no_grad()
+def _ceiling(vqgan: VQGAN, task: tasks.Task, prompts: VisualPrompt) -> float:
+    """The same metric of the tokenizer's own drawing of the truth."""
+    drawn = vqgan.decode(vqgan.encode(prompts.canvas))
+    return task.score(crop(drawn, "output", prompts.layout), prompts.region("output")).mean().item()
 
 
 def _shuffled(patches: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:

@@ -31,7 +31,7 @@ from PIL import Image, ImageFilter, ImageOps
 from vtv_nnsight.data.pictures import EMBEDDED, SIZE, SPLITS, credits, features
 from vtv_nnsight.files import replacing
 from vtv_nnsight.pretraining.archives import fetch, members
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 
 Row = Mapping[str, str]
 
@@ -78,7 +78,7 @@ def load(rows: Iterable[Row], downloads: Path) -> list[tuple[Row, Image.Image]]:
     packages, found = defaultdict(dict), {}
     for row in rows:
         packages[row["client"], row["package"], row["version"]][row["file"]] = row
-    for package, wanted in tqdm(packages.items(), "packages"):
+    for package, wanted in progress_bar(packages.items(), desc="packages"):
         for name, read in members(_archive(package, downloads)):
             if name in wanted:
                 found[package[1], name] = _cut_out(wanted[name], Image.open(io.BytesIO(read())), downloads)

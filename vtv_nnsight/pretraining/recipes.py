@@ -14,13 +14,15 @@ class Recipe:
     Args:
         steps: Optimiser steps.
         batch_size: Canvases a step.
-        learning_rate: Peak of AdamW's; linear warm-up, then a cosine to zero.
+        learning_rate: Peak of AdamW's; linear warm-up, constant, and a linear decay to zero.
         matrix_learning_rate: Peak of Muon's, for the transformer's weight matrices; 0 leaves them to AdamW.
         warmup: Steps to the peak.
+        decay: Last steps, over which the rates fall to zero.
         weight_decay: Decoupled.
         clip: Largest norm of the gradient.
         ema: Share of the old in the moving average of the weights.
         validate: Steps between validations.
+        perceptual: Weight of the tokenizer's distance of features; needs the package that carries them.
     """
 
     steps: int
@@ -28,10 +30,12 @@ class Recipe:
     learning_rate: float
     matrix_learning_rate: float = 0.0
     warmup: int = 100
+    decay: int = 0
     weight_decay: float = 0.05
     clip: float = 1.0
     ema: float = 0.998
     validate: int = 250
+    perceptual: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,13 @@ def _tiny() -> Size:
     config = MAEVQGANConfig(
         image_size=112,
         patch_size=8,
-        hidden_size=128,
+        hidden_size=192,
         num_hidden_layers=6,
-        num_attention_heads=4,
-        decoder_hidden_size=128,
+        num_attention_heads=6,
+        decoder_hidden_size=192,
         decoder_num_hidden_layers=4,
-        decoder_num_attention_heads=4,
-        num_codes=512,
+        decoder_num_attention_heads=6,
+        num_codes=2048,
         code_dim=16,
         vqgan_z_channels=64,
         vqgan_channels=64,
@@ -76,9 +80,18 @@ def _tiny() -> Size:
     )
     return Size(
         config,
-        tokenizer=Recipe(steps=1800, batch_size=16, learning_rate=2e-3, weight_decay=0.0),
+        tokenizer=Recipe(
+            steps=7000, batch_size=16, learning_rate=2e-3, weight_decay=0.0, decay=2500, validate=500, perceptual=0.05
+        ),
         mae=Recipe(
-            steps=2700, batch_size=48, learning_rate=2e-3, matrix_learning_rate=2e-2, warmup=150, validate=400
+            steps=30_000,
+            batch_size=32,
+            learning_rate=2e-3,
+            matrix_learning_rate=2e-2,
+            warmup=300,
+            decay=6000,
+            ema=0.998,
+            validate=400,
         ),
     )
 

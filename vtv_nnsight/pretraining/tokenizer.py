@@ -1,65 +1,129 @@
 """The first stage: a VQGAN that draws canvases from one code a patch.
 
-The codebook follows the encoder's outputs by moving averages (van den Oord et al., *Neural Discrete Representation
-Learning*, NeurIPS 2017, appendix A.1); it starts from a batch of outputs, and entries that nobody uses are re-seeded
-from the current one. The decoder learns from the pixels' absolute error, that of their differences between neighbours
-(which keeps edges sharp), and the encoder also from its distance to the codes it chose.
+Left to itself the codebook collapses: 2048 codes of width 16 came to differ in three directions, a patch's mean colour,
+and what else the encoder found lay below the distance of two codes, where the decoder cannot see it and no gradient
+makes it grow. So the latent starts as the patch's principal components, in units of the error that so many bits allow
+(reverse water-filling), the codebook as their k-means, and a pull on the latent keeps it near: a code says what its
+patch looks like, and hardly depends on the patches around.
+
+From there on the codebook follows the encoder's outputs by moving averages (van den Oord et al., *Neural Discrete
+Representation Learning*, NeurIPS 2017, appendix A.1); entries that nobody uses are re-seeded from the current batch.
+The decoder learns from the pixels' absolute and squared errors, the absolute error of their differences between
+neighbours (which keeps edges sharp), and a distance of features (`PerceptualDistance`). Most pictures are canvases,
+whose gutters must survive; some are crops without one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from vtv_nnsight import tasks
 from vtv_nnsight.files import replacing
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
+from vtv_nnsight.pretraining.corpus import PHOTO, Corpus
+from vtv_nnsight.pretraining.perceptual import PerceptualDistance
 from vtv_nnsight.pretraining.recipes import Recipe
-from vtv_nnsight.pretraining.stream import training_prompts
-from vtv_nnsight.pretraining.training import train
+from vtv_nnsight.pretraining.stream import training_crops, training_prompts, validation_prompts
+from vtv_nnsight.pretraining.training import CHECKPOINT, train
 
 CODEBOOK_DECAY = 0.98
 DEAD = 0.1
 """An entry that a step chooses fewer times than this, on average, is re-seeded."""
-COMMITMENT = 0.25
+COMMITMENT = 0.02
+ANCHOR = 0.1
+"""Weight of the latent's distance to the principal components."""
+ALONE = 200
+"""Steps in which the encoder only learns to find the principal components, whose codes the decoder draws."""
+SAMPLE, ITERATIONS = 500, 12
+"""Pictures that the components and the first codebook are found on, and rounds of k-means."""
 EDGES = 0.5
+SQUARES = 2.0
+CROPS = 0.125
+"""Share of a batch that are pictures without a canvas."""
+LOOKED_AT = 0.25
+"""Share of a batch, from its end, whose perceptual distance is measured."""
 WEIGHTS = "vqgan.safetensors"
-VALIDATION_STEP = 10**9
-"""The step of the stream whose canvases validate: no run trains that far."""
+SAMPLED_FROM = 10**9
+"""The step of the stream where the sample begins: no run trains that far."""
 
 
 class TokenizerTraining(nn.Module):
-    """A VQGAN and the moving averages of its codebook."""
+    """A VQGAN and the moving averages of its codebook; `perceptual` is the weight of the distance of features."""
 
-    def __init__(self, config: MAEVQGANConfig) -> None:
+    def __init__(self, config: MAEVQGANConfig, perceptual: float = 0.0) -> None:
         super().__init__()
+        self.perceptual = perceptual
+        # in a tuple, so that its weights are neither saved nor averaged
+        self.distance = (PerceptualDistance(),) if perceptual else ()
         self.vqgan = VQGAN(config)
         self.vqgan.codebook.weight.requires_grad_(False)
+        self.patch_size = config.patch_size
         self.register_buffer("uses", torch.zeros(config.num_codes))
         self.register_buffer("sums", torch.zeros(config.num_codes, config.code_dim))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(3 * config.patch_size**2))
+        self.register_buffer("components", torch.zeros(3 * config.patch_size**2, config.code_dim))
 
-    def loss(self, pixels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        """Of pixels [batch, 3, height, width] in [0, 1]; moves the codebook."""
-        vqgan, target = self.vqgan, 2 * pixels - 1
+    def loss(self, batch: tuple[torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        """Of a batch of pixels [batch, 3, height, width] in [0, 1]; moves the codebook."""
+        (pixels,) = batch
+        vqgan, target, alone = self.vqgan, 2 * pixels - 1, self.steps < ALONE
         latent = vqgan.latent(pixels).float()
-        if not self.uses.any():
-            self._seed(torch.ones_like(self.uses, dtype=torch.bool), latent.detach(), generator)
-        codes = vqgan.nearest(latent.detach())
-        quantised = vqgan.codebook(codes)
-        drawn = vqgan.decode_latent(latent + (quantised - latent).detach()).float()
-        commitment = F.mse_loss(latent, quantised)
-        pixel_loss = (drawn - target).abs().mean()
-        edge_loss = sum((drawn.diff(dim=d) - target.diff(dim=d)).abs().mean() for d in (2, 3))
-        self._follow(latent.detach(), codes, generator)
+        with torch.autocast(pixels.device.type, enabled=False):  # distances of bf16 confuse codes
+            principal = self.principal(pixels)
+            codes = vqgan.nearest(principal if alone else latent.detach())
+        if alone:
+            quantised, commitment = vqgan.codebook(codes), latent.new_zeros(())
+        else:
+            commitment = F.mse_loss(latent, vqgan.codebook(codes))
+            quantised = latent + (vqgan.codebook(codes) - latent).detach()
+            self._follow(latent.detach(), codes, generator)
+        self.steps += 1
+        drawn = vqgan.decode_latent(quantised).float()
+        squares = F.mse_loss(drawn, target)
+        edges = sum((drawn.diff(dim=d) - target.diff(dim=d)).abs().mean() for d in (2, 3))
+        anchor = F.mse_loss(latent, principal)
+        value = (drawn - target).abs().mean() + SQUARES * squares + EDGES * edges
+        value = value + COMMITMENT * commitment + ANCHOR * anchor
+        if self.perceptual:
+            few = -max(1, round(LOOKED_AT * len(drawn)))
+            value = value + self.perceptual * self.distance[0].to(drawn.device)(drawn[few:], target[few:])
         used = (self.uses > DEAD).float().mean().item()
-        return pixel_loss + EDGES * edge_loss + COMMITMENT * commitment, {"used": used}
+        return value, {"used": used, "squares": squares.item() / 4, "anchor": anchor.item()}
+
+    def principal(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The principal components of every patch: [batch, patch, code_dim]."""
+        return (_patches(pixels, self.patch_size) - self.mean) @ self.components
+
+    @torch.no_grad()
+    def start(self, pixels: torch.Tensor, generator: torch.Generator) -> None:
+        """Find the principal components and the first codebook, on a sample of pictures."""
+        patches = _patches(pixels, self.patch_size).flatten(0, 1)
+        variances, basis = torch.linalg.eigh(torch.cov(patches.T))
+        variances, basis = variances.flip(0).clamp(min=1e-12), basis.flip(1)
+        error = _water_level(variances, math.log2(len(self.uses)))
+        self.mean.copy_(patches.mean(0))
+        self.components.copy_(basis[:, : self.components.shape[1]] / error**0.5)
+        points = (patches - self.mean) @ self.components
+        codebook = points[torch.randperm(len(points), generator=generator)[: len(self.uses)]]
+        for _ in range(ITERATIONS):
+            self.vqgan.codebook.weight.copy_(codebook)
+            codes = torch.cat([self.vqgan.nearest(some) for some in points.split(8192)])
+            counts = torch.bincount(codes, minlength=len(codebook)).to(points.dtype)
+            sums = torch.zeros_like(codebook).index_add_(0, codes, points)
+            fresh = points[torch.randint(len(points), (len(codebook),), generator=generator)]
+            codebook = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], fresh)
+        self.vqgan.codebook.weight.copy_(codebook)
+        self.uses.copy_(counts / counts.mean())
+        self.sums.copy_(codebook * self.uses[:, None])
 
     @torch.no_grad()
     def _follow(self, latent: torch.Tensor, codes: torch.Tensor, generator: torch.Generator) -> None:
@@ -83,37 +147,59 @@ class TokenizerTraining(nn.Module):
         self.vqgan.codebook.weight[which] = flat[chosen]
 
 
+def _patches(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    return rearrange(pixels, "b c (h p) (w q) -> b (h w) (c p q)", p=size, q=size)
+
+
+def _water_level(variances: torch.Tensor, bits: float) -> torch.Tensor:
+    """The error at which components of these variances, each coded as far as it exceeds it, cost so many bits."""
+    low, high = variances.min().log(), variances.max().log()
+    for _ in range(50):
+        middle = (low + high) / 2
+        cost = ((variances.log() - middle).clamp(min=0) / (2 * math.log(2))).sum()
+        low, high = (middle, high) if cost > bits else (low, middle)
+    return middle.exp()
+
+
 def train_tokenizer(
     config: MAEVQGANConfig,
     recipe: Recipe,
     out: Path,
     *,
-    photographs: Sequence[Image.Image] = (),
+    corpus: Corpus | None = None,
+    validation: Corpus | None = None,
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
 ) -> Path:
     """Train a tokenizer on the canvases of the training stream; `out` receives `checkpoint.pt`, `log.jsonl` and the
-    averaged weights, `vqgan.safetensors`, whose path is returned."""
+    averaged weights, `vqgan.safetensors`, whose path is returned. `validation` are the pictures to validate on, beside
+    scenes."""
     torch.manual_seed(seed)
     layout = config.layout
 
-    def canvases(step: int, n: int = recipe.batch_size) -> torch.Tensor:
-        canvas = training_prompts(step, n, layout, seed, photographs).canvas
-        return canvas.contiguous(memory_format=torch.channels_last)
+    def batches(step: int) -> tuple[torch.Tensor]:
+        plain = round(CROPS * recipe.batch_size) if corpus is not None and corpus.has(PHOTO) else 0
+        canvas = training_prompts(step, recipe.batch_size - plain, layout, seed, corpus).canvas
+        if plain:
+            canvas = torch.cat([canvas, training_crops(step, plain, layout.canvas_size, seed, corpus)])
+        return (canvas,)
 
-    held_out = canvases(VALIDATION_STEP, 64).to(device)
-    module = TokenizerTraining(config).to(memory_format=torch.channels_last)
+    held_out = {
+        name: prompts.canvas.to(device)
+        for name, prompts in validation_prompts(tasks.identity, 64, layout, validation).items()
+    }
+    module = TokenizerTraining(config, recipe.perceptual)
+    if not (resume and (out / CHECKPOINT).exists()):
+        sample = torch.cat([batches(SAMPLED_FROM + i)[0] for i in range(-(-SAMPLE // recipe.batch_size))])
+        module.start(sample, torch.Generator().manual_seed(seed))
+
+    def validate(module: TokenizerTraining) -> dict[str, float]:
+        found = {name: reconstruction(module.vqgan, canvas) for name, canvas in held_out.items()}
+        return {f"{key}, {name}": value for name, numbers in found.items() for key, value in numbers.items()}
+
     average = train(
-        module,
-        canvases,
-        TokenizerTraining.loss,
-        lambda m: reconstruction(m.vqgan, held_out),
-        recipe,
-        out,
-        resume=resume,
-        seed=seed,
-        device=device,
+        module, batches, TokenizerTraining.loss, validate, recipe, out, resume=resume, seed=seed, device=device
     )
     path = out / WEIGHTS
     with replacing(path) as temporary:

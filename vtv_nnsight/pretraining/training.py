@@ -1,9 +1,14 @@
-"""The loop that both stages share: bf16, warm-up and cosine, clipping, averaged weights, resumable checkpoints."""
+"""The loop that both stages share: bf16, warm-up, a constant rate and a linear decay at the end, clipping, averaged
+weights, checkpoints to resume from.
+
+The rate does not depend on how long the run will be until its last `decay` steps, so a run can be stopped anywhere,
+gone on with, and ended later: with `steps` and `decay` that end it.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -12,16 +17,20 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from vtv_nnsight.files import replacing
 from vtv_nnsight.pretraining.recipes import Recipe
+from vtv_nnsight.progress import progress_bar
 
 SAVE_EVERY = 120.0
 """Seconds between checkpoints."""
+CHECKPOINT = "checkpoint.pt"
+AHEAD = 8
+"""Batches that wait for the trainer."""
 
-Batches = Callable[[int], torch.Tensor]
-Loss = Callable[[nn.Module, torch.Tensor, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
+Batch = tuple[torch.Tensor, ...]
+Batches = Callable[[int], Batch]
+Loss = Callable[[nn.Module, Batch, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 Validation = Callable[[nn.Module], dict[str, float]]
 
 
@@ -40,10 +49,11 @@ def train(
     """Minimise `loss(module, batches(step), generator)` and return the moving average of the weights.
 
     What happens in a step depends on the seed and the step alone, so a run that is killed and resumed ends as one that
-    was not. `out` receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a validation.
+    was not. `out` receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a
+    validation, with the mean loss since the last one.
 
     Args:
-        batches: The tensor that a step learns from; called in a process of its own, a few steps ahead.
+        batches: The tensors that a step learns from; called in a process of its own, a few steps ahead.
         loss: Returns a scalar, and numbers for the progress bar. It runs under bf16 autocast.
         validate: Numbers about the averaged module, such as {"psnr": 23.1}.
 
@@ -52,7 +62,7 @@ def train(
         FloatingPointError: naming the step whose loss is not finite.
     """
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.pt"
+    checkpoint = out / CHECKPOINT
     if checkpoint.exists() and not resume:
         raise FileExistsError(f"{checkpoint} is there already; continue it with resume, or choose another folder.")
     device = torch.device(device)
@@ -80,16 +90,24 @@ def train(
         with replacing(checkpoint) as temporary:
             torch.save(state, temporary)
 
+    losses: list[float] = []
     began, saved_at = time.monotonic() - seconds, time.monotonic()
-    bar = tqdm(total=recipe.steps, initial=step, desc=out.name, unit="step", mininterval=2.0)
-    ahead = DataLoader(_Steps(batches), batch_size=None, sampler=range(step, recipe.steps), num_workers=1)
+    bar = progress_bar(total=recipe.steps, initial=step, desc=out.name, unit="step")
+    ahead = DataLoader(
+        _Steps(batches),
+        batch_size=None,
+        sampler=range(step, recipe.steps),
+        num_workers=1,
+        prefetch_factor=AHEAD,
+        worker_init_fn=_stand_aside,
+    )
     for batch in ahead:
         for optimizer, rates in zip(optimizers, peaks):
             for group, peak in zip(optimizer.param_groups, rates):
                 group["lr"] = peak * _schedule(step, recipe)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         with torch.autocast(device.type, torch.bfloat16):
-            value, numbers = loss(module, batch.to(device), generator)
+            value, numbers = loss(module, tuple(tensor.to(device) for tensor in batch), generator)
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss of step {step} is {value.item()}; lower the learning rate.")
         for optimizer in optimizers:
@@ -99,15 +117,19 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
         step += 1
+        losses.append(value.item())
         _update_average(average, module, min(recipe.ema, step / (step + 10)))
         seconds = time.monotonic() - began
         bar.update()
-        bar.set_postfix({"loss": f"{value.item():.3f}", **{k: f"{v:.3g}" for k, v in numbers.items()}}, refresh=False)
+        shown = {"loss": losses[-1], **numbers}
+        bar.set_postfix_str(", ".join(f"{name} {number:.3g}" for name, number in shown.items()))
         if step % recipe.validate == 0 or step == recipe.steps:
-            line = {"step": step, "seconds": round(seconds, 1), "loss": value.item(), **numbers, **validate(average)}
+            line = {"step": step, "seconds": round(seconds, 1), "loss": sum(losses) / len(losses)}
+            line |= {**numbers, **validate(average)}
+            losses.clear()
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
-            bar.write(json.dumps({k: round(v, 4) for k, v in line.items()}))
+            print(json.dumps({k: round(v, 4) for k, v in line.items()}), flush=True)
         if time.monotonic() - saved_at > SAVE_EVERY or step == recipe.steps:
             save()
             saved_at = time.monotonic()
@@ -121,8 +143,18 @@ class _Steps(Dataset):
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, step: int) -> torch.Tensor:
+    def __getitem__(self, step: int) -> Batch:
         return self.batches(step)
+
+
+def _stand_aside(worker: int) -> None:
+    """Where a trainer was started to run before others (`nice -n -20 taskset -c 1 …`), let the process that makes its
+    batches run beside it: on the cores that the trainer leaves free, at half its priority."""
+    if hasattr(os, "nice") and (niceness := os.nice(0)) < 0:
+        os.nice(-niceness // 2)
+        if hasattr(os, "sched_setaffinity"):
+            free = set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0)
+            os.sched_setaffinity(0, free or os.sched_getaffinity(0))
 
 
 def _optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -145,10 +177,9 @@ def _optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer
 
 
 def _schedule(step: int, recipe: Recipe) -> float:
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    """The share of the peak rate that a step has."""
+    rising, left = (step + 1) / max(1, recipe.warmup), (recipe.steps - step) / max(1, recipe.decay)
+    return min(1.0, rising, left)
 
 
 @torch.no_grad()
