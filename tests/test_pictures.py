@@ -86,8 +86,9 @@ def test_some_rows_and_through_load():
     assert len(some) == 7 and some["source"] == data.pictures("test", n=7, seed=1)["source"]
     assert some["source"] != data.pictures("test", n=7, seed=2)["source"]
     assert len(data.load("pictures", "test", n=5)) == 5
+    assert data.load("pictures", "validation")["source"] == data.pictures("test")["source"]  # two parts only
     with pytest.raises(ValueError, match="split='validation'"):
-        data.load("pictures", "validation")
+        data.pictures("validation")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def pretrain(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="A corpus or a folder of pictures to train on beside the generated scenes; for corpus, those to gather.",
+            help="A corpus or a folder of pictures to train on beside the scenes; for corpus, those to gather.",
             show_default="the photographs that scikit-image and scikit-learn carry",
         ),
     ] = None,
