@@ -236,6 +236,7 @@ def specs(root, tmp_path, monkeypatch):  # noqa: F811
         for i, picture in enumerate(pictures(9)):
             picture.save(paired / name / f"{i}.png")
     return {
+        "pictures": ["pictures"],
         "scenes": ["scenes"],
         "reasoning": ["reasoning:color", "reasoning:shape+size"],
         "photographs": ["photographs"],
