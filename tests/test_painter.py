@@ -718,6 +718,6 @@ def test_a_whole_round(kind, tmp_path):
     answers = crop(model.generate(prompts["segmentation"]), "output", model.layout)
     scores = task.score(answers, prompts["segmentation"].region("output"))
     np.testing.assert_allclose(found.values("segmentation", "one-shot"), scores, atol=1e-4)
-    assert np.isfinite(found.values("segmentation", "task vectors", "smooth_l1 loss")).all()
+    assert np.isfinite(found.values("segmentation", "task vectors", "smooth l1 loss")).all()
     with pytest.raises(ValueError, match="loss='tokens' is unknown; choose from smooth_l1, pixels"):
         search.gates(model, vectors["segmentation"], task, rows, space, loss="tokens", **options)
