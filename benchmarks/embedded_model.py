@@ -137,7 +137,7 @@ def draw(numbers: dict, sources: list[str]) -> Figure:
     colours = dict(zip(CONDITIONS, ("tab:green", "tab:blue", "tab:red", "0.5")))
     for column, source in enumerate(sources):
         own = {name: value for name, value in numbers.items() if name.startswith(f"{source}, ")}
-        found = {tuple(name.split(", ")[1:]): value for name, value in own.items()}
+        found = {tuple(name.removeprefix(f"{source}, ").rsplit(", ", 1)): value for name, value in own.items()}
         titles = list(dict.fromkeys(title for title, _ in found))
         for row, masks in enumerate((True, False)):
             panel, shown = axes[row, column], [t for t in titles if t.startswith("segmentation") == masks]
