@@ -255,27 +255,6 @@ def _size(found: Found, task: Task) -> str:
     return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
 
 
-def _places(found: Found) -> str:
-    """Where a unit's head can be, in words."""
-    space = _space(found)
-    if space.granularity == "token":
-        return "a single token"
-    *others, last = dict.fromkeys(name for groups in space.groups.values() for name in groups)
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def _words(conditions: Iterable[str]) -> dict[str, str]:
-    """What the conditions are that a page shows."""
-    names = set(conditions)
-    others = any(name.startswith("vector of ") for name in names)
-    return {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
-
-
-def _size(found: Found, task: Task) -> str:
-    results = found.results[task.name].values()
-    return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
-
-
 def _word(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
