@@ -1,18 +1,26 @@
-"""What mkdocs does to pages: the search algorithms are listed from their registry."""
+"""What mkdocs does to pages: algorithms, commands and benchmarks are listed from where they are declared, so that the
+pages cannot fall behind."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-MARK = "<!-- search.ALGORITHMS -->"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the table of algorithms, and the reference of each, in the place of the mark."""
-    return markdown.replace(MARK, algorithms()) if MARK in markdown else markdown
+    """Put lists in the place of their marks."""
+    for mark, listed in MARKS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, listed())
+    return markdown
 
 
 def algorithms() -> str:
+    """The table of search algorithms, and the reference of each."""
     from vtv_nnsight.search import ALGORITHMS
 
     lines = ["| algorithm | how it searches | what it reads |", "| --- | --- | --- |"]
@@ -21,3 +29,66 @@ def algorithms() -> str:
         lines.append(f"| `{algorithm.name}` | {algorithm.description} | {', '.join(reads)} |")
     pages = [f"::: {algorithm.__module__}.{algorithm.name}" for algorithm in ALGORITHMS.values()]
     return "\n".join(lines) + "\n\n" + "\n\n".join(pages)
+
+
+def commands() -> str:
+    """Every command of `vtv`: what it does, its arguments and options with their defaults, its examples."""
+    import typer
+
+    from vtv_nnsight.cli import app
+
+    group = typer.main.get_command(app)
+    context = group.make_context("vtv", [], resilient_parsing=True)
+    return "\n\n".join(_command(name, command) for name, command in group.commands.items() if context)
+
+
+def _command(name: str, command: Any) -> str:
+    lines = [f"## vtv {name}", inspect.cleandoc(command.help or ""), "| option | what it does | default |\n|---|---|---|"]
+    for parameter in command.params:
+        option = parameter.param_type_name == "option"
+        usage = ", ".join(parameter.opts) if option else (parameter.metavar or parameter.name.upper())
+        lines[-1] += f"\n| `{usage}` | {_cell(_listed(parameter.help or ''))} | {_cell(_default(parameter))} |"
+    if not command.params:
+        lines.pop()
+    if command.epilog:
+        lines.append("```text\n" + command.epilog.replace("\n\n", "\n") + "\n```")
+    return "\n\n".join(lines)
+
+
+def _listed(text: str) -> str:
+    """A help text with what the registries hold."""
+    from vtv_nnsight.data import SOURCES
+    from vtv_nnsight.search import ALGORITHMS
+
+    sources = ", ".join(source.usage for source in SOURCES.values())
+    return text.replace("{algorithms}", ", ".join(ALGORITHMS)).replace("{sources}", sources)
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    if isinstance(shown := getattr(parameter, "show_default", None), str):
+        return shown
+    value = parameter.default
+    return "" if value is None or value is False or callable(value) else str(value)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def benchmarks() -> str:
+    """Every benchmark with the first line of its script."""
+    lines = ["| benchmark | what it tells |", "|---|---|"]
+    for path in sorted(BENCHMARKS.glob("*.py")):
+        if path.stem not in ("common", "__init__"):
+            title = path.read_text(encoding="utf-8").removeprefix('"""').partition("\n")[0]
+            lines.append(f"| `{path.stem}` | {_cell(title)} |")
+    return "\n".join(lines)
+
+
+MARKS: dict[str, Callable[[], str]] = {
+    "<!-- search.ALGORITHMS -->": algorithms,
+    "<!-- vtv -->": commands,
+    "<!-- benchmarks -->": benchmarks,
+}
