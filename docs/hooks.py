@@ -43,7 +43,8 @@ def commands() -> str:
 
 
 def _command(name: str, command: Any) -> str:
-    lines = [f"## vtv {name}", inspect.cleandoc(command.help or ""), "| option | what it does | default |\n|---|---|---|"]
+    lines = [f"## vtv {name}", inspect.cleandoc(command.help or "")]
+    lines.append("| option | what it does | default |\n|---|---|---|")
     for parameter in command.params:
         option = parameter.param_type_name == "option"
         usage = ", ".join(parameter.opts) if option else (parameter.metavar or parameter.name.upper())

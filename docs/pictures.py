@@ -129,7 +129,8 @@ def averaging(model, prompts, space, found) -> Figure:
     label.set_axis_off()
     label.text(0.5, 0.5, f"mean of\n{len(rows)}", ha="center", va="center", fontsize=9)
     strip(figure.add_subplot(grid[6, 1]), rows.mean(0), bound)
-    figure.suptitle(f"{stage.name}, layer {unit['layer']}, head {unit['head']}, in the middle of the answer", fontsize=10)
+    title = f"{stage.name}, layer {unit['layer']}, head {unit['head']}, in the middle of the answer"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
