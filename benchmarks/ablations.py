@@ -44,7 +44,7 @@ from vtv_nnsight import (
     tasks,
 )
 from vtv_nnsight.evaluation import Table, bootstrap
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.vectors import TaskVector
 
 REFERENCES = ("one-shot", "zero-shot")
@@ -85,7 +85,7 @@ def find(
     held_out: Mapping[str, VisualPrompt],
     args: Namespace,
     seed: int,
-    bar: tqdm,
+    bar: progress_bar,
 ) -> dict[str, dict[Setting | str, Found]]:
     """One seed's sets of every task. The held-out prompts are those of all tasks that share a set."""
     images, most, base = data.scenes("train", n=500, seed=0), max(args.prompts), asked["masks", EACH]
@@ -258,7 +258,7 @@ def main() -> None:
     held_out = {name: tasks.get(name).prompts(fresh, args.held_out, 0, model.layout) for name in names}
     test = {name: tasks.get(name).prompts(unseen, args.n, 0, model.layout) for name in args.tasks}
     seeds, settings = range(args.seed, args.seed + args.seeds), {s for s in asked.values() if isinstance(s, Setting)}
-    with tqdm(total=args.seeds * (len(args.tasks) * len(settings) + 1), unit="search") as bar:
+    with progress_bar(total=args.seeds * (len(args.tasks) * len(settings) + 1), unit="search") as bar:
         found = [find(model, asked, held_out, args, seed, bar) for seed in seeds]
     rows = []
     print(f"{args.model}, {args.n} test prompts; units and evaluations are means over {args.seeds} seeds")

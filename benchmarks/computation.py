@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, VisualPrompt, patch
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def main() -> None:
     if args.quick:
         args.sizes, args.rounds, args.seconds = ["embedded"], 3, 0
     found = []
-    for size in tqdm(args.sizes, unit="size"):
+    for size in progress_bar(args.sizes, unit="size"):
         module, prompts = made_up(size, args.batch, args.seed, args.device)
         model = MAEVQGAN(module.to(getattr(torch, args.dtype)))
         prompts = prompts.to(dtype=module.dtype)

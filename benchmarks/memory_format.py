@@ -18,7 +18,7 @@ from common import SIZES, alternate, made_up, options, ratio, save, table
 from einops import rearrange
 from matplotlib.figure import Figure
 
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -48,7 +48,7 @@ def main() -> None:
     if args.quick:
         args.sizes, args.rounds, args.seconds = ["embedded"], 3, 0
     found = []
-    for size, dtype in tqdm([(size, dtype) for size in args.sizes for dtype in args.dtypes], unit="case"):
+    for size, dtype in progress_bar([(size, dtype) for size in args.sizes for dtype in args.dtypes], unit="case"):
         module, prompts = made_up(size, args.batch, args.seed, args.device)
         vqgan = module.vqgan.to(getattr(torch, dtype))
         codes = vqgan.encode(prompts.canvas.to(getattr(torch, dtype)))

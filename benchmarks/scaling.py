@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, PatchSpace, TaskVectors, data, search, tasks
 from vtv_nnsight.models.interface import GRANULARITIES
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 
 TASK = tasks.segmentation
 STEP = 16
@@ -86,7 +86,7 @@ def same(what: str, losses: Mapping[Any, torch.Tensor], tolerance: float) -> dic
 
 def medians(title: str, sides: Mapping[Any, Callable[[], Any]], args: Namespace) -> dict[Any, float]:
     """Seconds of each side, taking turns."""
-    with tqdm(total=args.rounds * len(sides), desc=title, unit="call") as bar:
+    with progress_bar(total=args.rounds * len(sides), desc=title, unit="call") as bar:
 
         def counted(run: Callable[[], Any]) -> Callable[[], None]:
             return lambda: (run(), bar.update())

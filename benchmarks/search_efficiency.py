@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, data, search, tasks
 from vtv_nnsight.patches import PatchSet, PatchSpace
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.search.published import PUBLISHED
 from vtv_nnsight.vectors import TaskVectors
 
@@ -159,7 +159,7 @@ def main() -> None:
         "everything patched": bench.loss(everything.bool()),
     }
     seeds, searches, rows = range(args.seed, args.seed + args.seeds), list(plan(args)), []
-    for label, budget, own in tqdm(searches, desc="searches"):
+    for label, budget, own in progress_bar(searches, desc="searches"):
         results = [bench.run(label, seed, budget, **own) for seed in seeds]
         rows.append(
             {

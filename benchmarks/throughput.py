@@ -39,7 +39,7 @@ from vtv_nnsight import MAEVQGAN, VisualPrompt, search, tasks
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.patches import PatchSpace
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.vectors import TaskVectors
 
@@ -69,8 +69,8 @@ class Released:
         for name, seen in STACKS:
             at = positions(getattr(prompt, seen))
             for layer, block in enumerate(getattr(module, name).blocks):
-                own = getattr(mask, name)[layer, at.cpu()].to(prompt.device)
-                new = getattr(self.vector.mean, name)[layer, at]
+                own = mask[name][layer, at.cpu()].to(prompt.device)
+                new = self.vector.mean[name][layer, at]
                 hooks.append(block.attn.proj.register_forward_pre_hook(patching(block.attn, own, new)))
         logits = module(prompt.canvas, prompt.visible, prompt.decoded).logits
         for hook in hooks:
@@ -128,7 +128,7 @@ def same_collection(module: MAEVQGANModel, single: MAEVQGAN, prompts: VisualProm
     """Both ways of collecting give the same means."""
     vector = TaskVectors.collect(single, {TASK.name: prompts}, batch_size=len(prompts), progress=False)[TASK.name]
     for (name, seen), theirs in zip(STACKS, released_collection(module, prompts).values()):
-        mean = getattr(vector.mean, name)[:, positions(getattr(prompts, seen)).cpu()].to(prompts.device)
+        mean = vector.mean[name][:, positions(getattr(prompts, seen)).cpu()].to(prompts.device)
         blocks = getattr(module, name).blocks
         ours = torch.stack([shares(block.attn, own) for block, own in zip(blocks, mean)]).cpu()
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -275,7 +275,7 @@ def main() -> None:
     elif len(args.sizes) == 1:
         args.name += f"_{args.sizes[0]}"
     found, own = [], args.batches
-    for size in tqdm(args.sizes, desc="sizes"):
+    for size in progress_bar(args.sizes, desc="sizes"):
         args.batches = own or ([1, 4, 16] if (size, args.device) == ("vit-l", "cpu") else [1, 4, 16, 64, 256, 512])
         found += cases(size, args)
     for quantity in ("a second", "ratios", "peak MiB"):

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 
 GOAL = 1.03
 """The most that a trace may take of the time of the same hooks."""
@@ -120,7 +120,7 @@ def main() -> None:
     if args.quick:
         args.sizes, args.seconds = ["embedded"], min(args.seconds, 2)
     found = []
-    for size in tqdm(args.sizes, desc="sizes"):
+    for size in progress_bar(args.sizes, desc="sizes"):
         for batch in args.batches:
             module, prompt = made_up(size, batch, args.seed, args.device)
             with torch.no_grad():

@@ -154,6 +154,9 @@ def test_dtypes(checkpoint, state, save):
     stored = save({name: value.half() for name, value in state.items()})
     assert load_checkpoint(stored, dtype="auto").dtype == torch.float16
     assert load_checkpoint(stored, dtype=torch.float32).dtype == torch.float32
+    for name in ("os.system", "int8", "half precision"):
+        with pytest.raises(ValueError, match=f"dtype='{name}' is unknown; give a floating-point one"):
+            load_checkpoint(stored, dtype=name)
 
 
 def test_writing_to_weights_leaves_the_file_alone(checkpoint):
@@ -310,9 +313,9 @@ def hostile_pickles():
 def test_pickles_that_stand_for_something_enormous_are_refused_at_once(tmp_path, name, content):
     with zipfile.ZipFile(tmp_path / "some.pth", "w") as archive:
         archive.writestr("archive/data.pkl", content)
-    began = time.monotonic()
+    began = time.process_time()
     refused(r"some.pth was refused: it.* (parts|deep|instructions)\. Nothing of it was run", tmp_path / "some.pth")
-    assert time.monotonic() - began < 60
+    assert time.process_time() - began < 30
 
 
 def test_a_tensor_that_claims_more_than_its_file_is_refused(state, save):
@@ -323,10 +326,10 @@ def test_a_tensor_that_claims_more_than_its_file_is_refused(state, save):
 
 def test_thousands_of_blocks_are_refused_at_once(state, save):
     for name in ("blocks.5000.norm1.weight", "decoder_blocks.99999999.norm1.weight", "vae.encoder.down.777.x"):
-        began = time.monotonic()
+        began = time.process_time()
         words = rf"some.pth declares {name.rpartition('.norm1')[0] or name[:-2]}; expected at most 256 of these"
         refused(words, save(state | {name: torch.ones(2)}))
-        assert time.monotonic() - began < 20
+        assert time.process_time() - began < 20
     with pytest.raises(ValueError, match=r"blocks.24.norm1.weight, .* missing"):
         load_checkpoint(save(state | {"blocks.30.norm1.weight": torch.ones(64)}))
 

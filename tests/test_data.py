@@ -230,6 +230,11 @@ def specs(root, tmp_path, monkeypatch):  # noqa: F811
     rows.select(range(16)).to_parquet(hub / "train.parquet")
     rows.select(range(16)).to_parquet(divided / "train.parquet")
     rows.select(range(16, 24)).to_parquet(divided / "validation.parquet")
+    paired = tmp_path / "paired"
+    for name in ("inputs", "answers"):
+        (paired / name).mkdir(parents=True)
+        for i, picture in enumerate(pictures(9)):
+            picture.save(paired / name / f"{i}.png")
     return {
         "scenes": ["scenes"],
         "reasoning": ["reasoning:color", "reasoning:shape+size"],
@@ -237,6 +242,7 @@ def specs(root, tmp_path, monkeypatch):  # noqa: F811
         "pascal": [f"pascal:{root}", f"pascal:{root}:0"],
         "detection": [f"detection:{root}"],
         "hf": [f"hf:{hub}", f"hf:{hub}:train", f"hf:{divided}", f"hf:{divided}:validation", f"hf:{hub}:train[:12]"],
+        "pairs": [f"pairs:{paired}"],
         "folder": [str(photos), f"folder:{photos}"],
     }
 

@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from test_cli import vtv  # noqa: F401
 from test_vectors import FAST, random_module
+from test_vit_mae import config
+from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, ablate, data, evaluate, metrics, patch, tasks
 from vtv_nnsight.evaluation import (
@@ -23,6 +25,7 @@ from vtv_nnsight.evaluation import (
     specificity,
 )
 from vtv_nnsight.evaluation.table import intervals
+from vtv_nnsight.models.vit_mae import ViTMAE
 from vtv_nnsight.search.objective import Objective
 
 table_module = sys.modules["vtv_nnsight.evaluation.table"]
@@ -384,6 +387,31 @@ def test_a_model_without_a_loss_or_a_ceiling(model, prompts, table):
     assert "nan" not in repr(found) and np.isnan(found.values("segmentation", "one-shot", "loss")).all()
     with pytest.raises(ValueError, match="nothing bounds this model"):
         evaluate(Unbounded(model), tasks.segmentation, prompts, {"x": "ceiling"}, progress=False)
+
+
+def test_a_model_of_another_family(images):
+    """All of it through the interface: selecting, conditions, controls, specificity."""
+    torch.manual_seed(0)
+    model = ViTMAE(ViTMAEForPreTraining(config()).eval())
+    prompts = {
+        name: select_prompts(model, tasks.get(name), images, 4, candidates=20, layout=model.layout, progress=False)
+        for name in ("segmentation", "lowlight")
+    }
+    vectors = TaskVectors.collect(model, prompts, progress=False)
+    units = PatchSet.random(PatchSpace(model, model.layout), 6)
+    own = vectors["lowlight"]
+    conditions = comparison(own, units, vectors) | controls(own, units, vectors, draws=2)
+    found = evaluate(model, tasks.lowlight, prompts["lowlight"], conditions, keep=1, progress=False)
+    assert "squared error loss ↓" in repr(found) and "tokenizer" not in repr(found)
+    with torch.no_grad(), model.trace(prompts["lowlight"].query_only()):
+        patch(model, own, units)
+        output = model.output.save()
+    rows, columns = model.layout.cells["output"]
+    painted = model.paint(output, prompts["lowlight"].query_only())[:, :, rows, columns]
+    scores = tasks.lowlight.score(painted, prompts["lowlight"].region("output"))
+    np.testing.assert_allclose(found.values("lowlight", "task vector"), scores, atol=1e-6)
+    pairs = specificity(model, {"lowlight": units}, vectors, prompts, progress=False)
+    assert pairs.set_index("vector")["mean"]["lowlight"] == pytest.approx(float(scores.mean()))
 
 
 def test_more_is_better_is_searched_for_the_right_way(model, images, vectors, patches):

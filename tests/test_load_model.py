@@ -13,8 +13,8 @@ from vtv_nnsight.models.vit_mae import ViTMAE
 
 
 def seggpt(typed):
-    sizes = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=(64, 32), patch_size=8)
-    decoder = dict(decoder_hidden_size=8, pretrain_image_size=32, intermediate_hidden_state_indices=[0, 1, 2, 3])
+    sizes = dict(hidden_size=16, num_hidden_layers=8, num_attention_heads=2, image_size=(64, 32), patch_size=8)
+    decoder = dict(decoder_hidden_size=8, pretrain_image_size=32, intermediate_hidden_state_indices=[4, 5, 6, 7])
     model = SegGptForImageSegmentation(SegGptConfig(**sizes, **decoder, mlp_dim=32))
     for token in (model.model.embeddings.type_token_semantic, model.model.embeddings.type_token_instance):
         torch.nn.init.constant_(token, float(typed))

@@ -4,6 +4,7 @@ import argparse
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import DATA
@@ -11,9 +12,25 @@ from einops import rearrange
 from safetensors.torch import load_file
 from transformers import SegGptConfig, SegGptForImageSegmentation
 
-from vtv_nnsight import MAEVQGAN, Layout, Painter, SegGPT, VisualPrompt
+from vtv_nnsight import (
+    MAEVQGAN,
+    Layout,
+    Painter,
+    PatchSet,
+    PatchSpace,
+    SegGPT,
+    TaskVectors,
+    VisualPrompt,
+    ablate,
+    data,
+    evaluate,
+    patch,
+    search,
+    tasks,
+)
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.models import painter
+from vtv_nnsight.prompts import crop
 
 KINDS = {"painter": Painter, "seggpt": SegGPT}
 CLOSE = dict(rtol=0, atol=1e-4)
@@ -473,6 +490,17 @@ def test_device_map(released, prompts, models):
     assert torch.equal(predict(model, prompts.query_only()), predict(models["seggpt"], prompts.query_only()))
 
 
+def test_offloaded_weights(models, prompts, tmp_path):
+    """Layers on disk come to the processor one at a time, query only as well as one-shot."""
+    models["seggpt"].save_pretrained(tmp_path / "model")
+    places = {"model.embeddings": "cpu", "model.encoder": "disk", "decoder": "cpu"}
+    options = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    model = SegGPT(tmp_path / "model", embedding_type="semantic", **options)
+    for rows in (prompts, prompts.query_only()):
+        torch.testing.assert_close(predict(model, rows), predict(models["seggpt"], rows), **CLOSE)
+    assert model._module.encoder.layers[3].attention.rel_pos_h.is_meta
+
+
 def test_a_wrong_write_says_what_was_expected(model, prompts):
     for wrong in (torch.zeros(3, 256, 64), torch.zeros(3, 256, 16, 4), 0.0):
         words = r"encoder\.layers\.0\.attention\.heads was given .* \[batch, token, 4, 16\]"
@@ -582,3 +610,114 @@ def test_files_run_nothing(tensors, tmp_path):
     model = Painter(tmp_path / "x.pth", dispatch=True)
     assert torch.equal(model._module.embeddings.mask_token, tensors["painter"]["mask_token"])
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="module")
+def vector(models, prompts):
+    """Kind → the mean over the golden prompts, one-shot."""
+    return {
+        kind: TaskVectors.collect(model, {"golden": prompts}, progress=False)["golden"]
+        for kind, model in models.items()
+    }
+
+
+def test_patch_is_the_released_codes(model, kind, numbers, prompts, vector):
+    space = PatchSpace(model)
+    chosen = [
+        f"encoder.layers.{block}.attention.heads[{head}] @ {place}"
+        for block, head in numbers[f"{kind}/chosen"].tolist()
+        for place in (("query", "output") if block < 3 else ("query+output",))
+    ]
+    rows = prompts.query_only()
+    with torch.no_grad(), model.trace(rows):
+        patch(model, vector[kind], PatchSet.named(space, chosen))
+        found = model.output.prediction.save()
+    torch.testing.assert_close(found[:, :, 1:], numbers[f"{kind}/query_only_patched"][:, :, 1:], **CLOSE)
+
+
+def test_units(model):
+    space = PatchSpace(model)
+    assert len(space) == 3 * 4 * 2 + 21 * 4
+    assert space.names[:2] == [f"encoder.layers.0.attention.heads[0] @ {place}" for place in ("query", "output")]
+    assert space.names[-1] == "encoder.layers.23.attention.heads[3] @ query+output"
+    assert len(PatchSpace(model, granularity="head")) == 24 * 4
+    assert len(PatchSpace(model, granularity="token")) == 3 * 4 * 128 + 21 * 4 * 64
+
+
+@pytest.mark.parametrize("granularity", ["head", "quadrant", "token"])
+def test_everything_patched_hides_the_query(model, kind, prompts, vector, granularity):
+    """When every head is patched at every place that there is, all prompts get one answer, one-shot and query only."""
+    space = PatchSpace(model, granularity=granularity)
+    everything = PatchSet(space, torch.ones(len(space), dtype=torch.bool))
+    shots = (prompts, prompts.query_only()) if granularity == "head" else (prompts.query_only(),)
+    for rows in shots:
+        with torch.no_grad(), model.trace(rows):
+            patch(model, vector[kind], everything)
+            z = [model.attention("merged", 20).heads].save()
+        assert torch.equal(z[0][0], z[0][1])
+    with torch.no_grad(), model.trace(prompts.query_only()):
+        ablate(model, everything)
+        z = [model.attention("merged", 20).heads].save()
+    assert z[0].abs().max() == 0
+
+
+def test_a_vector_of_the_other_type(released, models, prompts, vector):
+    other = SegGPT(released["seggpt"], embedding_type="instance")
+    words = "vector of 'golden' does not fit this model: it has embedding_type 'semantic', not 'instance'"
+    with pytest.raises(ValueError, match=words), other.trace(prompts):
+        patch(other, vector["seggpt"], PatchSet.random(PatchSpace(other), 3))
+    with pytest.raises(ValueError, match="does not fit"), models["painter"].trace(prompts):
+        patch(models["painter"], vector["seggpt"], PatchSet.random(PatchSpace(models["painter"]), 3))
+
+
+def small(types):
+    """A network that is quick to run; SegGPT's if it has type tokens, else Painter's."""
+    torch.manual_seed(0)
+    config = SegGptConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=(64, 32),
+        patch_size=8,
+        pretrain_image_size=32,
+        decoder_hidden_size=8,
+        merge_index=1,
+        intermediate_hidden_state_indices=[1, 3],
+        initializer_range=0.3,
+    )
+    module = SegGptForImageSegmentation(config)
+    if not types:
+        for token in (module.model.embeddings.type_token_semantic, module.model.embeddings.type_token_instance):
+            token.data.zero_()
+    return module
+
+
+def test_a_whole_round(kind, tmp_path):
+    """Collect, score, search with gradients and without, patch, evaluate; all of it through files."""
+    model = KINDS[kind](small(kind == "seggpt"))
+    images = data.scenes("train", n=12, seed=0)
+    both = tasks.segmentation, tasks.get("colorization")
+    prompts = {task.name: task.prompts(images, n=6, seed=0, layout=model.layout) for task in both}
+    TaskVectors.collect(model, prompts, batch_size=4, progress=False).save(tmp_path / "vectors.safetensors")
+    vectors = TaskVectors.load(tmp_path / "vectors.safetensors")
+    assert vectors.score()["merged"].shape == (2, 2, 65)
+    task, rows = both[0], prompts["segmentation"].query_only()
+    space = PatchSpace(model)
+    options = {"budget": 120, "seed": 0, "batch_size": 8, "progress": False}
+    result = search.gates(model, vectors["segmentation"], task, rows, space, **options)
+    pixels = search.random(model, vectors["segmentation"], task, rows, space, loss="pixels", **options)
+    assert len(result.patches) and pixels.patches.space.fingerprint == space.fingerprint
+    result.patches.save(tmp_path / "patches.json")
+    found = evaluate(
+        model,
+        task,
+        prompts["segmentation"],
+        {"one-shot": None, "task vectors": (vectors["segmentation"], PatchSet.load(tmp_path / "patches.json"))},
+        progress=False,
+    )
+    answers = crop(model.generate(prompts["segmentation"]), "output", model.layout)
+    scores = task.score(answers, prompts["segmentation"].region("output"))
+    np.testing.assert_allclose(found.values("segmentation", "one-shot"), scores, atol=1e-4)
+    assert np.isfinite(found.values("segmentation", "task vectors", "smooth_l1 loss")).all()
+    with pytest.raises(ValueError, match="loss='tokens' is unknown; choose from smooth_l1, pixels"):
+        search.gates(model, vectors["segmentation"], task, rows, space, loss="tokens", **options)

@@ -399,6 +399,8 @@ def test_the_report_is_one_file_with_everything(finished):
         units = len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
         assert f"<b>{patched.mean:.3f}</b>" in section and f"With {units} of 22 units" in section
         assert f"{patched.low:.3f} to {patched.high:.3f}" in section
+    assert "A <b>unit</b> is one attention head at one place: cls, query or output." in page
+    assert "Which units tasks share" in page and "units serve both tasks" in page
     assert "Which heads tell the tasks apart" in page and '"budget": 200' in html.unescape(page)
 
 

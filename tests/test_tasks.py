@@ -8,8 +8,8 @@ from datasets import Dataset
 from PIL import ExifTags, Image, ImageDraw
 from scipy import ndimage
 
-from vtv_nnsight import metrics, tasks
-from vtv_nnsight.images import as_rgb, to_pil, to_tensor
+from vtv_nnsight import data, metrics, tasks
+from vtv_nnsight.images import as_cell, as_rgb, to_pil, to_tensor
 from vtv_nnsight.layouts import Layout
 
 CENTERED = tasks.Inpainting("center")
@@ -304,6 +304,35 @@ def test_a_task_of_ones_own_is_found_by_its_name(registry):
     with pytest.raises(TypeError, match="is not a task"):
         tasks.register("lowlight")
     assert tasks.get("lowlight") == tasks.lowlight
+
+
+def test_pairs_ask_for_the_answers_of_a_folder(tmp_path):
+    for name, change in (("inputs", lambda p: p), ("answers", lambda p: p.transpose(Image.Transpose.ROTATE_180))):
+        (tmp_path / name / "deeper").mkdir(parents=True)
+        for seed in range(4):
+            file = f"deeper/{seed}.bmp" if seed else f"0.{'png' if name == 'inputs' else 'tiff'}"
+            change(photo(seed=seed)).save(tmp_path / name / file)
+    images = data.pairs(tmp_path)
+    assert images.column_names == ["image", "answer"] and len(images) == 4
+    for seed, picture in enumerate(images):
+        assert np.array_equal(picture["image"], photo(seed=seed))
+        assert np.array_equal(picture["answer"], photo(seed=seed).transpose(Image.Transpose.ROTATE_180))
+    prompt = tasks.get("pairs").prompt(images[0], images[2])
+    assert torch.equal(prompt.region("output")[0], as_cell(images[2]["answer"], 111))
+    assert torch.equal(prompt.region("query")[0], as_cell(images[2]["image"], 111))
+    assert tasks.Pairs("iou").higher_is_better and tasks.get("pairs(iou)") == tasks.Pairs(metrics.IOU)
+    train, test = data.split_data(f"pairs:{tmp_path}")
+    assert (len(train), len(test)) == (2, 2) and train.column_names == ["image", "answer"]
+    with pytest.raises(ValueError, match="example of pairs has no 'answer'"):
+        tasks.pairs.prompt(photo(), photo())
+    (tmp_path / "answers" / "deeper" / "3.bmp").rename(tmp_path / "answers" / "deeper" / "4.bmp")
+    with pytest.raises(ValueError, match="2 pictures in .* have no partner in the other folder: deeper/3, deeper/4"):
+        data.pairs(tmp_path)
+    photo().save(tmp_path / "inputs" / "0.jpg")
+    with pytest.raises(ValueError, match="inputs holds several pictures of one name"):
+        data.pairs(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere/inputs; expected inputs and answers"):
+        data.pairs(tmp_path / "nowhere")
 
 
 def test_a_metric_where_more_is_better_is_turned_for_searches(registry):

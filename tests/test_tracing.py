@@ -606,7 +606,7 @@ def test_layouts(model, prompts):
     with pytest.raises(ValueError, match=message), model.trace(foreign):
         model.output.save()
     for other in (flipped, several, prompts.query_only()):
-        with pytest.raises(ValueError, match="cannot share.*`with model.session():`"), model.trace() as tracer:
+        with pytest.raises(ValueError, match=r"cannot share .*`with model\.session\(\):`"), model.trace() as tracer:
             with tracer.invoke(prompts):
                 model.output.save()
             with tracer.invoke(other):

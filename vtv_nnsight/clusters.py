@@ -15,7 +15,7 @@ import torch
 
 from vtv_nnsight.layouts import Layout, positions
 from vtv_nnsight.models.interface import InContextModel
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.stages import ByStage, device_of
 
@@ -47,7 +47,7 @@ def activations(
     device = device_of(model)
     layers = {stage.name: stage.layers for stage in model.stages}
     found: dict[str, dict[str, list]] = {stage: {task: [] for task in prompts} for stage in layers}
-    with tqdm(total=sum(map(len, prompts.values())), unit="prompt", disable=not progress) as bar:
+    with progress_bar(total=sum(map(len, prompts.values())), unit="prompt", disable=not progress) as bar:
         for task, rows in prompts.items():
             tokens = {stage: _tokens(rows.layout, model.positions(stage, rows), region) for stage in layers}
             index = {stage: own.to(device) for stage, own in tokens.items() if len(own)}

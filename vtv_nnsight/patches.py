@@ -419,14 +419,13 @@ def patch(
     for stage in own["stages"]:
         with unset_fake_temporarily():
             steps = [_Step(stage, v, mask[stage], scale) for v, mask in zip(vectors, masks)]
-            (everywhere,) = model.groups(stage, "head").values()
         layers = sorted({layer for step in steps for layer in step.layers})
         if not layers:
             continue
         seen = model.positions(stage)
         if not isinstance(seen, FakeTensor):
             for step in steps:
-                step.check(seen.cpu(), everywhere)
+                step.check(seen.cpu(), model)
         for layer in layers:
             for step in steps:
                 if layer in step.layers:
@@ -459,15 +458,19 @@ class _Step:
         busy = self.asked.flatten(1).any(1) | mask.requires_grad  # gates that are 0 need their gradient, too
         self.layers = set(busy.nonzero()[:, 0].tolist())
 
-    def check(self, seen: torch.Tensor, everywhere: torch.Tensor) -> None:
-        """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token], of all that there are."""
+    def check(self, seen: torch.Tensor, model: InContextModel) -> None:
+        """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token]; of a whole head, those that
+        are not shown may be left out."""
         rows = seen if seen.ndim == 2 else seen[None]
         shown = torch.zeros(len(rows), self.asked.shape[1], dtype=torch.bool).scatter_(1, rows, True)
-        whole = self.asked[:, everywhere].all(1, keepdim=True)
-        asked, lacked = self.asked.any(2).any(0), ~self.present.cpu()
+        asked = self.asked.any(2).any(0)
+        hidden, lacked = asked & ~shown.all(0), asked & shown.any(0) & ~self.present.cpu()
+        if hidden.any():
+            (everywhere,) = model.groups(self.stage, "head").values()
+            hidden &= (self.asked & ~self.asked[:, everywhere].all(1, keepdim=True)).any(2).any(0)
         for wrong, why in (
-            ((self.asked & ~whole).any(2).any(0) & ~shown.all(0), "these prompts do not show them to it"),
-            (asked & shown.any(0) & lacked, f"the vector of {self.vector.task!r} lacks them"),
+            (hidden, "these prompts do not show them to it"),
+            (lacked, f"the vector of {self.vector.task!r} lacks them"),
         ):
             if wrong.any():
                 places = place_names(wrong.nonzero()[:, 0])

@@ -142,7 +142,7 @@ def matrix(pairs: Any) -> Figure:
     low, high = signed.min(axis=1), signed.max(axis=1)
     goodness = signed.sub(low, axis=0).div((high - low).where(high > low, 1.0), axis=0)
     doubtful = {(row.task, row.vector) for row in best_others(pairs).itertuples() if not row.specific}
-    figure = Figure(figsize=(0.55 * PANEL * len(vectors) + 2, 0.3 * PANEL * len(tasks) + 1), layout="constrained")
+    figure = Figure(figsize=(0.55 * PANEL * len(vectors) + 2, 0.3 * PANEL * len(tasks) + 1.4), layout="constrained")
     panel = figure.subplots()
     panel.imshow(goodness.to_numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     for row, task in enumerate(tasks):
@@ -155,7 +155,7 @@ def matrix(pairs: Any) -> Figure:
                 panel.add_patch(Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, **edge))
     panel.set_xticks(range(len(vectors)), vectors, rotation=20, ha="right")
     panel.set_yticks(range(len(tasks)), [f"{task}\n{first.label[task]}" for task in tasks])
-    panel.set(xlabel="vector", ylabel="task and the units found for it")
+    panel.set(xlabel="vector", ylabel="task, at its units")
     return figure
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -66,10 +65,8 @@ def geometry(model: InContextModel, layout: Layout | None = None) -> dict[str, A
     """The fingerprint without the weights."""
     found: dict[str, Any] = {"stages": [stage.name for stage in model.stages]}
     for stage in model.stages:
-        sizes = asdict(stage)
-        del sizes["name"]
-        found |= {f"{stage.name} {name}": value for name, value in sizes.items()}
-    own = asdict(layout or model.layout)
+        found |= {f"{stage.name} {size}": getattr(stage, size) for size in _SIZES}
+    own = {name: getattr(layout or model.layout, name) for name in Layout.__dataclass_fields__}
     return found | (own if layout else {name: own[name] for name in ("canvas_size", "patch_size")}) | model.identity()
 
 
@@ -135,7 +132,7 @@ def device_of(model: InContextModel) -> torch.device:
     """Where prompts must go. Loads the weights if they are not loaded yet."""
     if hasattr(model, "dispatch"):
         model.dispatch()
-    return next(model.parameters()).device
+    return model.device
 
 
 def attention_path(model: InContextModel, stage: str, layer: int) -> str:
@@ -191,11 +188,23 @@ def _state(parameter: torch.Tensor | None) -> tuple[int, int] | None:
 
 
 def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Digests of tensors as each of the rounded dtypes holds them, with their names and shapes."""
-    hashers = {name: xxhash.xxh3_128() for name in _ROUNDED}
+    """Digests of tensors as each of the rounded dtypes holds them. Rounding takes most of the time, and is done once
+    for the same numbers."""
+    exact = _digest(tensors)
+    if exact not in _rounded:
+        _rounded[exact] = {name: _digest(tensors, dtype) for name, dtype in _ROUNDED.items()}
+    return _rounded[exact]
+
+
+_rounded: dict[str, dict[str, str]] = {}
+"""Digest of tensors as they are → `_digests` of them."""
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> str:
+    """A digest of tensors, their names and shapes; those that are floating point rounded to `dtype`."""
+    hasher = xxhash.xxh3_128()
     for name, tensor in sorted(tensors.items()):
-        for dtype, hasher in hashers.items():
-            rounded = tensor.to(_ROUNDED[dtype]) if tensor.is_floating_point() else tensor
-            hasher.update(f"{name} {list(tensor.shape)} ".encode())
-            hasher.update(rounded.contiguous().cpu().flatten().view(torch.uint8).numpy())
-    return {name: hasher.hexdigest() for name, hasher in hashers.items()}
+        tensor = tensor.to(dtype) if tensor.is_floating_point() and dtype else tensor
+        hasher.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
+        hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hasher.hexdigest()

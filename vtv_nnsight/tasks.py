@@ -356,6 +356,24 @@ class Colorization(Task):
 
 
 @dataclass(frozen=True)
+class Pairs(Task):
+    """Image → the row's answer, whatever that is; `data.pairs` reads a folder of them.
+
+    Args:
+        metric: A `Metric` or its name: "mse", "iou" (white on black), "lpips", ….
+    """
+
+    metric: metrics.Metric | str = metrics.MSE
+    needs = "answer"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", metrics.get(self.metric))
+
+    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor | None:
+        return _answer(row, cell)
+
+
+@dataclass(frozen=True)
 class Reasoning(Task):
     """A green circle on white → the same, changed (VP §4.3). `data.reasoning` draws the rows; `+` joins changes:
 
@@ -387,7 +405,7 @@ class Reasoning(Task):
         return Reasoning(self.changes + other.changes) if isinstance(other, Reasoning) else super().__add__(other)
 
     def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor | None:
-        return as_cell(row["answer"], cell.shape[-1]) if row.get("answer") is not None else None
+        return _answer(row, cell)
 
     def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         foreground = BLUE if "color" in self.changes else GREEN
@@ -447,6 +465,7 @@ inpainting = Inpainting()
 colorization = Colorization()
 detection = Detection()
 edges = Edges()
+pairs = Pairs()
 color = Reasoning(("color",))
 shape = Reasoning(("shape",))
 size = Reasoning(("size",))
@@ -606,6 +625,11 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
     return np.stack([generator.choice(groups[c], size=examples + 1, replace=False) for c in choice])
 
 
+def _answer(row: Row, cell: torch.Tensor) -> torch.Tensor | None:
+    """The row's answer at a cell's size; None where it has none."""
+    return as_cell(row["answer"], cell.shape[-1]) if row.get("answer") is not None else None
+
+
 def _outline(mask: Image.Image) -> Image.Image:
     """The edge of a mask, PIL "L", a thirtieth of its side thick."""
     mask = mask.point(lambda value: 255 * (value > 127))
@@ -653,5 +677,5 @@ def _binary(row: Row) -> Image.Image:
     return mask
 
 
-for _task in (*VTV, detection, edges, color, shape, size):
+for _task in (*VTV, detection, edges, pairs, color, shape, size):
     register(_task)

@@ -31,7 +31,7 @@ from einops import rearrange
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.interface import InContextModel
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.stages import (
     ByStage,
@@ -201,7 +201,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         found = _read_state(resume, owner, prompts) if resume else {}
         saved = time.monotonic()
         total, done = sum(map(len, prompts.values())), sum(moments.count for moments in found.values())
-        with tqdm(total=total, initial=done, desc="collecting", unit="prompt", disable=not progress) as bar:
+        with progress_bar(total=total, initial=done, desc="collecting", unit="prompt", disable=not progress) as bar:
             for task, rows in prompts.items():
                 bar.set_postfix_str(task)
                 rows = rows[found[task].count :] if task in found else rows

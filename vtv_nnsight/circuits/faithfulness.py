@@ -28,7 +28,7 @@ from vtv_nnsight.circuits.curves import SIZES, Curves
 from vtv_nnsight.circuits.measures import Measure
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSpace, patch
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.stages import device_of
 from vtv_nnsight.vectors import TaskVector
@@ -141,7 +141,7 @@ def _values(
     which = torch.arange(len(sets)).repeat_interleave(len(prompts))
     rows = torch.arange(len(prompts)).repeat(len(sets))
     values = []
-    with tqdm(total=len(rows), unit="answer", disable=not progress) as bar:
+    with progress_bar(total=len(rows), unit="answer", disable=not progress) as bar:
         for own, at in zip(which.split(batch_size), rows.split(batch_size)):
             batch = prompts[at.to(device)]
             mask, answered = space.mask(patched[own].to(device)), batch

@@ -112,7 +112,7 @@ def run(
     ] = None,
     order: Order = Settings.order,
     seed: Seed = Settings.seed,
-    quick: Annotated[bool, typer.Option("--quick", help="Take a first look: two tasks in about 20 seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Take a first look: two tasks in half a minute.")] = False,
     published: Annotated[
         bool, typer.Option("--published", help="Use the paper's own search, loss and numbers.")
     ] = False,

@@ -2,6 +2,7 @@
 
 from vtv_nnsight.data.folder import folder
 from vtv_nnsight.data.hub import hub
+from vtv_nnsight.data.pairs import pairs
 from vtv_nnsight.data.pascal import detection, pascal
 from vtv_nnsight.data.photographs import photographs
 from vtv_nnsight.data.reasoning import reasoning
@@ -15,6 +16,7 @@ __all__ = [
     "hub",
     "identities",
     "load",
+    "pairs",
     "pascal",
     "photographs",
     "reasoning",

@@ -19,11 +19,12 @@ from datasets import Dataset, get_dataset_split_names
 
 from vtv_nnsight.data.folder import folder
 from vtv_nnsight.data.hub import hub
+from vtv_nnsight.data.pairs import pairs
 from vtv_nnsight.data.pascal import detection, pascal
 from vtv_nnsight.data.photographs import photographs
 from vtv_nnsight.data.reasoning import reasoning
 from vtv_nnsight.data.scenes import scenes
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 
 SPLITS = ("train", "validation", "test")
 DRAWN = 500
@@ -95,6 +96,10 @@ def _folder(path: str, split: str | None, n: int | None, seed: int) -> Dataset:
     return _part(folder(path), split, path)
 
 
+def _pairs(path: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    return _part(pairs(path), split, path)
+
+
 _VOC = {None: "trn", "train": "trn", "validation": "val", "test": "val"}
 
 SOURCES = {
@@ -112,6 +117,7 @@ SOURCES = {
         Source("pascal", "ROOT[:FOLD]", "Pascal VOC with masks, all classes or one fold of Pascal-5i", _pascal),
         Source("detection", "ROOT", "single objects of Pascal VOC", _detection),
         Source("hf", "NAME[:SPLIT]", "a data set of the Hub, divided as it is or one split of it divided here", _hub),
+        Source("pairs", "PATH", "pictures in PATH/inputs and what becomes of them in PATH/answers", _pairs),
         Source("folder", "PATH", "a folder of pictures; its path alone will do, unless it is a source's name", _folder),
     )
 }
@@ -175,7 +181,7 @@ def split_data(spec: str, train: int | None = None, test: int | None = None, see
 def identities(rows: Dataset) -> list[str]:
     """A digest of each row's picture, of the bytes of its file: equal pictures have equal ones, wherever they lie."""
     digests = []
-    with tqdm(total=len(rows), desc="telling pictures apart", unit="picture", delay=3) as bar:
+    with progress_bar(total=len(rows), desc="telling pictures apart", unit="picture", disable=len(rows) < 2000) as bar:
         for batch in rows.select_columns("image").with_format("arrow").iter(100):
             for cell in batch["image"].to_pylist():
                 content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()

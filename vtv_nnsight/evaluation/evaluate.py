@@ -18,7 +18,7 @@ import torch
 from vtv_nnsight.evaluation.conditions import Condition
 from vtv_nnsight.evaluation.table import Table
 from vtv_nnsight.models.interface import InContextModel, Loss
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.stages import device_of
 from vtv_nnsight.tasks import Task
@@ -72,7 +72,7 @@ def evaluate(
     values: dict[tuple[str, int], list[torch.Tensor]] = {key: [] for key in plans}
     pictures: dict[str, list[torch.Tensor]] = {name: [] for name in ("prompt", "truth", *conditions)}
     kept = 0
-    with torch.no_grad(), tqdm(total=len(prompts) * len(plans), unit="answer", disable=not progress) as bar:
+    with torch.no_grad(), progress_bar(total=len(prompts) * len(plans), unit="answer", disable=not progress) as bar:
         for batch in prompts.split(batch_size):
             batch = batch.to(device).one_shot()
             truth, codes = batch.region("output"), loss and model.truth(batch)
@@ -125,4 +125,4 @@ def _answer(
 
 def _label(loss: Loss | None) -> str:
     """What a loss is called in tables: "token loss" of "tokens"."""
-    return f"{loss.name.removesuffix('s')} loss" if loss else "loss"
+    return f"{loss.name.removesuffix('s').replace('_', ' ')} loss" if loss else "loss"

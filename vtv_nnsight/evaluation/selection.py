@@ -7,14 +7,15 @@ from typing import Any
 import torch
 
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.stages import device_of
 from vtv_nnsight.tasks import Task, draw
 
 
 def select_prompts(
-    model: Any,
+    model: InContextModel,
     task: Task,
     images: Any,
     n: int = 100,
@@ -28,6 +29,8 @@ def select_prompts(
     """Prompts that work: random pairs are run one-shot and the best `n` kept, each image used once (ECCV 2024, §4.1).
 
     Args:
+        model: The model, on its device and in its dtype.
+        task: What the prompts ask.
         images: A datasets.Dataset or a sequence of rows.
         n: Prompts to keep.
         candidates: Random prompts to try.
@@ -44,10 +47,11 @@ def select_prompts(
     drawn = draw(images, candidates, layout.examples, seed)
     losses = []
     starts = range(0, candidates, batch_size)
-    for start in tqdm(starts, desc=f"{task.name} candidates", unit="batch", disable=not progress):
+    for start in progress_bar(starts, desc=f"{task.name} candidates", unit="batch", disable=not progress):
         prompts = task.compose(images, drawn[start : start + batch_size], layout).to(device)
-        with torch.no_grad():
-            answers = crop(model.generate(prompts), "output", layout)
+        with torch.no_grad(), model.trace(prompts):
+            output = model.output.save()
+        answers = crop(model.paint(output, prompts), "output", layout)
         losses.append(task.loss(answers, prompts.region("output")).double().cpu())
     best: list[int] = []
     used: set[int] = set()

@@ -32,7 +32,7 @@ from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap, evaluate
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.experiment.steps import collect, load_model, read_vectors, split_data
 from vtv_nnsight.experiment.steps import search as search_units
-from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
+from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import progress_bar, quiet
 from vtv_nnsight.prompts import VisualPrompt
@@ -56,7 +56,7 @@ Sets = dict[str, dict[str, list[Found]]]
 class Bench(NamedTuple):
     """What sets are measured with; prompts are one-shot, by task."""
 
-    model: MAEVQGAN
+    model: InContextModel
     vectors: TaskVectors
     here: dict[str, VisualPrompt]
     elsewhere: dict[str, VisualPrompt]
@@ -70,7 +70,7 @@ class Leaderboard:
 
     Args:
         algorithms: Searches to run now, of `search.ALGORITHMS`.
-        model, vqgan: As for `MAEVQGAN`.
+        model, vqgan: As for `models.load_model`.
         data: As for `vtv run`; searched on and measured on apart.
         transfer_data: Other data to measure on; None is `UNSEEN`, scenes of other classes, beside scenes.
         tasks: Names.

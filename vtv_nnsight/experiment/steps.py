@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
-from vtv_nnsight import data
+from vtv_nnsight import data, models
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Table, comparison, select_prompts
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
@@ -47,14 +47,14 @@ from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import resolve_device
-from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
+from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
 from vtv_nnsight.search.holdout import held_out_count
 from vtv_nnsight.search.objective import processes
-from vtv_nnsight.stages import fingerprint
+from vtv_nnsight.stages import device_of, fingerprint
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
 
@@ -115,7 +115,7 @@ def run(
         if state.is_main_process:
             record = RunRecord.open(
                 out, identity(settings, model, folds, tasks), [fold.folder for fold in folds], notes,
-                model._module.device, redo,
+                device_of(model), redo,
             )  # fmt: skip
         state.wait_for_everyone()
         at_once = batch_size or 32
@@ -188,13 +188,13 @@ class Fold(NamedTuple):
     test: Dataset
 
 
-def load_model(source: str, vqgan: str | os.PathLike | None = None, device: str | None = None) -> MAEVQGAN:
+def load_model(source: str, vqgan: str | os.PathLike | None = None, device: str | None = None) -> InContextModel:
     """A model with its weights, on a device; of several processes each on a device of its own."""
     state = processes()
     if device is None and state.num_processes > 1:
         device = str(state.device)
     device = resolve_device(device) if device else None
-    model = MAEVQGAN(source, **({"vqgan": vqgan} if vqgan else {}), dispatch=True)
+    model = models.load_model(source, **({"vqgan": vqgan} if vqgan else {}), dispatch=True)
     return model.to(device) if device else model
 
 
@@ -297,7 +297,7 @@ class _Trial:
 
 
 def select(
-    model: Any, task: Task, rows: Dataset, settings: Settings, layout: Layout, batch_size: int = 32
+    model: InContextModel, task: Task, rows: Dataset, settings: Settings, layout: Layout, batch_size: int = 32
 ) -> VisualPrompt:
     """Prompts that the model does well one-shot (ECCV 2024, §4.1); random ones where there are few pictures."""
     if not selects(settings, rows):
@@ -309,7 +309,10 @@ def select(
 
 
 def collect(
-    model: Any, prompts: Mapping[str, VisualPrompt], batch_size: int = 32, resume: str | os.PathLike | None = None
+    model: InContextModel,
+    prompts: Mapping[str, VisualPrompt],
+    batch_size: int = 32,
+    resume: str | os.PathLike | None = None,
 ) -> TaskVectors:
     """The mean activation of every head, by task (ECCV 2024, §4.1)."""
     return TaskVectors.collect(model, prompts, batch_size=batch_size, resume=resume)
@@ -339,7 +342,7 @@ def score(vectors: TaskVectors, space: PatchSpace) -> torch.Tensor | None:
 
 
 def search(
-    model: Any,
+    model: InContextModel,
     vectors: TaskVectors,
     tasks: Sequence[Task],
     prompts: Sequence[VisualPrompt],
@@ -376,7 +379,7 @@ def _algorithm(name: str) -> tuple[Algorithm, dict[str, Any]]:
 
 
 def evaluate(
-    model: Any,
+    model: InContextModel,
     task: Task,
     rows: Dataset,
     settings: Settings,
@@ -418,7 +421,7 @@ def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:
     write_text(path, text.getvalue())
 
 
-def identity(settings: Settings, model: Any, folds: Sequence[Fold], tasks: Sequence[Task]) -> dict[str, Any]:
+def identity(settings: Settings, model: InContextModel, folds: Sequence[Fold], tasks: Sequence[Task]) -> dict[str, Any]:
     """What the numbers of a run depend on, as run.json has it: settings, weights, pictures and version."""
     return asdict(settings) | {
         "tasks": [task.name for task in tasks],

@@ -540,7 +540,7 @@ class Painter(CanvasModel, InContextModel):
 
     def _first(self, stage: str) -> int:
         """Number of a stage's first layer."""
-        return 0 if stage == "streams" else self._module.config.merge_index + 1
+        return {"streams": 0, "merged": self._module.config.merge_index + 1}[stage]
 
     def _fits(self, layout: Layout) -> bool:
         return layout.cells == self.layout.cells and layout.patch_size == self.layout.patch_size

@@ -107,7 +107,8 @@ class CanvasModel(HuggingFaceModel):
 
     def _read_config(self, source: str, **kwargs: Any) -> PretrainedConfig:
         expected = self.config_class.model_type
-        if Path(source).is_dir() and (found := read_model_type(source)) != expected:
+        folder = Path(source, kwargs.get("subfolder") or "")
+        if folder.is_dir() and (found := read_model_type(folder)) != expected:
             raise ValueError(f"{source!r} is a {found} model; expected {expected}.")
         config = AutoConfig.from_pretrained(source, revision=self.revision, **pick(kwargs, *_HUB_OPTIONS))
         if not isinstance(config, self.config_class):
@@ -130,8 +131,9 @@ class CanvasModel(HuggingFaceModel):
         Raises:
             ValueError: naming the source and the weights that are missing, of other shapes, or damaged.
         """
-        if Path(source).is_dir():
-            check_folder(source)
+        folder = Path(source, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_folder(folder)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # what it would report is raised below
         options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -206,7 +208,9 @@ def pick(options: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _join(parts: Sequence[VisualPrompt | Inputs]) -> Inputs:
-    """The rows of several input sets, one after the other."""
+    """The rows of input sets, one after the other."""
+    if len(parts) == 1:
+        return Inputs(parts[0].canvas, parts[0].visible, parts[0].decoded)
     device = parts[0].canvas.device
     if len({part.layout for part in parts if isinstance(part, VisualPrompt)}) > 1:
         raise ValueError(f"prompts of different layouts {_APART}")

@@ -61,6 +61,7 @@ def write(run: str | os.PathLike) -> Path:
         prompt=prompt_cells(found),
         marked=[(1, 2)],
         units=len(_space(found)),
+        places=_places(found),
         summary=_summary(found, lines),
         words=_words(condition for task in lines.values() for condition in task["score"]),
         tasks=[_task(found, task, lines[task.name]) for task in found.tasks],
@@ -233,16 +234,13 @@ def _space(found: Found) -> Any:
     return next(iter(next(iter(found.results.values())).values())).patches.space
 
 
-def _words(conditions: Iterable[str]) -> dict[str, str]:
-    """What the conditions are that a page shows."""
-    names = set(conditions)
-    others = any(name.startswith("vector of ") for name in names)
-    return {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
-
-
-def _size(found: Found, task: Task) -> str:
-    results = found.results[task.name].values()
-    return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
+def _places(found: Found) -> str:
+    """Where a unit's head can be, in words."""
+    space = _space(found)
+    if space.granularity == "token":
+        return "a single token"
+    *others, last = dict.fromkeys(name for groups in space.groups.values() for name in groups)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _words(conditions: Iterable[str]) -> dict[str, str]:
@@ -257,8 +255,25 @@ def _size(found: Found, task: Task) -> str:
     return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
 
 
-def _metric(task: Task) -> str:
-    return "mIoU ↑" if task.metric.higher_is_better else f"{task.metric.upper()} ↓"
+def _places(found: Found) -> str:
+    """Where a unit's head can be, in words."""
+    space = _space(found)
+    if space.granularity == "token":
+        return "a single token"
+    *others, last = dict.fromkeys(name for groups in space.groups.values() for name in groups)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _words(conditions: Iterable[str]) -> dict[str, str]:
+    """What the conditions are that a page shows."""
+    names = set(conditions)
+    others = any(name.startswith("vector of ") for name in names)
+    return {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
+
+
+def _size(found: Found, task: Task) -> str:
+    results = found.results[task.name].values()
+    return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
 
 
 def _word(value: Any) -> str:

@@ -27,7 +27,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from vtv_nnsight.patches import PatchSet
-from vtv_nnsight.progress import tqdm
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.search.journal import Answer, Journal, digest
 from vtv_nnsight.search.objective import processes
 from vtv_nnsight.search.result import SearchResult, Step
@@ -135,7 +135,7 @@ class Search:
         self._next_prompt, self._held_out_losses = 0, {}
         self._journal = self._open(resume)
         self._started = time.perf_counter()
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=self.budget, desc=name, unit="eval", disable=not (progress and processes().is_main_process)
         )
 

@@ -75,7 +75,7 @@ def load_checkpoint(
     expected = {name: (_published(name), value.shape) for name, value in model.state_dict().items()}
     _check(dict(expected.values()), tensors, Path(path), Path(vqgan) if vqgan is not None else None)
     if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype)
+        dtype = None if dtype == "auto" else _floating(dtype)
     state = {name: tensors[published].read(dtype).reshape(shape) for name, (published, shape) in expected.items()}
     model.load_state_dict(state, assign=True)
     config.dtype = model.dtype
@@ -264,6 +264,13 @@ def _check(
         if not tensors[name].dtype.is_floating_point:
             kind = str(tensors[name].dtype).removeprefix("torch.")
             raise ValueError(f"{_label([name], path, vqgan)} of dtype {kind}; expected floating point.")
+
+
+def _floating(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={name!r} is unknown; give a floating-point one, such as float32 or bfloat16.")
+    return dtype
 
 
 def _label(names: list[str], path: Path, vqgan: Path | None) -> str:

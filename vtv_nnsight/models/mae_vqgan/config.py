@@ -113,8 +113,8 @@ class MAEVQGANConfig(PretrainedConfig):
             raise _wrong("image_std", self.image_std, "3 numbers above 0")
         for name in ("mlp_ratio", "layer_norm_eps"):
             value = getattr(self, name)
-            if not _real(value) or not 0 < value <= 64:
-                raise _wrong(name, value, "a number above 0, and at most 64")
+            if not _real(value) or not 0 < value <= 1024:
+                raise _wrong(name, value, "a number above 0, and at most 1024")
         named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
         if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
             raise _wrong("dtype", dtype, "a floating-point one, such as float32 or bfloat16")
