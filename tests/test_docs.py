@@ -1,6 +1,6 @@
 """The Python blocks of the docs run, page by page, in the order in which a reader would type them; every `vtv` command
-that the docs and the README show is one that exists, with options that exist. Blocks fenced as `py` need what the tests have not, such as published
-weights, and are not run."""
+that the docs and the README show is one that exists, with options that exist. Blocks fenced as `py` need what the tests
+have not, such as published weights, and are not run."""
 
 import re
 import shlex
