@@ -1,27 +1,61 @@
-"""The Python blocks of the docs run, page by page, in the order in which a reader would type them."""
+"""The Python blocks of the docs run, page by page, in the order in which a reader would type them; every `vtv` command
+that the docs and the README show is one that exists, with options that exist. Blocks fenced as `py` need what the tests
+have not, such as published weights, and are not run."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import typer
+
+from vtv_nnsight.cli import app
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["cookbook.md"]
+TEXTS = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
+PAGES = [page for page, text in TEXTS.items() if "\n```python\n" in text]
+SHOWN = {**TEXTS, "README.md": (DOCS.parent / "README.md").read_text(encoding="utf-8")}
+COMMANDS = typer.main.get_command(app).commands
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+def blocks(page: str, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", SHOWN[page], re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words after `vtv`, of every line of the shell blocks and of every command within the text."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(vtv [^`]+)`", re.sub(r"^```.*?^```", "", SHOWN[page], flags=re.DOTALL | re.MULTILINE))
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        starts = [i for i, word in enumerate(words) if word.rpartition("/")[2] in ("vtv", "vtv_nnsight")]
+        found += [words[i + 1 :] for i in starts]
+    return [words for words in found if words and words[0] not in ("COMMAND", "…")]
+
+
+def wrong(words: list[str]) -> str | None:
+    """What is wrong with a command, if anything."""
+    name, rest = words[0], words[1:]
+    if name.startswith("-"):
+        return None if name in ("--help", "--version", "--debug") else f"no option {name}"
+    if name not in COMMANDS:
+        return f"no command {name}"
+    if name == "bench":
+        scripts = {path.stem for path in (DOCS.parent / "benchmarks").glob("*.py")} | {"all", "NAME"}
+        return next((f"no benchmark {word}" for word in rest[:1] if word not in scripts and word != "--help"), None)
+    known = {option for parameter in COMMANDS[name].params for option in (*parameter.opts, *parameter.secondary_opts)}
+    options = {word.partition("=")[0] for word in rest if re.match(r"--?[a-zA-Z]", word)} - {"--help", "-h", "--debug"}
+    return f"{name} has no {', '.join(sorted(options - known))}" if options - known else None
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = blocks(page)
-    assert code
     names: dict = {"__name__": "docs"}
     with torch.random.fork_rng():
-        for number, block in enumerate(code):
+        for number, block in enumerate(blocks(page)):
             path = tmp_path / f"{Path(page).stem}_{number}.py"  # nnsight reads the source of a trace from its file
             path.write_text(block)
             exec(compile(block, path, "exec"), names)
@@ -30,3 +64,18 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 def test_no_line_of_code_is_cut_off():
     long = {(page, line) for page in PAGES for block in blocks(page) for line in block.splitlines() if len(line) > 120}
     assert not long
+
+
+@pytest.mark.parametrize("page", [page for page in SHOWN if commands(page)])
+def test_the_commands_of_a_page_exist(page):
+    assert not [(" ".join(words), error) for words in commands(page) if (error := wrong(words))]
+
+
+def test_what_is_not_a_command_is_seen():
+    assert wrong(["fly"]) and wrong(["run", "--wings"]) and wrong(["bench", "birds"])
+    assert not wrong(["run", "--quick", "-o", "runs/x"])
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    assert not [page for page in TEXTS if page not in navigation]
