@@ -135,6 +135,15 @@ def device_of(model: InContextModel) -> torch.device:
     return model.device
 
 
+def fitting_rows(model: InContextModel, rows: int = 32) -> int:
+    """Prompts per forward, where a user does not say: `rows` on a canvas of 14×14 patches, as the papers' are, and
+    fewer on one of more patches, such as Painter's of 56×56."""
+    return max(1, rows * PAPERS_PATCHES // max(PAPERS_PATCHES, model.layout.num_patches))
+
+
+PAPERS_PATCHES = 14 * 14
+
+
 def attention_path(model: InContextModel, stage: str, layer: int) -> str:
     """The name of an attention layer as users type it, such as "encoder.blocks.3.attn"."""
     return model.attention(stage, layer).path.removeprefix("model.")

@@ -382,6 +382,18 @@ class Painter(CanvasModel, InContextModel):
         """The smooth L1 distance of the masked half, as trained."""
         return (Loss("smooth_l1", self._smooth_l1),)
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """What it is made of, for `vtv info`: name → words."""
+        config, (streams, _) = self._module.config, self.stages
+        features = len(config.intermediate_hidden_state_indices)
+        return {
+            "embeddings": f"patches of {config.patch_size}x{config.patch_size} to width {config.hidden_size}",
+            "encoder": f"{config.num_hidden_layers} layers of width {config.hidden_size}, {streams.heads} heads; the "
+            f"first {streams.layers} see image and target as two streams",
+            "decoder": f"width {config.decoder_hidden_size}, of what {features} of the layers give",
+        }
+
     def attention(self, stage: str, layer: int) -> Envoy:
         """The attention of a layer: `encoder.layers[layer].attention` for "streams"; "merged" goes on counting."""
         return self.encoder.layers[self._first(stage) + layer].attention
@@ -399,6 +411,7 @@ class Painter(CanvasModel, InContextModel):
     def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
         """Units are the query and the output of each stream, and after the merge their one place, "query+output"."""
         layout = layout or self.layout
+        self._check_layout(layout, "units")
         shown = _positions(stage, layout, query_only=True)
         names = ("query", "output") if stage == "streams" else ("query+output",)
         regions = dict(zip(names, shown.chunk(len(names))))
@@ -498,11 +511,8 @@ class Painter(CanvasModel, InContextModel):
     def _prepare(self, *inputs: Any, **kwargs: Any) -> tuple[VisualPrompt | Inputs, dict]:
         """One input set: a prompt in this model's layout that is one-shot or query only; and the options."""
         prompt = inputs[0] if inputs else None
-        if isinstance(prompt, VisualPrompt) and not self._fits(prompt.layout):
-            raise ValueError(
-                f"a prompt of {prompt.layout} does not fit a {type(self).__name__} of {self.layout}; make it with "
-                "layout=model.layout."
-            )
+        if isinstance(prompt, VisualPrompt):
+            self._check_layout(prompt.layout, "a prompt")
         if "embedding_type" in kwargs:
             raise TypeError(
                 f"embedding_type={kwargs['embedding_type']!r} belongs to the model, whose vectors are of one type; "
@@ -542,8 +552,13 @@ class Painter(CanvasModel, InContextModel):
         """Number of a stage's first layer."""
         return {"streams": 0, "merged": self._module.config.merge_index + 1}[stage]
 
-    def _fits(self, layout: Layout) -> bool:
-        return layout.cells == self.layout.cells and layout.patch_size == self.layout.patch_size
+    def _check_layout(self, layout: Layout, what: str) -> None:
+        """Refuse a layout with other cells than the network's two pictures have."""
+        if (layout.cells, layout.patch_size) != (self.layout.cells, self.layout.patch_size):
+            raise ValueError(
+                f"{what} of {layout} does not fit a {type(self).__name__} of {self.layout}; make it with "
+                "layout=model.layout."
+            )
 
 
 class SegGPT(Painter):
