@@ -81,8 +81,9 @@ def family_of(source: str, **kwargs: Any) -> str:
     else:
         from transformers import AutoConfig
 
-        options = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
-        family = AutoConfig.from_pretrained(source, **options).model_type
+        from vtv_nnsight.models.traceable import HUB_OPTIONS, pick
+
+        family = AutoConfig.from_pretrained(source, **pick(kwargs, "revision", *HUB_OPTIONS)).model_type
     if family not in FAMILIES:
         raise ValueError(f"{source!r} is a {family} model; expected one of {', '.join(FAMILIES)}.")
     return family

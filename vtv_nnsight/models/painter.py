@@ -42,7 +42,7 @@ from vtv_nnsight.layouts import Layout, positions
 from vtv_nnsight.models.checkpoint_files import StoredTensor, read_tensors, some
 from vtv_nnsight.models.envoys import PromptBatcher, editable
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage, group_positions
-from vtv_nnsight.models.traceable import CanvasModel, Inputs, pick
+from vtv_nnsight.models.traceable import HUB_OPTIONS, CanvasModel, Inputs, pick
 from vtv_nnsight.prompts import VisualPrompt, crop
 
 EMBEDDING_TYPES = ("semantic", "instance")
@@ -346,7 +346,7 @@ class Painter(CanvasModel, InContextModel):
                 "checkpoint file or a SegGptForImageSegmentation."
             )
         if isinstance(source, str) and source in self.released:
-            source = hf_hub_download(source, self.released[source], revision=revision)
+            source = hf_hub_download(source, self.released[source], revision=revision, **pick(kwargs, *HUB_OPTIONS))
         envoys = kwargs.pop("envoys", None) or {}
         if isinstance(envoys, dict):
             envoys = {SegGptAttention: AttentionEnvoy, **envoys}
