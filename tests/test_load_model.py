@@ -5,7 +5,7 @@ import torch
 from conftest import make_config
 from transformers import SegGptConfig, SegGptForImageSegmentation, ViTMAEConfig, ViTMAEForPreTraining
 
-from vtv_nnsight import MAEVQGAN
+from vtv_nnsight import MAEVQGAN, data, tasks
 from vtv_nnsight.models import load_model
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.painter import Painter, SegGPT, released_name
@@ -87,3 +87,10 @@ def test_hub_ids(tmp_path):
     painter = load_model("BAAI/Painter", **options)
     assert type(painter) is Painter
     assert torch.equal(painter._module.embeddings.mask_token, tensors["model.embeddings.mask_token"])
+
+
+def test_what_a_model_knows_needs_no_trace_before():
+    lazy, loaded = MAEVQGAN("tiny"), MAEVQGAN("tiny", dispatch=True)
+    prompts = tasks.identity.prompts(data.scenes("train", n=4, seed=0), n=1, layout=lazy.layout)
+    assert torch.equal(lazy.ceiling(prompts), loaded.ceiling(prompts))
+    assert torch.equal(MAEVQGAN("tiny").truth(prompts), loaded.truth(prompts))

@@ -276,6 +276,7 @@ def test_two_processes_write_what_one_writes(finished, model, tmp_path):
         ({"budget": 20}, "budget=20 is too small for reinforce"),
         ({"search": "greedy", "budget": 30}, "budget=30 is too small for greedy"),
         ({"search": "gates", "loss": "pixels"}, "loss='pixels' has no gradient"),
+        ({"loss": "taste"}, "loss='taste' is unknown; choose from tokens, pixels"),
         ({"search": "ranking", "tasks": ("lowlight",)}, "give two tasks or more"),
         ({"candidates": 5}, "candidates=5 are fewer than the prompts=8"),
         ({"prompts": 1}, "1 prompts and held_out=0.25 leave 0 to train on"),
@@ -377,7 +378,7 @@ def test_what_pictures_cannot_serve(photographs, model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"loss": "taste"}, {"prompts": 0}, {"test_prompts": -1}])
+@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"dtype": "int8"}, {"prompts": 0}, {"test_prompts": -1}])
 def test_settings_that_lead_nowhere_are_refused_at_once(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"^{name}={value!r} "):

@@ -139,8 +139,8 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
 
     def ceiling(self, prompts: VisualPrompt) -> torch.Tensor:
         """The tokenizer's own pictures of the canvases: [batch, 3, height, width] in [0, 1]."""
-        everything = prompts.layout.all_patches.to(prompts.device)
-        return self._module.paint(self._codes(prompts), prompts.canvas, everything, everything, paste=False)
+        everything, codes = prompts.layout.all_patches.to(prompts.device), self._codes(prompts)
+        return self._module.paint(codes, prompts.canvas, everything, everything, paste=False)
 
     def identity(self) -> dict[str, Any]:
         """Its kind, and eight numbers of the mask token, which is what version 0.1 kept of the weights."""
