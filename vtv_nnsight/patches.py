@@ -62,7 +62,8 @@ class PatchSpace:
         layout: The layout of the prompts; the model's own by default.
         granularity: "head": all tokens of a head are one unit. "quadrant": the tokens of each region that a query-only
             prompt shows a stage; of MAE-VQGAN, CLS and query in the encoder, CLS, query and output in the decoder.
-            "token": every token that a stage sees of such a prompt.
+            "token": every token that a stage sees of such a prompt. "cell": the tokens of every cell of a one-shot
+            prompt, the example's too.
         stacks: Names of the stages to patch; all of the model's by default.
 
     Attributes:

@@ -21,8 +21,11 @@ import torch
 from vtv_nnsight.layouts import Layout, place_names
 from vtv_nnsight.prompts import VisualPrompt
 
-GRANULARITIES = ("head", "quadrant", "token")
-"""How fine units are: a head at all its tokens, at a region of the canvas, or at one token."""
+QUERY_ONLY = ("head", "quadrant", "token")
+"""How fine the units of query-only prompts are: a head at all its tokens, at a region of the canvas, or at a token."""
+GRANULARITIES = (*QUERY_ONLY, "cell")
+"""How fine units are; "cell" is a head at any cell of a one-shot prompt, the example's too, for circuits that are cut
+out of a model."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ class InContextModel(ABC):
     def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
         """The places of a stage that units are made of: name → LongTensor of positions that are patched together.
 
-        Only places that a query-only prompt shows; for "head", one group of all that any prompt shows.
-        `group_positions` makes it of a model's regions.
+        Only places that a query-only prompt shows; for "head", one group of all that any prompt shows; for "cell", a
+        group for each cell that a one-shot prompt shows. `group_positions` makes it of a model's regions.
 
         Args:
             stage: Its name.
@@ -147,7 +150,11 @@ class InContextModel(ABC):
 
 
 def group_positions(
-    granularity: str, everywhere: torch.Tensor, regions: Mapping[str, torch.Tensor], tokens: torch.Tensor
+    granularity: str,
+    everywhere: torch.Tensor,
+    regions: Mapping[str, torch.Tensor],
+    tokens: torch.Tensor,
+    cells: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Groups of a stage's positions, for `InContextModel.groups`.
 
@@ -156,6 +163,8 @@ def group_positions(
         everywhere: The positions that any prompt shows: the group of "head".
         regions: Name → positions: the groups of "quadrant".
         tokens: The positions that a query-only prompt shows: a group each for "token".
+        cells: Name → positions of every cell that a one-shot prompt shows: the groups of "cell". A model that says
+            none has no such units.
     """
     if granularity == "head":
         return {"all tokens": everywhere}
@@ -163,4 +172,7 @@ def group_positions(
         return dict(regions)
     if granularity == "token":
         return dict(zip(place_names(tokens), tokens[:, None]))
-    raise ValueError(f"granularity={granularity!r} is unknown; choose from {', '.join(GRANULARITIES)}.")
+    if granularity == "cell" and cells:
+        return dict(cells)
+    known = GRANULARITIES if cells else QUERY_ONLY
+    raise ValueError(f"granularity={granularity!r} is unknown; choose from {', '.join(known)}.")

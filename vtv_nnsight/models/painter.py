@@ -397,12 +397,21 @@ class Painter(CanvasModel, InContextModel):
         return _positions(stage, self.layout, query_only).to(device)
 
     def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
-        """Units are the query and the output of each stream, and after the merge their one place, "query+output"."""
+        """Units are the query and the output of each stream, and after the merge their one place, "query+output"; by
+        cell, the example's likewise."""
         layout = layout or self.layout
-        shown = _positions(stage, layout, query_only=True)
-        names = ("query", "output") if stage == "streams" else ("query+output",)
-        regions = dict(zip(names, shown.chunk(len(names))))
-        return group_positions(granularity, positions(layout.all_patches), regions, shown)
+        if stage == "streams":
+            regions, cells = ("query", "output"), ("example_input", "query", "example_output", "output")
+        else:
+            regions, cells = ("query+output",), ("example_input+example_output", "query+output")
+        shown, whole = (_positions(stage, layout, query_only) for query_only in (True, False))
+        return group_positions(
+            granularity,
+            positions(layout.all_patches),
+            dict(zip(regions, shown.chunk(len(regions)))),
+            shown,
+            dict(zip(cells, whole.chunk(len(cells)))),
+        )
 
     def truth(self, prompts: VisualPrompt) -> torch.Tensor:
         """The output cell as the network is to give it: normalised, [batch, 3, cell, cell]."""
