@@ -233,7 +233,7 @@ def test_only_layers_with_something_to_do_are_touched(model, prompts, vectors, m
 
     touched, apply = [], patches._Step.apply
     monkeypatch.setattr(
-        patches._Step, "apply", lambda s, a, i, seen: touched.append((s.stage, i)) or apply(s, a, i, seen)
+        patches._Step, "apply", lambda s, m, i, seen: touched.append((s.stage.name, i)) or apply(s, m, i, seen)
     )
     logits(model, prompts, vectors["b"], chosen)
     assert touched == [("encoder", 1), ("decoder", 1)]

@@ -27,6 +27,10 @@ GRANULARITIES = (*QUERY_ONLY, "cell")
 """How fine units are; "cell" is a head at any cell of a one-shot prompt, the example's too, for circuits that are cut
 out of a model."""
 
+SITES = ("heads", "attn", "mlp", "residual")
+"""Where a layer's activations can be read and written, in the order in which it computes them: the outputs of its
+heads, of its attention, of its MLP, and the residual stream that it leaves (see `sites`)."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -45,6 +49,11 @@ class Stage:
     heads: int
     head_dim: int
     streams: int = 1
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream: of all heads side by side."""
+        return self.heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,12 @@ class InContextModel(ABC):
         """The envoy of a layer's attention, 0 being the stage's first layer. Its `heads` are the outputs of the heads
         before the output projection, [batch, token, head, head_dim], readable and writable inside a trace, with tokens
         at `positions`; its `path` names it for people."""
+
+    def outputs(self, stage: str, layer: int) -> dict[str, Any]:
+        """The envoys whose `output` is what a layer has at the sites beside its heads: "attn", "mlp" and "residual" of
+        `SITES`, those that there are. An output, or the first of a tuple, is [batch, token, width] with tokens at
+        `positions`, or [stream * batch, row, column, width]. A model that says nothing has heads alone."""
+        return {}
 
     @abstractmethod
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:

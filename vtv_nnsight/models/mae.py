@@ -36,6 +36,11 @@ class MaskedAutoencoder(InContextModel):
         """The attention of a block: `encoder.blocks[layer].attn`."""
         return getattr(self, stage).blocks[layer].attn
 
+    def outputs(self, stage: str, layer: int) -> dict[str, Any]:
+        """The attention, the MLP, and the block itself."""
+        block = getattr(self, stage).blocks[layer]
+        return {"attn": block.attn, "mlp": block.mlp, "residual": block}
+
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """CLS, then the patches that the stage sees, in the prompt's order: LongTensor [token]."""
         if prompts is None:

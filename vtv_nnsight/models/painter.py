@@ -386,6 +386,11 @@ class Painter(CanvasModel, InContextModel):
         """The attention of a layer: `encoder.layers[layer].attention` for "streams"; "merged" goes on counting."""
         return self.encoder.layers[self._first(stage) + layer].attention
 
+    def outputs(self, stage: str, layer: int) -> dict[str, Envoy]:
+        """The attention, the MLP, and the layer itself; in "streams", of both streams."""
+        own = self.encoder.layers[self._first(stage) + layer]
+        return {"attn": own.attention, "mlp": own.mlp, "residual": own}
+
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """Position of every token of a stage, LongTensor [token]: before the merge the image's patches and then the
         target's; after it the image's, each for a place of both."""
