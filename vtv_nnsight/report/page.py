@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from vtv_nnsight import plots
 from vtv_nnsight.evaluation import BASELINE, Line
 from vtv_nnsight.files import replacing, write_text
+from vtv_nnsight.models import PAPERS
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.progress import duration
 from vtv_nnsight.report.pictures import draw, overview, plain_label, prompt_cells, searches, uri
@@ -58,6 +59,7 @@ def write(run: str | os.PathLike) -> Path:
         spent=duration(found.seconds),
         record=json.dumps(record, indent=1),
         patched=PATCHED,
+        paper=PAPERS.get(_space(found).fingerprint.get("model")),
         prompt=prompt_cells(found),
         marked=[(1, 2)],
         units=len(_space(found)),
