@@ -10,7 +10,8 @@ algorithm is run. An algorithm's numbers are means over its seeds, each with tra
 95 %, by bootstrap over prompts. Costs are differences in the model's own loss on the same prompts, the
 token loss (nats per patch) of MAE-VQGAN. The columns:
 
-- gap closed: the way from zero-shot with nothing patched (0) to one-shot (1), in loss; and by random units.
+- gap closed: the way from zero-shot with nothing patched (0) to one-shot (1), in loss; and by random units (16
+  draws or more, on the first 24 prompts).
 - other vector: the gap closed by the vector of another task at the same units: that of the task that closes most.
 - less a tenth: the set is cut at random into tenths and each is left out: the mean cost, and the greatest. A minimal
   set loses from every one.
@@ -19,6 +20,10 @@ token loss (nats per patch) of MAE-VQGAN. The columns:
 - other tasks: with another task's vector on its prompts, the mean cost over the sets found for that task.
 - ablated: what one-shot loses when the units take the mean over tasks, and when as many random units do. A set that the
   task needs costs more. Units lie at CLS, query and output: what reads the example is never touched.
+
+Under the table stand each task's floor (copying the query) and ceiling (the tokenizer's own drawing), how many of 16 or
+more random draws each set beats by metric, uniform and matched by stage and region, and whether the task is specific:
+whether its own vector is surely better there than the best of another task.
 
 In JSON and picture only: sufficiency, the k best-scored units of an algorithm's first seed for several k. The work is
 done by `vtv_nnsight.experiment.leaderboard`.

@@ -82,7 +82,17 @@ def test_patch_sets(tmp_path, space):
             zero_shot["loss"][0] - one_shot["loss"][0]
         )
         assert ranking["gap_closed"] == pytest.approx(gap)
+        assert one_shot["floor"] != one_shot["ceiling"] and f"\n{task} (" in printed
+        for name in ("random_units", "matched_random_units"):
+            drawn = ranking[name]
+            assert drawn["draws"] == 16 and 0 <= drawn["beaten"] <= 16 and drawn["prompts"] == 4
+            assert drawn["least"] < drawn["metric"][0] < drawn["most"]
+            assert whole[name]["draws"] == 16 and whole[name]["least"] == pytest.approx(whole[name]["most"], abs=1e-6)
+            assert f"ranking beats {ranking['random_units']['beaten']} of 16 random draws" in printed
         (other,) = {"segmentation", "lowlight"} - {task}
+        assert ranking["other_vectors"][other]["difference"][0] == pytest.approx(
+            ranking["other_vectors"][other]["metric"][0] - ranking["metric"][0]
+        )
         assert list(ranking["other_vectors"]) == list(whole["other_vectors"]) == [other]
         assert whole["other_vectors"][other]["loss"] != whole["loss"]
         cost = ranking["loss_on_other_tasks"][other] - rows[other, "ranking"]["loss"][0]

@@ -9,9 +9,10 @@ from vtv_nnsight import _moved
 
 _moved.install()
 
-_MODULES = ("data", "metrics", "search", "tasks")
+_MODULES = ("circuits", "data", "metrics", "search", "tasks")
 _HOMES = {
     "MAEVQGAN": "models.mae_vqgan.tracing",
+    "Activations": "vectors",
     "Condition": "evaluation",
     "Layout": "layouts",
     "Painter": "models.painter",

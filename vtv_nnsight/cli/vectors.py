@@ -259,6 +259,7 @@ def evaluate(
     from vtv_nnsight import plots
     from vtv_nnsight.data import load
     from vtv_nnsight.evaluation import Table as Evaluations
+    from vtv_nnsight.evaluation import verdicts
     from vtv_nnsight.experiment import steps
     from vtv_nnsight.files import write_text
 
@@ -277,9 +278,10 @@ def evaluate(
             for task in chosen
         ]
     )
-    say(str(table))
+    said = verdicts(table)
+    say("\n".join([str(table), "", *said]).strip())
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "table.md", table.markdown() + "\n")
+    write_text(output / "table.md", "\n\n".join([table.markdown(), *said]) + "\n")
     table.csv(output / "table.csv")
     table.parquet(output / "values.parquet")
     written = ["table.md", "table.csv", "values.parquet"]

@@ -28,7 +28,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from vtv_nnsight import data, metrics, search, tasks
-from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap, evaluate
+from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap, evaluate, random_units
+from vtv_nnsight.evaluation.controls import CEILING, DRAWS, FLOOR
+from vtv_nnsight.evaluation.table import intervals
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.experiment.steps import collect, load_model, read_vectors, split_data
 from vtv_nnsight.experiment.steps import search as search_units
@@ -44,6 +46,8 @@ from vtv_nnsight.vectors import TaskVectors
 
 MAX_IMAGES = 500
 """The most pictures to draw prompts to collect and search on from."""
+FEW = 24
+"""Prompts per task on which each draw of random units is measured."""
 UNSEEN = "unseen scenes"
 ONE_SHOT, ZERO_SHOT, EVERYTHING = REFERENCES = ("one-shot", "zero-shot", "everything patched")
 
@@ -263,7 +267,18 @@ def references(bench: Bench, task: Task, found: Sets) -> tuple[Measured, Measure
     space = spaces[0] if spaces else PatchSpace(bench.model, bench.here[task.name].layout)
     everything = bench.vectors[task.name], PatchSet(space, torch.ones(len(space)))
     plans = {ONE_SHOT: [ONE_SHOT], ZERO_SHOT: [ZERO_SHOT], EVERYTHING: [everything]}
-    return measure(bench, task, bench.here, plans), measure(bench, task, bench.elsewhere, plans)
+    here, there = (measure(bench, task, prompts, plans) for prompts in (bench.here, bench.elsewhere))
+    here[ONE_SHOT] |= bounds(bench, task)
+    return here, there
+
+
+def bounds(bench: Bench, task: Task) -> dict[str, list[float]]:
+    """The metric, [mean, low, high], of copying the query (floor) and of the best that the model could paint (ceiling,
+    where there is one)."""
+    names = {FLOOR: "floor", CEILING: "ceiling"}
+    size, conditions = bench.batch_size or 32, {name: name for name in names}
+    table = evaluate(bench.model, task, bench.here[task.name], conditions, batch_size=size, keep=0, progress=False)
+    return {names[one]: list(bootstrap(table.values(task.name, one))) for one in table.frame.condition.unique()}
 
 
 def measure_set(bench: Bench, task: Task, name: str, found: Sets, here: Measured, there: Measured) -> dict[str, Any]:
@@ -274,13 +289,13 @@ def measure_set(bench: Bench, task: Task, name: str, found: Sets, here: Measured
     vector, average, curve = bench.vectors[task.name], bench.vectors.mean(), best_scored(results[0])
     own = {"own": [(vector, one) for one in sets]}
     others = {
-        "random_units": [(vector, one) for one in random],
         "mean_ablated_one_shot": [(average, one, ONE_SHOT) for one in sets],
         "random_units_mean_ablated_one_shot": [(average, one, ONE_SHOT) for one in random],
     }
     foreign = {f"vector of {t}": [(bench.vectors[t], one) for one in sets] for t in bench.here if t != task.name}
     best = {k: [(vector, one)] for k, one in curve.items()}
-    measured = measure(bench, task, bench.here, own | others | foreign | best, here)
+    measured = measure(bench, task, bench.here, own | others | foreign | best, here, against="own")
+    drawn = measure_draws(bench, task, sets)
 
     groups = [[one, *prunings(one, bench.seed)] for one in sets]
     losses = own_losses(bench, task, [one for group in groups for one in group]).split([len(g) for g in groups])
@@ -292,6 +307,7 @@ def measure_set(bench: Bench, task: Task, name: str, found: Sets, here: Measured
         "units": [len(one) for one in sets],
         "of_units": len(sets[0].space),
         "loss_by_seed": by_seed,
+        **drawn,
         **{what: measured[what] for what in others},
         "other_vectors": {what.removeprefix("vector of "): measured[what] for what in foreign},
         "cost_of_pruning_a_tenth": {"mean": mean(costs), "least": min(costs), "most": max(costs)} if costs else None,
@@ -304,10 +320,11 @@ def measure_set(bench: Bench, task: Task, name: str, found: Sets, here: Measured
 
 def measure(
     bench: Bench, task: Task, prompts: Mapping[str, VisualPrompt], plans: Mapping[Any, Sequence[Condition]],
-    references: Measured | None = None,
+    references: Measured | None = None, against: str | None = None,
 ) -> Measured:  # fmt: skip
     """Metric and loss (the model's own) of every plan, [mean, low, high] of the mean over its conditions, and the gap
-    closed; nothing where there are no prompts of the task."""
+    closed; with `against`, the difference in metric to that plan, too. Nothing where there are no prompts of the task.
+    """
     if task.name not in prompts:
         return {}
     conditions = {f"{what} {i}": one for what, several in plans.items() for i, one in enumerate(several)}
@@ -315,6 +332,7 @@ def measure(
         bench.model, task, prompts[task.name], conditions, batch_size=bench.batch_size, keep=0, progress=False
     )
     found: Measured = {}
+    scores: dict[Any, np.ndarray] = {}
     for what, several in plans.items():
         values = {
             label: np.mean([table.values(task.name, f"{what} {i}", column) for i in range(len(several))], axis=0)
@@ -322,9 +340,45 @@ def measure(
         }
         found[what] = {label: list(bootstrap(value)) for label, value in values.items()}
         found[what]["loss_name"] = table.frame.loss_name.iloc[0]
+        scores[what] = values["metric"]
+    for what in found if against else ():
+        found[what]["difference"] = list(bootstrap(scores[what] - scores[against]))
     for measured in found.values():
         measured["gap_closed"] = gap_closed(measured, references or found)
     return found
+
+
+def measure_draws(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> dict[str, dict[str, Any]]:
+    """Random units of the sets' sizes, uniform and matched by stage and region, 16 draws in all or more: metric and
+    loss, [mean, low, high] over draws and prompts, the gap closed, and where the sets' mean stands among the
+    draws. On the first `FEW` prompts."""
+    prompts, vector = bench.here[task.name][:FEW], bench.vectors[task.name]
+    plans: dict[str, Any] = {ONE_SHOT: [Condition("one")], ZERO_SHOT: [Condition("zero")]}
+    plans["own"] = [Condition("zero", vector, one) for one in sets]
+    names = {"random_units": False, "matched_random_units": True}
+    for what, matched in names.items():
+        each = -(-DRAWS // len(sets))
+        several = [random_units(one, each, matched=matched, seed=bench.seed + i) for i, one in enumerate(sets)]
+        plans[what] = [Condition("zero", vector, one) for draws in several for one in draws]
+    table = evaluate(bench.model, task, prompts, plans, batch_size=bench.batch_size, keep=0, progress=False)
+    found: Measured = {}
+    for what in plans:
+        rows = table.frame[table.frame.condition == what]
+        found[what] = {
+            label: list(intervals([rows.pivot(index="image", columns="draw", values=column).to_numpy()])[0])
+            for label, column in (("metric", "score"), ("loss", "loss"))
+        }
+    for what in names:
+        found[what]["gap_closed"] = gap_closed(found[what], found)
+        means = table.draws(task.name, what).tolist()
+        found[what] |= {
+            "draws": len(means),
+            "beaten": sum(task.metric.better(found["own"]["metric"][0], one) for one in means),
+            "least": min(means),
+            "most": max(means),
+            "prompts": len(prompts),
+        }
+    return {what: found[what] for what in names}
 
 
 def own_losses(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> torch.Tensor:
@@ -387,6 +441,48 @@ def best_scored(found: Found, count: int = 8) -> dict[int, PatchSet]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table, and under it what floor, ceiling, random units and other vectors say of each task's sets."""
+    return "\n\n".join([_markdown(rows), *sentences(rows)])
+
+
+def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each task: its floor and ceiling, how many random draws each set beats, and whether the task's own vector is
+    better there than every other."""
+    said = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        metric = metrics.get(own[0]["metric_name"])
+        ends = next((row for row in own if "floor" in row), {})
+        words = [f"{what} {ends[what][0]:.3f}" for what in ("floor", "ceiling") if what in ends]
+        text = f"{task} ({metric.label}): {', '.join(words)}." if words else f"{task} ({metric.label})."
+        for row in (row for row in own if "matched_random_units" in row):
+            drawn = [row["random_units"], row["matched_random_units"]]
+            uniform, matched = (
+                f"{{}} of {{}} {what} draws ({{:.3f}} to {{:.3f}})".format(
+                    *(one[key] for key in ("beaten", "draws", "least", "most"))
+                )
+                for what, one in zip(("random", "matched"), drawn)
+            )
+            text += f" {row['set']} beats {uniform} and {matched}"
+            best = best_other(row, metric)
+            if best:
+                name, other = best
+                _, low, high = other["difference"]
+                specific = high < 0 if metric.higher_is_better else low > 0
+                text += f"; {'specific' if specific else 'not specific'}: {name}'s vector has {other['metric'][0]:.3f}"
+            text += "."
+        said.append(text)
+    return said
+
+
+def best_other(row: Mapping[str, Any], metric: metrics.Metric) -> tuple[str, Mapping[str, Any]] | None:
+    """The vector of another task that does best at a row's sets, by metric."""
+    others = {name: own for name, own in row.get("other_vectors", {}).items() if "difference" in own}
+    sign = 1 if metric.higher_is_better else -1
+    return max(others.items(), key=lambda item: sign * item[1]["metric"][0], default=None)
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ["task", "set", "units", "metric", rows[0]["loss_name"], "gap closed (random)", "other vector"]
     head += ["less a tenth (most)", "Jaccard (chance)", "other data", "other tasks", "ablated (random)"]
 
@@ -458,6 +554,10 @@ def draw_task(top: Axes, bottom: Axes, rows: Sequence[Mapping[str, Any]], found:
         place = found.index(row["set"])
         top.plot(row["random_units"]["metric"][0], place, "o", color="0.4", fillstyle="none", zorder=1,
                  label="as many random units" if row["set"] == found[0] else None)  # fmt: skip
+        if matched := row.get("matched_random_units"):
+            top.plot([row["random_units"]["least"], row["random_units"]["most"]], [place] * 2, color="0.6", linewidth=1)
+            top.plot([matched["least"], matched["most"]], [place + 0.2] * 2, color="0.6", linewidth=1, linestyle=":",
+                     label="their draws (dotted: matched)" if row["set"] == found[0] else None)  # fmt: skip
         top.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=f"C{place % 10}", capsize=3)
         curve = [(point["units"], point["metric"][0]) for point in row["sufficiency"]]
         bottom.plot(*np.reshape(curve, (-1, 2)).T, ".-", color=f"C{place % 10}")

@@ -34,7 +34,7 @@ STEPS = {
     "collect": (),
     "score": ("granularity",),
     "search": ("search", "loss", "budget"),
-    "evaluate": ("test_prompts", "test pictures"),
+    "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts"),
 }
 """Step → the settings that matter from there on."""
 

@@ -32,6 +32,9 @@ class Settings:
         loss: The name of one of the model's `losses` or "pixels", the task's own; None is the model's first.
         budget: Evaluations (one mask on one prompt each) that a search may spend; None leaves it to the algorithm.
         test_prompts: Prompts per task to evaluate on, of pictures that were neither collected nor searched on.
+        draws: Times that random units are drawn to compare with: uniform, and matched by stage and region.
+        control_prompts: Of the test prompts, those that the vectors of other tasks are tried on; each draw of random
+            units is tried on a quarter of them.
         seed: Of all that is random.
 
     Raises:
@@ -54,17 +57,19 @@ class Settings:
     loss: str | None = None
     budget: int | None = 8000
     test_prompts: int = 128
+    draws: int = 16
+    control_prompts: int = 48
     seed: int = 0
 
     def __post_init__(self) -> None:
         from vtv_nnsight import tasks
-        from vtv_nnsight.models.interface import GRANULARITIES
+        from vtv_nnsight.models.interface import QUERY_ONLY
         from vtv_nnsight.search import ALGORITHMS
 
         choices = {
             "search": (*ALGORITHMS, "published"),
             "dtype": (None, *DTYPES),
-            "granularity": GRANULARITIES,
+            "granularity": QUERY_ONLY,
             "order": ("vertical", "horizontal"),
         }
         for name, known in choices.items():
@@ -72,7 +77,7 @@ class Settings:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(filter(None, known))}."
                 )
-        for name in ("max_images", "prompts", "candidates", "budget", "test_prompts"):
+        for name in ("max_images", "prompts", "candidates", "budget", "test_prompts", "draws", "control_prompts"):
             value = getattr(self, name)
             if value is None and name == "budget":
                 continue
@@ -96,7 +101,7 @@ PUBLISHED = {"candidates": 1000, "search": "published", "loss": "pixels", "budge
 """The settings with which the paper's experiment differs from the defaults."""
 
 QUICK = {"tasks": ("segmentation", "lowlight"), "max_images": 160, "prompts": 32, "candidates": 64, "budget": 1000}
-QUICK |= {"test_prompts": 16}
+QUICK |= {"test_prompts": 16, "control_prompts": 16}
 """The settings of a first look, which takes about half a minute."""
 
 RENAMED = {"images": "max_images", "evaluations": "test_prompts"}

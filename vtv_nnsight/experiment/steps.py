@@ -40,7 +40,7 @@ from datasets import Dataset
 
 from vtv_nnsight import data, models
 from vtv_nnsight import tasks as registry
-from vtv_nnsight.evaluation import Table, comparison, select_prompts
+from vtv_nnsight.evaluation import Condition, Table, comparison, controls, select_prompts
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
 from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_step
 from vtv_nnsight.experiment.settings import Settings
@@ -56,7 +56,7 @@ from vtv_nnsight.search.holdout import held_out_count
 from vtv_nnsight.search.objective import check_gradient, choose_loss, processes
 from vtv_nnsight.stages import device_of, fingerprint
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import TaskVectors
+from vtv_nnsight.vectors import TaskVector, TaskVectors
 
 PICTURES_PER_PROMPT = 4
 """Pictures per prompt, at least, for prompts to be selected: each serves in one only."""
@@ -398,10 +398,22 @@ def evaluate(
     batch_size: int | None = None,
 ) -> Table:
     """Scores and first answers on prompts of pictures that were not searched on, of every condition; without vectors
-    those that need none."""
+    those that need none. Controls that are many are asked fewer prompts: see `Settings`."""
     prompts = task.prompts(rows, settings.test_prompts, settings.seed, layout)
-    conditions = comparison(vectors[task.name], patches, vectors, settings.seed) if vectors else None
+    conditions = _conditions(vectors[task.name], patches, vectors, settings) if vectors else None
     return evaluate_conditions(model, task, prompts, conditions, fold=fold, batch_size=batch_size)
+
+
+def _conditions(
+    vector: TaskVector, patches: PatchSet, vectors: TaskVectors, settings: Settings
+) -> dict[str, Condition | list[Condition]]:
+    """What a run compares: `comparison`, with `controls` in the place of its single ones; floor and ceiling last."""
+    conditions = comparison(vector, patches, seed=settings.seed)
+    bounds = {name: conditions.pop(name) for name in ("tokenizer", "copy")}
+    drawn = controls(
+        vector, patches, vectors, draws=settings.draws, seed=settings.seed, prompts=settings.control_prompts
+    )
+    return conditions | drawn | bounds
 
 
 def write_prompts(path: Path, prompts: Mapping[str, VisualPrompt]) -> None:
