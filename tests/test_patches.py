@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -459,3 +460,20 @@ def test_sets_save_and_load(model, tmp_path):
         PatchSet.load(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         PatchSet.load(tmp_path / "nothing.json")
+
+
+def test_rows_that_see_patches_of_their_own(model, module, prompts, vectors):
+    """Patch ids [batch, patch]: each row as if it were alone with its patches."""
+    generator = torch.Generator().manual_seed(3)
+    shown = LAYOUT.visible
+    visible = torch.stack([shown[torch.randperm(len(shown), generator=generator)[:60]] for _ in range(3)])
+    canvas, decoded = prompts.canvas[:3], LAYOUT.all_patches.expand(3, -1)
+    space = PatchSpace(model, granularity="head")
+    mask = space.mask(torch.rand(3, len(space), generator=generator) < 0.5)
+    with torch.no_grad(), model.trace(canvas, visible, decoded):
+        patch(model, vectors["a"], mask)
+        found = model.output.logits.save()
+    for row in range(3):
+        alone = SimpleNamespace(canvas=canvas[row : row + 1], visible=visible[row], decoded=decoded[row])
+        own = {stage: values[row] for stage, values in mask.items()}
+        torch.testing.assert_close(found[row], by_hand(module, alone, vectors["a"], own)[0], rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from vtv_nnsight.cli.app import PROMPTS, VQGAN, Order, app, given, wrote
+from vtv_nnsight.cli.app import PROMPTS, VQGAN, DType, EmbeddingType, Order, app, wrote
 
 
 class ExampleCommand(TyperCommand):
@@ -47,6 +47,8 @@ def prompt(
         str | None, typer.Option(help="Paint the output with this model (as SOURCE of `vtv info`).", metavar="SOURCE")
     ] = None,
     vqgan: VQGAN = None,
+    embedding_type: EmbeddingType = None,
+    dtype: DType = None,
     order: Order = "vertical",
 ) -> None:
     """Make a visual prompt of picture files; with --model, paint its output.
@@ -58,14 +60,14 @@ def prompt(
     from vtv_nnsight import tasks
     from vtv_nnsight.images import to_pil
     from vtv_nnsight.layouts import Layout
-    from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
+    from vtv_nnsight.models import load_model
 
     chosen = tasks.get(task)
     if len(example) > 2:
         raise ValueError(f"--example names {len(example)} files; give an input and its output, or one picture.")
     if mask is not None and len(example) == 2:
         raise ValueError("--mask goes with a single --example file; with two, the second file is the answer.")
-    painter = MAEVQGAN(model, **given(vqgan=vqgan)) if model else None
+    painter = load_model(model, vqgan=vqgan, embedding_type=embedding_type, dtype=dtype) if model else None
     layout = replace(painter.layout if painter else Layout(), order=order)
     picture = _open(query)
     if len(example) == 2:

@@ -10,7 +10,7 @@ from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt, crop
-from vtv_nnsight.stages import device_of
+from vtv_nnsight.stages import device_of, fitting_rows
 from vtv_nnsight.tasks import Task, draw
 
 
@@ -23,7 +23,7 @@ def select_prompts(
     candidates: int = 1000,
     seed: int = 0,
     layout: Layout | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> VisualPrompt:
     """Prompts that work: random pairs are run one-shot and the best `n` kept, each image used once (ECCV 2024, §4.1).
@@ -36,23 +36,24 @@ def select_prompts(
         candidates: Random prompts to try.
         seed: Of the candidates, which are those of `task.prompts(images, candidates, seed)`.
         layout: The model's own by default.
-        batch_size: Prompts in a forward.
+        batch_size: Prompts in a forward; None is `stages.fitting_rows`, 32 for MAE-VQGAN.
         progress: Show a progress bar.
 
     Raises:
         ValueError: when the candidates hold fewer than `n` prompts that share no image.
     """
     layout = layout or model.layout
-    device = device_of(model)
+    device, batch_size = device_of(model), batch_size or fitting_rows(model)
     drawn = draw(images, candidates, layout.examples, seed)
     losses = []
     starts = range(0, candidates, batch_size)
-    for start in progress_bar(starts, desc=f"{task.name} candidates", unit="batch", disable=not progress):
-        prompts = task.compose(images, drawn[start : start + batch_size], layout).to(device)
-        with torch.no_grad(), model.trace(prompts):
-            output = model.output.save()
-        answers = crop(model.paint(output, prompts), "output", layout)
-        losses.append(task.loss(answers, prompts.region("output")).double().cpu())
+    with progress_bar(starts, desc=f"{task.name} candidates", unit="batch", disable=not progress) as bar:
+        for start in bar:
+            prompts = task.compose(images, drawn[start : start + batch_size], layout).to(device)
+            with torch.no_grad(), model.trace(prompts):
+                output = model.output.save()
+            answers = crop(model.paint(output, prompts), "output", layout)
+            losses.append(task.loss(answers, prompts.region("output")).double().cpu())
     best: list[int] = []
     used: set[int] = set()
     for i in torch.cat(losses).argsort(stable=True).tolist():

@@ -29,12 +29,12 @@ from vtv_nnsight.files import file_digest, write_text
 from vtv_nnsight.search.objective import processes
 
 STEPS = {
-    "select": ("model", "vqgan", "weights", "data", "folds", "pictures", "tasks", "order", "max_images", "prompts")
-    + ("candidates", "seed", "version"),
+    "select": ("model", "vqgan", "embedding_type", "dtype", "weights", "data", "folds", "pictures", "tasks", "order")
+    + ("max_images", "prompts", "candidates", "seed", "version"),
     "collect": (),
     "score": ("granularity",),
     "search": ("search", "loss", "budget"),
-    "evaluate": ("test_prompts", "test pictures"),
+    "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts"),
 }
 """Step → the settings that matter from there on."""
 
