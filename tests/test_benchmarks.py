@@ -105,6 +105,25 @@ def test_patch_sets(tmp_path, space):
     assert all(0 <= value <= 1 for (task, _), row in rows.items() if task == "segmentation" for value in row["metric"])
 
 
+def test_circuits(tmp_path):
+    resumed = ("--resume", tmp_path / "answers", "--measures", "loss", "log ratio")
+    found, printed = quick("circuits", tmp_path, *resumed)
+    rows = {(row["way"], row["measure"], row["ranking"], row["order"]): row for row in found["curves"]}
+    assert len(rows) == 2 * 2 * 3 * 2 and printed.count("\n| mediation ") == 2 * 2 * 2 + 1
+    assert found["units"] == {"in": 96, "out": 24 * 4 + 16 * 5}
+    for (way, measure, ranking, order), row in rows.items():
+        assert row["CPR log low"] <= row["CPR log"] <= row["CPR log high"] and row["CMD linear"] >= 0
+        if ranking == "mediation" and order == "signed":
+            assert row["CPR log"] > rows[way, measure, "random", order]["CPR log"]
+    whole = json.loads((tmp_path / "circuits" / "out-counterfactual-loss.json").read_text())
+    assert all(kept[-1] == whole["full"] for *_, kept in whole["kept"])
+    nodes = json.loads((tmp_path / "circuits" / "nodes-in-mediation.json").read_text())["nodes"]
+    assert len(nodes) == 40 and nodes["a6.h3"]["label"] == "decoder.blocks.0.attn.heads[3]"
+    known = {row["ranking"]: row for row in found["known"]}
+    assert known["mediation"]["signed"] == [1.0] and 0 <= known["random"]["signed"][0] < 1
+    assert {path.name for path in (tmp_path / "answers").iterdir()} >= {"curves-in.jsonl", "mediation-in-0.jsonl"}
+
+
 def test_every_unit_is_pruned(space):
     whole = PatchSet.random(space, 25)
     parts = [whole - rest for rest in leaderboard.prunings(whole, seed=1)]

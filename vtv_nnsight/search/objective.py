@@ -25,7 +25,7 @@ from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.search.holdout import hold_out
 from vtv_nnsight.stages import device_of, fingerprint, fitting_rows
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import TaskVector
+from vtv_nnsight.vectors import Activations, TaskVector
 
 PIXELS = "pixels"
 """The name of the task's own loss of the painted answer, which every model has beside its `losses`."""
@@ -61,7 +61,8 @@ class Objective:
     Args:
         model: The model, on its device and in its dtype.
         vector, task, prompts: What to patch in, how answers are scored, and prompts with the truth in their output cell
-            (`query_only()` for zero-shot). Lists of all three look for one set that serves several tasks.
+            (`query_only()` for zero-shot). Lists of all three look for one set that serves several tasks. In the place
+            of a vector, `Activations` have a row for each prompt, those of `held_out` (prompts of their own) last.
         space: The units.
         loss: The name of one of the model's `losses`, by default its first (of MAE-VQGAN "tokens", the mean
             cross-entropy of the output's logits against the tokenizer's codes of the truth); or "pixels", the task's
@@ -83,14 +84,14 @@ class Objective:
         evaluations: Patched evaluations made, one set on one prompt each, gradients included.
 
     Raises:
-        ValueError: when the model has no such loss, vectors, tasks and prompts are not as many, or no prompts are left
-            to train or hold out.
+        ValueError: when the model has no such loss, vectors, tasks and prompts are not as many, no prompts are left to
+            train or hold out, or activations are not one for each prompt.
     """
 
     def __init__(
         self,
         model: InContextModel,
-        vector: TaskVector | Sequence[TaskVector],
+        vector: TaskVector | Activations | Sequence[TaskVector | Activations],
         task: Task | Sequence[Task],
         prompts: VisualPrompt | Sequence[VisualPrompt],
         space: PatchSpace,
@@ -119,6 +120,13 @@ class Objective:
         self.prompts = VisualPrompt.cat([rows for pair in parts for rows in pair]).to(device)
         sizes = torch.tensor([[len(rows) for rows in pair] for pair in parts])
         self.group = torch.arange(len(parts)).repeat_interleave(sizes.sum(1))
+        self._first = sizes.sum(1).cumsum(0) - sizes.sum(1)
+        for own, count in zip(self.vectors, sizes.sum(1).tolist()):
+            if isinstance(own, Activations) and (len(own) != count or isinstance(held_out, (int, float))):
+                raise ValueError(
+                    f"activations of {len(own)} prompts were given for {count}; collect them of the prompts and then "
+                    "of the held-out prompts, and give held_out as prompts."
+                )
         numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
         self.evaluations = 0
@@ -143,7 +151,7 @@ class Objective:
     def fingerprint(self) -> dict[str, Any]:
         """What the losses depend on, in words and digests (JSON values)."""
         digest = hashlib.blake2b(digest_size=8)
-        means = [mean for vector in self.vectors for mean in vector.mean.values()]
+        means = [values for vector in self.vectors for values in vector.values.values()]
         for tensor in (self.prompts.canvas, self.prompts.visible, self.prompts.decoded, self.train, *means):
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
         return {
@@ -229,11 +237,14 @@ class Objective:
     def _losses(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Losses [row] of one batch of one task."""
         device, task = self._truth.device, int(self.group[rows[0]])
+        vector = self.vectors[task]
+        if isinstance(vector, Activations):
+            vector = vector[rows - self._first[task]]
         rows = rows.to(device)
         prompts, truth = self.prompts[rows], self._truth[rows]
         mask, answered = self.space.mask(choices.to(device)), prompts
         with self.model.trace(prompts):
-            patch(self.model, self.vectors[task], mask)
+            patch(self.model, vector, mask)
             if self._loss:
                 answered = self.model.narrow(prompts).save()
             output = self.model.output.save()
