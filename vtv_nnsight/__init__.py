@@ -5,7 +5,7 @@ The public names are imported when they are first used, so that `vtv --help` doe
 
 from importlib import import_module
 
-_MODULES = ("data", "metrics", "search", "tasks")
+_MODULES = ("bundles", "data", "metrics", "search", "tasks")
 _HOMES = {
     "MAEVQGAN": "models.mae_vqgan.tracing",
     "Condition": "evaluation",

@@ -35,6 +35,7 @@ STEPS = {
     "score": ("granularity",),
     "search": ("search", "loss", "budget"),
     "evaluate": ("test_prompts", "test pictures"),
+    "demonstrate": (),
 }
 """Step → the settings that matter from there on."""
 
@@ -44,15 +45,17 @@ FILES = {
     "score": ("scores.csv",),
     "search": ("search/*.safetensors", "search/*.journal"),
     "evaluate": ("evaluation/*.parquet", "evaluation/*.safetensors"),
+    "demonstrate": ("shown/*.safetensors",),
 }
 """Step → what it writes."""
 
 READERS = {
-    "select": ("collect", "score", "search", "evaluate"),
-    "collect": ("score", "search", "evaluate"),
+    "select": ("collect", "score", "search", "evaluate", "demonstrate"),
+    "collect": ("score", "search", "evaluate", "demonstrate"),
     "score": (),
-    "search": ("evaluate",),
-    "evaluate": (),
+    "search": ("evaluate", "demonstrate"),
+    "evaluate": ("demonstrate",),
+    "demonstrate": (),
 }
 """Step → the steps that depend on what it wrote."""
 

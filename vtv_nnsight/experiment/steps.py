@@ -10,6 +10,7 @@ The folder, and what is written in it:
     scores.csv                   how well each unit tells the tasks apart
     search/TASK.safetensors      the units to patch (`SearchResult`)
     evaluation/TASK.parquet      scores of all conditions, image by image; the first answers beside them
+    shown/TASK.safetensors       one query looked at closely (`Demonstration`)
     report.html, table.csv, …    see `vtv_nnsight.report`
 
 Data in folds, such as Pascal-5i, have a folder for each fold. A step whose file is there is not done again, a search or
@@ -42,6 +43,7 @@ from vtv_nnsight import data, models
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Table, comparison, select_prompts
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
+from vtv_nnsight.evaluation.demonstration import demonstrate
 from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_step
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
@@ -169,6 +171,18 @@ def run(
                             )
                             step.save(names[0], partial(write_pictures, task=task), table)
                             step.save(names[1], lambda path, table: table.parquet(path), table)
+                    step.wait()
+                with begin("demonstrate") as step:
+                    for task in tasks:
+                        name = f"shown/{task.name}.safetensors"
+                        if step.lacks(name):
+                            step.working_on(task.name)
+                            scores = Table.load(fold.folder / f"evaluation/{task.name}.parquet").values(
+                                task.name, "task vector"
+                            )
+                            asked = task.prompts(fold.test, settings.test_prompts, settings.seed, layout)
+                            closely = demonstrate(model, task, asked, scores, vectors, found, batch_size=at_once)
+                            step.save(name, lambda path, shown: shown.save(path), closely)
                     step.wait()
             with begin_step(record, out, "report", shown("report")) as step:
                 if state.is_main_process:
