@@ -21,13 +21,17 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 from tabulate import tabulate
 
-from vtv_nnsight import VisualPrompt
+from vtv_nnsight import MAEVQGAN, VisualPrompt
 from vtv_nnsight.files import replacing, write_text
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.pretraining import recipes
 
-SIZES = {"embedded": "tiny", "small": "small", "vit-l": "published"}
-"""Name → the size of `pretraining.recipes` that it is."""
+SIZES = {
+    "embedded": lambda: MAEVQGAN("tiny").config,
+    "small": lambda: recipes.get("small").config,
+    "vit-l": lambda: recipes.get("published").config,
+}
+"""Name → what makes the configuration of that size: the model in the package, and two of `pretraining.recipes`."""
 
 
 def options(file: str, doc: str, quick: str) -> argparse.ArgumentParser:
@@ -69,7 +73,7 @@ def _processor() -> str:
 def made_up(size: str, rows: int, seed: int, device: str) -> tuple[MAEVQGANModel, VisualPrompt]:
     """A model of one of `SIZES` and one-shot prompts, of chance weights and pixels: where only sizes count."""
     generator = torch.Generator().manual_seed(seed)
-    config = recipes.get(SIZES[size]).config
+    config = SIZES[size]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = MAEVQGANModel(config).eval()

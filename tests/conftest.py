@@ -15,8 +15,16 @@ from safetensors.torch import load_file
 
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.checkpoints import load_checkpoint
+from vtv_nnsight.progress import progress_bar
 
 DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True)
+def no_bar_left_open():
+    """A progress bar that a failing loop leaves open would take in those of the tests after it."""
+    yield
+    assert not progress_bar._shown, "a progress bar was left open"
 
 
 @pytest.fixture(scope="session")

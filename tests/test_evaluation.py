@@ -535,3 +535,13 @@ def test_command_line(vtv, model, patches, tmp_path):  # noqa: F811
         assert code == 1 and message in complaint
     for command in ("collect", "score", "evaluate"):
         assert f"vtv {command} " in vtv(command, "-h")[1].split("Example", 1)[1]
+
+
+def test_a_condition_adds(model, prompts, vectors, patches):
+    own, mode = vectors["segmentation"], dict(scale=0.3, mode="add")
+    table = evaluate(
+        model, tasks.segmentation, prompts, {"x": Condition(vectors=own, patches=patches, **mode)}, progress=False
+    )
+    losses = answer(model, prompts.query_only(), own, patches, **mode)[1]
+    np.testing.assert_allclose(table.values("segmentation", "x", "token_loss"), losses, atol=1e-5)
+    assert not np.allclose(losses, answer(model, prompts.query_only(), own, patches, scale=0.3)[1], atol=1e-3)

@@ -644,6 +644,16 @@ def test_units(model):
     assert len(PatchSpace(model, granularity="token")) == 3 * 4 * 128 + 21 * 4 * 64
 
 
+def test_cells(model, prompts):
+    space = PatchSpace(model, granularity="cell")
+    assert list(space.groups["streams"]) == ["example_input", "query", "example_output", "output"]
+    assert list(space.groups["merged"]) == ["example_input+example_output", "query+output"]
+    for stage, groups in space.groups.items():
+        at = torch.cat(list(groups.values()))
+        assert torch.equal(at.sort().values, model.positions(stage, prompts).sort().values)
+    assert len(space) == 3 * 4 * 4 + 21 * 4 * 2
+
+
 @pytest.mark.parametrize("granularity", ["head", "quadrant", "token"])
 def test_everything_patched_hides_the_query(model, kind, prompts, vector, granularity):
     """When every head is patched at every place that there is, all prompts get one answer, one-shot and query only."""

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from test_vectors import LAYOUT, all_heads, random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, ablate, patch
 from vtv_nnsight.layouts import CLS, positions
-from vtv_nnsight.models.interface import GRANULARITIES
+from vtv_nnsight.models.interface import GRANULARITIES, QUERY_ONLY
 from vtv_nnsight.stages import ByStage
 from vtv_nnsight.vectors import zero_vector
 
@@ -102,7 +103,7 @@ def test_golden(golden, golden_traced, shot, name, granularity):
 
 def test_published_counts_and_order(golden_traced):
     model, a, _ = golden_traced
-    spaces = {name: PatchSpace(model, a.layout, name) for name in GRANULARITIES}
+    spaces = {name: PatchSpace(model, a.layout, name) for name in QUERY_ONLY}
     assert [len(space) for space in spaces.values()] == [512, 1152, 31872]
     names = spaces["quadrant"].names
     assert names[3 * 32 + 5 * 2 + 1] == "encoder.blocks.3.attn.heads[5] @ query"
@@ -110,7 +111,7 @@ def test_published_counts_and_order(golden_traced):
     assert spaces["token"].names[50 * 17 + 1] == "encoder.blocks.1.attn.heads[1] @ patch 98"
     assert spaces["token"].names[19200 + 99] == "decoder.blocks.0.attn.heads[1] @ cls"
     for stack, sizes in (("encoder", (384, 768, 19200)), ("decoder", (128, 384, 12672))):
-        assert tuple(len(PatchSpace(model, a.layout, name, stack)) for name in GRANULARITIES) == sizes
+        assert tuple(len(PatchSpace(model, a.layout, name, stack)) for name in QUERY_ONLY) == sizes
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -133,6 +134,28 @@ def test_masks_hold_the_units_positions(model, granularity):
     assert space.mask(torch.zeros(5, len(space)))["decoder"].shape == (5, 2, 197, 2)
 
 
+def test_cells_are_all_that_a_one_shot_prompt_shows(model, prompts, vectors):
+    space = PatchSpace(model, granularity="cell")
+    assert list(space.groups["encoder"]) == ["cls", "example_input", "example_output", "query"]
+    assert list(space.groups["decoder"]) == ["cls", "example_input", "example_output", "query", "output"]
+    assert space.names[4 * 5 + 1] == "encoder.blocks.1.attn.heads[1] @ example_input"
+    everything, heads = PatchSet(space, torch.ones(len(space))), PatchSpace(model, granularity="head")
+    whole = logits(model, prompts, vectors["b"], PatchSet(heads, torch.ones(len(heads))))
+    assert torch.equal(logits(model, prompts, vectors["b"], everything), whole)
+    with pytest.raises(ValueError, match="encoder cannot be patched at patch 0.* these prompts do not show them"):
+        logits(model, prompts.query_only(), vectors["b"], everything)
+
+
+def test_every_patch_is_in_one_cell_or_the_background():
+    layout = Layout(112, 8, examples=2)  # three rows of cells in fourteen of patches
+    space = PatchSpace(MAEVQGAN(random_module()), layout, "cell")
+    at = torch.cat(list(space.groups["decoder"].values()))
+    assert len(at) == len(at.unique()) == layout.num_positions
+    assert set(layout.regions["example_input_1"].tolist()) & set(layout.regions["example_input_2"].tolist())
+    assert torch.equal(space.groups["decoder"]["query"], 1 + layout.regions["query"])
+    assert list(space.groups["decoder"])[:2] == ["cls", "background"]
+
+
 def test_split_and_average_follow_the_units(model):
     space = PatchSpace(model)
     values = torch.arange(len(space)).double()
@@ -148,8 +171,10 @@ def test_split_and_average_follow_the_units(model):
     assert not decoder.mask(torch.ones(len(decoder)))["encoder"].any()
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("shot", ["one-shot", "zero-shot"])
+@pytest.mark.parametrize(
+    ("granularity", "shot"),
+    [(name, shot) for name in QUERY_ONLY for shot in ("one-shot", "zero-shot")] + [("cell", "one-shot")],
+)
 def test_patches_equal_hooks(model, module, prompts, vectors, granularity, shot):
     space = PatchSpace(model, LAYOUT, granularity)
     chosen = PatchSet.random(space, len(space) // 3)
@@ -209,7 +234,7 @@ def test_only_layers_with_something_to_do_are_touched(model, prompts, vectors, m
 
     touched, apply = [], patches._Step.apply
     monkeypatch.setattr(
-        patches._Step, "apply", lambda s, a, i, seen: touched.append((s.stage, i)) or apply(s, a, i, seen)
+        patches._Step, "apply", lambda s, m, i, seen: touched.append((s.stage.name, i)) or apply(s, m, i, seen)
     )
     logits(model, prompts, vectors["b"], chosen)
     assert touched == [("encoder", 1), ("decoder", 1)]
@@ -435,3 +460,20 @@ def test_sets_save_and_load(model, tmp_path):
         PatchSet.load(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         PatchSet.load(tmp_path / "nothing.json")
+
+
+def test_rows_that_see_patches_of_their_own(model, module, prompts, vectors):
+    """Patch ids [batch, patch]: each row as if it were alone with its patches."""
+    generator = torch.Generator().manual_seed(3)
+    shown = LAYOUT.visible
+    visible = torch.stack([shown[torch.randperm(len(shown), generator=generator)[:60]] for _ in range(3)])
+    canvas, decoded = prompts.canvas[:3], LAYOUT.all_patches.expand(3, -1)
+    space = PatchSpace(model, granularity="head")
+    mask = space.mask(torch.rand(3, len(space), generator=generator) < 0.5)
+    with torch.no_grad(), model.trace(canvas, visible, decoded):
+        patch(model, vectors["a"], mask)
+        found = model.output.logits.save()
+    for row in range(3):
+        alone = SimpleNamespace(canvas=canvas[row : row + 1], visible=visible[row], decoded=decoded[row])
+        own = {stage: values[row] for stage, values in mask.items()}
+        torch.testing.assert_close(found[row], by_hand(module, alone, vectors["a"], own)[0], rtol=1e-4, atol=1e-5)

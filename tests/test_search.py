@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_config
 from torch.nn import functional as F
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, cli, search, tasks
 from vtv_nnsight.layouts import positions
-from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.patches import PatchSet, PatchSpace, patch
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.search import plots
@@ -73,23 +74,7 @@ class Planted:
 def build_model():
     """A model of which every unit shows in the loss."""
     torch.manual_seed(0)
-    config = MAEVQGANConfig(
-        image_size=64,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        decoder_hidden_size=16,
-        decoder_num_hidden_layers=2,
-        decoder_num_attention_heads=2,
-        num_codes=24,
-        code_dim=8,
-        vqgan_z_channels=8,
-        vqgan_channels=32,
-        vqgan_channel_multipliers=(1, 1, 2),
-        vqgan_num_res_blocks=1,
-        vqgan_attention_levels=(),
-        vqgan_fold=4,
-    )
+    config = make_config(num_hidden_layers=3, decoder_num_hidden_layers=2, vqgan_attention_levels=())
     module = MAEVQGANModel(config).eval()
     for parameter in module.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -611,7 +596,16 @@ def journal_of(path):
     return list(struct.unpack(f"<{len(values) // 8}d", values))
 
 
-def test_processes_share_the_work_and_agree(tmp_path):
+@pytest.fixture
+def one_thread():
+    """How many threads share a sum decides its last digit: what is compared to the bit has as many on both sides."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_processes_share_the_work_and_agree(one_thread, tmp_path):
     path = tmp_path / "two.safetensors"
     script = tmp_path / "script.py"
     script.write_text(

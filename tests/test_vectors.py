@@ -236,11 +236,11 @@ def test_a_write_that_fails_leaves_the_old_file(vectors, tmp_path, monkeypatch):
 def test_a_killed_collection_goes_on_where_it_stopped(model, prompts, tmp_path, monkeypatch):
     path, rows, measure = tmp_path / "state.safetensors", [], code.measure
 
-    def dying(model, batch):
+    def dying(model, batch, sites):
         if len(rows) == 2:
             raise KeyboardInterrupt
         rows.append(len(batch))
-        return measure(model, batch)
+        return measure(model, batch, sites)
 
     monkeypatch.setattr(code, "SAVE_EVERY", 0)
     monkeypatch.setattr(code, "measure", dying)
@@ -249,7 +249,7 @@ def test_a_killed_collection_goes_on_where_it_stopped(model, prompts, tmp_path, 
     done = load_file(path)
     assert "a/mean/encoder" in done and "b/mean/encoder" not in done
 
-    monkeypatch.setattr(code, "measure", lambda model, batch: rows.append(len(batch)) or measure(model, batch))
+    monkeypatch.setattr(code, "measure", lambda *given: rows.append(len(given[1])) or measure(*given))
     resumed = TaskVectors.collect(model, prompts, batch_size=3, resume=path, progress=False)
     assert rows == [3, 3, 1, 3, 2, 3, 3]
     unbroken = TaskVectors.collect(model, prompts, batch_size=3, progress=False)

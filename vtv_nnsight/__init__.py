@@ -5,9 +5,10 @@ The public names are imported when they are first used, so that `vtv --help` doe
 
 from importlib import import_module
 
-_MODULES = ("bundles", "data", "metrics", "search", "tasks")
+_MODULES = ("bundles", "circuits", "data", "metrics", "search", "tasks")
 _HOMES = {
     "MAEVQGAN": "models.mae_vqgan.tracing",
+    "Activations": "vectors",
     "Condition": "evaluation",
     "Layout": "layouts",
     "Painter": "models.painter",

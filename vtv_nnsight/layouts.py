@@ -123,6 +123,16 @@ class Layout:
         """Name of each cell → LongTensor of the patches that it touches, in row-major order."""
         return {name: self._patches(rows, columns) for name, (rows, columns) in self.cells.items()}
 
+    @cached_property
+    def own_regions(self) -> dict[str, torch.Tensor]:
+        """Every patch of the canvas in one region: those of `regions`, what two cells touch being the later one's (as
+        happens where cells are not whole patches high), and "background" for what no cell touches, if there is any."""
+        seen, regions = torch.tensor([], dtype=torch.long), {}
+        for name, patches in reversed(({"background": self.all_patches} | self.regions).items()):
+            regions[name] = patches[~torch.isin(patches, seen)]
+            seen = torch.cat([seen, patches])
+        return {name: patches for name, patches in reversed(regions.items()) if len(patches)}
+
     def as_dict(self) -> dict[str, Any]:
         """Its fields as files keep them; a gap of None is left out, as in the files of 0.1, which had no such field."""
         return {name: value for name, value in asdict(self).items() if value is not None}

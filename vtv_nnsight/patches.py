@@ -6,8 +6,9 @@
     ...     patch(model, vectors["segmentation"], chosen)
     ...     logits = model.output.logits.save()
 
-Units and their order are those of *Finding Visual Task Vectors* (ECCV 2024, §4.3 and its released files): stage,
-layer, head, then group of positions, CLS first.
+Units are heads, or whole layers' activations: `PatchSpace(model, sites=("attn", "mlp"))` (see `sites`). The heads and
+their order are those of *Finding Visual Task Vectors* (ECCV 2024, §4.3 and its released files): stage, layer, head,
+then group of positions, CLS first. The units of other sites follow those of their stage's heads.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.files import write_text
 from vtv_nnsight.layouts import Layout, place_names
 from vtv_nnsight.models import mae
-from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.interface import SITES, InContextModel, Stage
+from vtv_nnsight.sites import HEADS, at_sites, known_sites, module_path, read, sites_in, split_key, stage_key, write
 from vtv_nnsight.stages import (
     ByStage,
-    attention_path,
     check_compatible,
     fingerprint,
     geometry,
@@ -40,7 +41,7 @@ from vtv_nnsight.stages import (
     stages_of,
     updated,
 )
-from vtv_nnsight.vectors import TaskVector, zero_vector
+from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors, zero_vector
 
 
 class Units(NamedTuple):
@@ -62,17 +63,20 @@ class PatchSpace:
         layout: The layout of the prompts; the model's own by default.
         granularity: "head": all tokens of a head are one unit. "quadrant": the tokens of each region that a query-only
             prompt shows a stage; of MAE-VQGAN, CLS and query in the encoder, CLS, query and output in the decoder.
-            "token": every token that a stage sees of such a prompt.
+            "token": every token that a stage sees of such a prompt. "cell": the tokens of every cell of a one-shot
+            prompt, the example's too.
         stacks: Names of the stages to patch; all of the model's by default.
+        sites: What of a layer is patched: "heads", "attn" (the attention's output), "mlp", "residual" (the layer's
+            output), or several of them. A layer has one unit of a site for each group.
 
     Attributes:
-        layout, granularity: Those given.
-        stages: The model's stages, with units or without.
+        layout, granularity, sites: Those given.
+        stages: The model's stages, with units or without, once for each site (see `sites.at_sites`).
         groups: By stage, name of a group → LongTensor of its absolute positions; none where there are no units.
         fingerprint: What a model, a vector or another space must share with it.
 
     Raises:
-        ValueError: when the granularity is unknown, or stacks are not stages of the model.
+        ValueError: when the granularity is unknown, or stacks or sites are not the model's.
     """
 
     def __init__(
@@ -81,7 +85,9 @@ class PatchSpace:
         layout: Layout | None = None,
         granularity: str = "quadrant",
         stacks: str | Sequence[str] | None = None,
+        sites: str | Sequence[str] = HEADS,
     ) -> None:
+        sites = known_sites(model, sites)
         names = [stage.name for stage in model.stages]
         chosen = names if stacks is None else [stacks] if isinstance(stacks, str) else list(stacks)
         if not chosen or not set(chosen) <= set(names):
@@ -89,11 +95,15 @@ class PatchSpace:
         layout = layout or model.layout
         found = geometry(model, layout)
         found.pop("mask token", None)
-        self._build(
-            found | {"granularity": granularity, "stacks": [name for name in names if name in chosen]},
-            {name: model.groups(name, granularity, layout) for name in chosen},
-            {s.name: [attention_path(model, s.name, layer) for layer in range(s.layers)] for s in model.stages},
-        )
+        found |= {"granularity": granularity, "stacks": [name for name in names if name in chosen]}
+        groups, paths = {}, {}
+        for stage in model.stages:
+            for site in sites:
+                name = stage_key(stage.name, site)
+                paths[name] = [module_path(model, stage.name, layer, site) for layer in range(stage.layers)]
+                if stage.name in chosen:
+                    groups[name] = model.groups(stage.name, granularity, layout)
+        self._build(found if sites == (HEADS,) else found | {"sites": list(sites)}, groups, paths)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> PatchSpace:
@@ -109,7 +119,7 @@ class PatchSpace:
             groups = {
                 stage: {name: _read_places(name, places, layout) for name, places in own["groups"].items()}
                 for stage, own in units.items()
-                if stage in found["stacks"]
+                if split_key(stage)[0] in found["stacks"]
             }
             space = cls.__new__(cls)
             space._build(found, groups, {stage: own["layers"] for stage, own in units.items()})
@@ -144,7 +154,10 @@ class PatchSpace:
         paths: Mapping[str, list[str]],
     ) -> None:
         self.fingerprint, self.granularity = found, found["granularity"]
-        self.layout, self.stages = layout_of(found), stages_of(found)
+        self.layout, self.sites = layout_of(found), tuple(found.get("sites", (HEADS,)))
+        if not self.sites or not set(self.sites) <= set(SITES):
+            raise ValueError(f"its sites {list(self.sites)} are unknown")
+        self.stages = at_sites(stages_of(found), self.sites)
         self.groups = ByStage({stage.name: groups.get(stage.name, {}) for stage in self.stages})
         self._paths = {stage.name: paths[stage.name] for stage in self.stages}
         self._group_at = self.groups.map(self._index_positions)
@@ -184,12 +197,13 @@ class PatchSpace:
 
     @cached_property
     def names(self) -> list[str]:
-        """Such as "encoder.blocks.3.attn.heads[5] @ query"."""
+        """Such as "encoder.blocks.3.attn.heads[5] @ query", or "decoder.blocks.2.mlp @ output"."""
         paths, groups = list(self._paths.values()), [list(own) for own in self.groups.values()]
         names = []
         for stage, layer, head, group in zip(*(part.tolist() for part in self.units)):
             place = f" @ {groups[stage][group]}" if self.granularity != "head" else ""
-            names.append(f"{paths[stage][layer]}.heads[{head}]{place}")
+            own = f".heads[{head}]" if split_key(self.stages[stage].name)[1] == HEADS else ""
+            names.append(f"{paths[stage][layer]}{own}{place}")
         return names
 
     @cached_property
@@ -375,10 +389,11 @@ KIND = "patch set"
 
 def patch(
     model: InContextModel,
-    vector: TaskVector | Sequence[TaskVector],
+    vector: TaskVector | Activations | Sequence[TaskVector | Activations],
     patches: PatchSet | Mapping[str, torch.Tensor] | Sequence[PatchSet | Mapping[str, torch.Tensor]],
     *,
     scale: float = 1.0,
+    mode: str = "replace",
 ) -> None:
     """Put a task vector's activations in the place of the model's own, inside `trace`, `generate` or `edit`.
 
@@ -394,106 +409,163 @@ def patch(
 
     Args:
         model: The model that is traced (or the one that `edit` hands out).
-        vector: What to put there; faster when it is on the model's device.
+        vector: What to put there; faster when it is on the model's device. `Activations` have a row for each row of the
+            batch.
         patches: Where. A PatchSet, or what `PatchSpace.mask` returns: by stage, [layer, position, head] for all rows,
             or [batch, layer, position, head] with a mask for each row. Float masks are gates, which mix the two
             activations and through which gradients flow.
-        scale: How far to go: 0 leaves an activation as it is, 1 replaces it, 2 goes as far again.
+        scale: How far to go: 0 leaves an activation as it is, 1 replaces it, 2 goes as far again. With mode="add", how
+            much of the vector to add.
+        mode: "replace": the vector in the place of the activation. "add": the vector on top of it, as one steers
+            language models.
 
     Raises:
         ValueError: when vector, patches and model do not belong together, naming what differs, or when patches ask for
-            positions that the vector lacks or the prompt does not show. (A whole head is patched at the tokens there
-            are.)
+            positions or sites that the vector lacks or positions that the prompt does not show. (A whole head is
+            patched at the tokens there are.)
     """
-    vectors, sets = ([x] if isinstance(x, (TaskVector, PatchSet, Mapping)) else list(x) for x in (vector, patches))
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}.")
+    single = (TaskVector, Activations, PatchSet, Mapping)
+    vectors, sets = ([x] if isinstance(x, single) else list(x) for x in (vector, patches))
     if len(vectors) != len(sets):
         raise ValueError(f"{len(vectors)} vectors and {len(sets)} patch sets were given; give as many of both.")
     own = fingerprint(model, cached=True)
     with unset_fake_temporarily():  # in a scan, too, what is patched is real
         masks = [chosen.mask if isinstance(chosen, PatchSet) else chosen for chosen in sets]
     for v, chosen in zip(vectors, sets):
-        check_compatible(f"the vector of {v.task!r}", v.fingerprint, "this model", own)
+        check_compatible(v.label, v.fingerprint, "this model", own)
         if isinstance(chosen, PatchSet):
             check_compatible("the patch set", chosen.fingerprint, "this model", own)
-            check_compatible("the patch set", chosen.fingerprint, f"the vector of {v.task!r}", v.fingerprint)
-    for stage in own["stages"]:
+            check_compatible("the patch set", chosen.fingerprint, v.label, v.fingerprint)
+    known = {stage_key(stage, site) for stage in own["stages"] for site in SITES}
+    if unknown := [name for mask in masks for name in mask if name not in known]:
+        raise ValueError(f"a mask of {unknown[0]!r} was given; this model has {', '.join(own['stages'])}.")
+    for stage in model.stages:
         with unset_fake_temporarily():
-            steps = [_Step(stage, v, mask[stage], scale) for v, mask in zip(vectors, masks)]
+            steps = [
+                _Step(stage, site, v, mask[stage_key(stage.name, site)], scale, mode)
+                for site in SITES
+                for v, mask in zip(vectors, masks)
+                if stage_key(stage.name, site) in mask
+            ]
         layers = sorted({layer for step in steps for layer in step.layers})
         if not layers:
             continue
-        seen = model.positions(stage)
+        seen = model.positions(stage.name)
         if not isinstance(seen, FakeTensor):
             for step in steps:
                 step.check(seen.cpu(), model)
         for layer in layers:
             for step in steps:
                 if layer in step.layers:
-                    step.apply(model.attention(stage, layer), layer, seen)
+                    step.apply(model, layer, seen)
+
+
+MODES = ("replace", "add")
+"""What `patch` can do with a vector."""
 
 
 def ablate(
-    model: InContextModel, patches: PatchSet | Mapping[str, torch.Tensor], to: TaskVector | None = None
+    model: InContextModel,
+    patches: PatchSet | Mapping[str, torch.Tensor],
+    to: str | TaskVector | TaskVectors | Activations | None = "zero",
 ) -> None:
-    """Silence units: `patch` with zeros, or with `to`, such as the mean over tasks (`vectors.mean()`)."""
+    """Silence units: `patch` with what says nothing of the task.
+
+    Args:
+        model, patches: As for `patch`.
+        to: "zero"; a vector, or all tasks' `TaskVectors`, whose mean is taken; or `Activations`, such as those of the
+            same queries under another task's example (resample ablation).
+
+    Raises:
+        ValueError: as `patch` does, and when `to` is something else.
+    """
     with unset_fake_temporarily():
-        to = zero_vector(model) if to is None else to
+        if to is None or isinstance(to, str) and to == "zero":
+            to = zero_vector(model, SITES)
+        elif isinstance(to, TaskVectors):
+            to = to.mean()
+        elif not isinstance(to, (TaskVector, Activations)):
+            raise ValueError(f'to={to!r} is unknown; give "zero", a vector, TaskVectors (their mean) or Activations.')
     patch(model, to, patches)
 
 
 class _Step:
-    """One vector and its mask, in one stage."""
+    """One vector and its mask, at one site of a stage."""
 
-    def __init__(self, stage: str, vector: TaskVector, mask: torch.Tensor, scale: float) -> None:
-        self.stage, self.vector = stage, vector
-        self.values, self.present = vector.mean[stage], vector.present[stage]
-        if mask.ndim not in (3, 4) or mask.shape[-3:] != self.values.shape[:3]:
+    def __init__(
+        self, stage: Stage, site: str, vector: TaskVector | Activations, mask: torch.Tensor, scale: float, mode: str
+    ) -> None:
+        self.stage, self.site, self.vector, self.mode = stage, site, vector, mode
+        name = stage_key(stage.name, site)
+        values = vector.values.get(name)
+        if values is not None and (mask.ndim not in (3, 4) or mask.shape[-3:] != values.shape[-4:-1]):
             raise ValueError(
-                f"a mask of shape {list(mask.shape)} does not fit the {stage}; expected [layer, position, head] = "
-                f"{list(self.values.shape[:3])}, with or without a batch in front."
+                f"a mask of shape {list(mask.shape)} does not fit the {name}; expected [layer, position, head] = "
+                f"{list(values.shape[-4:-1])}, with or without a batch in front."
             )
-        self.mask = mask if mask.dtype == torch.bool and scale == 1 else mask * scale
         asked = mask if mask.dtype == torch.bool else mask.detach() != 0
         self.asked = (asked.any(0) if asked.ndim == 4 else asked).cpu()
         busy = self.asked.flatten(1).any(1) | mask.requires_grad  # gates that are 0 need their gradient, too
         self.layers = set(busy.nonzero()[:, 0].tolist())
+        if not self.layers:
+            return
+        if values is None:
+            raise ValueError(
+                f"{vector.label}: there is no {site} of the {stage.name}, only {', '.join(sites_in(vector.values))}; "
+                f"collect with sites={[*sites_in(vector.values), site]}."
+            )
+        self.values, self.present = values, vector.present[name]
+        self.mask = mask if mask.dtype == torch.bool and scale == 1 and mode == "replace" else mask * scale
 
     def check(self, seen: torch.Tensor, model: InContextModel) -> None:
         """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token]; of a whole head, those that
         are not shown may be left out."""
+        if not self.layers:
+            return
         rows = seen if seen.ndim == 2 else seen[None]
         shown = torch.zeros(len(rows), self.asked.shape[1], dtype=torch.bool).scatter_(1, rows, True)
         asked = self.asked.any(2).any(0)
         hidden, lacked = asked & ~shown.all(0), asked & shown.any(0) & ~self.present.cpu()
         if hidden.any():
-            (everywhere,) = model.groups(self.stage, "head").values()
+            (everywhere,) = model.groups(self.stage.name, "head").values()
             hidden &= (self.asked & ~self.asked[:, everywhere].all(1, keepdim=True)).any(2).any(0)
         for wrong, why in (
             (hidden, "these prompts do not show them to it"),
-            (lacked, f"the vector of {self.vector.task!r} lacks them"),
+            (lacked, f"{self.vector.label} lack{'s' if isinstance(self.vector, TaskVector) else ''} them"),
         ):
             if wrong.any():
                 places = place_names(wrong.nonzero()[:, 0])
                 more = f" and {len(places) - 4} more" if len(places) > 4 else ""
-                raise ValueError(f"the {self.stage} cannot be patched at {', '.join(places[:4])}{more}: {why}.")
+                raise ValueError(f"the {self.stage.name} cannot be patched at {', '.join(places[:4])}{more}: {why}.")
 
-    def apply(self, attention: Any, layer: int, seen: torch.Tensor) -> None:
-        z = attention.heads
+    def apply(self, model: InContextModel, layer: int, seen: torch.Tensor) -> None:
+        z = read(model, self.stage, layer, self.site)
         if isinstance(z, FakeTensor):
             return
-        if self.mask.ndim == 4 and len(self.mask) != len(z):
-            raise ValueError(f"a mask for {len(self.mask)} rows was given; this batch has {len(z)}.")
-        mask = self.mask.select(-3, layer).to(z.device)
-        if seen.ndim == 1:
-            mask = mask.index_select(-2, seen)
-        else:
-            at = repeat(seen, "row token -> row token head", head=mask.shape[-1])
-            mask = mask.expand(len(z), -1, -1).gather(1, at)
-        mask, new = mask[..., None], self.values[layer][seen.to(self.values.device)].to(z)
-        if mask.dtype != torch.bool:
-            there = self.present.to(z.device)[seen][..., None, None]
-            attention.heads = z + mask.to(z.dtype) * torch.where(there, new - z, 0)
-        elif torch.is_grad_enabled():
-            attention.heads = torch.where(mask, new, z)
-        else:
+        for given, what in ((self.mask, "a mask for"), (self.values, "activations of")):
+            if given.ndim > 3 + (given is self.values) and len(given) != len(z):
+                raise ValueError(f"{what} {len(given)} rows was given; this batch has {len(z)}.")
+        mask = _at(self.mask.select(-3, layer)[..., None].to(z.device), seen)
+        new = _at(self.values.select(-4, layer), seen).to(z)
+        if mask.dtype == torch.bool and not torch.is_grad_enabled() and self.site == HEADS:
             torch.where(mask, new, z, out=z)
+            return
+        if mask.dtype == torch.bool:
+            changed = torch.where(mask, new, z)
+        else:
+            there = self.present.to(z.device)[seen][..., None, None]
+            step = new - z if self.mode == "replace" else new
+            changed = z + mask.to(z.dtype) * torch.where(there, step, 0)
+        write(model, self.stage, layer, self.site, changed)
+
+
+def _at(values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """[position, head, dim], or [row, position, head, dim], at the positions `seen`, [token] or [row, token]."""
+    seen = seen.to(values.device)
+    if seen.ndim == 1:
+        return values.index_select(-3, seen)
+    if values.ndim == 3:
+        return values[seen]
+    return values[torch.arange(len(values), device=values.device)[:, None], seen]

@@ -46,6 +46,8 @@ _display: ContextVar[Callable[..., None] | None] = ContextVar("display", default
 class progress_bar:
     """A progress bar over a loop, or one that is told how far things are. Bars inside others stand below them.
 
+    Give it a `with` block where the loop may raise: a bar that is left open takes in those that come after it.
+
     Args:
         iterable: What to loop over; None for a bar that `update` moves.
         total: How many steps there are; by default as many as the iterable has.

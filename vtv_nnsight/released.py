@@ -26,7 +26,7 @@ from einops import rearrange
 
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.checkpoint_files import Refused, check_pickle
-from vtv_nnsight.models.interface import GRANULARITIES
+from vtv_nnsight.models.interface import QUERY_ONLY
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.stages import ByStage, device_of, fingerprint
 from vtv_nnsight.vectors import TaskVector, TaskVectors
@@ -106,7 +106,7 @@ def read_patches(model: Any, path: str | os.PathLike, seed: int | None = None) -
         raise ValueError(f"{path} is not a list of logits; expected bernoullis_….pkl of the released code.") from error
     if logits.isnan().any():
         raise ValueError(f"{path} holds {int(logits.isnan().sum())} logits that are NaN.")
-    spaces = [PatchSpace(model, granularity=granularity) for granularity in GRANULARITIES]
+    spaces = [PatchSpace(model, granularity=granularity) for granularity in QUERY_ONLY]
     space = next((space for space in spaces if len(space) == len(logits)), None)
     if space is None:
         counts = ", ".join(f"{len(space)} by {space.granularity}" for space in spaces)

@@ -1,7 +1,8 @@
 """Values by stage, and what fits what: the fingerprints of models, vectors and sets of units.
 
 A model's heads belong to its stages (see `models.interface`): "encoder" and "decoder" of MAE-VQGAN. What there is one
-of for each stage is a `ByStage`, a dict whose keys are the stages' names.
+of for each stage is a `ByStage`, a dict whose keys are the stages' names, and of sites other than heads, such as
+"encoder.mlp" (see `sites`).
 
 A fingerprint is a dict of JSON values that must agree before one thing is used with another: the heads of every stage,
 the canvas, the kind of model and its weights. Two of them are compared in what both tell.
@@ -133,11 +134,6 @@ def device_of(model: InContextModel) -> torch.device:
     if hasattr(model, "dispatch"):
         model.dispatch()
     return model.device
-
-
-def attention_path(model: InContextModel, stage: str, layer: int) -> str:
-    """The name of an attention layer as users type it, such as "encoder.blocks.3.attn"."""
-    return model.attention(stage, layer).path.removeprefix("model.")
 
 
 def _agree(name: str, found: Any, expected: Any) -> bool:

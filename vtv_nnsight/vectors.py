@@ -9,8 +9,9 @@ before the output projection:
     >>> scores = vectors.score()                            # high where a head tells tasks apart
     >>> vectors.save("vectors.safetensors")
 
-Means and scores are dicts by the model's stages (see `stages.ByStage`). Positions are absolute: 0 is CLS and 1 + i is
-patch i (see `layouts`). What a prompt does not show a stage is NaN: absent, not zero, and arithmetic keeps it so.
+Means and scores are dicts by the model's stages (see `stages.ByStage`); beside heads, `sites=("heads", "mlp")` collects
+whole layers' activations (see `sites`). Positions are absolute: 0 is CLS and 1 + i is patch i (see `layouts`). What a
+prompt does not show a stage is NaN: absent, not zero, and arithmetic keeps it so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import add
@@ -30,12 +31,12 @@ from einops import rearrange
 
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.interface import SITES, InContextModel, Stage
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.sites import HEADS, at_sites, known_sites, module_path, read, sites_in, split_key, stage_key
 from vtv_nnsight.stages import (
     ByStage,
-    attention_path,
     check_compatible,
     device_of,
     fingerprint,
@@ -55,7 +56,8 @@ class TaskVector:
 
     Args:
         task: Its name.
-        mean: By stage, [layer, position, head, head_dim]; NaN at the positions that the prompts did not show.
+        mean: By stage (and site, see `sites`), [layer, position, head, head_dim]; NaN at the positions that the prompts
+            did not show.
         variance: By stage, [layer, position, head]: variance over the prompts (n - 1 below), averaged over the head's
             dimensions; None for a vector that arithmetic made.
         count: Number of prompts.
@@ -71,6 +73,16 @@ class TaskVector:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", ByStage(self.mean))
         object.__setattr__(self, "variance", None if self.variance is None else ByStage(self.variance))
+
+    @property
+    def values(self) -> ByStage:
+        """What is patched in: the mean."""
+        return self.mean
+
+    @property
+    def label(self) -> str:
+        """For errors."""
+        return f"the vector of {self.task!r}"
 
     @cached_property
     def present(self) -> ByStage:
@@ -111,7 +123,10 @@ class TaskVector:
     def _combine(self, other: TaskVector, sign: str, function: Callable) -> TaskVector:
         if not isinstance(other, TaskVector):
             return NotImplemented
-        check_compatible(f"the vector of {other.task!r}", other.fingerprint, f"that of {self.task!r}", self.fingerprint)
+        check_compatible(other.label, other.fingerprint, f"that of {self.task!r}", self.fingerprint)
+        if other.mean.keys() != self.mean.keys():
+            found, own = (", ".join(sites_in(vector.mean)) for vector in (other, self))
+            raise ValueError(f"{other.label} has the sites {found}, that of {self.task!r} {own}; collect the same.")
         return TaskVector(
             f"{self.task} {sign} {other.task}",
             self.mean.map(function, other.mean),
@@ -121,11 +136,79 @@ class TaskVector:
         )
 
 
-def zero_vector(model: InContextModel) -> TaskVector:
+def zero_vector(model: InContextModel, sites: Sequence[str] = (HEADS,)) -> TaskVector:
     """Zeros at every position, whatever the layout: what ablation by zero patches in."""
-    places = model.layout.num_positions
-    mean = {stage.name: torch.zeros(stage.layers, places, stage.heads, stage.head_dim) for stage in model.stages}
+    places, zero = model.layout.num_positions, torch.zeros(())
+    mean = {s.name: zero.expand(s.layers, places, s.heads, s.head_dim) for s in at_sites(model.stages, sites)}
     return TaskVector("zero", mean, None, 0, geometry(model))
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """What single prompts' activations are, a row for each: `patch` puts them into as many other prompts, row by row,
+    such as a one-shot run into the query alone, or the run under another task's example into this one.
+
+        >>> run = Activations.collect(model, prompts)
+        >>> with model.trace(prompts.query_only()):
+        ...     patch(model, run, chosen)
+
+    Args:
+        values: By stage (and site, see `sites`), [row, layer, position, head, head_dim]; NaN at the positions that the
+            prompts did not show.
+        fingerprint: The model and the layout that they belong to (see `stages.fingerprint`).
+    """
+
+    values: ByStage
+    fingerprint: dict[str, Any]
+    label = "the activations"
+
+    @classmethod
+    def collect(
+        cls,
+        model: InContextModel,
+        prompts: VisualPrompt,
+        *,
+        sites: str | Sequence[str] = HEADS,
+        batch_size: int = 32,
+        progress: bool = True,
+    ) -> Activations:
+        """Run prompts through the model and keep all that every head says, on the CPU and in the model's dtype. (A
+        prompt of a ViT-L takes 23 MB in float32.) Arguments are `TaskVectors.collect`'s."""
+        sites, parts, device = known_sites(model, sites), [], device_of(model)
+        owner = fingerprint(model, prompts.layout)
+        with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:
+            for batch in prompts.split(batch_size):
+                found = _read_all(model, batch.to(device), sites, torch.clone)
+                parts.append(found.map(lambda layers: torch.stack(layers, 1).cpu()))
+                bar.update(len(batch))
+        values = ByStage()
+        for name in parts[0]:
+            seen = model.positions(split_key(name)[0], prompts).cpu()
+            own = rearrange(torch.cat([part[name] for part in parts]), "row layer ... -> (row layer) ...")
+            placed = scatter(own, seen, prompts.layout.num_positions)
+            values[name] = rearrange(placed, "(row layer) ... -> row layer ...", row=len(prompts))
+        return cls(values, owner)
+
+    @cached_property
+    def present(self) -> ByStage:
+        """By stage, bool [position]: the positions that are not absent."""
+        return self.values.map(lambda values: ~values[0, 0, :, 0, 0].isnan())
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | torch.Tensor) -> Activations:
+        """Those of some prompts, always several rows: an int gives one."""
+        rows = [rows] if isinstance(rows, int) else rows.cpu() if isinstance(rows, torch.Tensor) else rows
+        return replace(self, values=self.values.map(lambda values: values[rows]))
+
+    def to(self, *args: Any, **kwargs: Any) -> Activations:
+        """Move or cast, as `torch.Tensor.to` does."""
+        return replace(self, values=self.values.map(lambda x: x.to(*args, **kwargs)))
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{stage} {list(values.shape)}" for stage, values in self.values.items())
+        return f"Activations(of {len(self)} prompts: {shapes})"
 
 
 class TaskVectors(Mapping[str, TaskVector]):
@@ -144,7 +227,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         first, *others = vectors.values()
         for other in others:
             owner = f"that of {first.task!r}"
-            check_compatible(f"the vector of {other.task!r}", other.fingerprint, owner, first.fingerprint)
+            check_compatible(other.label, other.fingerprint, owner, first.fingerprint)
         self._vectors = dict(vectors)
 
     def __getitem__(self, task: str) -> TaskVector:
@@ -175,6 +258,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         model: InContextModel,
         prompts: Mapping[str, VisualPrompt],
         *,
+        sites: str | Sequence[str] = HEADS,
         batch_size: int = 32,
         resume: str | Path | None = None,
         progress: bool = True,
@@ -187,18 +271,19 @@ class TaskVectors(Mapping[str, TaskVector]):
         Args:
             model: The model, on its device and in its dtype.
             prompts: Task name → prompts, one or more of each and all of one layout.
+            sites: What to average: "heads", "attn", "mlp", "residual", or several of them (see `sites`).
             batch_size: Rows a trace.
             resume: A file for the state, written every few seconds; a run that finds it goes on where it stopped.
             progress: Show a progress bar.
 
         Raises:
-            ValueError: when a task has no prompts, layouts differ, an activation is not finite (naming layer and head),
-                or `resume` is of other prompts or another model.
+            ValueError: when a task has no prompts, layouts differ, the model has no such site, an activation is not
+                finite (naming layer and head), or `resume` is of other prompts, other sites or another model.
         """
-        layout = _shared_layout(prompts)
+        layout, sites = _shared_layout(prompts), known_sites(model, sites)
         device = device_of(model)
         owner = fingerprint(model, layout)
-        found = _read_state(resume, owner, prompts) if resume else {}
+        found = _read_state(resume, owner, prompts, sites) if resume else {}
         saved = time.monotonic()
         total, done = sum(map(len, prompts.values())), sum(moments.count for moments in found.values())
         with progress_bar(total=total, initial=done, desc="collecting", unit="prompt", disable=not progress) as bar:
@@ -206,7 +291,7 @@ class TaskVectors(Mapping[str, TaskVector]):
                 bar.set_postfix_str(task)
                 rows = rows[found[task].count :] if task in found else rows
                 for batch in rows.split(batch_size):
-                    new = measure(model, batch.to(device))
+                    new = measure(model, batch.to(device), sites)
                     found[task] = _merge(found[task], new) if task in found else new
                     bar.update(len(batch))
                     if resume and time.monotonic() - saved > SAVE_EVERY:
@@ -265,8 +350,9 @@ class TaskVectors(Mapping[str, TaskVector]):
                     if values := getattr(vector, field):
                         tensors[f"{name}/{stage}/{field}"] = values[stage][:, present].to(dtype)
         counts = {name: vector.count for name, vector in self.items()}
-        owner = next(iter(self.values())).fingerprint
-        write_tensors(path, KIND, tensors, {"counts": counts, "fingerprint": owner})
+        first = next(iter(self.values()))
+        told = {"counts": counts, "fingerprint": first.fingerprint} | _told(sites_in(first.mean))
+        write_tensors(path, KIND, tensors, told)
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVectors:
@@ -282,8 +368,9 @@ class TaskVectors(Mapping[str, TaskVector]):
         tensors, metadata = read_tensors(path, KIND)
         try:
             owner = updated(metadata["fingerprint"])
+            stages, places = at_sites(stages_of(owner), _sites_told(metadata)), layout_of(owner).num_positions
             vectors = {
-                name: TaskVector(name, *(_read_values(tensors, name, f, owner) for f in FIELDS), count, owner)
+                name: TaskVector(name, *(_read_values(tensors, name, f, stages, places) for f in FIELDS), count, owner)
                 for name, count in metadata["counts"].items()
             }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -317,11 +404,23 @@ KIND = "task vectors"
 FIELDS = ("mean", "variance")
 
 
+def _told(sites: tuple[str, ...]) -> dict[str, Any]:
+    """What a file says of the sites: of heads alone nothing, as in 0.1."""
+    return {} if sites == (HEADS,) else {"sites": list(sites)}
+
+
+def _sites_told(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    sites = tuple(metadata.get("sites", (HEADS,)))
+    if not sites or not set(sites) <= set(SITES):
+        raise ValueError(f"its sites {list(sites)} are unknown")
+    return sites
+
+
 def _read_values(
-    tensors: Mapping[str, torch.Tensor], task: str, field: str, owner: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor], task: str, field: str, stages: Sequence[Stage], places: int
 ) -> ByStage | None:
     """A field of a task's vector, by stage, from the tensors of a file; None for a variance that it does not have."""
-    stages, places, values = stages_of(owner), layout_of(owner).num_positions, ByStage()
+    values = ByStage()
     if field == "variance" and f"{task}/{stages[0].name}/{field}" not in tensors:
         return None
     for stage in stages:
@@ -355,31 +454,45 @@ class Moments(NamedTuple):
         return TaskVector(task, self.mean.map(torch.Tensor.float), variance, self.count, owner)
 
 
-def measure(model: InContextModel, prompts: VisualPrompt) -> Moments:
+def measure(model: InContextModel, prompts: VisualPrompt, sites: Sequence[str] = (HEADS,)) -> Moments:
     """The moments of every head over one batch of prompts, in one trace.
 
     Raises:
         ValueError: naming the first layer and head whose activation is not finite.
     """
-    with torch.no_grad(), model.trace(prompts):
-        found = {
-            stage.name: [_moments(model.attention(stage.name, layer).heads) for layer in range(stage.layers)]
-            for stage in model.stages
-        }.save()
     places = prompts.layout.num_positions
     means, spreads = ByStage(), ByStage()
-    for name, layers in found.items():
+    for name, layers in _read_all(model, prompts, sites, _moments).items():
+        stage, site = split_key(name)
         mean, spread = (torch.stack(parts).cpu() for parts in zip(*layers))
         bad = ~mean.isfinite().all(-1).all(1)
         if bad.any():
             layer, head = bad.nonzero()[0].tolist()
+            own = f"{module_path(model, stage, layer, site)}.{f'heads[{head}]' if site == HEADS else 'output'}"
             raise ValueError(
-                f"{attention_path(model, name, layer)}.heads[{head}] is not finite (NaN or infinite) on these prompts; "
-                "check the weights, or load the model in another dtype."
+                f"{own} is not finite (NaN or infinite) on these prompts; check the weights, or load the model in "
+                "another dtype."
             )
-        seen = model.positions(name, prompts).cpu()
+        seen = model.positions(stage, prompts).cpu()
         means[name], spreads[name] = scatter(mean, seen, places), scatter(spread, seen, places)
     return Moments(len(prompts), means, spreads)
+
+
+def _read_all(
+    model: InContextModel, prompts: VisualPrompt, sites: Sequence[str], function: Callable[[torch.Tensor], Any]
+) -> ByStage:
+    """`function` of the activations of every layer, in one trace: by stage and site, a list."""
+    with torch.no_grad(), model.trace(prompts):
+        found = {
+            (stage_key(stage.name, site), layer): function(read(model, stage, layer, site))
+            for stage in model.stages
+            for layer in range(stage.layers)
+            for site in sites
+        }.save()
+    layers = ByStage()
+    for (name, _), value in found.items():
+        layers.setdefault(name, []).append(value)
+    return layers
 
 
 def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -429,19 +542,25 @@ def _write_state(path: str | Path, found: dict[str, Moments], owner: dict, promp
     }
     counts = {task: moments.count for task, moments in found.items()}
     digests = {task: _digest(rows) for task, rows in prompts.items()}
-    write_tensors(path, "collection", tensors, {"counts": counts, "prompts": digests, "fingerprint": owner})
+    told = {"counts": counts, "prompts": digests, "fingerprint": owner}
+    sites = sites_in(next(iter(found.values())).mean)
+    write_tensors(path, "collection", tensors, told | _told(sites))
 
 
-def _read_state(path: str | Path, owner: dict, prompts: Mapping[str, VisualPrompt]) -> dict[str, Moments]:
+def _read_state(
+    path: str | Path, owner: dict, prompts: Mapping[str, VisualPrompt], sites: tuple[str, ...]
+) -> dict[str, Moments]:
     if not Path(path).exists():
         return {}
     tensors, metadata = read_tensors(path, "collection")
     check_compatible(f"the state in {path}", updated(metadata["fingerprint"]), "this model and layout", owner)
     if metadata["prompts"] != {task: _digest(rows) for task, rows in prompts.items()}:
         raise ValueError(f"the state in {path} is of other prompts; remove it, or name another file.")
+    if _sites_told(metadata) != sites:
+        raise ValueError(f"the state in {path} is of other sites; remove it, or name another file.")
 
     def by_stage(task: str, field: str) -> ByStage:
-        return ByStage({stage: tensors[f"{task}/{field}/{stage}"] for stage in owner["stages"]})
+        return ByStage({s.name: tensors[f"{task}/{field}/{s.name}"] for s in at_sites(stages_of(owner), sites)})
 
     return {
         task: Moments(count, by_stage(task, "mean"), by_stage(task, "spread"))

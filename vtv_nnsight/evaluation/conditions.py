@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.patches import PatchSet, ablate, patch
+from vtv_nnsight.patches import MODES, PatchSet, ablate, patch
 from vtv_nnsight.vectors import TaskVector
 
 SHOTS = {
@@ -29,8 +29,6 @@ BASELINE = "one-shot"
 """The condition, by its name in a table, that the others are compared with."""
 CONTROL = 104_729
 """Added to the seed of the control's units, so that a user's own random set of the same seed is another one."""
-MODES = ("replace",)
-"""What `patch` can do with a vector."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +40,7 @@ class Condition:
         vectors: A task vector to patch in, or several.
         patches: Where: a PatchSet or a SearchResult (its set), or as many of them as there are vectors.
         scale: How far to go from the model's own activation to the vector's; see `patch`.
-        mode: "replace": the vector in the place of the activation; see `patch`.
+        mode: "replace": the vector in the place of the activation; "add": on top of it; see `patch`.
         ablation: Instead of vectors: what `patches` are silenced with, "zero" or a task vector such as
             `vectors.mean()`.
         run: A function that is called with the model inside the trace, after the patches.
@@ -107,7 +105,7 @@ class Condition:
         if self.ablation is not None:
             ablate(model, self.patches, None if self.ablation == "zero" else self.ablation)
         elif self.patches is not None:
-            patch(model, self.vectors, self.patches, scale=self.scale)
+            patch(model, self.vectors, self.patches, scale=self.scale, mode=self.mode)
         if self.run is not None:
             self.run(model)
 

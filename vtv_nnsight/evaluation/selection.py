@@ -47,12 +47,13 @@ def select_prompts(
     drawn = draw(images, candidates, layout.examples, seed)
     losses = []
     starts = range(0, candidates, batch_size)
-    for start in progress_bar(starts, desc=f"{task.name} candidates", unit="batch", disable=not progress):
-        prompts = task.compose(images, drawn[start : start + batch_size], layout).to(device)
-        with torch.no_grad(), model.trace(prompts):
-            output = model.output.save()
-        answers = crop(model.paint(output, prompts), "output", layout)
-        losses.append(task.loss(answers, prompts.region("output")).double().cpu())
+    with progress_bar(starts, desc=f"{task.name} candidates", unit="batch", disable=not progress) as bar:
+        for start in bar:
+            prompts = task.compose(images, drawn[start : start + batch_size], layout).to(device)
+            with torch.no_grad(), model.trace(prompts):
+                output = model.output.save()
+            answers = crop(model.paint(output, prompts), "output", layout)
+            losses.append(task.loss(answers, prompts.region("output")).double().cpu())
     best: list[int] = []
     used: set[int] = set()
     for i in torch.cat(losses).argsort(stable=True).tolist():

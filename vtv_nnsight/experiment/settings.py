@@ -53,14 +53,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         from vtv_nnsight import tasks
-        from vtv_nnsight.models.interface import GRANULARITIES
+        from vtv_nnsight.models.interface import QUERY_ONLY
         from vtv_nnsight.search import ALGORITHMS
         from vtv_nnsight.search.objective import LOSSES
 
         choices = {
             "search": (*ALGORITHMS, "published"),
             "loss": LOSSES,
-            "granularity": GRANULARITIES,
+            "granularity": QUERY_ONLY,
             "order": ("vertical", "horizontal"),
         }
         for name, known in choices.items():

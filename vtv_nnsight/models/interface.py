@@ -21,8 +21,15 @@ import torch
 from vtv_nnsight.layouts import Layout, place_names
 from vtv_nnsight.prompts import VisualPrompt
 
-GRANULARITIES = ("head", "quadrant", "token")
-"""How fine units are: a head at all its tokens, at a region of the canvas, or at one token."""
+QUERY_ONLY = ("head", "quadrant", "token")
+"""How fine the units of query-only prompts are: a head at all its tokens, at a region of the canvas, or at a token."""
+GRANULARITIES = (*QUERY_ONLY, "cell")
+"""How fine units are; "cell" is a head at any cell of a one-shot prompt, the example's too, for circuits that are cut
+out of a model."""
+
+SITES = ("heads", "attn", "mlp", "residual")
+"""Where a layer's activations can be read and written, in the order in which it computes them: the outputs of its
+heads, of its attention, of its MLP, and the residual stream that it leaves (see `sites`)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,11 @@ class Stage:
     heads: int
     head_dim: int
     streams: int = 1
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream: of all heads side by side."""
+        return self.heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,12 @@ class InContextModel(ABC):
         before the output projection, [batch, token, head, head_dim], readable and writable inside a trace, with tokens
         at `positions`; its `path` names it for people."""
 
+    def outputs(self, stage: str, layer: int) -> dict[str, Any]:
+        """The envoys whose `output` is what a layer has at the sites beside its heads: "attn", "mlp" and "residual" of
+        `SITES`, those that there are. An output, or the first of a tuple, is [batch, token, width] with tokens at
+        `positions`, or [stream * batch, row, column, width]. A model that says nothing has heads alone."""
+        return {}
+
     @abstractmethod
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """The position of every token of a stage: LongTensor [token]; inside a trace whose rows were given patches of
@@ -105,8 +123,8 @@ class InContextModel(ABC):
     def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
         """The places of a stage that units are made of: name → LongTensor of positions that are patched together.
 
-        Only places that a query-only prompt shows; for "head", one group of all that any prompt shows.
-        `group_positions` makes it of a model's regions.
+        Only places that a query-only prompt shows; for "head", one group of all that any prompt shows; for "cell", a
+        group for each cell that a one-shot prompt shows. `group_positions` makes it of a model's regions.
 
         Args:
             stage: Its name.
@@ -147,7 +165,11 @@ class InContextModel(ABC):
 
 
 def group_positions(
-    granularity: str, everywhere: torch.Tensor, regions: Mapping[str, torch.Tensor], tokens: torch.Tensor
+    granularity: str,
+    everywhere: torch.Tensor,
+    regions: Mapping[str, torch.Tensor],
+    tokens: torch.Tensor,
+    cells: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Groups of a stage's positions, for `InContextModel.groups`.
 
@@ -156,6 +178,8 @@ def group_positions(
         everywhere: The positions that any prompt shows: the group of "head".
         regions: Name → positions: the groups of "quadrant".
         tokens: The positions that a query-only prompt shows: a group each for "token".
+        cells: Name → positions of every cell that a one-shot prompt shows: the groups of "cell". A model that says
+            none has no such units.
     """
     if granularity == "head":
         return {"all tokens": everywhere}
@@ -163,4 +187,7 @@ def group_positions(
         return dict(regions)
     if granularity == "token":
         return dict(zip(place_names(tokens), tokens[:, None]))
-    raise ValueError(f"granularity={granularity!r} is unknown; choose from {', '.join(GRANULARITIES)}.")
+    if granularity == "cell" and cells:
+        return dict(cells)
+    known = GRANULARITIES if cells else QUERY_ONLY
+    raise ValueError(f"granularity={granularity!r} is unknown; choose from {', '.join(known)}.")

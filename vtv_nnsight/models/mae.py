@@ -36,6 +36,11 @@ class MaskedAutoencoder(InContextModel):
         """The attention of a block: `encoder.blocks[layer].attn`."""
         return getattr(self, stage).blocks[layer].attn
 
+    def outputs(self, stage: str, layer: int) -> dict[str, Any]:
+        """The attention, the MLP, and the block itself."""
+        block = getattr(self, stage).blocks[layer]
+        return {"attn": block.attn, "mlp": block.mlp, "residual": block}
+
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """CLS, then the patches that the stage sees, in the prompt's order: LongTensor [token]."""
         if prompts is None:
@@ -44,7 +49,7 @@ class MaskedAutoencoder(InContextModel):
 
     def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
         """As *Finding Visual Task Vectors* has them (ECCV 2024, §4.3): by quadrant, CLS and query of the encoder, CLS,
-        query and output of the decoder."""
+        query and output of the decoder. By cell, the example's input and output, too."""
         return groups(stage, granularity, layout or self.layout)
 
     def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
@@ -61,5 +66,9 @@ def groups(stage: str, granularity: str, layout: Layout) -> dict[str, torch.Tens
         "encoder": (("query",), layout.regions["query"]),
         "decoder": (("query", "output"), layout.query_band),
     }[stage]
-    regions = {"cls": torch.tensor([CLS])} | {name: positions(layout.regions[name])[1:] for name in names}
-    return group_positions(granularity, positions(layout.all_patches), regions, positions(shown))
+    cls = {"cls": torch.tensor([CLS])}
+    regions = cls | {name: positions(layout.regions[name])[1:] for name in names}
+    cells = cls | {name: positions(patches)[1:] for name, patches in layout.own_regions.items()}
+    if stage == "encoder":
+        cells.pop("output")
+    return group_positions(granularity, positions(layout.all_patches), regions, positions(shown), cells)

@@ -386,6 +386,11 @@ class Painter(CanvasModel, InContextModel):
         """The attention of a layer: `encoder.layers[layer].attention` for "streams"; "merged" goes on counting."""
         return self.encoder.layers[self._first(stage) + layer].attention
 
+    def outputs(self, stage: str, layer: int) -> dict[str, Envoy]:
+        """The attention, the MLP, and the layer itself; in "streams", of both streams."""
+        own = self.encoder.layers[self._first(stage) + layer]
+        return {"attn": own.attention, "mlp": own.mlp, "residual": own}
+
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """Position of every token of a stage, LongTensor [token]: before the merge the image's patches and then the
         target's; after it the image's, each for a place of both."""
@@ -397,12 +402,21 @@ class Painter(CanvasModel, InContextModel):
         return _positions(stage, self.layout, query_only).to(device)
 
     def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
-        """Units are the query and the output of each stream, and after the merge their one place, "query+output"."""
+        """Units are the query and the output of each stream, and after the merge their one place, "query+output"; by
+        cell, the example's likewise."""
         layout = layout or self.layout
-        shown = _positions(stage, layout, query_only=True)
-        names = ("query", "output") if stage == "streams" else ("query+output",)
-        regions = dict(zip(names, shown.chunk(len(names))))
-        return group_positions(granularity, positions(layout.all_patches), regions, shown)
+        if stage == "streams":
+            regions, cells = ("query", "output"), ("example_input", "query", "example_output", "output")
+        else:
+            regions, cells = ("query+output",), ("example_input+example_output", "query+output")
+        shown, whole = (_positions(stage, layout, query_only) for query_only in (True, False))
+        return group_positions(
+            granularity,
+            positions(layout.all_patches),
+            dict(zip(regions, shown.chunk(len(regions)))),
+            shown,
+            dict(zip(cells, whole.chunk(len(cells)))),
+        )
 
     def truth(self, prompts: VisualPrompt) -> torch.Tensor:
         """The output cell as the network is to give it: normalised, [batch, 3, cell, cell]."""

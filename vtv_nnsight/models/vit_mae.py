@@ -263,6 +263,11 @@ class ViTMAE(CanvasModel, MaskedAutoencoder):
         """The attention of a layer: `encoder.layers[layer].attention`."""
         return getattr(self, stage).layers[layer].attention
 
+    def outputs(self, stage: str, layer: int) -> dict[str, Envoy]:
+        """The attention, the MLP, and the layer itself."""
+        own = getattr(self, stage).layers[layer]
+        return {"attn": own.attention, "mlp": own.mlp, "residual": own}
+
     def truth(self, prompts: VisualPrompt) -> torch.Tensor:
         """The output's patches as the network is to give them: [batch, output patch, patch_size² * 3]."""
         output = prompts.layout.regions["output"].to(prompts.device)

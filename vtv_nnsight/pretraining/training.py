@@ -92,7 +92,6 @@ def train(
 
     losses: list[float] = []
     began, saved_at = time.monotonic() - seconds, time.monotonic()
-    bar = progress_bar(total=recipe.steps, initial=step, desc=out.name, unit="step")
     ahead = DataLoader(
         _Steps(batches),
         batch_size=None,
@@ -101,39 +100,39 @@ def train(
         prefetch_factor=AHEAD,
         worker_init_fn=_stand_aside,
     )
-    for batch in ahead:
-        for optimizer, rates in zip(optimizers, peaks):
-            for group, peak in zip(optimizer.param_groups, rates):
-                group["lr"] = peak * _schedule(step, recipe)
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-        with torch.autocast(device.type, torch.bfloat16):
-            value, numbers = loss(module, tuple(tensor.to(device) for tensor in batch), generator)
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"the loss of step {step} is {value.item()}; lower the learning rate.")
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        losses.append(value.item())
-        _update_average(average, module, min(recipe.ema, step / (step + 10)))
-        seconds = time.monotonic() - began
-        bar.update()
-        shown = {"loss": losses[-1], **numbers}
-        bar.set_postfix_str(", ".join(f"{name} {number:.3g}" for name, number in shown.items()))
-        if step % recipe.validate == 0 or step == recipe.steps:
-            line = {"step": step, "seconds": round(seconds, 1), "loss": sum(losses) / len(losses)}
-            line |= {**numbers, **validate(average)}
-            losses.clear()
-            with (out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            print(json.dumps({k: round(v, 4) for k, v in line.items()}), flush=True)
-        if time.monotonic() - saved_at > SAVE_EVERY or step == recipe.steps:
-            save()
-            saved_at = time.monotonic()
-    bar.close()
+    with progress_bar(total=recipe.steps, initial=step, desc=out.name, unit="step") as bar:
+        for batch in ahead:
+            for optimizer, rates in zip(optimizers, peaks):
+                for group, peak in zip(optimizer.param_groups, rates):
+                    group["lr"] = peak * _schedule(step, recipe)
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+            with torch.autocast(device.type, torch.bfloat16):
+                value, numbers = loss(module, tuple(tensor.to(device) for tensor in batch), generator)
+            if not torch.isfinite(value):
+                raise FloatingPointError(f"the loss of step {step} is {value.item()}; lower the learning rate.")
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+            step += 1
+            losses.append(value.item())
+            _update_average(average, module, min(recipe.ema, step / (step + 10)))
+            seconds = time.monotonic() - began
+            bar.update()
+            shown = {"loss": losses[-1], **numbers}
+            bar.set_postfix_str(", ".join(f"{name} {number:.3g}" for name, number in shown.items()))
+            if step % recipe.validate == 0 or step == recipe.steps:
+                line = {"step": step, "seconds": round(seconds, 1), "loss": sum(losses) / len(losses)}
+                line |= {**numbers, **validate(average)}
+                losses.clear()
+                with (out / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(line) + "\n")
+                print(json.dumps({k: round(v, 4) for k, v in line.items()}), flush=True)
+            if time.monotonic() - saved_at > SAVE_EVERY or step == recipe.steps:
+                save()
+                saved_at = time.monotonic()
     return average
 
 
