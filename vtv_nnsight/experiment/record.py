@@ -36,6 +36,7 @@ STEPS = {
     "score": ("granularity",),
     "search": ("search", "loss", "budget", "search_fold", "search pictures"),
     "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts"),
+    "demonstrate": (),
 }
 """Step → the settings that matter from there on."""
 
@@ -45,15 +46,17 @@ FILES = {
     "score": ("scores.csv",),
     "search": ("search/*.safetensors", "search/*.journal"),
     "evaluate": ("evaluation/*.parquet", "evaluation/*.safetensors"),
+    "demonstrate": ("shown/*.safetensors",),
 }
 """Step → what it writes."""
 
 READERS = {
-    "select": ("collect", "score", "search", "evaluate"),
-    "collect": ("score", "search", "evaluate"),
+    "select": ("collect", "score", "search", "evaluate", "demonstrate"),
+    "collect": ("score", "search", "evaluate", "demonstrate"),
     "score": (),
-    "search": ("evaluate",),
-    "evaluate": (),
+    "search": ("evaluate", "demonstrate"),
+    "evaluate": ("demonstrate",),
+    "demonstrate": (),
 }
 """Step → the steps that depend on what it wrote."""
 

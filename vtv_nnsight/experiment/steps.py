@@ -10,6 +10,7 @@ The folder, and what is written in it:
     scores.csv                   how well each unit tells the tasks apart
     search/TASK.safetensors      the units to patch (`SearchResult`)
     evaluation/TASK.parquet      scores of all conditions, image by image; the first answers beside them
+    shown/TASK.safetensors       one query looked at closely (`Demonstration`)
     report.html, table.csv, …    see `vtv_nnsight.report`
 
 Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`experiment.protocol`) these
@@ -43,6 +44,7 @@ from vtv_nnsight import data, models
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Condition, Table, comparison, controls, select_prompts
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
+from vtv_nnsight.evaluation.demonstration import demonstrate
 from vtv_nnsight.experiment.protocol import VECTOR_FOLDS, candidates, search_prompts, test_prompts
 from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_step
 from vtv_nnsight.experiment.settings import Settings
@@ -183,6 +185,18 @@ def run(
                             )
                             step.save(names[0], partial(write_pictures, task=task), table)
                             step.save(names[1], lambda path, table: table.parquet(path), table)
+                    step.wait()
+                with begin("demonstrate") as step:
+                    for task in tasks:
+                        name = f"shown/{task.name}.safetensors"
+                        if step.lacks(name):
+                            step.working_on(task.name)
+                            scores = Table.load(fold.folder / f"evaluation/{task.name}.parquet").values(
+                                task.name, "task vector"
+                            )
+                            asked = prompts_to_test(task, fold.test, settings, layout)
+                            closely = demonstrate(model, task, asked, scores, vectors, found, batch_size=batch_size)
+                            step.save(name, lambda path, shown: shown.save(path), closely)
                     step.wait()
             with begin_step(record, out, "report", shown("report")) as step:
                 if state.is_main_process:
@@ -452,12 +466,16 @@ def evaluate(
 ) -> Table:
     """Scores and first answers on prompts of pictures that were not searched on, of every condition; without vectors
     those that need none. Controls that are many are asked fewer prompts: see `Settings`."""
-    if is_published_pascal(settings):
-        prompts = test_prompts(task, rows, settings.test_prompts, layout, settings.seed)
-    else:
-        prompts = task.prompts(rows, settings.test_prompts, settings.seed, layout)
+    prompts = prompts_to_test(task, rows, settings, layout)
     conditions = _conditions(vectors[task.name], patches, vectors, settings) if vectors else None
     return evaluate_conditions(model, task, prompts, conditions, fold=fold, batch_size=batch_size)
+
+
+def prompts_to_test(task: Task, rows: Dataset, settings: Settings, layout: Layout) -> VisualPrompt:
+    """What `evaluate` asks."""
+    if is_published_pascal(settings):
+        return test_prompts(task, rows, settings.test_prompts, layout, settings.seed)
+    return task.prompts(rows, settings.test_prompts, settings.seed, layout)
 
 
 def _conditions(
