@@ -22,6 +22,7 @@ from vtv_nnsight.evaluation import (
     controls,
     random_units,
     select_prompts,
+    selection,
     specificity,
     standing,
     vector_pairs,
@@ -549,6 +550,39 @@ def test_selected_prompts_are_the_best_that_share_no_image(model, images):
     assert torch.equal(selected.canvas, candidates.canvas[best])
     with pytest.raises(ValueError, match="share no image and 20 were asked"):
         select_prompts(model, tasks.segmentation, images, 20, candidates=25, progress=False)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_duplicates_are_removed_as_released(higher):
+    """Of one example, then of one query, the lowest metric stays, even where more is better."""
+    generator = np.random.default_rng(0)
+    rows, metric = generator.integers(8, size=(60, 2)), torch.from_numpy(generator.permutation(60).astype(float))
+    ordered = sorted(range(60), key=lambda i: metric[i])
+    by_example = {}
+    for i in ordered:
+        by_example.setdefault(rows[i, 0], i)
+    by_query = {}
+    for i in by_example.values():
+        by_query.setdefault(rows[i, 1], i)
+    expected = sorted(by_query.values(), key=lambda i: metric[i], reverse=higher)
+    assert selection._published(-metric if higher else metric, rows, higher) == expected
+
+
+def test_candidates_of_ones_own(model, images):
+    images = [{"image": row["image"]} for row in images]
+    drawn = tasks.draw_queries(images, [3, 4, 5, 3], seed=2)
+    assert drawn.rows[:, 1].tolist() == [3, 4, 5, 3] and len(drawn) == 4
+    options = dict(layout=model.layout, progress=False, drawn=drawn)
+    kept = select_prompts(model, tasks.lowlight, images, 2, duplicates="published", **options)
+    canvases = tasks.lowlight.compose(images, drawn, model.layout).canvas
+    assert all(any(torch.equal(canvas, other) for other in canvases) for canvas in kept.canvas)
+    with pytest.raises(ValueError, match="4 candidates of 'lowlight' hold"):
+        select_prompts(model, tasks.lowlight, images, 4, **options)
+    with pytest.raises(ValueError, match="duplicates='all' is unknown; choose from apart, published"):
+        select_prompts(model, tasks.lowlight, images, 1, duplicates="all", **options)
+    few = [{"image": images[0]["image"], "label": i} for i in range(2)]
+    with pytest.raises(ValueError, match="row 1 has 0 others of its class and a prompt needs 1"):
+        tasks.draw_queries(few, [1])
 
 
 def test_bad_input(model, prompts, vectors, patches, table):

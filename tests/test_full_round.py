@@ -54,10 +54,10 @@ def runs(folders, tmp_path_factory):
     def run(kind):
         if kind not in done:
             done[kind] = tmp_path_factory.mktemp("runs") / kind
-            own = ("--embedding-type", "semantic") if kind == "SegGPT" else ()
+            own = {"SegGPT": ("--embedding-type", "semantic"), "Painter": ("--dtype", "bfloat16")}.get(kind, ())
             vtv(
                 "run", "--model", folders[kind], *SIZES, "--search", "gates", "--budget", 150, "--test-prompts", 4,
-                "--out", done[kind], *own,
+                "--draws", 2, "--out", done[kind], *own,
             )  # fmt: skip
         return done[kind]
 

@@ -9,7 +9,7 @@ from vtv_nnsight import _moved
 
 _moved.install()
 
-_MODULES = ("circuits", "data", "metrics", "search", "tasks")
+_MODULES = ("bundles", "circuits", "data", "metrics", "search", "tasks")
 _HOMES = {
     "MAEVQGAN": "models.mae_vqgan.tracing",
     "Activations": "vectors",

@@ -340,15 +340,16 @@ class TaskVectors(Mapping[str, TaskVector]):
             scores[stage] = ratio([v.mean[stage] for v in vectors], [v.variance[stage] for v in vectors])
         return scores
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file: the positions that are present, in float32, with counts and fingerprint."""
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write a safetensors file: the positions that are present, with counts and fingerprint. `load` gives float32,
+        whatever dtype the file has."""
         tensors = {}
         for name, vector in self.items():
             for stage, present in vector.present.items():
                 tensors[f"{name}/{stage}/present"] = present
                 for field in FIELDS:
                     if values := getattr(vector, field):
-                        tensors[f"{name}/{stage}/{field}"] = values[stage][:, present].float()
+                        tensors[f"{name}/{stage}/{field}"] = values[stage][:, present].to(dtype)
         counts = {name: vector.count for name, vector in self.items()}
         first = next(iter(self.values()))
         told = {"counts": counts, "fingerprint": first.fingerprint} | _told(sites_in(first.mean))
@@ -435,7 +436,7 @@ def _read_values(
             )
         if not found.isfinite().all():
             raise ValueError(f"{key}/{field} holds numbers that are NaN or infinite")
-        values[stage.name] = scatter(found, present.nonzero()[:, 0], places)
+        values[stage.name] = scatter(found.float(), present.nonzero()[:, 0], places)
     return values
 
 

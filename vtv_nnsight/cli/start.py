@@ -123,8 +123,16 @@ def run(
     seed: Seed = Settings.seed,
     quick: Annotated[bool, typer.Option("--quick", help="Take a first look: two tasks in half a minute.")] = False,
     published: Annotated[
-        bool, typer.Option("--published", help="Use the paper's own search, loss and numbers.")
+        bool,
+        typer.Option(
+            "--published",
+            help="Use the paper's search, loss and numbers; on pascal:ROOT its whole protocol: vectors of folds 1 to "
+            "3, one search, its set on all folds.",
+        ),
     ] = False,
+    search_fold: Annotated[
+        int, typer.Option(min=0, max=3, help="With --published, the fold of Pascal-5i that is searched on.")
+    ] = Settings.search_fold,
     redo: Annotated[
         bool, typer.Option("--redo", help="Do again what depends on settings or files that changed.")
     ] = False,
@@ -165,6 +173,7 @@ def run(
         control_prompts=control_prompts,
         order=order,
         seed=seed,
+        search_fold=search_fold,
     )
     folder = out or Path("runs") / (f"{settings.name}-quick" if quick else settings.name)
     page = steps.run(folder, settings, redo=redo, device=device, batch_size=batch_size)

@@ -38,7 +38,7 @@ from vtv_nnsight.cli.app import (
     settings_of,
     wrote,
 )
-from vtv_nnsight.experiment.settings import Settings
+from vtv_nnsight.experiment.settings import PUBLISHED, Settings
 
 Split = Annotated[str, typer.Option(help='The split of the data: "train", "validation" or "test".')]
 Vectors = Annotated[Path, typer.Option(help="The vectors that `vtv collect` wrote.")]
@@ -242,8 +242,20 @@ def evaluate(
         typer.Option(min=1, help="The most pictures to draw prompts from.", show_default="two per prompt"),
     ] = None,
     prompts: Annotated[
-        int, typer.Option("--prompts", "--n", "--test-prompts", min=1, help="Prompts per task to evaluate on.")
-    ] = Settings.test_prompts,
+        int | None,
+        typer.Option(
+            "--prompts", "--n", "--test-prompts", min=1, help="Prompts per task to evaluate on.",
+            show_default=f"{Settings.test_prompts}; {PUBLISHED['test_prompts']} with --published",
+        ),
+    ] = None,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published",
+            help="On pascal:ROOT, evaluate as both papers' released code does: in each fold, the pictures of its list "
+            "in their order as queries; then the mean over folds.",
+        ),
+    ] = False,
     order: Order = Settings.order,
     seed: Seed = Settings.seed,
     batch_size: BatchSize = None,
@@ -251,13 +263,12 @@ def evaluate(
     embedding_type: EmbeddingType = None,
     dtype: DType = None,
     device: Device = None,
-) -> None:
+) -> None:  # fmt: skip
     """Compare one-shot, zero-shot and, with vectors and patches, task vectors, on the same prompts.
 
     Writes table.md, table.csv, values.parquet and a picture of the first answers for every task.
     """
     from vtv_nnsight import plots
-    from vtv_nnsight.data import load
     from vtv_nnsight.evaluation import Table as Evaluations
     from vtv_nnsight.evaluation import verdicts
     from vtv_nnsight.experiment import steps
@@ -265,17 +276,19 @@ def evaluate(
 
     if (vectors is None) != (patches is None):
         raise ValueError("--vectors and --patches go together; give both or neither.")
-    settings = settings_of(images, data, tasks, model=source, test_prompts=prompts, order=order, seed=seed)
+    preset = {name: PUBLISHED[name] for name in ("protocol", "test_prompts")} if published else None
+    settings = settings_of(images, data, tasks, preset, model=source, test_prompts=prompts, order=order, seed=seed)
     loaded = steps.read_vectors(vectors, settings.tasks) if vectors else None
     units = _patches(patches) if patches else None
     model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
     layout = replace(model.layout, order=order)
-    rows = load(settings.data, split, max_images or 2 * prompts, seed)
-    chosen = steps.servable(settings, rows)
+    folds = steps.folds_to_test(settings, split, max_images)
+    chosen = steps.servable(settings, folds[0][1])
     table = Evaluations.cat(
         [
-            steps.evaluate(model, task, rows, settings, layout, loaded, units, batch_size=batch_size)
+            steps.evaluate(model, task, rows, settings, layout, loaded, units, fold, batch_size=batch_size)
             for task in chosen
+            for fold, rows in folds
         ]
     )
     said = verdicts(table)

@@ -276,8 +276,10 @@ def bounds(bench: Bench, task: Task) -> dict[str, list[float]]:
     """The metric, [mean, low, high], of copying the query (floor) and of the best that the model could paint (ceiling,
     where there is one)."""
     names = {FLOOR: "floor", CEILING: "ceiling"}
-    size, conditions = bench.batch_size or 32, {name: name for name in names}
-    table = evaluate(bench.model, task, bench.here[task.name], conditions, batch_size=size, keep=0, progress=False)
+    table = evaluate(
+        bench.model, task, bench.here[task.name], {name: name for name in names}, batch_size=bench.batch_size, keep=0,
+        progress=False,
+    )  # fmt: skip
     return {names[one]: list(bootstrap(table.values(task.name, one))) for one in table.frame.condition.unique()}
 
 

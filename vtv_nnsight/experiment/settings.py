@@ -20,7 +20,10 @@ class Settings:
         model, vqgan, embedding_type: As for `models.load_model`.
         dtype: Precision of the weights, one of `DTYPES`; None is that of the source.
         data: As for `data.load`: "scenes", a folder of pictures, "pascal:ROOT", …
-        folds: Folds of Pascal-5i; by default all four where the data are "pascal:ROOT".
+        folds: Folds of Pascal-5i to test on; by default all four where the data are "pascal:ROOT".
+        protocol: "own", or "published": what the released code does. On "pascal:ROOT" that is `experiment.protocol`,
+            whose vectors and sets serve all folds; elsewhere it removes duplicates among selected prompts as released.
+        search_fold: With the published protocol, the fold of the training half that is searched on.
         tasks: Names; by default those of VTV's five that the data can serve.
         order: "vertical" or "horizontal" prompts.
         max_images: The most pictures to draw prompts from.
@@ -49,6 +52,8 @@ class Settings:
     folds: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
     order: str = "vertical"
+    protocol: str = "own"
+    search_fold: int = 0
     max_images: int = 1000
     prompts: int = 100
     candidates: int = 400
@@ -71,12 +76,13 @@ class Settings:
             "dtype": (None, *DTYPES),
             "granularity": QUERY_ONLY,
             "order": ("vertical", "horizontal"),
+            "protocol": ("own", "published"),
+            "search_fold": (0, 1, 2, 3),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(filter(None, known))}."
-                )
+                offered = ", ".join(str(choice) for choice in known if choice is not None)
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {offered}.")
         for name in ("max_images", "prompts", "candidates", "budget", "test_prompts", "draws", "control_prompts"):
             value = getattr(self, name)
             if value is None and name == "budget":
@@ -98,6 +104,7 @@ class Settings:
 
 
 PUBLISHED = {"candidates": 1000, "search": "published", "loss": "pixels", "budget": None, "test_prompts": 1000}
+PUBLISHED |= {"protocol": "published"}
 """The settings with which the paper's experiment differs from the defaults."""
 
 QUICK = {"tasks": ("segmentation", "lowlight"), "max_images": 160, "prompts": 32, "candidates": 64, "budget": 1000}

@@ -10,9 +10,11 @@ The folder, and what is written in it:
     scores.csv                   how well each unit tells the tasks apart
     search/TASK.safetensors      the units to patch (`SearchResult`)
     evaluation/TASK.parquet      scores of all conditions, image by image; the first answers beside them
+    shown/TASK.safetensors       one query looked at closely (`Demonstration`)
     report.html, table.csv, …    see `vtv_nnsight.report`
 
-Data in folds, such as Pascal-5i, have a folder for each fold. A step whose file is there is not done again, a search or
+Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`experiment.protocol`) these
+have the same vectors and sets. A step whose file is there is not done again, a search or
 a collection that was interrupted goes on, and a folder that was made with other settings is refused, as are files that
 the run did not write itself. Of several processes (`torchrun --nproc-per-node 2 -m vtv_nnsight run`) the first writes,
 and searches are shared out; the files are those of one process.
@@ -42,6 +44,8 @@ from vtv_nnsight import data, models
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Condition, Table, comparison, controls, select_prompts
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
+from vtv_nnsight.evaluation.demonstration import demonstrate
+from vtv_nnsight.experiment.protocol import VECTOR_FOLDS, candidates, search_prompts, test_prompts
 from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_step
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
@@ -128,7 +132,9 @@ def run(
                     return begin_step(record, fold.folder, name, shown(f"{name} {fold.name}".strip()))
 
                 with begin("select") as step:
-                    if step.lacks("prompts.safetensors"):
+                    if fold.shares and step.lacks("prompts.safetensors"):
+                        step.take("prompts.safetensors", fold.shares)
+                    elif step.lacks("prompts.safetensors"):
                         prompts = {
                             task.name: select(model, task, fold.train, settings, layout, batch_size)
                             for task in step.each(tasks)
@@ -136,7 +142,9 @@ def run(
                         step.save("prompts.safetensors", write_prompts, prompts)
                     prompts = read_prompts(step.path("prompts.safetensors"), layout)
                 with begin("collect") as step:
-                    if step.lacks("vectors.safetensors"):
+                    if fold.shares and step.lacks("vectors.safetensors"):
+                        step.take("vectors.safetensors", fold.shares)
+                    elif step.lacks("vectors.safetensors"):
                         step.working_on("")
                         vectors = collect(model, prompts, batch_size, fold.folder / "vectors.state")
                         step.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
@@ -151,11 +159,17 @@ def run(
                     found = {}
                     for task in tasks:
                         name = f"search/{task.name}"
-                        if step.everyone_lacks(f"{name}.safetensors"):
+                        if fold.shares and step.lacks(f"{name}.safetensors"):
+                            step.take(f"{name}.safetensors", fold.shares)
+                        elif not fold.shares and step.everyone_lacks(f"{name}.safetensors"):
                             step.working_on(task.name)
+                            to_search, apart = [prompts[task.name]], {}
+                            if fold.search is not None:
+                                train, held_out = search_prompts(task, fold.search, layout, settings.seed)
+                                to_search, apart = [train], {"held_out": [held_out.query_only()]}
                             found[task.name] = search(
-                                model, vectors, [task], [prompts[task.name]], space, settings,
-                                batch_size=batch_size, resume=fold.folder / f"{name}.journal",
+                                model, vectors, [task], to_search, space, settings,
+                                batch_size=batch_size, resume=fold.folder / f"{name}.journal", **apart,
                             )  # fmt: skip
                             step.save(f"{name}.safetensors", lambda path, result: result.save(path), found[task.name])
                             step.remove(f"{name}.journal")
@@ -172,6 +186,18 @@ def run(
                             step.save(names[0], partial(write_pictures, task=task), table)
                             step.save(names[1], lambda path, table: table.parquet(path), table)
                     step.wait()
+                with begin("demonstrate") as step:
+                    for task in tasks:
+                        name = f"shown/{task.name}.safetensors"
+                        if step.lacks(name):
+                            step.working_on(task.name)
+                            scores = Table.load(fold.folder / f"evaluation/{task.name}.parquet").values(
+                                task.name, "task vector"
+                            )
+                            asked = prompts_to_test(task, fold.test, settings, layout)
+                            closely = demonstrate(model, task, asked, scores, vectors, found, batch_size=batch_size)
+                            step.save(name, lambda path, shown: shown.save(path), closely)
+                    step.wait()
             with begin_step(record, out, "report", shown("report")) as step:
                 if state.is_main_process:
                     step.working_on("")
@@ -181,13 +207,20 @@ def run(
 
 
 class Fold(NamedTuple):
-    """The pictures of one fold, or of all data where there are no folds."""
+    """The pictures of one fold, or of all data where there are no folds.
+
+    Args:
+        search: Pictures to search on, in the published protocol; else searches have the prompts that were collected on.
+        shares: The folder whose prompts, vectors and sets are this fold's, too, in the published protocol.
+    """
 
     name: str
     folder: Path
     number: int
     train: Dataset
     test: Dataset
+    search: Dataset | None = None
+    shares: Path | None = None
 
 
 def load_model(
@@ -207,9 +240,12 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
     """The data of every fold, pictures to learn from and to test on apart; and what loading them had to say."""
     names = {"": settings.data}
     if settings.data.startswith("pascal:"):
-        root = Path(settings.data.removeprefix("pascal:"))
-        root = root.parent if root.name == "VOCdevkit" else root
-        names = {f"fold{fold}": f"pascal:{root}:{fold}" for fold in settings.folds or range(4)}
+        root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
+        root = str(Path(root).parent) if Path(root).name == "VOCdevkit" else root
+        numbers = settings.folds or (range(4) if fold is None else (fold,))
+        if is_published_pascal(settings):
+            return published_folds(out, settings, root, lists, numbers), []
+        names = {f"fold{fold}": f"pascal:{root}:{fold}" + f":{lists}" * (lists != "published") for fold in numbers}
     elif settings.folds:
         raise ValueError(f"{settings.data!r} has no folds; they go with data='pascal:ROOT'.")
     folds = []
@@ -226,6 +262,34 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
             f"{fewest} pictures to learn from are few: prompts are drawn at random, and pictures serve in several."
         )
     return folds, notes
+
+
+def is_published_pascal(settings: Settings) -> bool:
+    """Whether the released protocol on Pascal-5i is followed; see `experiment.protocol`."""
+    return settings.protocol == "published" and settings.data.startswith("pascal:")
+
+
+def folds_to_test(settings: Settings, split: str = "test", max_images: int | None = None) -> list[tuple[int, Dataset]]:
+    """Number and pictures of each fold to evaluate on: all that the published protocol tests on, else one."""
+    if not is_published_pascal(settings):
+        return [(0, data.load(settings.data, split, max_images or 2 * settings.test_prompts, settings.seed))]
+    root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
+    half = "trn" if split == "train" else "val"
+    return [(f, data.pascal(root, f, half, splits=lists)) for f in (range(4) if fold is None else (fold,))]
+
+
+def published_folds(out: Path, settings: Settings, root: str, lists: str, numbers: Sequence[int]) -> list[Fold]:
+    """The folds of the released protocol: each is tested on, the first finds vectors and sets for all of them."""
+    train = data.pascal(root, VECTOR_FOLDS, "trn", splits=lists)
+    search = data.pascal(root, settings.search_fold, "trn", splits=lists)
+    first = out / f"fold{numbers[0]}"
+    return [
+        Fold(
+            f"fold{number}", out / f"fold{number}", number, train, data.pascal(root, number, "val", splits=lists),
+            search, first if number != numbers[0] else None,
+        )
+        for number in numbers
+    ]  # fmt: skip
 
 
 def split_data(spec: str, train: int, test: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -310,9 +374,12 @@ def select(
     """Prompts that the model does well one-shot (ECCV 2024, §4.1); random ones where there are few pictures."""
     if not selects(settings, rows):
         return task.prompts(rows, settings.prompts, settings.seed, layout)
+    options: dict[str, Any] = {"duplicates": "published"} if settings.protocol == "published" else {}
+    if is_published_pascal(settings):
+        options["drawn"] = candidates(rows, layout.examples, settings.seed, settings.candidates)
     return select_prompts(
         model, task, rows, settings.prompts, candidates=settings.candidates, seed=settings.seed, layout=layout,
-        batch_size=batch_size,
+        batch_size=batch_size, **options,
     )  # fmt: skip
 
 
@@ -399,9 +466,16 @@ def evaluate(
 ) -> Table:
     """Scores and first answers on prompts of pictures that were not searched on, of every condition; without vectors
     those that need none. Controls that are many are asked fewer prompts: see `Settings`."""
-    prompts = task.prompts(rows, settings.test_prompts, settings.seed, layout)
+    prompts = prompts_to_test(task, rows, settings, layout)
     conditions = _conditions(vectors[task.name], patches, vectors, settings) if vectors else None
     return evaluate_conditions(model, task, prompts, conditions, fold=fold, batch_size=batch_size)
+
+
+def prompts_to_test(task: Task, rows: Dataset, settings: Settings, layout: Layout) -> VisualPrompt:
+    """What `evaluate` asks."""
+    if is_published_pascal(settings):
+        return test_prompts(task, rows, settings.test_prompts, layout, settings.seed)
+    return task.prompts(rows, settings.test_prompts, settings.seed, layout)
 
 
 def _conditions(
@@ -448,7 +522,8 @@ def identity(settings: Settings, model: InContextModel, folds: Sequence[Fold], t
         "tasks": [task.name for task in tasks],
         "folds": [fold.number for fold in folds if fold.name],
         "weights": _digest(fingerprint(model)),
-        "pictures": _digest([data.identities(fold.train) for fold in folds]),
+        "pictures": _digest([data.identities(fold.train) for fold in folds if not fold.shares]),
+        "search pictures": _digest([data.identities(fold.search) for fold in folds[:1] if fold.search is not None]),
         "test pictures": _digest([data.identities(fold.test) for fold in folds]),
         "version": package_version(),
     }
