@@ -7,9 +7,10 @@
 SETS are patch sets (.json) or search results (.safetensors). A file named after a task, as `vtv run` names them, or
 given as TASK=FILE is measured on that task, any other on all of --tasks. With neither SETS nor --algorithms every
 algorithm is run. An algorithm's numbers are means over its seeds, each with training prompts of its own; intervals are
-95 %, by bootstrap over prompts. Costs are differences in token loss (nats per patch) on the same prompts. The columns:
+95 %, by bootstrap over prompts. Costs are differences in the model's own loss on the same prompts, the
+token loss (nats per patch) of MAE-VQGAN. The columns:
 
-- gap closed: the way from zero-shot with nothing patched (0) to one-shot (1), in token loss; and by random units (16
+- gap closed: the way from zero-shot with nothing patched (0) to one-shot (1), in loss; and by random units (16
   draws or more, on the first 24 prompts).
 - other vector: the gap closed by the vector of another task at the same units: that of the task that closes most.
 - less a tenth: the set is cut at random into tenths and each is left out: the mean cost, and the greatest. A minimal
@@ -45,7 +46,10 @@ def main() -> None:
     defaults = Leaderboard()
     parser.add_argument("sets", nargs="*", metavar="SETS", help="[TASK=]FILE")
     parser.add_argument("--algorithms", help=f"to run now, commas between them: {', '.join(search.ALGORITHMS)}")
-    parser.add_argument("--model", default=defaults.model, help="as for MAEVQGAN")
+    parser.add_argument("--model", default=defaults.model, help="as SOURCE of `vtv info`")
+    parser.add_argument("--vqgan", help="the tokenizer's own checkpoint, for a .pth that has none")
+    parser.add_argument("--embedding-type", help='of SegGPT: "semantic" or "instance"')
+    parser.add_argument("--dtype", help="precision of the weights; by default that of the source")
     parser.add_argument("--data", default=defaults.data, help="as for `vtv run`; searched on and measured on apart")
     parser.add_argument("--transfer-data", help=f"other data to measure on; beside scenes {UNSEEN!r} (other classes)")
     parser.add_argument("--tasks", default=",".join(defaults.tasks), help="commas between them")

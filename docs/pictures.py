@@ -24,7 +24,7 @@ SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 GREY = 0.75
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="as for MAEVQGAN")
     parser.add_argument("--data", default="scenes", help="as for `vtv run`")
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=2000, help="evaluations that the search may spend")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "pictures")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     model, task = MAEVQGAN(args.model), tasks.get(args.task)
     images, unseen = data.split_data(args.data, 4 * args.prompts, 2 * args.queries, args.seed)

@@ -1,3 +1,4 @@
+import json
 import struct
 import sys
 import zlib
@@ -8,12 +9,13 @@ import torch
 from conftest import DATA
 from PIL import Image
 
-from vtv_nnsight import MAEVQGAN, TaskVectors, cli, data, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, cli, data, tasks
 from vtv_nnsight.images import as_rgb, resize, to_tensor
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.checkpoints import load_checkpoint
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.search.result import SearchResult
 
 SUPPORT, QUERY = DATA / "support_image.png", DATA / "query_image.png"
 
@@ -181,3 +183,47 @@ def test_debug_shows_the_traceback(vtv, monkeypatch):
 def test_a_command_without_its_arguments_says_which(vtv):
     code, _, complaint = vtv("info")
     assert code == 2 and "SOURCE" in complaint.upper()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, small_config):
+    """A folder with a model, and one with vectors and units of it, as a run leaves them."""
+    folder = tmp_path_factory.mktemp("bundle")
+    torch.manual_seed(0)
+    model = MAEVQGANModel(small_config())
+    model.save_pretrained(folder / "model")
+    model = MAEVQGAN(model)
+    prompts = {t.name: t.prompts(data.scenes("train", n=24), 3, layout=model.layout) for t in tasks.VTV[:2]}
+    vectors = TaskVectors.collect(model, prompts, progress=False)
+    space = PatchSpace(model)
+    result = SearchResult(
+        "random", PatchSet.random(space, 9), torch.zeros(len(space)).double(), False, 1.0, 1, (), {}, 0
+    )
+    bundles.Bundle(vectors, dict.fromkeys(vectors, result)).save(folder / "run")
+    settings = {"model": str(folder / "model"), "tasks": [], "folds": []}
+    (folder / "run" / "run.json").write_text(json.dumps({"settings": settings}))
+    return folder
+
+
+@pytest.mark.parametrize(("options", "shown"), [([], 3), (["--example", SUPPORT, QUERY], 6)])
+def test_prompt_with_vectors_answers_in_a_strip(vtv, tmp_path, bundle, options, shown):
+    out = tmp_path / "strip.png"
+    args = ("prompt", "--vectors", bundle / "run", "--task", "lowlight", *options, "--query", QUERY)
+    assert vtv(*args, "--scale", 20, "-o", out)[:2] == (0, f"wrote {out}\n")
+    with Image.open(out) as strip:
+        assert strip.size == (16 + 240 * shown, 268)
+        lefts = (strip.width - 240, strip.width - 480)
+        last, before = (np.asarray(strip.crop((left, 28, left + 224, 252))) for left in lefts)
+    assert (last != before).any()
+    assert vtv(*args, "--scale", 0, "-o", out)[0] == 0
+    with Image.open(out) as strip:
+        last = np.asarray(strip.crop((strip.width - 240, 28, strip.width - 16, 252)))
+    assert (last == before).all()
+
+
+def test_prompt_with_vectors_of_another_model_is_refused(vtv, tmp_path, bundle, checkpoint):
+    args = ("prompt", "--query", QUERY, "-o", tmp_path / "strip.png", "--vectors")
+    code, _, complaint = vtv(*args, bundle / "run", "--model", checkpoint)
+    assert code == 1 and "does not fit this model: it has encoder layers" in complaint and complaint.count("\n") == 1
+    assert "nothing of 'edges'; choose from segmentation, lowlight" in vtv(*args, bundle / "run", "--task", "edges")[2]
+    assert "there is no --example" in vtv("prompt", "--query", QUERY, "-o", tmp_path / "x.png")[2]

@@ -2,11 +2,13 @@
 
 import json
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 
-from vtv_nnsight import MAEVQGAN, Layout, data, evaluate, tasks
+from vtv_nnsight import MAEVQGAN, Layout, bundles, data, evaluate, tasks
+from vtv_nnsight.prompts import crop
 
 FOLDER = files("vtv_nnsight") / "weights" / "tiny"
 
@@ -47,3 +49,21 @@ def test_the_tokenizer_redraws_a_canvas(tiny):
         error = (tiny._module.vqgan.decode(codes) - canvas).square().mean()
     assert codes.shape == (8, tiny.layout.num_patches)
     assert -10 * error.log10() > 19
+
+
+def test_its_vectors_are_in_the_package(tiny):
+    bundle = bundles.load("tiny")
+    assert list(bundle) == [task.name for task in tasks.VTV]
+    bundle.check(tiny)
+    sizes = [file.stat().st_size for file in FOLDER.rglob("*.safetensors") if file.name != "model.safetensors"]
+    assert len(sizes) == 6 and sum(sizes) < 1_500_000
+
+
+def test_the_readme_begins_with_lines_that_run(tiny, tmp_path):
+    first = (Path(__file__).parents[1] / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    path, names = tmp_path / "first.py", {"__name__": "readme"}
+    path.write_text(first)  # nnsight reads the source of a trace from its file
+    exec(compile(first, path, "exec"), names)
+    asked = names["prompts"]
+    scores = tasks.segmentation.score(crop(names["answers"], "output", asked.layout), asked.region("output"))
+    assert scores.mean() > 0.7

@@ -276,6 +276,7 @@ def test_two_processes_write_what_one_writes(finished, model, tmp_path):
         ({"budget": 20}, "budget=20 is too small for reinforce"),
         ({"search": "greedy", "budget": 30}, "budget=30 is too small for greedy"),
         ({"search": "gates", "loss": "pixels"}, "loss='pixels' has no gradient"),
+        ({"loss": "taste"}, "loss='taste' is unknown; choose from tokens, pixels"),
         ({"search": "ranking", "tasks": ("lowlight",)}, "give two tasks or more"),
         ({"candidates": 5}, "candidates=5 are fewer than the prompts=8"),
         ({"prompts": 1}, "1 prompts and held_out=0.25 leave 0 to train on"),
@@ -311,8 +312,8 @@ def test_single_steps_are_those_of_a_run(finished, model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"seed": 1}, "seed was 0 and is 1.*or do select, collect, score, search, evaluate again"),
-        ({"budget": 300}, "budget was 200 and is 300.*or do search, evaluate again"),
+        ({"seed": 1}, "seed was 0 and is 1.*or do select, collect, score, search, evaluate, demonstrate again"),
+        ({"budget": 300}, "budget was 200 and is 300.*or do search, evaluate, demonstrate again"),
         ({"tasks": ("lowlight",)}, "tasks was segmentation, lowlight and is lowlight"),
     ],
 )
@@ -377,7 +378,7 @@ def test_what_pictures_cannot_serve(photographs, model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"loss": "taste"}, {"prompts": 0}, {"test_prompts": -1}])
+@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"dtype": "int8"}, {"prompts": 0}, {"test_prompts": -1}])
 def test_settings_that_lead_nowhere_are_refused_at_once(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"^{name}={value!r} "):
@@ -387,12 +388,20 @@ def test_settings_that_lead_nowhere_are_refused_at_once(wrong):
 def test_the_report_is_one_file_with_everything(finished):
     page = (finished / "report.html").read_text()
     links = re.findall(r"(?:src|href|srcset)\s*=\s*['\"]?([^'\">\s]{1,30})", page)
-    assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
-    assert "://" not in page and "url(" not in page and "prefers-color-scheme: dark" in page and "viewport" in page
+    inside = ("data:image/png;base64,", "data:image/webp;base64,", "#")
+    beside = {link for link in links if not link.startswith(inside)}
+    assert links and beside == {"table.csv", "table.md", "answers.png"}
+    assert all((finished / name).is_file() for name in beside)
+    assert page.count("url(") == page.count("url(data:image/webp;base64,")
+    assert "://" not in page and "prefers-color-scheme: dark" in page and "viewport" in page
+    assert 'alt="segmentation: a query, and its answer as the task vector goes from scale 0 to 1' in page
+    assert len(page) < 3_000_000
     for name in TASKS:
         section = page[page.index(f'<section id="{name}">') :]
         section = section[: section.index("</section>")]
-        assert section.count("<figure><img") == 4 * len(report.PICTURES)
+        row = section[section.index('<div class="row">') : section.index('<div class="play"')]
+        assert row.count("<figure><img") == 4 * len(report.PICTURES)
+        assert section.count("<button") == len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
         assert section.count("<picture>") == 2 and "Probability of every unit" in section
         table = Table.load(finished / "evaluation" / f"{name}.parquet")
         patched = next(line for line in table.lines() if line.condition == "task vector")

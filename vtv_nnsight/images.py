@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+import warnings
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 SMALLEST = 8
 """Pictures with a side of fewer pixels than this are refused."""
@@ -40,6 +42,33 @@ def open_picture(image: Image.Image | str | os.PathLike) -> Image.Image:
         raise FileNotFoundError(f"there is no picture {os.fspath(image)}.") from error
     except OSError as error:
         raise ValueError(f"{os.fspath(image)} cannot be read as a picture: {error}") from error
+
+
+def read_picture(file: str | os.PathLike | BinaryIO, name: str = "") -> Image.Image:
+    """A picture file of anyone's, decoded: what is no picture, damaged or enormous is refused.
+
+    Args:
+        file: A path, or an open file.
+        name: What it is called in messages; its path by default.
+
+    Raises:
+        ValueError: in one sentence that names the file.
+    """
+    name = name or str(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file)
+            image.load()
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {name}.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, and is not opened; make it smaller."
+        ) from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read as a picture: {error}.") from error
+    return image
 
 
 def as_rgb(image: Image.Image | str | os.PathLike) -> Image.Image:
@@ -117,3 +146,15 @@ def to_pil(pixels: torch.Tensor) -> Image.Image:
     """Float [3, height, width] in [0, 1] → PIL RGB."""
     values = pixels.detach().float().clamp(0, 1).mul(255).round().byte().cpu()
     return Image.fromarray(rearrange(values, "c h w -> h w c").numpy())
+
+
+def strip(pictures: Mapping[str, torch.Tensor], side: int = 224) -> Image.Image:
+    """Pictures beside one another, enlarged, with their names above: label → pixels [3, height, width] in [0, 1]."""
+    margin, above = side // 14, side // 8
+    sheet = Image.new("RGB", (margin + (side + margin) * len(pictures), side + above + margin), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(10, side // 15))
+    for i, (label, pixels) in enumerate(pictures.items()):
+        left = margin + i * (side + margin)
+        sheet.paste(to_pil(pixels).resize((side, side), Image.Resampling.BICUBIC), (left, above))
+        pen.text((left + side // 2, above // 2), label, "#1c2126", font, anchor="mm")
+    return sheet

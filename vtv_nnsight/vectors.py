@@ -40,6 +40,7 @@ from vtv_nnsight.stages import (
     check_compatible,
     device_of,
     fingerprint,
+    fitting_rows,
     geometry,
     layout_of,
     stages_of,
@@ -259,7 +260,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         prompts: Mapping[str, VisualPrompt],
         *,
         sites: str | Sequence[str] = HEADS,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         resume: str | Path | None = None,
         progress: bool = True,
     ) -> TaskVectors:
@@ -272,7 +273,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             model: The model, on its device and in its dtype.
             prompts: Task name → prompts, one or more of each and all of one layout.
             sites: What to average: "heads", "attn", "mlp", "residual", or several of them (see `sites`).
-            batch_size: Rows a trace.
+            batch_size: Rows a trace; None is `stages.fitting_rows`, 32 for MAE-VQGAN.
             resume: A file for the state, written every few seconds; a run that finds it goes on where it stopped.
             progress: Show a progress bar.
 
@@ -290,7 +291,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             for task, rows in prompts.items():
                 bar.set_postfix_str(task)
                 rows = rows[found[task].count :] if task in found else rows
-                for batch in rows.split(batch_size):
+                for batch in rows.split(batch_size or fitting_rows(model)):
                     new = measure(model, batch.to(device), sites)
                     found[task] = _merge(found[task], new) if task in found else new
                     bar.update(len(batch))
@@ -339,15 +340,16 @@ class TaskVectors(Mapping[str, TaskVector]):
             scores[stage] = ratio([v.mean[stage] for v in vectors], [v.variance[stage] for v in vectors])
         return scores
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file: the positions that are present, in float32, with counts and fingerprint."""
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write a safetensors file: the positions that are present, with counts and fingerprint. `load` gives float32,
+        whatever dtype the file has."""
         tensors = {}
         for name, vector in self.items():
             for stage, present in vector.present.items():
                 tensors[f"{name}/{stage}/present"] = present
                 for field in FIELDS:
                     if values := getattr(vector, field):
-                        tensors[f"{name}/{stage}/{field}"] = values[stage][:, present].float()
+                        tensors[f"{name}/{stage}/{field}"] = values[stage][:, present].to(dtype)
         counts = {name: vector.count for name, vector in self.items()}
         first = next(iter(self.values()))
         told = {"counts": counts, "fingerprint": first.fingerprint} | _told(sites_in(first.mean))
@@ -434,7 +436,7 @@ def _read_values(
             )
         if not found.isfinite().all():
             raise ValueError(f"{key}/{field} holds numbers that are NaN or infinite")
-        values[stage.name] = scatter(found, present.nonzero()[:, 0], places)
+        values[stage.name] = scatter(found.float(), present.nonzero()[:, 0], places)
     return values
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from vtv_nnsight.cli.app import PROMPTS, VQGAN, Order, app, given, wrote
+from vtv_nnsight.cli.app import PROMPTS, VQGAN, DType, EmbeddingType, Order, app, wrote
 
 
 class ExampleCommand(TyperCommand):
@@ -25,86 +25,129 @@ class ExampleCommand(TyperCommand):
 @app.command(
     cls=ExampleCommand,
     rich_help_panel=PROMPTS,
-    epilog="Examples: vtv prompt --model tiny --task segmentation --example cat.jpg cat_mask.png --query dog.jpg "
-    "-o out.png\n\nvtv prompt --task colorization --example cat.jpg --query dog.jpg -o prompt.png",
+    epilog="Examples: vtv prompt --vectors tiny --task segmentation --query dog.jpg -o strip.png\n\n"
+    "vtv prompt --model tiny --task segmentation --example cat.jpg cat_mask.png --query dog.jpg -o out.png\n\n"
+    "vtv prompt --task colorization --example cat.jpg --query dog.jpg -o prompt.png",
 )
 def prompt(
     query: Annotated[Path, typer.Option(help="The picture to answer.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture is written.")],
     example: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             metavar="IN [OUT]",
             help="Two files fill the example's cells as they are, and the query its cell. With one file the task makes "
-            "input and output of it, and corrupts the query alike.",
+            "input and output of it, and corrupts the query alike. With --vectors there need be no example.",
         ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture is written.")],
-    task: Annotated[str, typer.Option(help="A task, or several joined by '+'.")] = "identity",
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="A task, or several joined by '+'.", show_default="identity; with --vectors the first that they have"
+        ),
+    ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="The mask of a single example (0 and 255), for tasks that ask for masks.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Paint the output with this model (as SOURCE of `vtv info`).", metavar="SOURCE")
+        str | None,
+        typer.Option(
+            help="Paint the output with this model (as SOURCE of `vtv info`).", metavar="SOURCE",
+            show_default="with --vectors the model of the run",
+        ),
     ] = None,
+    vectors: Annotated[
+        str | None,
+        typer.Option(
+            help='Answer with task vectors, too: "tiny" for those in the package, or a folder that `vtv run` wrote.',
+            metavar="RUN",
+        ),
+    ] = None,
+    scale: Annotated[
+        float, typer.Option(help="How far the vector goes: 0 changes nothing, 1 is the vector itself.")
+    ] = 1.0,
     vqgan: VQGAN = None,
+    embedding_type: EmbeddingType = None,
+    dtype: DType = None,
     order: Order = "vertical",
-) -> None:
-    """Make a visual prompt of picture files; with --model, paint its output.
+) -> None:  # fmt: skip
+    """Make a visual prompt of picture files; with --model, paint its output; with --vectors, answer it with no example.
 
-    Without a model the prompt itself is saved, the hidden patches dimmed.
+    Without a model the prompt itself is saved, the hidden patches dimmed. With vectors a strip is: the example and the
+    one-shot answer where there is an example, the query, the answer with nothing patched, and with the task vector.
     """
     from dataclasses import replace
 
     from vtv_nnsight import tasks
-    from vtv_nnsight.images import to_pil
+    from vtv_nnsight.images import read_picture, to_pil
     from vtv_nnsight.layouts import Layout
-    from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
+    from vtv_nnsight.models import load_model
+    from vtv_nnsight.prompts import VisualPrompt
 
-    chosen = tasks.get(task)
-    if len(example) > 2:
-        raise ValueError(f"--example names {len(example)} files; give an input and its output, or one picture.")
-    if mask is not None and len(example) == 2:
+    files = example or []
+    if len(files) > 2:
+        raise ValueError(f"--example names {len(files)} files; give an input and its output, or one picture.")
+    if not files and not vectors:
+        raise ValueError("there is no --example; give one, or --vectors, which need none.")
+    if mask is not None and len(files) != 1:
         raise ValueError("--mask goes with a single --example file; with two, the second file is the answer.")
-    painter = MAEVQGAN(model, **given(vqgan=vqgan)) if model else None
-    layout = replace(painter.layout if painter else Layout(), order=order)
-    picture = _open(query)
-    if len(example) == 2:
-        made = _as_they_are(*map(_open, example), picture, layout)
+    options = dict(vqgan=vqgan, embedding_type=embedding_type, dtype=dtype)
+    bundle = None
+    if vectors:
+        from vtv_nnsight import bundles
+
+        bundle = bundles.load(vectors)
+        task = task or next(iter(bundle))
+        _, patches = bundle[task]
+        layout = patches.space.layout
+    chosen = tasks.get(task or "identity")
+    if bundle:
+        painter = load_model(model or bundle.model or "tiny", **options)
+        bundle.check(painter)
     else:
-        row = {"image": _open(example[0])} | ({"mask": _open(mask)} if mask else {})
+        painter = load_model(model, **options) if model else None
+        layout = replace(painter.layout if painter else Layout(), order=order)
+    picture = read_picture(query)
+    if len(files) == 2:
+        made = _as_they_are(*map(read_picture, files), picture, layout)
+    elif files:
+        row = {"image": read_picture(files[0])} | ({"mask": read_picture(mask)} if mask else {})
         made = chosen.prompt(example=row, query={"image": picture}, layout=layout)
-    image = to_pil(painter.generate(made)[0]) if painter else made.picture()
+    else:
+        shown, _ = chosen.cells(picture, layout.cell_size)
+        made = VisualPrompt.from_cells({"query": shown}, layout)
+    if bundle:
+        image = _strip(painter, bundle, task, made, scale, bool(files))
+    else:
+        image = to_pil(painter.generate(made)[0]) if painter else made.picture()
     image.save(output)
     wrote(output)
 
 
+def _strip(model: Any, bundle: Any, task: str, prompt: Any, scale: float, example: bool) -> Any:
+    """The example, the query, and its answers, one beside the other."""
+    import torch
+
+    from vtv_nnsight.evaluation.answers import answers
+    from vtv_nnsight.images import strip
+    from vtv_nnsight.prompts import crop
+
+    vector, patches = bundle[task]
+    gates = torch.tensor([0.0, scale])[:, None] * patches.choices
+    nothing, patched = answers(model, prompt, vector, patches.space, gates)
+    shown = {"query": prompt.region("query")[0]}
+    if example:
+        with torch.no_grad():
+            canvas = model.generate(prompt)
+        shown = {"example": prompt.region("example_input")[0], "its answer": prompt.region("example_output")[0]} | shown
+        shown["one-shot"] = crop(canvas, "output", prompt.layout)[0].cpu()
+    return strip(shown | {"nothing": nothing, f"task vector, {scale:g}": patched})
+
+
 def _as_they_are(example_input: Any, example_output: Any, query: Any, layout: Any) -> Any:
     """The prompt whose cells are these pictures, resized."""
-    from vtv_nnsight.images import as_rgb, resize, to_tensor
     from vtv_nnsight.prompts import VisualPrompt
 
-    pictures = {"example_input": example_input, "example_output": example_output, "query": query}
-    cells = {name: to_tensor(resize(as_rgb(image), layout.cell_size)) for name, image in pictures.items()}
-    return VisualPrompt.from_cells(cells, layout)
-
-
-def _open(path: Path) -> Any:
-    """A picture file, decoded."""
-    import warnings
-
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path}.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, and is not opened; make it smaller."
-        ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
-    return image
+    return VisualPrompt.from_cells(
+        {"example_input": example_input, "example_output": example_output, "query": query}, layout
+    )

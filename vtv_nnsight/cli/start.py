@@ -16,9 +16,12 @@ from vtv_nnsight.cli.app import (
     VQGAN,
     BatchSize,
     Device,
+    DType,
+    EmbeddingType,
     Granularity,
     Images,
     ListingCommand,
+    Loss,
     Order,
     Seed,
     app,
@@ -43,6 +46,7 @@ def _default(name: str) -> str:
     cls=ListingCommand,
     rich_help_panel=START,
     epilog="Examples: vtv run --quick\n\nvtv run --images holiday/ --out runs/holiday\n\n"
+    "vtv run --model BAAI/seggpt-vit-large --dtype bfloat16 --data pascal:VOCdevkit --device cuda\n\n"
     "vtv run --model checkpoint-3400.pth --data pascal:VOCdevkit --published --device cuda",
 )
 def run(
@@ -92,12 +96,7 @@ def run(
             show_default=_default("search"),
         ),
     ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            help='What the search lowers: "tokens", or "pixels" for the task\'s metric.', show_default=_default("loss")
-        ),
-    ] = None,
+    loss: Loss = None,
     budget: Annotated[
         int | None,
         typer.Option(min=1, help="Evaluations that a search may spend.", show_default=_default("budget")),
@@ -139,6 +138,8 @@ def run(
     ] = False,
     batch_size: BatchSize = None,
     vqgan: VQGAN = None,
+    embedding_type: EmbeddingType = None,
+    dtype: DType = None,
     device: Device = None,
     show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
 ) -> None:  # fmt: skip
@@ -157,6 +158,8 @@ def run(
         QUICK if quick else PUBLISHED if published else None,
         model=model,
         vqgan=str(vqgan) if vqgan else None,
+        embedding_type=embedding_type,
+        dtype=dtype,
         folds=_numbers(folds) if folds else None,
         max_images=max_images,
         prompts=prompts,

@@ -203,7 +203,7 @@ def specificity(
     vectors: Mapping[str, TaskVector],
     prompts: Mapping[str, VisualPrompt],
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Is it the task's vector that does the task, or any vector at these units? Every vector, zero-shot, at the units
@@ -214,7 +214,7 @@ def specificity(
         patches: Task name → its units, a PatchSet or a SearchResult.
         vectors: Task name → vector.
         prompts: Task name → prompts to evaluate on.
-        batch_size: Rows in a trace.
+        batch_size: Rows in a trace; None is `stages.fitting_rows`, 32 for MAE-VQGAN.
         progress: Show a progress bar.
 
     Returns:

@@ -20,7 +20,7 @@ from vtv_nnsight.evaluation.table import Table
 from vtv_nnsight.models.interface import InContextModel, Loss
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt, crop
-from vtv_nnsight.stages import device_of
+from vtv_nnsight.stages import device_of, fitting_rows
 from vtv_nnsight.tasks import Task
 
 UNPATCHED = ("one-shot", "zero-shot", "tokenizer", "copy")
@@ -34,7 +34,7 @@ def evaluate(
     conditions: Mapping[str, Condition | str | tuple | None | Sequence[Condition]] | None = None,
     *,
     fold: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     keep: int = 6,
     progress: bool = True,
 ) -> Table:
@@ -51,7 +51,7 @@ def evaluate(
             named "one-shot". A ceiling is left out where nothing bounds the model.
         fold: A number to tell parts of the data apart. `Table.cat` of several folds averages the folds' means, as is
             done for Pascal-5i (NeurIPS 2022, §4.2).
-        batch_size: Rows in a trace.
+        batch_size: Rows in a trace; None is `stages.fitting_rows`, 32 for MAE-VQGAN.
         keep: Answers to keep for `plots.answers`.
         progress: Show a progress bar.
 
@@ -74,7 +74,7 @@ def evaluate(
     kept = start = 0
     counts = {key: min(len(prompts), condition.prompts or len(prompts)) for key, condition in plans.items()}
     with torch.no_grad(), progress_bar(total=sum(counts.values()), unit="answer", disable=not progress) as bar:
-        for batch in prompts.split(batch_size):
+        for batch in prompts.split(batch_size or fitting_rows(model)):
             batch = batch.to(device).one_shot()
             truth, codes = batch.region("output"), loss and model.truth(batch)
             more = min(len(batch), keep - kept)

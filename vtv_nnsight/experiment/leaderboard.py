@@ -74,7 +74,7 @@ class Leaderboard:
 
     Args:
         algorithms: Searches to run now, of `search.ALGORITHMS`.
-        model, vqgan: As for `models.load_model`.
+        model, vqgan, embedding_type, dtype: As for `Settings`.
         data: As for `vtv run`; searched on and measured on apart.
         transfer_data: Other data to measure on; None is `UNSEEN`, scenes of other classes, beside scenes.
         tasks: Names.
@@ -95,6 +95,8 @@ class Leaderboard:
     algorithms: tuple[str, ...] = ()
     model: str = "tiny"
     vqgan: str | None = None
+    embedding_type: str | None = None
+    dtype: str | None = None
     data: str = "scenes"
     transfer_data: str | None = None
     tasks: tuple[str, ...] = tuple(task.name for task in tasks.VTV)
@@ -123,7 +125,7 @@ class Leaderboard:
 
 
 def measure_sets(options: Leaderboard, files: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """A row for every reference and set, in the order of the tasks, the lowest token loss of a task first.
+    """A row for every reference and set, in the order of the tasks, the lowest loss of a task first.
 
     Args:
         files: [TASK=]FILE of patch sets (.json) or search results (.safetensors). One that is named after a task, as
@@ -172,7 +174,11 @@ def patches(found: Found) -> PatchSet:
 def prepare(options: Leaderboard, found: Sets) -> tuple[Bench, Dataset]:
     """What sets are measured with, and the pictures to search on."""
     with quiet():
-        model = load_model(options.model, options.vqgan, options.device)
+        model = load_model(
+            options.model, options.vqgan, options.device, embedding_type=options.embedding_type, dtype=options.dtype
+        )
+    if not model.losses:
+        raise ValueError(f"sets are compared by the model's own loss, and {options.model} has none; give it `losses`.")
     vectors = read_vectors(options.vectors, options.tasks) if options.vectors else None
     owners = {f"the set {name!r}": patches(one) for name, own in found.items() for (one,) in own.values()}
     owners |= {str(options.vectors): next(iter(vectors.values()))} if vectors else {}
@@ -193,7 +199,7 @@ def prepare(options: Leaderboard, found: Sets) -> tuple[Bench, Dataset]:
 
     if vectors is None:
         several = options.chosen | {task.name: task for task in tasks.VTV}
-        vectors = collect(model, ask(train, several, options.prompts), options.batch_size or 32)
+        vectors = collect(model, ask(train, several, options.prompts), options.batch_size)
     if len(vectors) < 2:
         raise ValueError(f"there is a vector of {', '.join(vectors)} only; the mean over tasks needs two or more.")
     spec = options.transfer_data or (UNSEEN if options.data == "scenes" else None)
@@ -237,7 +243,7 @@ def journal(options: Leaderboard, task: Task, algorithm: str, seed: int) -> Path
 
 
 def measure_all(bench: Bench, chosen: Mapping[str, Task], found: Sets) -> list[dict[str, Any]]:
-    """A row for every reference and set, in the order of the tasks, the lowest token loss of a task first."""
+    """A row for every reference and set, in the order of the tasks, the lowest loss of a task first."""
     rows, steps = [], [(t, name) for t in chosen.values() for name in ("", *found) if not name or t.name in found[name]]
     with progress_bar(steps, desc="measuring", unit="set") as bar:
         for task, name in bar:
@@ -248,11 +254,11 @@ def measure_all(bench: Bench, chosen: Mapping[str, Task], found: Sets) -> list[d
             else:
                 new = [{"set": name} | measure_set(bench, task, name, found, here, there)]
             rows += [{"task": task.name, "metric_name": task.metric.name} | row for row in new]
-    losses = {(row["set"], row["task"]): row["token_loss"][0] for row in rows}
+    losses = {(row["set"], row["task"]): row["loss"][0] for row in rows}
     for row in rows:
-        abroad = row.get("token_loss_on_other_tasks", {})
+        abroad = row.get("loss_on_other_tasks", {})
         row["cost_to_other_tasks"] = {task: loss - losses[row["set"], task] for task, loss in abroad.items()}
-    return sorted(rows, key=lambda row: (list(chosen).index(row["task"]), row["token_loss"][0]))
+    return sorted(rows, key=lambda row: (list(chosen).index(row["task"]), row["loss"][0]))
 
 
 def references(bench: Bench, task: Task, found: Sets) -> tuple[Measured, Measured]:
@@ -270,8 +276,10 @@ def bounds(bench: Bench, task: Task) -> dict[str, list[float]]:
     """The metric, [mean, low, high], of copying the query (floor) and of the best that the model could paint (ceiling,
     where there is one)."""
     names = {FLOOR: "floor", CEILING: "ceiling"}
-    size, conditions = bench.batch_size or 32, {name: name for name in names}
-    table = evaluate(bench.model, task, bench.here[task.name], conditions, batch_size=size, keep=0, progress=False)
+    table = evaluate(
+        bench.model, task, bench.here[task.name], {name: name for name in names}, batch_size=bench.batch_size, keep=0,
+        progress=False,
+    )  # fmt: skip
     return {names[one]: list(bootstrap(table.values(task.name, one))) for one in table.frame.condition.unique()}
 
 
@@ -292,22 +300,22 @@ def measure_set(bench: Bench, task: Task, name: str, found: Sets, here: Measured
     drawn = measure_draws(bench, task, sets)
 
     groups = [[one, *prunings(one, bench.seed)] for one in sets]
-    losses = token_losses(bench, task, [one for group in groups for one in group]).split([len(g) for g in groups])
+    losses = own_losses(bench, task, [one for group in groups for one in group]).split([len(g) for g in groups])
     by_seed = [part[0].item() for part in losses]
-    agree(mean(by_seed), measured["own"]["token_loss"][0], f"{name}, {task.name}")
+    agree(mean(by_seed), measured["own"]["loss"][0], f"{name}, {task.name}")
     costs = torch.cat([part[1:] - part[0] for part in losses]).tolist()
     abroad = [other for other, theirs in found[name].items() if theirs[0] is not results[0]]
     return measured["own"] | {
         "units": [len(one) for one in sets],
         "of_units": len(sets[0].space),
-        "token_loss_by_seed": by_seed,
+        "loss_by_seed": by_seed,
         **drawn,
         **{what: measured[what] for what in others},
         "other_vectors": {what.removeprefix("vector of "): measured[what] for what in foreign},
         "cost_of_pruning_a_tenth": {"mean": mean(costs), "least": min(costs), "most": max(costs)} if costs else None,
         "jaccard_over_seeds": stability(sets),
         "other_data": measure(bench, task, bench.elsewhere, own, there).get("own"),
-        "token_loss_on_other_tasks": {t: token_losses(bench, tasks.get(t), sets).mean().item() for t in abroad},
+        "loss_on_other_tasks": {t: own_losses(bench, tasks.get(t), sets).mean().item() for t in abroad},
         "sufficiency": [{"units": k} | measured[k] for k in curve],
     }
 
@@ -316,21 +324,24 @@ def measure(
     bench: Bench, task: Task, prompts: Mapping[str, VisualPrompt], plans: Mapping[Any, Sequence[Condition]],
     references: Measured | None = None, against: str | None = None,
 ) -> Measured:  # fmt: skip
-    """Metric and token loss of every plan, [mean, low, high] of the mean over its conditions, and the gap closed; with
-    `against`, the difference in metric to that plan, too. Nothing where there are no prompts of the task."""
+    """Metric and loss (the model's own) of every plan, [mean, low, high] of the mean over its conditions, and the gap
+    closed; with `against`, the difference in metric to that plan, too. Nothing where there are no prompts of the task.
+    """
     if task.name not in prompts:
         return {}
     conditions = {f"{what} {i}": one for what, several in plans.items() for i, one in enumerate(several)}
-    size = bench.batch_size or 32
-    table = evaluate(bench.model, task, prompts[task.name], conditions, batch_size=size, keep=0, progress=False)
+    table = evaluate(
+        bench.model, task, prompts[task.name], conditions, batch_size=bench.batch_size, keep=0, progress=False
+    )
     found: Measured = {}
     scores: dict[Any, np.ndarray] = {}
     for what, several in plans.items():
         values = {
             label: np.mean([table.values(task.name, f"{what} {i}", column) for i in range(len(several))], axis=0)
-            for label, column in (("metric", "score"), ("token_loss", "token_loss"))
+            for label, column in (("metric", "score"), ("loss", "loss"))
         }
         found[what] = {label: list(bootstrap(value)) for label, value in values.items()}
+        found[what]["loss_name"] = table.frame.loss_name.iloc[0]
         scores[what] = values["metric"]
     for what in found if against else ():
         found[what]["difference"] = list(bootstrap(scores[what] - scores[against]))
@@ -341,7 +352,7 @@ def measure(
 
 def measure_draws(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> dict[str, dict[str, Any]]:
     """Random units of the sets' sizes, uniform and matched by stage and region, 16 draws in all or more: metric and
-    token loss, [mean, low, high] over draws and prompts, the gap closed, and where the sets' mean stands among the
+    loss, [mean, low, high] over draws and prompts, the gap closed, and where the sets' mean stands among the
     draws. On the first `FEW` prompts."""
     prompts, vector = bench.here[task.name][:FEW], bench.vectors[task.name]
     plans: dict[str, Any] = {ONE_SHOT: [Condition("one")], ZERO_SHOT: [Condition("zero")]}
@@ -351,14 +362,13 @@ def measure_draws(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> dict[st
         each = -(-DRAWS // len(sets))
         several = [random_units(one, each, matched=matched, seed=bench.seed + i) for i, one in enumerate(sets)]
         plans[what] = [Condition("zero", vector, one) for draws in several for one in draws]
-    size = bench.batch_size or 32
-    table = evaluate(bench.model, task, prompts, plans, batch_size=size, keep=0, progress=False)
+    table = evaluate(bench.model, task, prompts, plans, batch_size=bench.batch_size, keep=0, progress=False)
     found: Measured = {}
     for what in plans:
         rows = table.frame[table.frame.condition == what]
         found[what] = {
             label: list(intervals([rows.pivot(index="image", columns="draw", values=column).to_numpy()])[0])
-            for label, column in (("metric", "score"), ("token_loss", "loss"))
+            for label, column in (("metric", "score"), ("loss", "loss"))
         }
     for what in names:
         found[what]["gap_closed"] = gap_closed(found[what], found)
@@ -373,8 +383,8 @@ def measure_draws(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> dict[st
     return {what: found[what] for what in names}
 
 
-def token_losses(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> torch.Tensor:
-    """The mean token loss of every set, all of one space, zero-shot on the task's prompts: [set]."""
+def own_losses(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> torch.Tensor:
+    """The mean loss of every set, the model's own, all of one space, zero-shot on the task's prompts: [set]."""
     prompts = bench.here[task.name].query_only()
     objective = search.Objective(
         bench.model, bench.vectors[task.name], task, prompts[:1], sets[0].space, held_out=prompts,
@@ -387,12 +397,12 @@ def token_losses(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> torch.Te
 def agree(searched: float, evaluated: float, what: str) -> None:
     """Refuse to go on if what searches minimise is not what the table shows."""
     if not math.isclose(searched, evaluated, rel_tol=1e-3, abs_tol=1e-3):
-        raise RuntimeError(f"{what}: the token loss is {searched} to a search and {evaluated} to an evaluation.")
+        raise RuntimeError(f"{what}: the loss is {searched} to a search and {evaluated} to an evaluation.")
 
 
 def gap_closed(own: Mapping, bounds: Mapping[str, Mapping]) -> float | None:
-    """How far token loss gets from zero-shot (0) to one-shot (1); None where one-shot is no better."""
-    loss, zero, one = (measured["token_loss"][0] for measured in (own, bounds[ZERO_SHOT], bounds[ONE_SHOT]))
+    """How far the loss gets from zero-shot (0) to one-shot (1); None where one-shot is no better."""
+    loss, zero, one = (measured["loss"][0] for measured in (own, bounds[ZERO_SHOT], bounds[ONE_SHOT]))
     return (zero - loss) / (zero - one) if zero > one else None
 
 
@@ -475,7 +485,7 @@ def best_other(row: Mapping[str, Any], metric: metrics.Metric) -> tuple[str, Map
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ["task", "set", "units", "metric", "token loss", "gap closed (random)", "other vector"]
+    head = ["task", "set", "units", "metric", rows[0]["loss_name"], "gap closed (random)", "other vector"]
     head += ["less a tenth (most)", "Jaccard (chance)", "other data", "other tasks", "ablated (random)"]
 
     def pick(row: Mapping[str, Any], form: str, *paths: str) -> str:
@@ -490,7 +500,7 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             row["task"],
             row["set"],
             f"{mean(row['units']):.3g}" if "units" in row else "",
-            *("{:.3f} [{:.3f}, {:.3f}]".format(*row[measure]) for measure in ("metric", "token_loss")),
+            *("{:.3f} [{:.3f}, {:.3f}]".format(*row[measure]) for measure in ("metric", "loss")),
             pick(row, ".0%", "gap_closed", "random_units.gap_closed"),
             nearest(row),
             pick(row, "+.3f", "cost_of_pruning_a_tenth.mean", "cost_of_pruning_a_tenth.most"),
@@ -576,7 +586,7 @@ def draw_transfer(panel: Axes, rows: Sequence[Mapping[str, Any]], names: Sequenc
     if not able:
         panel.set_axis_off()
         return
-    losses = {name: [row["token_loss"][0] for row in able if row["set"] == name] for name in {r["set"] for r in able}}
+    losses = {name: [row["loss"][0] for row in able if row["set"] == name] for name in {r["set"] for r in able}}
     best = min(losses, key=lambda name: (-len(losses[name]), mean(losses[name]), name))
     matrix = np.full((len(names), len(names)), np.nan)
     for row in able:
@@ -588,5 +598,5 @@ def draw_transfer(panel: Axes, rows: Sequence[Mapping[str, Any]], names: Sequenc
     panel.imshow(matrix, cmap="coolwarm", vmin=-limit, vmax=limit, aspect="auto")
     panel.set_xticks(range(len(names)), names, rotation=15)
     panel.set_yticks(range(len(names)), names)
-    title = f"{plain_label(best)}: token loss over that of the task's own set"
+    title = f"{plain_label(best)}: {rows[0]['loss_name']} over that of the task's own set"
     panel.set(title=title, xlabel="task done", ylabel="set of task")

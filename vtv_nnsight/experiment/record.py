@@ -30,12 +30,13 @@ from vtv_nnsight.files import file_digest, replacing, write_text
 from vtv_nnsight.search.objective import processes
 
 STEPS = {
-    "select": ("model", "vqgan", "weights", "data", "folds", "pictures", "tasks", "order", "max_images", "prompts")
-    + ("candidates", "seed", "version", "protocol"),
+    "select": ("model", "vqgan", "embedding_type", "dtype", "weights", "data", "folds", "pictures", "tasks", "order")
+    + ("max_images", "prompts", "candidates", "seed", "version", "protocol"),
     "collect": (),
     "score": ("granularity",),
     "search": ("search", "loss", "budget", "search_fold", "search pictures"),
     "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts"),
+    "demonstrate": (),
 }
 """Step → the settings that matter from there on."""
 
@@ -45,15 +46,17 @@ FILES = {
     "score": ("scores.csv",),
     "search": ("search/*.safetensors", "search/*.journal"),
     "evaluate": ("evaluation/*.parquet", "evaluation/*.safetensors"),
+    "demonstrate": ("shown/*.safetensors",),
 }
 """Step → what it writes."""
 
 READERS = {
-    "select": ("collect", "score", "search", "evaluate"),
-    "collect": ("score", "search", "evaluate"),
+    "select": ("collect", "score", "search", "evaluate", "demonstrate"),
+    "collect": ("score", "search", "evaluate", "demonstrate"),
     "score": (),
-    "search": ("evaluate",),
-    "evaluate": (),
+    "search": ("evaluate", "demonstrate"),
+    "evaluate": ("demonstrate",),
+    "demonstrate": (),
 }
 """Step → the steps that depend on what it wrote."""
 

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 MOST = 10_000_000
 """No count of prompts or pictures may be larger."""
 
@@ -15,7 +17,8 @@ class Settings:
     """What the numbers of a run depend on.
 
     Args:
-        model, vqgan: As for `models.load_model`.
+        model, vqgan, embedding_type: As for `models.load_model`.
+        dtype: Precision of the weights, one of `DTYPES`; None is that of the source.
         data: As for `data.load`: "scenes", a folder of pictures, "pascal:ROOT", …
         folds: Folds of Pascal-5i to test on; by default all four where the data are "pascal:ROOT".
         protocol: "own", or "published": what the released code does. On "pascal:ROOT" that is `experiment.protocol`,
@@ -29,7 +32,7 @@ class Settings:
             selected: prompts are drawn at random.
         granularity: "head", "quadrant" or "token".
         search: One of `search.ALGORITHMS`, or "published" for the paper's own recipe.
-        loss: "tokens" or "pixels".
+        loss: The name of one of the model's `losses` or "pixels", the task's own; None is the model's first.
         budget: Evaluations (one mask on one prompt each) that a search may spend; None leaves it to the algorithm.
         test_prompts: Prompts per task to evaluate on, of pictures that were neither collected nor searched on.
         draws: Times that random units are drawn to compare with: uniform, and matched by stage and region.
@@ -43,6 +46,8 @@ class Settings:
 
     model: str = "tiny"
     vqgan: str | None = None
+    embedding_type: str | None = None
+    dtype: str | None = None
     data: str = "scenes"
     folds: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
@@ -54,7 +59,7 @@ class Settings:
     candidates: int = 400
     granularity: str = "quadrant"
     search: str = "reinforce"
-    loss: str = "tokens"
+    loss: str | None = None
     budget: int | None = 8000
     test_prompts: int = 128
     draws: int = 16
@@ -65,11 +70,10 @@ class Settings:
         from vtv_nnsight import tasks
         from vtv_nnsight.models.interface import QUERY_ONLY
         from vtv_nnsight.search import ALGORITHMS
-        from vtv_nnsight.search.objective import LOSSES
 
         choices = {
             "search": (*ALGORITHMS, "published"),
-            "loss": LOSSES,
+            "dtype": (None, *DTYPES),
             "granularity": QUERY_ONLY,
             "order": ("vertical", "horizontal"),
             "protocol": ("own", "published"),
@@ -77,8 +81,8 @@ class Settings:
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                choices = ", ".join(map(str, known))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {choices}.")
+                offered = ", ".join(str(choice) for choice in known if choice is not None)
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {offered}.")
         for name in ("max_images", "prompts", "candidates", "budget", "test_prompts", "draws", "control_prompts"):
             value = getattr(self, name)
             if value is None and name == "budget":

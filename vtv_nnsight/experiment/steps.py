@@ -10,6 +10,7 @@ The folder, and what is written in it:
     scores.csv                   how well each unit tells the tasks apart
     search/TASK.safetensors      the units to patch (`SearchResult`)
     evaluation/TASK.parquet      scores of all conditions, image by image; the first answers beside them
+    shown/TASK.safetensors       one query looked at closely (`Demonstration`)
     report.html, table.csv, …    see `vtv_nnsight.report`
 
 Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`experiment.protocol`) these
@@ -43,6 +44,7 @@ from vtv_nnsight import data, models
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Condition, Table, comparison, controls, select_prompts
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
+from vtv_nnsight.evaluation.demonstration import demonstrate
 from vtv_nnsight.experiment.protocol import VECTOR_FOLDS, candidates, search_prompts, test_prompts
 from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_step
 from vtv_nnsight.experiment.settings import Settings
@@ -55,7 +57,7 @@ from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
 from vtv_nnsight.search.holdout import held_out_count
-from vtv_nnsight.search.objective import processes
+from vtv_nnsight.search.objective import check_gradient, choose_loss, processes
 from vtv_nnsight.stages import device_of, fingerprint
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVector, TaskVectors
@@ -90,7 +92,8 @@ def run(
         redo: When the settings are not those that the folder was begun with, or a file in it was changed, do again what
             depends on them.
         device: Where the model runs.
-        batch_size: Prompts per forward; 32 by default, and as many as the device likes for searches.
+        batch_size: Prompts per forward; by default 32 of a canvas like MAE-VQGAN's (`stages.fitting_rows`), and as many
+            as the device likes for searches.
         progress: Show which step is being done.
 
     Returns:
@@ -107,12 +110,14 @@ def run(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
     with quiet():
-        model = load_model(settings.model, settings.vqgan, device)
+        model = load_model(
+            settings.model, settings.vqgan, device, embedding_type=settings.embedding_type, dtype=settings.dtype
+        )
         folds, notes = load_folds(out, settings)
         tasks = servable(settings, folds[0].train)
         layout = replace(model.layout, order=settings.order)
         space = PatchSpace(model, layout, settings.granularity)
-        check(settings, folds, tasks, space)
+        check(settings, folds, tasks, space, model)
         record = None
         if state.is_main_process:
             record = RunRecord.open(
@@ -120,7 +125,6 @@ def run(
                 device_of(model), redo,
             )  # fmt: skip
         state.wait_for_everyone()
-        at_once = batch_size or 32
         with display(len(STEPS) * len(folds) + 1, progress and state.is_main_process) as shown:
             for fold in folds:
 
@@ -132,7 +136,7 @@ def run(
                         step.take("prompts.safetensors", fold.shares)
                     elif step.lacks("prompts.safetensors"):
                         prompts = {
-                            task.name: select(model, task, fold.train, settings, layout, at_once)
+                            task.name: select(model, task, fold.train, settings, layout, batch_size)
                             for task in step.each(tasks)
                         }
                         step.save("prompts.safetensors", write_prompts, prompts)
@@ -142,7 +146,7 @@ def run(
                         step.take("vectors.safetensors", fold.shares)
                     elif step.lacks("vectors.safetensors"):
                         step.working_on("")
-                        vectors = collect(model, prompts, at_once, fold.folder / "vectors.state")
+                        vectors = collect(model, prompts, batch_size, fold.folder / "vectors.state")
                         step.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
                         step.remove("vectors.state")
                     vectors = TaskVectors.load(step.path("vectors.safetensors"))
@@ -177,10 +181,22 @@ def run(
                             step.working_on(task.name)
                             patches = found[task.name].patches
                             table = evaluate(
-                                model, task, fold.test, settings, layout, vectors, patches, fold.number, at_once
+                                model, task, fold.test, settings, layout, vectors, patches, fold.number, batch_size
                             )
                             step.save(names[0], partial(write_pictures, task=task), table)
                             step.save(names[1], lambda path, table: table.parquet(path), table)
+                    step.wait()
+                with begin("demonstrate") as step:
+                    for task in tasks:
+                        name = f"shown/{task.name}.safetensors"
+                        if step.lacks(name):
+                            step.working_on(task.name)
+                            scores = Table.load(fold.folder / f"evaluation/{task.name}.parquet").values(
+                                task.name, "task vector"
+                            )
+                            asked = prompts_to_test(task, fold.test, settings, layout)
+                            closely = demonstrate(model, task, asked, scores, vectors, found, batch_size=batch_size)
+                            step.save(name, lambda path, shown: shown.save(path), closely)
                     step.wait()
             with begin_step(record, out, "report", shown("report")) as step:
                 if state.is_main_process:
@@ -207,13 +223,16 @@ class Fold(NamedTuple):
     shares: Path | None = None
 
 
-def load_model(source: str, vqgan: str | os.PathLike | None = None, device: str | None = None) -> InContextModel:
-    """A model with its weights, on a device; of several processes each on a device of its own."""
+def load_model(
+    source: str, vqgan: str | os.PathLike | None = None, device: str | None = None, **options: Any
+) -> InContextModel:
+    """A model with its weights, on a device; of several processes each on a device of its own. Options are
+    `models.load_model`'s."""
     state = processes()
     if device is None and state.num_processes > 1:
         device = str(state.device)
     device = resolve_device(device) if device else None
-    model = models.load_model(source, **({"vqgan": vqgan} if vqgan else {}), dispatch=True)
+    model = models.load_model(source, vqgan=vqgan or None, dispatch=True, **options)
     return model.to(device) if device else model
 
 
@@ -306,13 +325,15 @@ def selects(settings: Settings, rows: Dataset) -> bool:
     return len(rows) >= PICTURES_PER_PROMPT * settings.prompts
 
 
-def check(settings: Settings, folds: Sequence[Fold], tasks: Sequence[Task], space: PatchSpace) -> None:
+def check(
+    settings: Settings, folds: Sequence[Fold], tasks: Sequence[Task], space: PatchSpace, model: InContextModel
+) -> None:
     """Refuse settings that a later step would refuse."""
     if settings.candidates < settings.prompts and any(selects(settings, fold.train) for fold in folds):
         raise ValueError(
             f"candidates={settings.candidates} are fewer than the prompts={settings.prompts} to select; give more."
         )
-    trial = _Trial(space, settings.prompts, settings.loss)
+    trial = _Trial(space, settings.prompts, model, settings.loss)
     algorithm, options = _algorithm(settings.search)
     if algorithm.needs_scores:
         if len(tasks) < 2:
@@ -329,8 +350,9 @@ class _Enough(Exception):
 class _Trial:
     """An objective that costs nothing, to try a search's settings on: every loss is 0."""
 
-    def __init__(self, space: PatchSpace, prompts: int, loss: str) -> None:
-        self.space, self.loss, self.evaluations = space, loss, 0
+    def __init__(self, space: PatchSpace, prompts: int, model: InContextModel, loss: str | None) -> None:
+        self.space, self.model, self.evaluations = space, model, 0
+        self.loss = choose_loss(model, loss)
         self.held_out, self.train = torch.arange(prompts).tensor_split([held_out_count(prompts, HELD_OUT)])
         self.group = torch.zeros(prompts, dtype=torch.long)
 
@@ -341,13 +363,13 @@ class _Trial:
         return torch.zeros(len(rows), dtype=torch.float64)
 
     def gradient(self, gates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.loss != "tokens":
-            raise ValueError(f'loss={self.loss!r} has no gradient (its codes are an arg-max); use loss="tokens".')
+        check_gradient(self.model, *self.loss)
         return self(gates, rows), torch.zeros(gates.shape, dtype=torch.float64)
 
 
 def select(
-    model: InContextModel, task: Task, rows: Dataset, settings: Settings, layout: Layout, batch_size: int = 32
+    model: InContextModel, task: Task, rows: Dataset, settings: Settings, layout: Layout,
+    batch_size: int | None = None,
 ) -> VisualPrompt:
     """Prompts that the model does well one-shot (ECCV 2024, §4.1); random ones where there are few pictures."""
     if not selects(settings, rows):
@@ -364,7 +386,7 @@ def select(
 def collect(
     model: InContextModel,
     prompts: Mapping[str, VisualPrompt],
-    batch_size: int = 32,
+    batch_size: int | None = None,
     resume: str | os.PathLike | None = None,
 ) -> TaskVectors:
     """The mean activation of every head, by task (ECCV 2024, §4.1)."""
@@ -440,16 +462,20 @@ def evaluate(
     vectors: TaskVectors | None = None,
     patches: PatchSet | None = None,
     fold: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> Table:
     """Scores and first answers on prompts of pictures that were not searched on, of every condition; without vectors
     those that need none. Controls that are many are asked fewer prompts: see `Settings`."""
-    if is_published_pascal(settings):
-        prompts = test_prompts(task, rows, settings.test_prompts, layout, settings.seed)
-    else:
-        prompts = task.prompts(rows, settings.test_prompts, settings.seed, layout)
+    prompts = prompts_to_test(task, rows, settings, layout)
     conditions = _conditions(vectors[task.name], patches, vectors, settings) if vectors else None
     return evaluate_conditions(model, task, prompts, conditions, fold=fold, batch_size=batch_size)
+
+
+def prompts_to_test(task: Task, rows: Dataset, settings: Settings, layout: Layout) -> VisualPrompt:
+    """What `evaluate` asks."""
+    if is_published_pascal(settings):
+        return test_prompts(task, rows, settings.test_prompts, layout, settings.seed)
+    return task.prompts(rows, settings.test_prompts, settings.seed, layout)
 
 
 def _conditions(
@@ -492,6 +518,7 @@ def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:
 def identity(settings: Settings, model: InContextModel, folds: Sequence[Fold], tasks: Sequence[Task]) -> dict[str, Any]:
     """What the numbers of a run depend on, as run.json has it: settings, weights, pictures and version."""
     return asdict(settings) | {
+        "loss": choose_loss(model, settings.loss)[0],
         "tasks": [task.name for task in tasks],
         "folds": [fold.number for fold in folds if fold.name],
         "weights": _digest(fingerprint(model)),

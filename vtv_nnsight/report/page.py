@@ -23,9 +23,11 @@ from vtv_nnsight import plots
 from vtv_nnsight.evaluation import BASELINE, Line, best_others, vector_pairs, verdicts
 from vtv_nnsight.evaluation.controls import OTHER, specific_sentence, task_verdict
 from vtv_nnsight.files import replacing, write_text
+from vtv_nnsight.models import PAPERS
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.progress import duration
 from vtv_nnsight.report.pictures import draw, overview, plain_label, prompt_cells, searches, uri
+from vtv_nnsight.report.play import moving, playground, still
 from vtv_nnsight.report.reading import CONDITIONS, PATCHED, PICTURES, ZERO_SHOT, Found, read
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.tasks import Task
@@ -59,6 +61,7 @@ def write(run: str | os.PathLike) -> Path:
         spent=duration(found.seconds),
         record=json.dumps(record, indent=1),
         patched=PATCHED,
+        paper=PAPERS.get(_space(found).fingerprint.get("model")),
         prompt=prompt_cells(found),
         marked=[(1, 2)],
         units=len(_space(found)),
@@ -77,6 +80,8 @@ def write(run: str | os.PathLike) -> Path:
         matrix=_matrix(found),
         overlap=_overlap(found),
         shared=shared,
+        hero=_hero(found),
+        script=(files("vtv_nnsight.report") / "report.js").read_text(encoding="utf-8"),
     )
     write_text(run / "report.html", page)
     return run / "report.html"
@@ -110,6 +115,7 @@ def compare(runs: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
         ],
         patched=PATCHED,
         words=_words((BASELINE, ZERO_SHOT, PATCHED)),
+        script="",
         tasks=[
             _compared(found, task, {name: own[task.name]["score"] for name, own in lines.items()}) for task in shared
         ],
@@ -170,7 +176,19 @@ def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
         "low": min(line.low for line in scores.values()),
         "high": max(line.high for line in scores.values()),
         "figures": [*maps, searched],
+        "play": playground(found.shown[task.name], task, _space(found)) if task.name in found.shown else None,
     }  # fmt: skip
+
+
+def _hero(found: Found) -> dict[str, Any] | None:
+    """The demonstration that the page begins with: of the first task that has one."""
+    shown = next((found.shown[task.name] for task in found.tasks if task.name in found.shown), None)
+    if shown is None:
+        return None
+    metric = next(task.metric.label for task in found.tasks if task.name == shown.task)
+    scores = shown.scores["scale"]
+    about = {"task": shown.task, "metric": metric, "first": scores[0], "last": scores[-1], "queries": shown.queries}
+    return about | {"moving": moving(shown), "still": still(shown)}
 
 
 def _pictures(found: Found, task: Task) -> list[dict[str, Any]]:

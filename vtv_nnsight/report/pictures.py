@@ -10,6 +10,7 @@ from typing import NamedTuple
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from vtv_nnsight.images import to_pil
 from vtv_nnsight.prompts import crop
@@ -42,7 +43,7 @@ def draw(figure: Callable[[], Figure], caption: str, wide: bool = False) -> Draw
         with matplotlib.rc_context(dict.fromkeys(keys, ink) | {"legend.framealpha": 0.0, "font.size": 9}):
             buffer, made = io.BytesIO(), figure()
             made.savefig(buffer, format="png", dpi=144, transparent=True)
-            uris[theme] = _data_uri(buffer)
+            uris[theme] = _data_uri(_smaller(buffer))
     return Drawn(uris["light"], uris["dark"], int(96 * made.get_figwidth()), caption, wide)
 
 
@@ -98,6 +99,13 @@ def overview(found: Found, row: int = 0) -> Figure:
                 panel.set_title(label, fontsize=8)
         across[0].set_ylabel(task.name, fontsize=8)
     return figure
+
+
+def _smaller(png: io.BytesIO) -> io.BytesIO:
+    """The same picture in 128 colours, which are all that a figure needs."""
+    smaller = io.BytesIO()
+    Image.open(png).quantize(128, method=Image.Quantize.FASTOCTREE).save(smaller, format="PNG", optimize=True)
+    return smaller
 
 
 def _data_uri(png: io.BytesIO) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import BASELINE, Line, Table
+from vtv_nnsight.evaluation.demonstration import Demonstration
 from vtv_nnsight.experiment.record import changed_files, read_record
 from vtv_nnsight.files import read_tensors
 from vtv_nnsight.layouts import Layout
@@ -53,6 +54,7 @@ class Found(NamedTuple):
         record: run.json.
         results: Task → name of the fold ("" where there are none) → what its search found.
         scores: Name of the fold → `TaskVectors.score()`; none of a single task.
+        shown: Task → what was looked at closely, in the first fold; empty of runs of 0.1.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Found(NamedTuple):
     results: dict[str, dict[str, SearchResult]]
     scores: dict[str, Any]
     layout: Layout
+    shown: dict[str, Demonstration]
 
     @property
     def tasks(self) -> list[Task]:
@@ -119,7 +122,9 @@ def read(run: str | os.PathLike) -> Found:
     if len(names) > 1:
         scores = {fold: TaskVectors.load(folder / "vectors.safetensors").score() for fold, folder in folders.items()}
     layout = next(iter(results[names[0]].values())).patches.space.layout
-    return Found(run.resolve().name, record, Table.cat(tables), results, scores, layout)
+    closely = {name: next(iter(folders.values())) / "shown" / f"{name}.safetensors" for name in names}
+    shown = {name: Demonstration.load(path) for name, path in closely.items() if path.is_file()}
+    return Found(run.resolve().name, record, Table.cat(tables), results, scores, layout, shown)
 
 
 def _read_table(path: Path, task: str) -> Table:

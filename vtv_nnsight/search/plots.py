@@ -56,7 +56,8 @@ def score_maps(result: SearchResult) -> Figure:
     for (stage, group), axes in panels.items():
         image = axes.imshow(scores[stage][..., group].numpy(), vmin=limits[0], vmax=limits[1], cmap="viridis")
         layers, heads = chosen[stage][..., group].numpy().nonzero()
-        axes.scatter(heads, layers, s=30, facecolors="none", edgecolors="white")
+        for ink, width in (("black", 3.5), ("white", 1.5)):  # a ring that is seen on every colour
+            axes.scatter(heads, layers, s=40, facecolors="none", edgecolors=ink, linewidths=width)
     figure.colorbar(image, ax=list(panels.values()), label=label)
     return figure
 

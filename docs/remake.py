@@ -1,0 +1,62 @@
+"""Make again all that is made of the embedded model, with one command, when the model has changed:
+
+    python docs/remake.py [--run runs/scenes]
+
+- the run itself, as `vtv run` does it (it goes on where it stopped, and is not done again when it is finished);
+- vtv_nnsight/weights/tiny/: the task vectors and units that the package carries;
+- docs/hero.gif and docs/answers.png, the pictures of the README; docs/pictures/, those of "What a task vector is".
+
+It prints the rows of the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pictures
+
+from vtv_nnsight import bundles
+from vtv_nnsight.evaluation.demonstration import Demonstration
+from vtv_nnsight.experiment import run
+from vtv_nnsight.experiment.settings import Settings
+from vtv_nnsight.report import read
+from vtv_nnsight.report.hero import animation, save_animation
+
+DOCS = Path(__file__).parent
+WEIGHTS = DOCS.parent / "vtv_nnsight" / "weights" / "tiny"
+SHOWN = ("one-shot", "zero-shot", "random units", "task vector")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a finished run of the embedded model, in place of one of its own")
+    parser.add_argument("--task", default="segmentation", help="whose query moves")
+    args = parser.parse_args()
+    folder = args.run or Path("runs/scenes")
+    if args.run is None:
+        run(folder, Settings(), redo=True)
+
+    shutil.rmtree(WEIGHTS / "search", ignore_errors=True)
+    bundles.load(folder).compact().save(WEIGHTS, torch.float16)
+    shown = Demonstration.load(folder / "shown" / f"{args.task}.safetensors")
+    save_animation(animation(shown), DOCS / "hero.gif")
+    shutil.copyfile(folder / "answers.png", DOCS / "answers.png")
+    pictures.main(["--task", args.task])
+
+    found = read(folder)
+    for task in found.tasks:
+        lines = found.lines()[task.name]["score"]
+        cells = [f"{lines[name].mean:.3f} [{lines[name].low:.3f}, {lines[name].high:.3f}]" for name in SHOWN]
+        print(f"| {task.name} | {task.metric.label} | {' | '.join(cells)} |")
+    print(f"hero: the median of {shown.queries} queries, {shown.scores['scale'][-1]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

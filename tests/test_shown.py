@@ -1,0 +1,142 @@
+"""What is shown of a run: answers under gates, the demonstration of one query, its animation, and bundles."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, data, patch, tasks
+from vtv_nnsight.evaluation.answers import answers
+from vtv_nnsight.evaluation.demonstration import SCALES, Demonstration, demonstrate, median
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.prompts import crop
+from vtv_nnsight.report.hero import animation, save_animation
+from vtv_nnsight.search.result import SearchResult, Step
+
+
+@pytest.fixture(scope="module")
+def model(small_config):
+    torch.manual_seed(0)
+    return MAEVQGAN(MAEVQGANModel(small_config()).eval())
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    rows = data.scenes("train", n=24, seed=0)
+    return {task.name: task.prompts(rows, 5, layout=model.layout) for task in (tasks.segmentation, tasks.lowlight)}
+
+
+@pytest.fixture(scope="module")
+def vectors(model, prompts):
+    return TaskVectors.collect(model, prompts, progress=False)
+
+
+@pytest.fixture(scope="module")
+def found(model, vectors):
+    """Task → a result, as a search would give it."""
+    space, steps = PatchSpace(model), (Step(10, 0.1, 1.0, 1.0, 6),)
+    return {
+        name: SearchResult("random", PatchSet.random(space, 6, seed), torch.rand(len(space)).double(), False, 1.0, 10,
+                           steps, {}, seed)
+        for seed, name in enumerate(vectors)
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shown(model, prompts, vectors, found):
+    scores = np.array([0.5, 0.1, 0.4, 0.9, 0.2])
+    return demonstrate(model, tasks.segmentation, prompts["segmentation"], scores, vectors, found)
+
+
+def test_answers_under_gates_are_those_of_patching(model, prompts, vectors, found):
+    asked, patches = prompts["segmentation"], found["segmentation"].patches
+    gates = torch.stack([torch.zeros(len(patches.space)), patches.choices.float(), 0.5 * patches.choices])
+    cells = answers(model, asked[1], vectors["segmentation"], patches.space, gates)
+    for row, scale in zip(cells, (0.0, 1.0, 0.5)):
+        with torch.no_grad(), model.generate(asked[1].query_only()) as tracer:
+            patch(model, vectors["segmentation"], patches, scale=scale)
+            canvas = tracer.result.save()
+        torch.testing.assert_close(row, crop(canvas, "output", asked.layout)[0])
+    small = answers(model, asked[1], vectors["segmentation"], patches.space, gates, batch_size=2)
+    torch.testing.assert_close(small, cells)
+    several = answers(model, asked[:3], vectors["segmentation"], patches.space, gates)
+    assert several.shape == cells.shape
+    with pytest.raises(ValueError, match="2 prompts go with 3 rows"):
+        answers(model, asked[:2], vectors["segmentation"], patches.space, gates)
+
+
+def test_the_median_is_of_different_queries():
+    queries = torch.tensor([7, 7, 7, 8, 9])
+    assert median(np.array([0.9, 0.8, 0.7, 0.1, 0.5]), queries) == 4
+
+
+def test_a_demonstration(model, prompts, vectors, found, shown, tmp_path):
+    patches = found["segmentation"].patches
+    assert shown.queries == len(prompts["segmentation"].queries.unique())
+    assert [len(shown.pictures[name]) for name in ("query", "truth", "scale", "without", "vectors")] == [
+        1, 1, len(SCALES), len(patches), 2,
+    ]  # fmt: skip
+    assert shown.units == list(patches) and shown.vectors == list(vectors)
+    assert torch.equal(shown.pictures["scale"][-1], shown.pictures["vectors"][0])
+    row = prompts["segmentation"][2]
+    left = (row.region("query") * 255).round().byte()
+    assert torch.equal(shown.pictures["query"], left)
+    first = patches - PatchSet.named(patches.space, [shown.units[0]])
+    cell = answers(model, row, vectors["segmentation"], patches.space, first.choices[None])
+    assert shown.scores["without"][0] == pytest.approx(float(tasks.segmentation.score(cell, row.region("output"))))
+    shown.save(tmp_path / "shown.safetensors")
+    again = Demonstration.load(tmp_path / "shown.safetensors")
+    assert again.scores == shown.scores and torch.equal(again.pictures["scale"], shown.pictures["scale"])
+    with pytest.raises(ValueError, match="expected demonstration"):
+        vectors.save(tmp_path / "vectors.safetensors")
+        Demonstration.load(tmp_path / "vectors.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_an_animation_moves_and_repeats(shown, tmp_path, kind):
+    frames = animation(shown)
+    assert len(frames) == len(SCALES) and len({frame.tobytes() for frame in frames}) == len(frames)
+    save_animation(frames, tmp_path / f"hero.{kind}", kind)
+    with Image.open(tmp_path / f"hero.{kind}") as picture:
+        assert picture.n_frames == len(SCALES) and picture.info["loop"] == 0 and picture.size == frames[0].size
+    assert (tmp_path / f"hero.{kind}").stat().st_size < 600_000
+
+
+def test_a_bundle_comes_back(model, prompts, vectors, found, tmp_path):
+    bundle = bundles.Bundle(vectors, found)
+    bundle.compact().save(tmp_path, torch.float16)
+    again = bundles.load(tmp_path)
+    assert list(again) == ["segmentation", "lowlight"] and again["lowlight"][1] == found["lowlight"].patches
+    kept = again.vectors["lowlight"].present["decoder"].nonzero()[:, 0]
+    assert kept.tolist() == [0, *(1 + model.layout.query_band).tolist()]
+    mean = again.vectors["lowlight"].mean["decoder"][:, kept]
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, vectors["lowlight"].mean["decoder"][:, kept], rtol=1e-3, atol=1e-4)
+    again.check(model)
+    cells = [
+        answers(model, prompts["lowlight"][0], b["lowlight"][0], b["lowlight"][1].space, b["lowlight"][1].choices[None])
+        for b in (bundle, again)
+    ]
+    assert cells[0].shape == cells[1].shape
+    with pytest.raises(KeyError, match="nothing of 'identity'; choose from segmentation, lowlight"):
+        again["identity"]
+
+
+def test_a_bundle_of_another_model_is_refused(small_config, vectors, found):
+    torch.manual_seed(1)
+    other = MAEVQGAN(MAEVQGANModel(small_config()))
+    with pytest.raises(ValueError, match="the bundle of mine does not fit this model: it has other weights"):
+        bundles.Bundle(vectors, found, "mine").check(other)
+
+
+def test_what_is_no_bundle_is_one_sentence(vectors, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        bundles.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no vectors.safetensors; give a folder that `vtv run` wrote"):
+        bundles.load(tmp_path)
+    (tmp_path / "fold1").mkdir()
+    vectors.save(tmp_path / "fold1" / "vectors.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"give one of its folds \(fold1\)"):
+        bundles.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no units in search/"):
+        bundles.load(tmp_path / "fold1")
