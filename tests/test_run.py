@@ -401,13 +401,14 @@ def test_the_report_is_one_file_with_everything(finished):
         row = section[section.index('<div class="row">') : section.index('<div class="play"')]
         assert row.count("<figure><img") == 4 * len(report.PICTURES)
         assert section.count("<button") == len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
-        assert section.count("<picture>") == 2 and "Probability of every unit" in section
+        assert section.count("<picture>") == 1 and "Probability of every unit" in section
         table = Table.load(finished / "evaluation" / f"{name}.parquet")
         patched = next(line for line in table.lines() if line.condition == "task vector")
         units = len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
         assert f"<b>{patched.mean:.3f}</b>" in section and f"With {units} of 22 units" in section
         assert f"{patched.low:.3f} to {patched.high:.3f}" in section
     assert "A <b>unit</b> is one attention head at one place: cls, query or output." in page
+    assert page[page.index('<section id="searches">') :].count("<picture>") == 3 and "The searches (reinforce)" in page
     assert "Which units tasks share" in page and "units serve both tasks" in page
     assert "Which heads tell the tasks apart" in page and '"budget": 200' in html.unescape(page)
 
