@@ -7,9 +7,11 @@
 SETS are patch sets (.json) or search results (.safetensors). A file named after a task, as `vtv run` names them, or
 given as TASK=FILE is measured on that task, any other on all of --tasks. With neither SETS nor --algorithms every
 algorithm is run. An algorithm's numbers are means over its seeds, each with training prompts of its own; intervals are
-95 %, by bootstrap over prompts. Costs are differences in token loss (nats per patch) on the same prompts. The columns:
+95 %, by bootstrap over prompts. Costs are differences in the model's own loss on the same prompts, the
+token loss (nats per patch) of MAE-VQGAN. The columns:
 
-- gap closed: the way from zero-shot with nothing patched (0) to one-shot (1), in token loss; and by random units.
+- gap closed: the way from zero-shot with nothing patched (0) to one-shot (1), in loss; and by random units (16
+  draws or more, on the first 24 prompts).
 - other vector: the gap closed by the vector of another task at the same units: that of the task that closes most.
 - less a tenth: the set is cut at random into tenths and each is left out: the mean cost, and the greatest. A minimal
   set loses from every one.
@@ -18,6 +20,10 @@ algorithm is run. An algorithm's numbers are means over its seeds, each with tra
 - other tasks: with another task's vector on its prompts, the mean cost over the sets found for that task.
 - ablated: what one-shot loses when the units take the mean over tasks, and when as many random units do. A set that the
   task needs costs more. Units lie at CLS, query and output: what reads the example is never touched.
+
+Under the table stand each task's floor (copying the query) and ceiling (the tokenizer's own drawing), how many of 16 or
+more random draws each set beats by metric, uniform and matched by stage and region, and whether the task is specific:
+whether its own vector is surely better there than the best of another task.
 
 In JSON and picture only: sufficiency, the k best-scored units of an algorithm's first seed for several k. The work is
 done by `vtv_nnsight.experiment.leaderboard`.
@@ -40,7 +46,10 @@ def main() -> None:
     defaults = Leaderboard()
     parser.add_argument("sets", nargs="*", metavar="SETS", help="[TASK=]FILE")
     parser.add_argument("--algorithms", help=f"to run now, commas between them: {', '.join(search.ALGORITHMS)}")
-    parser.add_argument("--model", default=defaults.model, help="as for MAEVQGAN")
+    parser.add_argument("--model", default=defaults.model, help="as SOURCE of `vtv info`")
+    parser.add_argument("--vqgan", help="the tokenizer's own checkpoint, for a .pth that has none")
+    parser.add_argument("--embedding-type", help='of SegGPT: "semantic" or "instance"')
+    parser.add_argument("--dtype", help="precision of the weights; by default that of the source")
     parser.add_argument("--data", default=defaults.data, help="as for `vtv run`; searched on and measured on apart")
     parser.add_argument("--transfer-data", help=f"other data to measure on; beside scenes {UNSEEN!r} (other classes)")
     parser.add_argument("--tasks", default=",".join(defaults.tasks), help="commas between them")

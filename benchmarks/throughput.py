@@ -44,6 +44,7 @@ from vtv_nnsight.prompts import crop
 from vtv_nnsight.vectors import TaskVectors
 
 TASK = tasks.identity
+LOSSES = ("tokens", search.PIXELS)
 STACKS = (("encoder", "visible"), ("decoder", "decoded"))
 COMPARED = 4
 """Evaluations, and prompts, on which both ways of working must agree."""
@@ -174,14 +175,14 @@ def cases(size: str, args: argparse.Namespace) -> list[dict]:
 
     def objectives(model: MAEVQGAN, batch: int) -> dict[str, search.Objective]:
         own = dict(batch_size=batch, seed=args.seed)
-        return {loss: search.Objective(model, vector, TASK, prompts, space, loss=loss, **own) for loss in search.LOSSES}
+        return {loss: search.Objective(model, vector, TASK, prompts, space, loss=loss, **own) for loss in LOSSES}
 
     exact = objectives(single, COMPARED)
     train = exact["tokens"].train
     rows = train[torch.arange(len(choices)) % len(train)]
     few = choices[:COMPARED], rows[:COMPARED]
     expected = [released(own, exact["tokens"].prompts[int(row)]) for own, row in zip(*few)]
-    expected = dict(zip(search.LOSSES, torch.tensor(expected, dtype=torch.float64).T))
+    expected = dict(zip(LOSSES, torch.tensor(expected, dtype=torch.float64).T))
     for loss, objective in exact.items():
         torch.testing.assert_close(objective(*few), expected[loss], rtol=1e-4, atol=1e-4)
     same_collection(module, single, one_shot[:COMPARED])

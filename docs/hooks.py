@@ -88,8 +88,20 @@ def benchmarks() -> str:
     return "\n".join(lines)
 
 
+def rankings() -> str:
+    """The table of rankings of units."""
+    from vtv_nnsight.circuits import RANKINGS
+
+    lines = ["| ranking | search | a unit's score |", "|---|---|---|"]
+    for name, ranking in RANKINGS.items():
+        options = ", ".join(f"{option}={value!r}" for option, value in ranking.options.items())
+        lines.append(f"| {name} | `{ranking.algorithm}({options})` | {_cell(ranking.description)} |")
+    return "\n".join(lines)
+
+
 MARKS: dict[str, Callable[[], str]] = {
     "<!-- search.ALGORITHMS -->": algorithms,
     "<!-- vtv -->": commands,
     "<!-- benchmarks -->": benchmarks,
+    "<!-- circuits.RANKINGS -->": rankings,
 }

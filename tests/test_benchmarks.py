@@ -62,36 +62,66 @@ def test_patch_sets(tmp_path, space):
     assert sorted(rows) == sorted((task, name) for task in ("segmentation", "lowlight") for name in names)
     assert printed.count("\n| segmentation ") == printed.count("\n| lowlight ") == 5
     for task in ("segmentation", "lowlight"):
-        losses = [row["token_loss"][0] for row in found["leaderboard"] if row["task"] == task]
+        assert {row["loss_name"] for row in found["leaderboard"]} == {"token loss"}
+        losses = [row["loss"][0] for row in found["leaderboard"] if row["task"] == task]
         assert losses == sorted(losses)
         one_shot, zero_shot, everything, whole, ranking = (rows[task, name] for name in names)
         assert (one_shot["gap_closed"], zero_shot["gap_closed"]) == (1, 0)
         for same in (whole, whole["random_units"], ranking["sufficiency"][-1]):
             assert same["metric"] == pytest.approx(everything["metric"], abs=1e-4)
-            assert same["token_loss"] == pytest.approx(everything["token_loss"], rel=1e-4)
-        assert whole["other_data"]["token_loss"] == pytest.approx(everything["other_data"]["token_loss"], rel=1e-4)
+            assert same["loss"] == pytest.approx(everything["loss"], rel=1e-4)
+        assert whole["other_data"]["loss"] == pytest.approx(everything["other_data"]["loss"], rel=1e-4)
         assert whole["units"] == [whole["of_units"]] == [96] and whole["sufficiency"] == []
         assert whole["jaccard_over_seeds"] is None and whole["cost_to_other_tasks"] == {}
 
-        assert len(ranking["units"]) == len(ranking["token_loss_by_seed"]) == 2
-        assert sum(ranking["token_loss_by_seed"]) / 2 == pytest.approx(ranking["token_loss"][0], rel=1e-4)
+        assert len(ranking["units"]) == len(ranking["loss_by_seed"]) == 2
+        assert sum(ranking["loss_by_seed"]) / 2 == pytest.approx(ranking["loss"][0], rel=1e-4)
         assert all(0 <= value <= 1 for value in ranking["jaccard_over_seeds"].values())
         assert [point["units"] for point in ranking["sufficiency"]][:2] == [1, 2]
-        gap = (zero_shot["token_loss"][0] - ranking["token_loss"][0]) / (
-            zero_shot["token_loss"][0] - one_shot["token_loss"][0]
+        gap = (zero_shot["loss"][0] - ranking["loss"][0]) / (
+            zero_shot["loss"][0] - one_shot["loss"][0]
         )
         assert ranking["gap_closed"] == pytest.approx(gap)
+        assert one_shot["floor"] != one_shot["ceiling"] and f"\n{task} (" in printed
+        for name in ("random_units", "matched_random_units"):
+            drawn = ranking[name]
+            assert drawn["draws"] == 16 and 0 <= drawn["beaten"] <= 16 and drawn["prompts"] == 4
+            assert drawn["least"] < drawn["metric"][0] < drawn["most"]
+            assert whole[name]["draws"] == 16 and whole[name]["least"] == pytest.approx(whole[name]["most"], abs=1e-6)
+            assert f"ranking beats {ranking['random_units']['beaten']} of 16 random draws" in printed
         (other,) = {"segmentation", "lowlight"} - {task}
+        assert ranking["other_vectors"][other]["difference"][0] == pytest.approx(
+            ranking["other_vectors"][other]["metric"][0] - ranking["metric"][0]
+        )
         assert list(ranking["other_vectors"]) == list(whole["other_vectors"]) == [other]
-        assert whole["other_vectors"][other]["token_loss"] != whole["token_loss"]
-        cost = ranking["token_loss_on_other_tasks"][other] - rows[other, "ranking"]["token_loss"][0]
+        assert whole["other_vectors"][other]["loss"] != whole["loss"]
+        cost = ranking["loss_on_other_tasks"][other] - rows[other, "ranking"]["loss"][0]
         assert ranking["cost_to_other_tasks"] == {other: pytest.approx(cost)}
         for row in (whole, ranking):
             cost = row["cost_of_pruning_a_tenth"]
             assert cost["least"] <= cost["mean"] <= cost["most"]
-            ablated = row["mean_ablated_one_shot"]["token_loss"]
-            assert ablated[0] > one_shot["token_loss"][0] and ablated[1] <= ablated[0] <= ablated[2]
+            ablated = row["mean_ablated_one_shot"]["loss"]
+            assert ablated[0] > one_shot["loss"][0] and ablated[1] <= ablated[0] <= ablated[2]
     assert all(0 <= value <= 1 for (task, _), row in rows.items() if task == "segmentation" for value in row["metric"])
+
+
+def test_circuits(tmp_path):
+    resumed = ("--resume", tmp_path / "answers", "--measures", "loss", "log ratio")
+    found, printed = quick("circuits", tmp_path, *resumed)
+    rows = {(row["way"], row["measure"], row["ranking"], row["order"]): row for row in found["curves"]}
+    assert len(rows) == 2 * 2 * 3 * 2 and printed.count("\n| mediation ") == 2 * 2 * 2 + 1
+    assert found["units"] == {"in": 96, "out": 24 * 4 + 16 * 5}
+    for (way, measure, ranking, order), row in rows.items():
+        assert row["CPR log low"] <= row["CPR log"] <= row["CPR log high"] and row["CMD linear"] >= 0
+        if ranking == "mediation" and order == "signed":
+            assert row["CPR log"] > rows[way, measure, "random", order]["CPR log"]
+    whole = json.loads((tmp_path / "circuits" / "out-counterfactual-loss.json").read_text())
+    assert all(kept[-1] == whole["full"] for *_, kept in whole["kept"])
+    nodes = json.loads((tmp_path / "circuits" / "nodes-in-mediation.json").read_text())["nodes"]
+    assert len(nodes) == 40 and nodes["a6.h3"]["label"] == "decoder.blocks.0.attn.heads[3]"
+    known = {row["ranking"]: row for row in found["known"]}
+    assert known["mediation"]["signed"] == [1.0] and 0 <= known["random"]["signed"][0] < 1
+    assert {path.name for path in (tmp_path / "answers").iterdir()} >= {"curves-in.jsonl", "mediation-in-0.jsonl"}
 
 
 def test_every_unit_is_pruned(space):
@@ -126,14 +156,14 @@ def test_units_are_ranked_by_score_and_chosen_ones_lead_among_equals(space):
 
 
 def test_gap_closed():
-    bounds = {name: {"token_loss": [loss]} for name, loss in (("zero-shot", 5.0), ("one-shot", 3.0))}
-    assert leaderboard.gap_closed({"token_loss": [3.5]}, bounds) == 0.75
-    assert leaderboard.gap_closed({"token_loss": [3.5]}, bounds | {"zero-shot": {"token_loss": [3.0]}}) is None
+    bounds = {name: {"loss": [loss]} for name, loss in (("zero-shot", 5.0), ("one-shot", 3.0))}
+    assert leaderboard.gap_closed({"loss": [3.5]}, bounds) == 0.75
+    assert leaderboard.gap_closed({"loss": [3.5]}, bounds | {"zero-shot": {"loss": [3.0]}}) is None
 
 
 def test_losses_that_differ_end_the_benchmark():
     leaderboard.agree(2.0, 2.0001, "x")
-    with pytest.raises(RuntimeError, match="x: the token loss is 2.0 to a search and 2.1 to an evaluation"):
+    with pytest.raises(RuntimeError, match="x: the loss is 2.0 to a search and 2.1 to an evaluation"):
         leaderboard.agree(2.0, 2.1, "x")
 
 

@@ -6,15 +6,23 @@ import torch
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
 from vtv_nnsight.circuits import (
+    RANKINGS,
     Curves,
+    Kept,
+    KnownCircuit,
     answer_loss,
     answer_metric,
+    auroc,
+    by_head,
+    counterfactual,
     faithfulness,
     log_ratio,
     nodes,
+    rank,
     write_nodes,
 )
-from vtv_nnsight.vectors import zero_vector
+from vtv_nnsight.search import NamedUnits, Objective
+from vtv_nnsight.vectors import Activations, zero_vector
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +179,150 @@ def test_nodes_of_mib(model, tmp_path):
     assert written["a6.h0"]["label"] == "decoder.blocks.0.attn.heads[0]"  # the encoder has six blocks
     with pytest.raises(ValueError, match='granularity="head"'):
         nodes(PatchSpace(model), torch.zeros(96))
+    values = torch.arange(96).double()
+    summed = by_head(PatchSpace(model), values)
+    assert summed.shape == (len(heads),) and summed[0] == 0 + 1 and summed[-1] == 93 + 94 + 95
+
+
+def test_a_counterfactual_is_the_same_query_under_another_example(model, prompts):
+    rows, others = prompts["segmentation"], prompts["identity"]
+    made = counterfactual(rows, others)
+    for cell in prompts["segmentation"].layout.cells:
+        source = rows if cell in ("query", "output") else others
+        assert torch.equal(made.region(cell), source.region(cell))
+    assert not torch.equal(made.canvas, rows.canvas) and torch.equal(made.visible, rows.visible)
+    with pytest.raises(ValueError, match="2 prompts of .* cannot lend their examples to 3 prompts"):
+        counterfactual(rows, others[:2])
+
+
+def test_ablating_by_another_tasks_example(model, prompts, tmp_path, monkeypatch):
+    """All units ablated is the model under the other example, as far as heads go; one file keeps what was answered."""
+    rows, space = prompts["segmentation"], PatchSpace(model, granularity="cell")
+    other = Activations.collect(model, counterfactual(rows, prompts["identity"]), progress=False)
+    scores = {"first": torch.arange(len(space)).flip(0).double()}
+    measures = [answer_loss(model, rows), answer_metric(model, tasks.segmentation, rows)]
+    options = dict(direction="out", sizes=(0.25, 1.0), orders=["signed"], progress=False, batch_size=2)
+    loss, metric = faithfulness(
+        model, other, rows, space, scores, measures, resume=tmp_path / "answers.jsonl", **options
+    )
+    assert loss.faithfulness("first")[-1] == 1 and metric.measure == "segmentation's metric"
+    with torch.no_grad(), model.trace(rows):
+        patch(model, other, PatchSet(space, torch.arange(len(space)) >= len(space) // 4))
+        output = model.output.save()
+    truth = model.truth(rows)
+    assert np.allclose(loss.kept["first", "signed", 0][0], -model.losses[0].value(output, rows, truth), atol=1e-4)
+    alone = faithfulness(model, other, rows, space, scores, measures[0], **options)
+    assert np.allclose(alone.empty, loss.empty, atol=1e-5)
+
+    monkeypatch.setattr(model, "trace", None)  # nothing is left to ask
+    again, _ = faithfulness(model, other, rows, space, scores, measures, resume=tmp_path / "answers.jsonl", **options)
+    assert np.array_equal(again.empty, loss.empty) and again.summary().equals(loss.summary())
+    with pytest.raises(ValueError, match="answers.jsonl is of another search: its data is"):
+        faithfulness(model, other, rows[[1, 0, 2]], space, scores, measures, resume=tmp_path / "answers.jsonl",
+                     **options)  # fmt: skip
+    with pytest.raises(ValueError, match="activations of 3 prompts were given for 2"):
+        faithfulness(model, other, rows[:2], space, scores, measures[0], **options)
+
+
+def test_searching_with_a_row_for_each_prompt(model, prompts):
+    rows, space = prompts["segmentation"], PatchSpace(model, granularity="cell")
+    shown = counterfactual(rows, prompts["identity"])
+    other = Activations.collect(model, shown, progress=False)
+    objective = Objective(model, other, tasks.segmentation, rows[:2], space, held_out=rows[2:])
+    choices = torch.rand(3, len(space), generator=torch.Generator().manual_seed(0)) < 0.5
+    numbers = torch.tensor([2, 0, 1])
+    for row, chosen, found in zip(numbers.tolist(), choices, objective(choices, numbers)):
+        with torch.no_grad(), model.trace(rows[row]):
+            patch(model, other[row], PatchSet(space, chosen))
+            output = model.output.save()
+        expected = model.losses[0].value(output, rows[row], model.truth(rows[row]))
+        torch.testing.assert_close(found.float(), expected[0], rtol=1e-4, atol=1e-4)
+    for wrong, held_out in ((other[:2], rows[2:]), (other, 0.25)):
+        with pytest.raises(ValueError, match="activations of . prompts were given for 3"):
+            Objective(model, wrong, tasks.segmentation, rows[: 2 if held_out != 0.25 else 3], space, held_out=held_out)
+
+
+class Additive:
+    """An objective without a model: patching a unit raises the loss by its weight."""
+
+    def __init__(self, weights):
+        self.weights = weights
+        self.space = NamedUnits([f"unit {i}" for i in range(len(weights))])
+        self.train, self.held_out, self.group = torch.arange(8), torch.arange(8, 12), torch.zeros(12, dtype=torch.long)
+
+    def __call__(self, choices, rows):
+        return choices.double() @ self.weights
+
+    def gradient(self, gates, rows):
+        return gates.double() @ self.weights, self.weights.expand(len(gates), -1)
+
+
+@pytest.mark.parametrize("name", [name for name in RANKINGS if name not in ("random", "between/within variance")])
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_rankings_put_first_what_matters(name, direction):
+    weights = torch.tensor([0.0, 0.1, 2.0, 0.0, -0.5, 3.0], dtype=torch.float64)  # of ablating, for "out"
+    objective = Additive(weights if direction == "out" else -weights)
+    scores = rank(name, objective, direction, budget=800, progress=False)
+    first = scores.argsort(descending=True)[:2]
+    assert set(first.tolist()) == {2, 5}, scores
+    assert scores[4] < scores[[1, 2, 5]].min()
+
+
+def test_units_that_stay():
+    objective = Additive(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    kept = Kept(objective)
+    choices = torch.tensor([[True, False, False]])
+    assert kept(choices, torch.zeros(1, dtype=torch.long)).item() == 6
+    losses, gradients = kept.gradient(choices.float(), torch.zeros(1, dtype=torch.long))
+    assert losses.item() == 6 and gradients.tolist() == [[-1, -2, -4]]
+    with pytest.raises(ValueError, match="ranking 'best' is unknown; choose from attribution"):
+        rank("best", objective)
+    assert torch.equal(rank("random", objective, seed=3), rank("random", objective, seed=3))
+
+
+@pytest.fixture(scope="module")
+def known():
+    return KnownCircuit()
+
+
+@pytest.fixture(scope="module")
+def known_rows(known):
+    images = data.scenes("train", n=24, seed=0)
+    return [task.prompts(images, n=12, seed=0, layout=known.layout) for task in (tasks.segmentation, tasks.identity)]
+
+
+@pytest.fixture(scope="module")
+def known_objective(known, known_rows):
+    own, others = known_rows
+    other = Activations.collect(known, counterfactual(own, others), progress=False)
+    space = PatchSpace(known, granularity="head")
+    return Objective(known, other, tasks.segmentation, own[:8], space, held_out=own[8:])
+
+
+def test_only_the_circuit_has_an_effect(known, known_objective):
+    truth = known.circuit(known_objective.space)
+    assert truth.sum() == 4 and len(truth) == 24
+    rows = torch.zeros(24, dtype=torch.long)
+    whole = known_objective(torch.zeros(1, 24, dtype=torch.bool), rows[:1])
+    losses = known_objective(torch.eye(24, dtype=torch.bool), rows)
+    assert (losses[~truth] - whole).abs().max() < 1e-6 < 1e-3 < (losses[truth] - whole).abs().min()
+
+
+@pytest.mark.parametrize("name", [name for name in RANKINGS if name != "between/within variance"])
+def test_what_is_there_is_found(known, known_objective, name):
+    truth = known.circuit(known_objective.space)
+    scores = rank(name, known_objective, "out", budget=400, progress=False)
+    found = auroc(scores.abs() if name == "attribution" else scores, truth)
+    if name == "random":
+        assert found < 0.9
+    else:
+        assert found > {"reinforce": 0.6}.get(name, 0.95), found  # these evaluations are few steps of REINFORCE
+
+
+def test_auroc():
+    truth = torch.tensor([True, True, False, False])
+    assert auroc(torch.tensor([4.0, 3, 2, 1]), truth) == 1 and auroc(torch.tensor([1.0, 2, 3, 4]), truth) == 0
+    assert auroc(torch.tensor([3.0, 1, 2, 1]), truth) == (1 + 1 + 0 + 0.5) / 4
+    assert auroc(torch.tensor([1.0, torch.nan, 0, torch.nan]), truth) == (1 + 1 + 0 + 0.5) / 4
+    with pytest.raises(ValueError, match="4 of 4 units are of the circuit"):
+        auroc(torch.zeros(4), torch.ones(4, dtype=torch.bool))

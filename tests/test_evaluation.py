@@ -22,7 +22,11 @@ from vtv_nnsight.evaluation import (
     controls,
     random_units,
     select_prompts,
+    selection,
     specificity,
+    standing,
+    vector_pairs,
+    verdicts,
 )
 from vtv_nnsight.evaluation.table import intervals
 from vtv_nnsight.models.vit_mae import ViTMAE
@@ -285,6 +289,7 @@ def test_conditions_are_values(model, prompts, vectors, patches, table):
         (dict(patches="p"), "go together"),
         (dict(patches="p", vectors="v", ablation="zero"), "patches vectors in or silences units"),
         (dict(patches="p", ablation="mean"), "ablation='mean' is unknown; give 'zero' or a task vector"),
+        (dict(prompts=0), "prompts=0 asks nothing"),
         (dict(mode="multiply"), "mode='multiply' is unknown"),
     ],
 )
@@ -327,6 +332,68 @@ def test_controls_are_drawn_several_times(model, prompts, vectors, patches, tabl
     assert [len(cells) for cells in found.pictures["segmentation"].values()] == [2] * 6
     found.parquet(tmp_path / "values.parquet")
     assert repr(Table.load(tmp_path / "values.parquet")) == repr(found)
+
+
+def test_controls_may_ask_fewer_prompts(model, prompts, vectors, patches, table):
+    """They are compared with the others on the images that they were asked, and tables say how many these are."""
+    own = vectors["segmentation"]
+    few = controls(own, patches, vectors, draws=3, prompts=5)
+    conditions = {"one-shot": None, "task vector": (own, patches), "copy": "copy"} | few
+    found = evaluate(model, tasks.segmentation, prompts, conditions, batch_size=3, keep=0, progress=False)
+    lines = {line.condition: line for line in found.lines() if line.measure == "iou"}
+    counts = {name: (line.images, line.draws) for name, line in lines.items()}
+    assert counts == {
+        "one-shot": (7, 1),
+        "task vector": (7, 1),
+        "copy": (7, 1),
+        "random units": (2, 3),
+        "matched random units": (2, 3),
+        "vector of lowlight": (5, 1),
+    }
+    zero_shot, sets = prompts.query_only(), random_units(patches, 3)
+    each = np.array([answer(model, zero_shot[:2], own, one)[0].numpy() for one in sets])
+    np.testing.assert_allclose(found.draws("segmentation", "random units"), each.mean(1), atol=1e-6)
+    one_shot = table.values("segmentation", "one-shot")
+    assert lines["random units"].difference == pytest.approx((each - one_shot[:2]).mean())
+    other = table.values("segmentation", "vector of lowlight")[:5]
+    mine = table.values("segmentation", "task vector")
+    assert lines["vector of lowlight"].mean == pytest.approx(other.mean())
+    assert "random units, 3 draws, 2 images" in repr(found) and "vector of lowlight, 5 images" in repr(found)
+    place = standing(found, "segmentation")
+    expected = (int((mine[:2].mean() > each.mean(1)).sum()), 3, each.mean(1).min(), each.mean(1).max())
+    assert place == pytest.approx(expected)
+    pairs = vector_pairs(found).set_index("vector")
+    assert list(pairs.index) == ["segmentation", "lowlight"] and set(pairs.images) == {5}
+    assert pairs["mean"]["segmentation"] == pytest.approx(mine[:5].mean())
+    assert pairs.difference["lowlight"] == pytest.approx((other - mine[:5]).mean())
+    with pytest.raises(ValueError, match="no 'random units' of 'lowlight'"):
+        standing(found, "lowlight")
+    with pytest.raises(ValueError, match="no vector of another task"):
+        vector_pairs(evaluate(model, tasks.segmentation, prompts, {"x": None}, keep=0, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("shift", "words"),
+    [
+        (0.2, "Not specific: the vector of lowlight does as well at these units (+0.200 [+0.200, +0.200])."),
+        (-0.2, "Specific: no other vector does as well; the best, of lowlight, is off by -0.200 [-0.200, -0.200]."),
+    ],
+)
+def test_verdicts_are_sentences(shift, words):
+    drawn = [("random units", 0, 0.25), ("random units", 1, 0.75), ("matched random units", 0, 0.875)]
+    rows = [("task vector", 0, 0.5), ("copy", 0, 0.625), ("tokenizer", 0, 0.9375), *drawn]
+    rows += [("matched random units", 1, 0.75), ("vector of lowlight", 0, 0.5 + shift)]
+    about = {"task": "segmentation", "metric": "iou", "fold": 0, "image": range(4)}
+    frames = [pd.DataFrame(about | {"condition": name, "draw": i, "score": score}) for name, i, score in rows]
+    table = Table(pd.concat(frames))
+    (said,) = verdicts(table)
+    assert said == (
+        "segmentation: mIoU ↑ 0.500 with the task vector; copy, the floor, has 0.625 and tokenizer, the ceiling, has "
+        "0.938. Copying the query scores better than the task vector does. The found units beat 1 of 2 draws of random "
+        "units (from 0.250 to 0.750; 4 queries). The found units beat 0 of 2 draws of matched random units (from 0.750 "
+        f"to 0.875; 4 queries). {words}"
+    )
+    assert verdicts(Table(pd.concat(frames[1:3]))) == []
 
 
 def test_specificity_is_every_vector_on_every_task(model, images, vectors, patches):
@@ -483,6 +550,39 @@ def test_selected_prompts_are_the_best_that_share_no_image(model, images):
     assert torch.equal(selected.canvas, candidates.canvas[best])
     with pytest.raises(ValueError, match="share no image and 20 were asked"):
         select_prompts(model, tasks.segmentation, images, 20, candidates=25, progress=False)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_duplicates_are_removed_as_released(higher):
+    """Of one example, then of one query, the lowest metric stays, even where more is better."""
+    generator = np.random.default_rng(0)
+    rows, metric = generator.integers(8, size=(60, 2)), torch.from_numpy(generator.permutation(60).astype(float))
+    ordered = sorted(range(60), key=lambda i: metric[i])
+    by_example = {}
+    for i in ordered:
+        by_example.setdefault(rows[i, 0], i)
+    by_query = {}
+    for i in by_example.values():
+        by_query.setdefault(rows[i, 1], i)
+    expected = sorted(by_query.values(), key=lambda i: metric[i], reverse=higher)
+    assert selection._published(-metric if higher else metric, rows, higher) == expected
+
+
+def test_candidates_of_ones_own(model, images):
+    images = [{"image": row["image"]} for row in images]
+    drawn = tasks.draw_queries(images, [3, 4, 5, 3], seed=2)
+    assert drawn.rows[:, 1].tolist() == [3, 4, 5, 3] and len(drawn) == 4
+    options = dict(layout=model.layout, progress=False, drawn=drawn)
+    kept = select_prompts(model, tasks.lowlight, images, 2, duplicates="published", **options)
+    canvases = tasks.lowlight.compose(images, drawn, model.layout).canvas
+    assert all(any(torch.equal(canvas, other) for other in canvases) for canvas in kept.canvas)
+    with pytest.raises(ValueError, match="4 candidates of 'lowlight' hold"):
+        select_prompts(model, tasks.lowlight, images, 4, **options)
+    with pytest.raises(ValueError, match="duplicates='all' is unknown; choose from apart, published"):
+        select_prompts(model, tasks.lowlight, images, 1, duplicates="all", **options)
+    few = [{"image": images[0]["image"], "label": i} for i in range(2)]
+    with pytest.raises(ValueError, match="row 1 has 0 others of its class and a prompt needs 1"):
+        tasks.draw_queries(few, [1])
 
 
 def test_bad_input(model, prompts, vectors, patches, table):

@@ -1,16 +1,26 @@
+import hashlib
 import sys
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from vtv_nnsight import cli, data, tasks
-from vtv_nnsight.data.pascal import CLASSES, detection, pascal
+from vtv_nnsight import MAEVQGAN, cli, data, tasks
+from vtv_nnsight.data.pascal import CLASSES, Entry, detection, pascal, published_list
+from vtv_nnsight.evaluation import Table
+from vtv_nnsight.experiment import Settings, protocol, run, steps
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.report import page as report
+from vtv_nnsight.report import reading
 from vtv_nnsight.vectors import TaskVectors
 
 SIZE = (48, 36)
+DIGEST = "ab33f1b4f213fe8a26c921f9bbd2e27ed002cc1148c1b364a7e988e93df3347c"
+"""Of the eight published lists, one after the other."""
 
 
 def label_map(*boxes, border=None):
@@ -75,7 +85,8 @@ def voc(root):
 
 @pytest.fixture
 def load(root, tmp_path):
-    return lambda *args, **kwargs: pascal(root, *args, cache_dir=tmp_path / "cache", **kwargs)
+    """Of lists made of the masks, unless told otherwise."""
+    return lambda *args, **kwargs: pascal(root, *args, **{"splits": "masks", "cache_dir": tmp_path / "cache"} | kwargs)
 
 
 def names(images):
@@ -147,12 +158,32 @@ def splits(root):
     return folder
 
 
-def test_published_lists_are_taken_where_they_are(load, splits, root):
+def test_lists_of_ones_own_are_taken_where_they_are(load, splits, root):
     (splits / "trn" / "fold0.txt").write_text("a2__02\na3__02\n")
-    assert names(load(0, "trn")) == [("a2", 2), ("a3", 2)]
+    assert names(load(0, "trn", splits="splits")) == [("a2", 2), ("a3", 2)]
     splits.rename(root / "elsewhere")
     assert len(load(0, "trn")) == 4
     assert names(load(0, "trn", splits=root / "elsewhere")) == [("a2", 2), ("a3", 2)]
+
+
+def test_published_lists_are_the_default(load, root, monkeypatch):
+    """Those of OSLSM, by way of HSNet, as both papers' code has them."""
+    lists = {(split, fold): published_list(split, fold) for split in ("trn", "val") for fold in range(4)}
+    counts = [len(lists[split, fold]) for split in ("trn", "val") for fold in range(4)]
+    assert counts == [2286, 3425, 5883, 2086, 346, 451, 725, 346]
+    assert all({entry.label for entry in rows} == {5 * fold + i for i in range(5)} for (_, fold), rows in lists.items())
+    pictures = {half: {e.name for f in range(4) for e in lists[half, f]} for half in ("trn", "val")}
+    assert not pictures["trn"] & pictures["val"]
+    assert [str(lists["trn", 0][i]) for i in (0, -1)] == ["2007_000032__01", "2011_003262__05"]
+    digest = hashlib.sha256("".join(f"{e}\n" for rows in lists.values() for e in rows).encode()).hexdigest()
+    assert digest == DIGEST
+    with pytest.raises(ValueError, match="the published list .*:masks lists what is there.* names 2279 pictures"):
+        pascal(root, 0, "trn")
+    module = sys.modules[pascal.__module__]
+    own = {"trn/fold1.txt": [("a3", 6), ("a1", 7)], "trn/fold2.txt": [("a2", 11)]}
+    monkeypatch.setattr(module, "_published_lists", lambda: {f: [module.Entry(*e) for e in v] for f, v in own.items()})
+    with pytest.warns(UserWarning, match="one picture"):
+        assert names(pascal(root / "VOCdevkit", (1, 2), "trn")) == [("a3", 7), ("a1", 8), ("a2", 12)]
 
 
 @pytest.mark.parametrize(
@@ -167,13 +198,13 @@ def test_published_lists_are_taken_where_they_are(load, splits, root):
 def test_bad_lists_are_refused(load, splits, text, words):
     (splits / "trn" / "fold0.txt").write_text(text)
     with pytest.raises(ValueError, match=words):
-        load(0, "trn")
+        load(0, "trn", splits="splits")
 
 
 def test_a_missing_list_is_named(load, splits):
     (splits / "val" / "fold2.txt").unlink()
     with pytest.raises(FileNotFoundError, match="val/fold2.txt"):
-        load(2, "val")
+        load(2, "val", splits="splits")
 
 
 @pytest.mark.parametrize(
@@ -264,29 +295,117 @@ def cached(monkeypatch, tmp_path):
 
 
 def test_data_by_name(root, cached):
-    assert names(data.load(f"pascal:{root}:0", "train")) == [("a1", 1), ("a2", 1), ("a2", 2), ("a3", 2)]
-    assert names(data.load(f"pascal:{root}:0", "test")) == names(data.load(f"pascal:{root}:0", "val"))
+    assert names(data.load(f"pascal:{root}:0:masks", "train")) == [("a1", 1), ("a2", 1), ("a2", 2), ("a3", 2)]
+    assert names(data.load(f"pascal:{root}:0:masks", "test")) == names(data.load(f"pascal:{root}:0:masks", "val"))
     with pytest.warns(UserWarning, match="one picture"):
-        everything = data.load(f"pascal:{root}", "validation")
+        everything = data.load(f"pascal:{root}:masks", "validation")
     assert names(everything) == [("b1", 1), ("b2", 1), ("b3", 6)]
     assert names(data.load(f"detection:{root}", "train")) == [("a1", 8), ("a3", 8)]
-    few = [names(data.load(f"pascal:{root}:0", "train", n=2, seed=seed)) for seed in range(9)]
+    few = [names(data.load(f"pascal:{root}:0:masks", "train", n=2, seed=seed)) for seed in range(9)]
     assert {len(rows) for rows in few} == {2} and len({str(rows) for rows in few}) > 1
     assert len(data.load("reasoning:color+size", n=4)) == 4
     for spec in ("pascal:", "nowhere", "reasoning"):
         with pytest.raises(ValueError, match=f"'{spec}' is not a source of data; give scenes, .*pascal:ROOT"):
             data.load(spec)
     with pytest.raises(ValueError, match="split='trian'"):
-        data.load(f"pascal:{root}:0", "trian")
+        data.load(f"pascal:{root}:0:masks", "trian")
+
+
+@pytest.fixture
+def published(root, voc, monkeypatch):
+    """Lists of 16 training and 6 validation pictures in each fold, two classes each, in place of the published ones."""
+    lists = {}
+    for half, count in (("trn", 16), ("val", 6)):
+        for fold in range(4):
+            entries = [Entry(f"{half}{fold}{i:02d}", 5 * fold + (i % 3 == 2)) for i in range(count)]
+            lists[f"{half}/fold{fold}.txt"] = entries
+            for i, (name, label) in enumerate(entries):
+                colour = (60 * fold, 15 * i, 255 if half == "trn" else 0)
+                Image.new("RGB", SIZE, colour).save(voc / "JPEGImages" / f"{name}.jpg", quality=95)
+                label_map((label + 1, 2, 2, 12 + i, 20)).save(voc / "SegmentationClassAug" / f"{name}.png")
+    monkeypatch.setattr(sys.modules[pascal.__module__], "_published_lists", lambda: lists)
+    return lists
+
+
+def test_candidates_are_the_lists_in_order(published, root):
+    """Of folds 1 to 3; a list that is too short is begun again, and examples are of the query's class."""
+    rows = pascal(root, protocol.VECTOR_FOLDS, "trn")
+    drawn = protocol.candidates(rows, n=20)
+    expected = [16 * fold + i % 16 for fold in range(3) for i in range(20)]
+    assert drawn.rows[:, -1].tolist() == expected
+    labels = np.array(rows.with_format(None)["label"])
+    assert (labels[drawn.rows[:, 0]] == labels[drawn.rows[:, 1]]).all() and (drawn.rows[:, 0] != drawn.rows[:, 1]).all()
+    assert (drawn.rows == protocol.candidates(rows, n=20).rows).all()
+    assert (drawn.rows != protocol.candidates(rows, n=20, seed=1).rows).any()
+
+
+def test_the_published_protocol(published, root, small_config, tmp_path, monkeypatch):
+    """Vectors of folds 1 to 3, a search on the first images of a fold, and one set for all folds."""
+    model = tmp_path / "model"
+    MAEVQGANModel(small_config()).save_pretrained(model)
+    searched, evaluated = [], []
+
+    def search(model, vectors, tasks, prompts, space, settings, **options):
+        (held_out,) = options["held_out"]
+        searched.append((tasks[0].name, prompts[0].query_only().canvas, held_out))
+        return own_search(model, vectors, tasks, prompts, space, settings, **options)
+
+    def evaluate(model, task, prompts, conditions, **options):
+        evaluated.append((options["fold"], prompts))
+        return own_evaluate(model, task, prompts, conditions, **options)
+
+    own_search, own_evaluate = steps.search, steps.evaluate_conditions
+    monkeypatch.setattr(steps, "search", search)
+    monkeypatch.setattr(steps, "evaluate_conditions", evaluate)
+    monkeypatch.setattr(report, "write", lambda out: out / "report.html")
+    settings = Settings(
+        model=str(model), data=f"pascal:{root / 'VOCdevkit'}", folds=(0, 2), search_fold=3, tasks=("segmentation",),
+        prompts=6, candidates=16, test_prompts=7, draws=1, budget=60, search="random", loss="pixels",
+        protocol="published",
+    )  # fmt: skip
+    out = tmp_path / "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(out, settings, progress=False)
+    layout = MAEVQGAN(str(model)).layout
+    task = tasks.segmentation
+    ((name, trained, held_out),) = searched
+    assert name == "segmentation" and len(trained) == 10 and len(held_out) == 6
+    train, apart = protocol.search_prompts(task, pascal(root, 3, "trn"), layout)
+    assert torch.equal(trained, train.canvas) and torch.equal(held_out.canvas, apart.canvas)
+    assert [fold for fold, _ in evaluated] == [0, 2]
+    for fold, prompts in evaluated:
+        assert len(prompts) == 7
+        rows = pascal(root, fold, "val")
+        queries = [task.prompt(rows[0], rows[i % 6], layout).region("query") for i in range(7)]
+        assert torch.equal(prompts.region("query"), torch.cat(queries))
+    files = ("prompts.safetensors", "vectors.safetensors", "search/segmentation.safetensors")
+    assert all((out / "fold0" / file).samefile(out / "fold2" / file) for file in files)
+    assert list(reading.read(out).results["segmentation"]) == ["fold0", "fold2"]
+    assert TaskVectors.load(out / "fold0" / "vectors.safetensors")["segmentation"].count == 6
+    run(out, settings, progress=False)
+    assert len(searched) == 1 and len(evaluated) == 2
+    with pytest.raises(ValueError, match="search_fold was 3 and is 1"):
+        run(out, replace(settings, search_fold=1), progress=False)
 
 
 def test_task_vectors_of_a_voc_tree(root, cached, small_config, tmp_path, monkeypatch):
     MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
     out = tmp_path / "vectors.safetensors"
-    options = ("--tasks", "segmentation,lowlight", "--data", f"pascal:{root}:0", "--split", "train", "--n", "3")
+    options = ("--tasks", "segmentation,lowlight", "--data", f"pascal:{root}:0:masks", "--split", "train", "--n", "3")
     monkeypatch.setattr("sys.argv", ["vtv", "collect", str(tmp_path / "model"), *options, "-o", str(out)])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 0
     vectors = TaskVectors.load(out)
     assert {name: vector.count for name, vector in vectors.items()} == {"segmentation": 3, "lowlight": 3}
+
+
+def test_evaluation_as_published_is_over_folds(published, root, small_config, tmp_path):
+    MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
+    args = ["evaluate", tmp_path / "model", "--data", f"pascal:{root}", "--published", "--n", 7, "-o", tmp_path / "out"]
+    result = CliRunner().invoke(cli.app, list(map(str, args)))
+    assert result.exit_code == 0, result.output
+    frame = Table.load(tmp_path / "out" / "values.parquet").frame
+    assert frame.groupby("fold").image.nunique().to_dict() == dict.fromkeys(range(4), 7)
+    assert "segmentation, 28 images" in result.output

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from vtv_nnsight import MAEVQGAN, cli, data, tasks
 from vtv_nnsight.cli import start
-from vtv_nnsight.evaluation import Table
+from vtv_nnsight.evaluation import Table, standing, verdicts
 from vtv_nnsight.experiment import STEPS, run
 from vtv_nnsight.experiment import steps as runs
 from vtv_nnsight.experiment.settings import PUBLISHED, QUICK, Settings
@@ -32,7 +32,7 @@ from vtv_nnsight.vectors import TaskVectors
 pytestmark = pytest.mark.timeout(900)
 
 TASKS = ("segmentation", "lowlight")
-SMALL = dict(tasks=TASKS, max_images=40, prompts=8, candidates=30, budget=200, test_prompts=6)
+SMALL = dict(tasks=TASKS, max_images=40, prompts=8, candidates=30, budget=200, test_prompts=6, draws=2)
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +276,7 @@ def test_two_processes_write_what_one_writes(finished, model, tmp_path):
         ({"budget": 20}, "budget=20 is too small for reinforce"),
         ({"search": "greedy", "budget": 30}, "budget=30 is too small for greedy"),
         ({"search": "gates", "loss": "pixels"}, "loss='pixels' has no gradient"),
+        ({"loss": "taste"}, "loss='taste' is unknown; choose from tokens, pixels"),
         ({"search": "ranking", "tasks": ("lowlight",)}, "give two tasks or more"),
         ({"candidates": 5}, "candidates=5 are fewer than the prompts=8"),
         ({"prompts": 1}, "1 prompts and held_out=0.25 leave 0 to train on"),
@@ -377,7 +378,7 @@ def test_what_pictures_cannot_serve(photographs, model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"loss": "taste"}, {"prompts": 0}, {"test_prompts": -1}])
+@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"dtype": "int8"}, {"prompts": 0}, {"test_prompts": -1}])
 def test_settings_that_lead_nowhere_are_refused_at_once(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"^{name}={value!r} "):
@@ -407,8 +408,15 @@ def test_the_report_is_one_file_with_everything(finished):
         units = len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
         assert f"<b>{patched.mean:.3f}</b>" in section and f"With {units} of 22 units" in section
         assert f"{patched.low:.3f} to {patched.high:.3f}" in section
+        assert "random units, 2 draws" in section and "The floor, copying the query, is" in section
+        for drawn in ("random units", "matched random units"):
+            place = standing(table, name, drawn)
+            assert f"The found units beat {place.beaten} of 2 draws of {drawn}" in section
+    assert "Is it the task&#39;s own vector?" in page or "Is it the task's own vector?" in page
     assert "A <b>unit</b> is one attention head at one place: cls, query or output." in page
-    assert page[page.index('<section id="searches">') :].count("<picture>") == 3 and "The searches (reinforce)" in page
+    section = page[page.index('<section id="searches">') :]
+    section = section[: section.index("</section>")]
+    assert section.count("<picture>") == 1 and "The searches (reinforce)" in section
     assert "Which units tasks share" in page and "units serve both tasks" in page
     assert "Which heads tell the tasks apart" in page and '"budget": 200' in html.unescape(page)
 
@@ -473,6 +481,7 @@ def test_a_run_ends_with_its_table(finished, capsys):
     table = Table.load(finished / "evaluation" / "lowlight.parquet")
     assert all(name in said for name in (*TASKS, "mIoU ↑", "MSE ↓", "one-shot", "zero-shot", "task vector"))
     assert all(f"{table.values('lowlight', name).mean():.3f}" in said for name in start.SHOWN)
+    assert verdicts(table)[0] in said.replace("\n", " ")
 
 
 def test_interrupting_says_how_to_go_on(vtv, monkeypatch):

@@ -1,9 +1,13 @@
-"""Find, inspect and use visual task vectors in MAE-VQGAN: an nnsight plugin.
+"""Find, inspect and use visual task vectors in MAE-VQGAN and its like: an nnsight plugin.
 
 The public names are imported when they are first used, so that `vtv --help` does not wait for torch.
 """
 
 from importlib import import_module
+
+from vtv_nnsight import _moved
+
+_moved.install()
 
 _MODULES = ("bundles", "circuits", "data", "metrics", "search", "tasks")
 _HOMES = {

@@ -17,7 +17,7 @@ from vtv_nnsight.layouts import Layout, positions
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.stages import ByStage, device_of
+from vtv_nnsight.stages import ByStage, device_of, fitting_rows
 
 
 def activations(
@@ -25,7 +25,7 @@ def activations(
     prompts: Mapping[str, VisualPrompt],
     region: str = "query",
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> ByStage:
     """What every head says of every prompt, averaged over a region.
@@ -53,7 +53,7 @@ def activations(
             index = {stage: own.to(device) for stage, own in tokens.items() if len(own)}
             if not index:
                 raise ValueError(f"no stage sees {region!r} of these prompts; choose another region.")
-            for batch in rows.split(batch_size):
+            for batch in rows.split(batch_size or fitting_rows(model)):
                 with torch.no_grad(), model.trace(batch.to(device)):
                     means = {
                         stage: [

@@ -44,6 +44,10 @@ class Metric:
     def __call__(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.function(prediction, target)
 
+    def better(self, score: float, other: float) -> bool:
+        """Whether a score is better than another."""
+        return score > other if self.higher_is_better else score < other
+
     def __str__(self) -> str:
         return self.name
 

@@ -136,6 +136,15 @@ def device_of(model: InContextModel) -> torch.device:
     return model.device
 
 
+def fitting_rows(model: InContextModel, rows: int = 32) -> int:
+    """Prompts per forward, where a user does not say: `rows` on a canvas of 14×14 patches, as the papers' are, and
+    fewer on one of more patches, such as Painter's of 56×56."""
+    return max(1, rows * PAPERS_PATCHES // max(PAPERS_PATCHES, model.layout.num_patches))
+
+
+PAPERS_PATCHES = 14 * 14
+
+
 def _agree(name: str, found: Any, expected: Any) -> bool:
     if name == "mask token":
         a, b = torch.tensor(found), torch.tensor(expected)

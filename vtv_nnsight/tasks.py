@@ -598,6 +598,31 @@ def draw(images: Any, n: int, examples: int = 1, seed: int | np.random.Generator
     return Draw(draw_rows(images, n, examples, generator), generator.random((n, 2)))
 
 
+def draw_queries(images: Any, queries: Sequence[int], examples: int = 1, seed: int | np.random.Generator = 0) -> Draw:
+    """Draw the examples of given queries at random, of the query's class where the data has labels; and the places.
+
+    Args:
+        images: A datasets.Dataset or a sequence of rows.
+        queries: Row numbers, one for each prompt.
+        examples: For each prompt.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError: when a query has too few others of its class.
+    """
+    generator = np.random.default_rng(seed)
+    labels = _column(images, "label")
+    labels = np.zeros(len(images)) if labels is None else labels
+    groups = {label: np.flatnonzero(labels == label) for label in np.unique(labels[list(queries)])}
+    rows = []
+    for query in queries:
+        others = groups[labels[query]][groups[labels[query]] != query]
+        if len(others) < examples:
+            raise ValueError(f"row {query} has {len(others)} others of its class and a prompt needs {examples}.")
+        rows.append([*generator.choice(others, size=examples, replace=False), query])
+    return Draw(np.array(rows, dtype=np.int64).reshape(len(rows), examples + 1), generator.random((len(rows), 2)))
+
+
 def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator) -> np.ndarray:
     """Draw rows for prompts: [n, examples + 1] row numbers, the query last.
 

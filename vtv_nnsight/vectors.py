@@ -41,6 +41,7 @@ from vtv_nnsight.stages import (
     check_compatible,
     device_of,
     fingerprint,
+    fitting_rows,
     geometry,
     layout_of,
     stages_of,
@@ -260,7 +261,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         prompts: Mapping[str, VisualPrompt],
         *,
         sites: str | Sequence[str] = HEADS,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         resume: str | Path | None = None,
         progress: bool = True,
     ) -> TaskVectors:
@@ -273,7 +274,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             model: The model, on its device and in its dtype.
             prompts: Task name → prompts, one or more of each and all of one layout.
             sites: What to average: "heads", "attn", "mlp", "residual", or several of them (see `sites`).
-            batch_size: Rows a trace.
+            batch_size: Rows a trace; None is `stages.fitting_rows`, 32 for MAE-VQGAN.
             resume: A file for the state, written every few seconds; a run that finds it goes on where it stopped.
             progress: Show a progress bar.
 
@@ -291,7 +292,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             for task, rows in prompts.items():
                 bar.set_postfix_str(task)
                 rows = rows[found[task].count :] if task in found else rows
-                for batch in rows.split(batch_size):
+                for batch in rows.split(batch_size or fitting_rows(model)):
                     new = measure(model, batch.to(device), sites)
                     found[task] = _merge(found[task], new) if task in found else new
                     bar.update(len(batch))

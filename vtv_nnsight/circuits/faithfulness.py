@@ -19,7 +19,12 @@ what is left without any unit. Two directions:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +35,9 @@ from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSpace, patch
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.stages import device_of
-from vtv_nnsight.vectors import TaskVector
+from vtv_nnsight.search.journal import Answer, Journal, digest
+from vtv_nnsight.stages import device_of, fingerprint
+from vtv_nnsight.vectors import Activations, TaskVector
 
 DIRECTIONS = ("in", "out")
 ORDERS = ("signed", "absolute")
@@ -40,36 +46,43 @@ ORDERS = ("signed", "absolute")
 
 def faithfulness(
     model: InContextModel,
-    vector: TaskVector,
+    vector: TaskVector | Activations,
     prompts: VisualPrompt,
     space: PatchSpace,
     rankings: Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
-    measure: Measure,
+    measure: Measure | Sequence[Measure],
     *,
     direction: str = "in",
     sizes: Sequence[float] = SIZES,
     orders: Sequence[str] = ORDERS,
     batch_size: int = 32,
+    resume: str | os.PathLike | None = None,
     progress: bool = True,
-) -> Curves:
+) -> Curves | list[Curves]:
     """The faithfulness curves of rankings, on the same prompts.
 
     Args:
         model: The model, on its device and in its dtype.
         vector: "in": what is patched in, the task's vector. "out": what takes the place of the units that are ablated,
-            such as `vectors.zero_vector(model)` or `vectors.mean()`.
+            such as `vectors.zero_vector(model)`, `vectors.mean()`, or `Activations` with a row for each prompt, those
+            of `counterfactual` prompts.
         prompts: One-shot, with the truth in their output cells; "in" shows their queries alone.
         space: The units. "out" ablates what the space names and leaves the rest, so that its groups should hold the
             example's cells, too (granularity "cell").
         rankings: Name → a score for each unit [unit], high where it matters; or several, one for each seed.
-        measure: m, of these very prompts.
+        measure: m, of these very prompts; or several, which share the forwards.
         direction: "in" or "out".
         sizes: Shares of the units, in (0, 1].
         orders: "signed", "absolute", or both.
         batch_size: Rows of a trace.
+        resume: A file that keeps the answers; a run that finds it goes on where it stopped.
+
+    Returns:
+        Curves of the measure, or a list of them for several.
 
     Raises:
-        ValueError: for an unknown direction or order, shares out of range, or scores that are not one for each unit.
+        ValueError: for an unknown direction or order, shares out of range, scores that are not one for each unit,
+            activations that are not one for each prompt, or a file of another run.
     """
     if direction not in DIRECTIONS or not set(orders) <= set(ORDERS):
         raise ValueError(
@@ -78,6 +91,9 @@ def faithfulness(
         )
     if not sizes or not all(0 < size <= 1 for size in sizes):
         raise ValueError(f"sizes={list(sizes)} are not shares of the units; give numbers above 0, up to 1.")
+    if isinstance(vector, Activations) and len(vector) != len(prompts):
+        raise ValueError(f"activations of {len(vector)} prompts were given for {len(prompts)}; give a row for each.")
+    measures = [measure] if isinstance(measure, Measure) else list(measure)
     ranked = _orders(rankings, orders, len(space))
     counts = [round(size * len(space)) for size in sizes]
     nothing, everything = (torch.full((len(space),), value) for value in (False, True))
@@ -85,19 +101,29 @@ def faithfulness(
     for order in ranked.values():
         sets |= {_key(chosen): chosen for chosen in _prefixes(order, counts)}
     device = device_of(model)
-    shown = (prompts if direction == "out" else prompts.query_only()).to(device)
-    values = dict(zip(sets, _values(model, vector.to(device), shown, space, list(sets.values()), measure, direction,
-                                    batch_size, progress)))  # fmt: skip
-    if direction == "out":
-        full = values[_key(everything)]
-    else:
-        (full,) = _values(model, vector.to(device), prompts.to(device), space, [nothing], measure, direction,
-                          batch_size, progress=False)  # fmt: skip
-    kept = {
-        name: np.stack([values[_key(chosen)] for chosen in _prefixes(order, counts)])
-        for name, order in ranked.items()
-    }
-    return Curves(direction, measure.name, tuple(sizes), tuple(counts), full, values[_key(nothing)], kept)
+    prompts = prompts.to(device)
+    vector = vector if isinstance(vector, Activations) else vector.to(device)
+    ask = _asking(model, vector, space, measures, direction, batch_size)
+    total = len(prompts) * (len(sets) + (direction == "in"))
+    settings = _settings(model, vector, prompts, space, measures, direction)
+    with (
+        closing(Journal(resume, settings)) as journal,
+        progress_bar(total=total, desc=f"curves, {direction}", unit="answer", disable=not progress) as bar,
+    ):
+        shown = prompts if direction == "out" else prompts.query_only()
+        values = dict(zip(sets, _values(ask, shown, list(sets.values()), batch_size, len(measures), journal, bar)))
+        if direction == "out":
+            full = values[_key(everything)]
+        else:
+            (full,) = _values(ask, prompts, [nothing], batch_size, len(measures), journal, bar)
+    curves = []
+    for i, own in enumerate(measures):
+        kept = {
+            name: np.stack([values[_key(chosen)][i] for chosen in _prefixes(order, counts)])
+            for name, order in ranked.items()
+        }
+        curves.append(Curves(direction, own.name, tuple(sizes), tuple(counts), full[i], values[_key(nothing)][i], kept))
+    return curves[0] if isinstance(measure, Measure) else curves
 
 
 def _orders(
@@ -123,33 +149,79 @@ def _key(chosen: torch.Tensor) -> bytes:
     return chosen.numpy().tobytes()
 
 
-@torch.no_grad()
-def _values(
+def _asking(
     model: InContextModel,
-    vector: TaskVector,
-    prompts: VisualPrompt,
+    vector: TaskVector | Activations,
     space: PatchSpace,
-    sets: Sequence[torch.Tensor],
-    measure: Measure,
+    measures: Sequence[Measure],
     direction: str,
     batch_size: int,
-    progress: bool = True,
+) -> Callable[[VisualPrompt, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function of prompts, the first units [row, unit] and prompt numbers [row] that gives m of them, [row, measure].
+    Every row of a batch has a set of its own."""
+    narrows = all(own.narrows for own in measures)
+
+    @torch.no_grad()
+    def ask(prompts: VisualPrompt, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        device = prompts.device
+        patched = ~choices if direction == "out" else choices
+        batch, mask = prompts[rows.to(device)], space.mask(patched.to(device))
+        new = vector[rows].to(device) if isinstance(vector, Activations) else vector
+        answered = batch
+        with model.trace(batch):
+            patch(model, new, mask)
+            if narrows:
+                answered = model.narrow(batch).save()
+            output = model.output.save()
+        values = [own.value(output, answered, rows.to(device)).double().cpu() for own in measures]
+        return torch.stack(values, dim=1)
+
+    return ask
+
+
+def _values(
+    ask: Callable,
+    prompts: VisualPrompt,
+    sets: Sequence[torch.Tensor],
+    batch_size: int,
+    measures: int,
+    journal: Journal,
+    bar: Any,
 ) -> list[np.ndarray]:
-    """m of every prompt under every set: an array [prompt] for each set. Every row of a batch has a set of its own."""
-    choices, device = torch.stack(list(sets)), prompts.device
-    patched = ~choices if direction == "out" else choices
+    """m of every prompt under every set: an array [measure, prompt] for each set."""
+    choices, started = torch.stack(list(sets)), time.perf_counter()
     which = torch.arange(len(sets)).repeat_interleave(len(prompts))
     rows = torch.arange(len(prompts)).repeat(len(sets))
     values = []
-    with progress_bar(total=len(rows), unit="answer", disable=not progress) as bar:
-        for own, at in zip(which.split(batch_size), rows.split(batch_size)):
-            batch = prompts[at.to(device)]
-            mask, answered = space.mask(patched[own].to(device)), batch
-            with model.trace(batch):
-                patch(model, vector, mask)
-                if measure.narrows:
-                    answered = model.narrow(batch).save()
-                output = model.output.save()
-            values.append(measure.value(output, answered, at.to(device)).double().cpu())
-            bar.update(len(at))
-    return list(torch.cat(values).view(len(sets), len(prompts)).numpy())
+    for own, at in zip(which.split(batch_size), rows.split(batch_size)):
+        query = digest(choices[own], at)
+        if journal.peek():
+            answer = journal.take(query, len(at), len(at) * measures).values
+        else:
+            answer = ask(prompts, choices[own], at).flatten()
+            journal.write(Answer(query, len(at), time.perf_counter() - started, answer))
+        values.append(answer.view(len(at), measures))
+        bar.update(len(at))
+    return list(torch.cat(values).view(len(sets), len(prompts), measures).mT.numpy())
+
+
+def _settings(
+    model: InContextModel,
+    vector: TaskVector | Activations,
+    prompts: VisualPrompt,
+    space: PatchSpace,
+    measures: Sequence[Measure],
+    direction: str,
+) -> dict[str, Any]:
+    """What the answers depend on, in words and digests (JSON values)."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for tensor in (prompts.canvas, *vector.values.values()):
+        hasher.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return {
+        "algorithm": "faithfulness",
+        "direction": direction,
+        "measures": [own.name for own in measures],
+        "model": fingerprint(model),
+        "data": hasher.hexdigest(),
+        "space": space.fingerprint,
+    }

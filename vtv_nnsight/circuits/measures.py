@@ -49,9 +49,7 @@ def answer_metric(model: InContextModel, task: Task, prompts: VisualPrompt) -> M
     return Measure(f"{task.name}'s metric", value, False)
 
 
-def log_ratio(
-    model: InContextModel, prompts: VisualPrompt, others: VisualPrompt, loss: str | None = None
-) -> Measure:
+def log_ratio(model: InContextModel, prompts: VisualPrompt, others: VisualPrompt, loss: str | None = None) -> Measure:
     """log p(answer of `prompts`) − log p(answer of `others`): how much more likely the one task's answer is than the
     other's to the same queries, a mean over the output's patches. What a logit difference is of language models.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from vtv_nnsight.files import write_text
 from vtv_nnsight.patches import PatchSet, PatchSpace
 
@@ -36,6 +38,13 @@ def nodes(space: PatchSpace, scores, chosen: PatchSet | None = None) -> dict[str
         }
         for i, (stage, layer, head, _) in enumerate(zip(*(part.tolist() for part in space.units)))
     }
+
+
+def by_head(space: PatchSpace, scores: torch.Tensor) -> torch.Tensor:
+    """The scores of whole heads, [head unit] in the order of a space of granularity "head": sums over a head's units,
+    as first-order effects add up."""
+    parts = space.split(torch.as_tensor(scores, dtype=torch.float64))
+    return torch.cat([part.nan_to_num().sum(-1).flatten() for part in parts.values()])
 
 
 def write_nodes(path: str | Path, space: PatchSpace, scores, chosen: PatchSet | None = None) -> None:

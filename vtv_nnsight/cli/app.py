@@ -116,7 +116,7 @@ def vtv(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Find, inspect and use visual task vectors in MAE-VQGAN."""
+    """Find, inspect and use visual task vectors in MAE-VQGAN, SegGPT, Painter and ViT-MAE."""
 
 
 def main() -> None:
@@ -134,17 +134,29 @@ def main() -> None:
 Source = Annotated[
     str,
     typer.Argument(
-        help='A model: "tiny" (embedded), a folder that `vtv convert` or save_pretrained wrote, a Hub id, or a '
-        "published .pth file."
+        help='A model: "tiny" (embedded), a folder that `vtv convert` or save_pretrained wrote, a Hub id such as '
+        "BAAI/seggpt-vit-large or facebook/vit-mae-large, or a published .pth file."
     ),
 ]
 VQGAN = Annotated[
     Path | None,
     typer.Option(help="The tokenizer's own checkpoint (taming-transformers' last.ckpt), for a .pth that has none."),
 ]
+DType = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Precision of the weights, such as bfloat16.", show_default="that of the source"),
+]
+EmbeddingType = Annotated[
+    str | None, typer.Option(help='Of SegGPT: "semantic" or "instance".', show_default="instance")
+]
 Device = Annotated[str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Prompts per forward.", show_default="32; for searches what fits the device")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Prompts per forward.",
+        show_default="32, fewer of large canvases; for searches what fits the device",
+    ),
 ]
 Data = Annotated[
     str,
@@ -168,7 +180,13 @@ Candidates = Annotated[
     ),
 ]  # fmt: skip
 Granularity = Annotated[str, typer.Option(help='What a unit is: a "head", a head in a "quadrant", or at a "token".')]
-Loss = Annotated[str, typer.Option(help='What the search lowers: "tokens", or "pixels" for the task\'s metric.')]
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        help='What the search lowers: a loss of the model (`vtv info` lists them), or "pixels" for the task\'s metric.',
+        show_default="the model's first",
+    ),
+]
 Order = Annotated[str, typer.Option(help='"vertical", or "horizontal" for inputs above outputs.')]
 Seed = Annotated[int, typer.Option(min=0, help="The seed of all that is random.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]

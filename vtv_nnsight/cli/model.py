@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vtv_nnsight.cli.app import MODEL, VQGAN, Source, app, given, wrote
+from vtv_nnsight.cli.app import MODEL, VQGAN, Source, app, wrote
+
+if TYPE_CHECKING:
+    from vtv_nnsight.models.interface import InContextModel
 
 
-@app.command(rich_help_panel=MODEL, epilog="Example: vtv info checkpoint-3400.pth --vqgan last.ckpt")
+@app.command(
+    rich_help_panel=MODEL,
+    epilog="Examples: vtv info checkpoint-3400.pth --vqgan last.ckpt\n\nvtv info BAAI/seggpt-vit-large",
+)
 def info(source: Source, vqgan: VQGAN = None) -> None:
-    """Show a model's sizes, its parameters, and where its tokenizer comes from. Reads no weights."""
+    """Show a model's sizes, parameters, losses and units, and what a task's vectors take on disk. Reads no weights."""
     from rich.table import Table
 
-    from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
+    from vtv_nnsight.models import load_model
+    from vtv_nnsight.patches import PatchSpace
+    from vtv_nnsight.search import PIXELS
 
-    model = MAEVQGAN(source, **given(vqgan=vqgan))._module
-    config = model.config
-    levels = ", ".join(str(config.vqgan_channels * m) for m in config.vqgan_channel_multipliers)
-    rows = {
-        "encoder": f"{config.num_hidden_layers} blocks of width {config.hidden_size}, "
-        f"{config.num_attention_heads} heads",
-        "decoder": f"{config.decoder_num_hidden_layers} blocks of width {config.decoder_hidden_size}, "
-        f"{config.decoder_num_attention_heads} heads",
-        "vqgan": f"{config.num_codes} codes of width {config.code_dim}; levels of {levels} channels",
-    }
-    size, patch = config.image_size, config.patch_size
-    table = Table(title=f"{escape(source)}: canvas {size}x{size}, patches {patch}x{patch}")
+    model = load_model(source, vqgan=vqgan)
+    size, patch = model.layout.canvas_size, model.layout.patch_size
+    title = f"{type(model).__name__}, canvas {size}x{size}, patches {patch}x{patch}"
+    table = Table(title=title, caption=escape(source))
     table.add_column("part")
     table.add_column("what it is")
     table.add_column("parameters", justify="right")
-    for name, text in rows.items():
+    for name, text in model.parts.items():
         table.add_row(name, text, f"{_parameters(getattr(model, name)):,}")
     table.add_section()
-    table.add_row("all", f"tokenizer from {escape(str(vqgan or source))}", f"{_parameters(model):,}")
+    own = f"tokenizer from {escape(str(vqgan or source))}" if "vqgan" in model.parts else ""
+    table.add_row("all", own, f"{_parameters(model):,}")
+    table.add_section()
+    table.add_row("losses", ", ".join([*(loss.name for loss in model.losses), PIXELS]))
+    table.add_row("units", f"{len(PatchSpace(model))} by quadrant")
+    table.add_row("a task's vectors", f"{_vector_bytes(model) / 1e6:.3g} MB on disk")
     Console().print(table)
 
 
@@ -56,6 +61,19 @@ def convert(
         checkpoint, out_dir, vqgan, num_attention_heads=heads, decoder_num_attention_heads=decoder_heads
     )
     wrote(out_dir)
+
+
+def _vector_bytes(model: InContextModel) -> int:
+    """The size of what `TaskVectors.save` writes of a task: a mean and a variance of every head at every position that
+    one-shot prompts show, in float32."""
+    import torch
+
+    from vtv_nnsight.prompts import VisualPrompt
+
+    size = model.layout.canvas_size
+    prompt = VisualPrompt.from_canvas(torch.zeros(1, 3, size, size), model.layout)
+    shown = {stage.name: len(model.positions(stage.name, prompt)) for stage in model.stages}
+    return sum(4 * s.layers * shown[s.name] * s.heads * (s.head_dim + 1) for s in model.stages)
 
 
 def _parameters(module: Any) -> int:

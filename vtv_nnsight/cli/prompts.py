@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from vtv_nnsight.cli.app import PROMPTS, VQGAN, Order, app, given, wrote
+from vtv_nnsight.cli.app import PROMPTS, VQGAN, DType, EmbeddingType, Order, app, wrote
 
 
 class ExampleCommand(TyperCommand):
@@ -67,6 +67,8 @@ def prompt(
         float, typer.Option(help="How far the vector goes: 0 changes nothing, 1 is the vector itself.")
     ] = 1.0,
     vqgan: VQGAN = None,
+    embedding_type: EmbeddingType = None,
+    dtype: DType = None,
     order: Order = "vertical",
 ) -> None:  # fmt: skip
     """Make a visual prompt of picture files; with --model, paint its output; with --vectors, answer it with no example.
@@ -79,7 +81,7 @@ def prompt(
     from vtv_nnsight import tasks
     from vtv_nnsight.images import read_picture, to_pil
     from vtv_nnsight.layouts import Layout
-    from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
+    from vtv_nnsight.models import load_model
     from vtv_nnsight.prompts import VisualPrompt
 
     files = example or []
@@ -89,6 +91,7 @@ def prompt(
         raise ValueError("there is no --example; give one, or --vectors, which need none.")
     if mask is not None and len(files) != 1:
         raise ValueError("--mask goes with a single --example file; with two, the second file is the answer.")
+    options = dict(vqgan=vqgan, embedding_type=embedding_type, dtype=dtype)
     bundle = None
     if vectors:
         from vtv_nnsight import bundles
@@ -99,12 +102,10 @@ def prompt(
         layout = patches.space.layout
     chosen = tasks.get(task or "identity")
     if bundle:
-        from vtv_nnsight.models import load_model
-
-        painter = load_model(model or bundle.model or "tiny", **given(vqgan=vqgan))
+        painter = load_model(model or bundle.model or "tiny", **options)
         bundle.check(painter)
     else:
-        painter = MAEVQGAN(model, **given(vqgan=vqgan)) if model else None
+        painter = load_model(model, **options) if model else None
         layout = replace(painter.layout if painter else Layout(), order=order)
     picture = read_picture(query)
     if len(files) == 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import webbrowser
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +16,12 @@ from vtv_nnsight.cli.app import (
     VQGAN,
     BatchSize,
     Device,
+    DType,
+    EmbeddingType,
     Granularity,
     Images,
     ListingCommand,
+    Loss,
     Order,
     Seed,
     app,
@@ -29,7 +31,7 @@ from vtv_nnsight.cli.app import (
 )
 from vtv_nnsight.experiment.settings import PUBLISHED, QUICK, Settings
 
-SHOWN = ("one-shot", "zero-shot", "task vector")
+SHOWN = ("copy", "one-shot", "zero-shot", "random units", "task vector", "tokenizer")
 """The conditions of the table that ends a run."""
 
 
@@ -44,6 +46,7 @@ def _default(name: str) -> str:
     cls=ListingCommand,
     rich_help_panel=START,
     epilog="Examples: vtv run --quick\n\nvtv run --images holiday/ --out runs/holiday\n\n"
+    "vtv run --model BAAI/seggpt-vit-large --dtype bfloat16 --data pascal:VOCdevkit --device cuda\n\n"
     "vtv run --model checkpoint-3400.pth --data pascal:VOCdevkit --published --device cuda",
 )
 def run(
@@ -93,12 +96,7 @@ def run(
             show_default=_default("search"),
         ),
     ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            help='What the search lowers: "tokens", or "pixels" for the task\'s metric.', show_default=_default("loss")
-        ),
-    ] = None,
+    loss: Loss = None,
     budget: Annotated[
         int | None,
         typer.Option(min=1, help="Evaluations that a search may spend.", show_default=_default("budget")),
@@ -110,17 +108,38 @@ def run(
             show_default=_default("test_prompts"),
         ),
     ] = None,
+    draws: Annotated[
+        int, typer.Option(min=1, help="Draws of random units, uniform and matched, to compare the found ones with.")
+    ] = Settings.draws,
+    control_prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Test prompts that the vectors of other tasks are tried on, and a quarter of them each random draw.",
+            show_default=_default("control_prompts"),
+        ),
+    ] = None,
     order: Order = Settings.order,
     seed: Seed = Settings.seed,
     quick: Annotated[bool, typer.Option("--quick", help="Take a first look: two tasks in half a minute.")] = False,
     published: Annotated[
-        bool, typer.Option("--published", help="Use the paper's own search, loss and numbers.")
+        bool,
+        typer.Option(
+            "--published",
+            help="Use the paper's search, loss and numbers; on pascal:ROOT its whole protocol: vectors of folds 1 to "
+            "3, one search, its set on all folds.",
+        ),
     ] = False,
+    search_fold: Annotated[
+        int, typer.Option(min=0, max=3, help="With --published, the fold of Pascal-5i that is searched on.")
+    ] = Settings.search_fold,
     redo: Annotated[
         bool, typer.Option("--redo", help="Do again what depends on settings or files that changed.")
     ] = False,
     batch_size: BatchSize = None,
     vqgan: VQGAN = None,
+    embedding_type: EmbeddingType = None,
+    dtype: DType = None,
     device: Device = None,
     show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
 ) -> None:  # fmt: skip
@@ -139,6 +158,8 @@ def run(
         QUICK if quick else PUBLISHED if published else None,
         model=model,
         vqgan=str(vqgan) if vqgan else None,
+        embedding_type=embedding_type,
+        dtype=dtype,
         folds=_numbers(folds) if folds else None,
         max_images=max_images,
         prompts=prompts,
@@ -148,8 +169,11 @@ def run(
         loss=loss,
         budget=budget,
         test_prompts=test_prompts,
+        draws=draws,
+        control_prompts=control_prompts,
         order=order,
         seed=seed,
+        search_fold=search_fold,
     )
     folder = out or Path("runs") / (f"{settings.name}-quick" if quick else settings.name)
     page = steps.run(folder, settings, redo=redo, device=device, batch_size=batch_size)
@@ -168,18 +192,20 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def summarise(page: Path) -> None:
-    """Print the scores of a run, from the table beside its report."""
-    from vtv_nnsight import tasks
+    """Print the scores of a run, and what they say."""
+    from vtv_nnsight.evaluation import verdicts
+    from vtv_nnsight.report.reading import read
 
-    with page.with_name("table.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["condition"] in SHOWN]
-    table = Table("task", "metric", *SHOWN)
-    for name in dict.fromkeys(row["task"] for row in rows):
-        metric = tasks.get(name).metric
-        own = {r["condition"]: r for r in rows if r["task"] == name and r["measure"] == metric.name}
-        scores = [f"{float(own[condition]['mean']):.3f}" for condition in SHOWN]
-        table.add_row(Text(name), Text(metric.label), *scores)
+    found = read(page.parent)
+    table = Table("task", *SHOWN, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    lines = found.lines()
+    for task in found.tasks:
+        own = lines[task.name]["score"]
+        scores = [f"{own[name].mean:.3f}" if name in own else "" for name in SHOWN]
+        table.add_row(Text(task.name), *scores)
     Console().print(table)
+    for sentence in verdicts(found.table):
+        say(sentence)
 
 
 @app.command(rich_help_panel=START, epilog="Example: vtv report runs/scenes runs/holiday -o comparison.html")

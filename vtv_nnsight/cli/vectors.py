@@ -19,6 +19,8 @@ from vtv_nnsight.cli.app import (
     Candidates,
     Data,
     Device,
+    DType,
+    EmbeddingType,
     Granularity,
     Images,
     ListingCommand,
@@ -36,7 +38,7 @@ from vtv_nnsight.cli.app import (
     settings_of,
     wrote,
 )
-from vtv_nnsight.experiment.settings import Settings
+from vtv_nnsight.experiment.settings import PUBLISHED, Settings
 
 Split = Annotated[str, typer.Option(help='The split of the data: "train", "validation" or "test".')]
 Vectors = Annotated[Path, typer.Option(help="The vectors that `vtv collect` wrote.")]
@@ -62,6 +64,8 @@ def collect(
     batch_size: BatchSize = None,
     resume: Annotated[Path | None, typer.Option(help="A file that keeps the state of a long run.")] = None,
     vqgan: VQGAN = None,
+    embedding_type: EmbeddingType = None,
+    dtype: DType = None,
     device: Device = None,
 ) -> None:
     """Collect task vectors: the mean activation of every head at every position, task by task."""
@@ -72,14 +76,14 @@ def collect(
         images, data, tasks, model=source, max_images=max_images, prompts=prompts, candidates=candidates, order=order,
         seed=seed,
     )  # fmt: skip
-    model = steps.load_model(source, vqgan, device)
+    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
     layout = replace(model.layout, order=order)
     rows = load(settings.data, split, max_images, seed)
-    size = batch_size or 32
     chosen = {
-        task.name: steps.select(model, task, rows, settings, layout, size) for task in steps.servable(settings, rows)
+        task.name: steps.select(model, task, rows, settings, layout, batch_size)
+        for task in steps.servable(settings, rows)
     }
-    steps.collect(model, chosen, size, resume).save(output)
+    steps.collect(model, chosen, batch_size, resume).save(output)
     wrote(output)
 
 
@@ -150,7 +154,10 @@ def search(
     ] = None,
     loss: Loss = Settings.loss,
     granularity: Granularity = Settings.granularity,
-    stacks: Annotated[str, typer.Option(help="Stages to patch, with commas between them.")] = "encoder,decoder",
+    stacks: Annotated[
+        str | None,
+        typer.Option(help="Stages to patch, with commas between them.", show_default="all of the model's"),
+    ] = None,
     data: Data = Settings.data,
     images: Images = None,
     split: Split = "train",
@@ -165,6 +172,8 @@ def search(
     resume: Annotated[Path | None, typer.Option(help="A file that keeps what a long run has learnt.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A folder for pictures of the search and of what it found.")] = None,
     vqgan: VQGAN = None,
+    embedding_type: EmbeddingType = None,
+    dtype: DType = None,
     device: Device = None,
 ) -> None:  # fmt: skip
     """Search for the units to patch so that the model does a task with no examples."""
@@ -182,16 +191,16 @@ def search(
         search=algorithm, budget=budget,
     )  # fmt: skip
     loaded = steps.read_vectors(vectors, settings.tasks)
-    model = steps.load_model(source, vqgan, device)
+    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
     layout = replace(model.layout, order=order)
     rows = load(settings.data, split, max_images, seed)
     chosen = steps.servable(settings, rows)
-    space = PatchSpace(model, layout, granularity, stacks.split(","))
+    space = PatchSpace(model, layout, granularity, stacks.split(",") if stacks else None)
     result = steps.search(
         model,
         loaded,
         chosen,
-        [steps.select(model, one, rows, settings, layout, batch_size or 32) for one in chosen],
+        [steps.select(model, one, rows, settings, layout, batch_size) for one in chosen],
         space,
         settings,
         batch_size=batch_size,
@@ -233,42 +242,59 @@ def evaluate(
         typer.Option(min=1, help="The most pictures to draw prompts from.", show_default="two per prompt"),
     ] = None,
     prompts: Annotated[
-        int, typer.Option("--prompts", "--n", "--test-prompts", min=1, help="Prompts per task to evaluate on.")
-    ] = Settings.test_prompts,
+        int | None,
+        typer.Option(
+            "--prompts", "--n", "--test-prompts", min=1, help="Prompts per task to evaluate on.",
+            show_default=f"{Settings.test_prompts}; {PUBLISHED['test_prompts']} with --published",
+        ),
+    ] = None,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published",
+            help="On pascal:ROOT, evaluate as both papers' released code does: in each fold, the pictures of its list "
+            "in their order as queries; then the mean over folds.",
+        ),
+    ] = False,
     order: Order = Settings.order,
     seed: Seed = Settings.seed,
     batch_size: BatchSize = None,
     vqgan: VQGAN = None,
+    embedding_type: EmbeddingType = None,
+    dtype: DType = None,
     device: Device = None,
-) -> None:
+) -> None:  # fmt: skip
     """Compare one-shot, zero-shot and, with vectors and patches, task vectors, on the same prompts.
 
     Writes table.md, table.csv, values.parquet and a picture of the first answers for every task.
     """
     from vtv_nnsight import plots
-    from vtv_nnsight.data import load
     from vtv_nnsight.evaluation import Table as Evaluations
+    from vtv_nnsight.evaluation import verdicts
     from vtv_nnsight.experiment import steps
     from vtv_nnsight.files import write_text
 
     if (vectors is None) != (patches is None):
         raise ValueError("--vectors and --patches go together; give both or neither.")
-    settings = settings_of(images, data, tasks, model=source, test_prompts=prompts, order=order, seed=seed)
+    preset = {name: PUBLISHED[name] for name in ("protocol", "test_prompts")} if published else None
+    settings = settings_of(images, data, tasks, preset, model=source, test_prompts=prompts, order=order, seed=seed)
     loaded = steps.read_vectors(vectors, settings.tasks) if vectors else None
     units = _patches(patches) if patches else None
-    model = steps.load_model(source, vqgan, device)
+    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
     layout = replace(model.layout, order=order)
-    rows = load(settings.data, split, max_images or 2 * prompts, seed)
-    chosen = steps.servable(settings, rows)
+    folds = steps.folds_to_test(settings, split, max_images)
+    chosen = steps.servable(settings, folds[0][1])
     table = Evaluations.cat(
         [
-            steps.evaluate(model, task, rows, settings, layout, loaded, units, batch_size=batch_size or 32)
+            steps.evaluate(model, task, rows, settings, layout, loaded, units, fold, batch_size=batch_size)
             for task in chosen
+            for fold, rows in folds
         ]
     )
-    say(str(table))
+    said = verdicts(table)
+    say("\n".join([str(table), "", *said]).strip())
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "table.md", table.markdown() + "\n")
+    write_text(output / "table.md", "\n\n".join([table.markdown(), *said]) + "\n")
     table.csv(output / "table.csv")
     table.parquet(output / "values.parquet")
     written = ["table.md", "table.csv", "values.parquet"]

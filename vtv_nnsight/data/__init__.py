@@ -8,7 +8,7 @@ from vtv_nnsight.data.photographs import photographs
 from vtv_nnsight.data.pictures import pictures
 from vtv_nnsight.data.reasoning import reasoning
 from vtv_nnsight.data.scenes import scenes
-from vtv_nnsight.data.source import SOURCES, identities, load, split_data
+from vtv_nnsight.data.source import SOURCES, identities, load, pascal_argument, split_data
 
 __all__ = [
     "SOURCES",
@@ -19,6 +19,7 @@ __all__ = [
     "load",
     "pairs",
     "pascal",
+    "pascal_argument",
     "photographs",
     "pictures",
     "reasoning",

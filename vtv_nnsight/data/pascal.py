@@ -5,22 +5,27 @@
     >>> boxes = detection("/data", split="val")
     >>> prompts = tasks.detection.prompts(boxes, n=1000, seed=0, layout=model.layout)
 
-ROOT holds `VOCdevkit/VOC2012`, as the VOC archive unpacks. Pictures and masks are decoded when a row is read;
-`images.with_format(None)["label"]` reads labels alone. A mask
-shows one class: its pixels are 255 and all others 0, the boundary (255 in the files) among them, as in the papers'
-released code. Labels are classes from 0; the files count them from 1.
+ROOT holds `VOCdevkit/VOC2012`, as the VOC archive unpacks (or is `VOCdevkit` itself). Which pictures and classes make a
+fold is read from the published lists, which are in the package: those of OSLSM (Shaban et al., BMVC 2017), by way of
+HSNet, as both papers' code has them. They hold names of pictures and classes, no picture.
+
+Pictures and masks are decoded when a row is read; `images.with_format(None)["label"]` reads labels alone. A mask shows
+one class: its pixels are 255 and all others 0, the boundary (255 in the files) among them, as in the papers' released
+code. Labels are classes from 0; the files count them from 1.
 
 Episodes are drawn by `Task.prompts`: a seed, a query, and an example of the query's class that is another picture.
 """
 
 from __future__ import annotations
 
+import lzma
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -39,6 +44,8 @@ CLASSES = (
 FOLDS = (0, 1, 2, 3)
 PER_FOLD = len(CLASSES) // len(FOLDS)
 SPLITS = ("trn", "val")
+LISTS = ("published", "masks", "splits")
+"""Where the lists of a fold are: in the package; made of the masks; in ROOT/splits."""
 VOC = "VOCtrainval_11-May-2012.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/)"
 SBD = (
     "SegmentationClassAug, VOC2012's masks with SBD's (see the data preparation of Volumetric-Aggregation-Transformer)"
@@ -72,10 +79,10 @@ class Entry(NamedTuple):
 
 def pascal(
     root: str | os.PathLike,
-    fold: int | None = 0,
+    fold: int | Sequence[int] | None = 0,
     split: str = "val",
     *,
-    splits: str | os.PathLike | None = None,
+    splits: str | os.PathLike = "published",
     cache_dir: str | os.PathLike | None = None,
 ) -> Dataset:
     """One fold of Pascal-5i: columns image, mask ("L", 0 or 255, of the row's class) and label.
@@ -84,11 +91,11 @@ def pascal(
 
     Args:
         root: The folder that holds `VOCdevkit/VOC2012`, with `JPEGImages` and `SegmentationClassAug`.
-        fold: 0 to 3, for classes 5 fold to 5 fold + 4; None for all twenty.
+        fold: 0 to 3, for classes 5 fold to 5 fold + 4; several, one after the other; None for all twenty.
         split: "trn", where VTV collects and searches, or "val", where both papers report.
-        splits: A folder of the published lists, `{split}/fold{fold}.txt` with lines such as `2008_000009__10`; `splits`
-            in `root` where that is there. Without one, the same kind of list is made of the masks: "val" is VOC's own
-            (`ImageSets/Segmentation/val.txt`), and all other masks are "trn".
+        splits: "published", the lists in the package. "masks": every picture with every class in its mask, where "val"
+            is VOC's own (`ImageSets/Segmentation/val.txt`) and all other masks are "trn". "splits", or the path of
+            another folder: `ROOT/splits/{split}/fold{fold}.txt` with lines such as `2008_000009__10`.
         cache_dir: Where that list is kept; the datasets library's cache by default.
 
     Raises:
@@ -99,18 +106,21 @@ def pascal(
     Warns:
         UserWarning: when a class has a single picture, which can have no example.
     """
-    if fold not in (*FOLDS, None):
+    folds = FOLDS if fold is None else (fold,) if isinstance(fold, int) else tuple(fold)
+    if not folds or not set(folds) <= set(FOLDS):
         raise ValueError(f"fold={fold!r} is not a fold of Pascal-5i; choose 0, 1, 2, 3, or None for all classes.")
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not a split of Pascal-5i; choose 'trn' or 'val'.")
-    folds = FOLDS if fold is None else (fold,)
     voc = _voc(root, "JPEGImages", "SegmentationClassAug")
-    splits = Path(splits) if splits is not None else Path(root) / "splits"
-    if splits.is_dir():
-        entries = [entry for f in folds for entry in _listed(splits / split / f"fold{f}.txt", voc)]
-    else:
+    if splits == "masks":
         classes = {PER_FOLD * f + i for f in folds for i in range(PER_FOLD)}
         entries = [entry for entry in _computed(voc, split, cache_dir) if entry.label in classes]
+    elif splits == "published":
+        entries = [entry for f in folds for entry in published_list(split, f)]
+        _all_in(voc, "the published list (the source pascal:ROOT:FOLD:masks lists what is there)", entries)
+    else:
+        folder = Path(root) / "splits" if splits == "splits" else Path(splits)
+        entries = [entry for f in folds for entry in _listed(folder / split / f"fold{f}.txt", voc)]
     where = f"{split} of fold {fold}" if fold is not None else split
     if not entries:
         raise ValueError(f"{where} is empty: {voc} has no picture with a mask of these classes; check the files.")
@@ -126,6 +136,24 @@ def pascal(
         [entry.label for entry in entries],
         _class_mask,
     )
+
+
+@cache
+def _published_lists() -> dict[str, list[Entry]]:
+    """Name of the file, such as "trn/fold0.txt" → its entries."""
+    lists: dict[str, list[Entry]] = {}
+    text = lzma.decompress((files("vtv_nnsight.data") / "embedded" / "pascal-5i.txt.xz").read_bytes()).decode()
+    for line in text.splitlines():
+        if line.endswith(".txt"):
+            own = lists.setdefault(line, [])
+        else:
+            own.append(Entry.read(line))
+    return lists
+
+
+def published_list(split: str, fold: int) -> list[Entry]:
+    """The pictures and classes of a fold, in the order of the published list."""
+    return list(_published_lists()[f"{split}/fold{fold}.txt"])
 
 
 def detection(root: str | os.PathLike, split: str = "val", *, largest: float = 0.5) -> Dataset:
@@ -193,6 +221,8 @@ def _box_mask(size: list[int], box: list[int]) -> Image.Image:
 def _voc(root: str | os.PathLike, *needed: str) -> Path:
     """The folder VOC2012, once the sub-folders that are needed are known to be there."""
     voc = Path(root).expanduser().absolute() / "VOCdevkit" / "VOC2012"
+    if not voc.is_dir() and (voc.parent.parent / "VOC2012").is_dir():
+        voc = voc.parent.parent / "VOC2012"
     for folder in needed:
         if not (voc / folder).is_dir():
             raise FileNotFoundError(f"there is no folder {voc / folder}; download {DOWNLOADS[folder]}.")
@@ -206,10 +236,15 @@ def _listed(file: Path, voc: Path) -> list[Entry]:
             entries.append(Entry.read(line))
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {line!r} cannot be read; {error}.") from error
-    names = [entry.name for entry in entries]
-    _all_there(file, names, voc / "JPEGImages", ".jpg")
-    _all_there(file, names, voc / "SegmentationClassAug", ".png")
+    _all_in(voc, file, entries)
     return entries
+
+
+def _all_in(voc: Path, source: Path | str, entries: Sequence[Entry]) -> None:
+    """Refuse entries without a picture or a mask."""
+    names = [entry.name for entry in entries]
+    _all_there(source, names, voc / "JPEGImages", ".jpg")
+    _all_there(source, names, voc / "SegmentationClassAug", ".png")
 
 
 def _computed(voc: Path, split: str, cache_dir: str | os.PathLike | None) -> list[Entry]:
@@ -217,7 +252,7 @@ def _computed(voc: Path, split: str, cache_dir: str | os.PathLike | None) -> lis
     masks = sorted((voc / "SegmentationClassAug").glob("*.png"))
     if not masks:
         raise ValueError(f"{voc / 'SegmentationClassAug'} has no masks (.png); download {SBD}.")
-    _voc(voc.parent.parent, "ImageSets/Segmentation")
+    _voc(voc.parent, "ImageSets/Segmentation")
     held_out = set(_lines(voc / "ImageSets" / "Segmentation" / "val.txt"))
     stamp = datasets.fingerprint.Hasher.hash([(str(path), *_stamp(path)) for path in masks])
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vtv_nnsight" / f"pascal-{stamp}.txt"
@@ -284,7 +319,7 @@ def _lines(file: Path) -> list[str]:
     return [line for line in file.read_text().splitlines() if line.strip()]
 
 
-def _all_there(source: Path, names: Iterable[str], folder: Path, suffix: str) -> None:
+def _all_there(source: Path | str, names: Iterable[str], folder: Path, suffix: str) -> None:
     """Refuse names without a file, counted and listed."""
     there = {entry.name for entry in os.scandir(folder)}
     if absent := sorted({name for name in names if name.strip() + suffix not in there}):

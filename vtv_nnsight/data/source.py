@@ -20,7 +20,7 @@ from datasets import Dataset, get_dataset_split_names
 from vtv_nnsight.data.folder import folder
 from vtv_nnsight.data.hub import hub
 from vtv_nnsight.data.pairs import pairs
-from vtv_nnsight.data.pascal import detection, pascal
+from vtv_nnsight.data.pascal import LISTS, detection, pascal
 from vtv_nnsight.data.photographs import photographs
 from vtv_nnsight.data.pictures import pictures
 from vtv_nnsight.data.reasoning import reasoning
@@ -74,13 +74,25 @@ def _photographs(_: str, split: str | None, n: int | None, seed: int) -> Dataset
 
 
 def _pascal(argument: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    root, fold, splits = pascal_argument(argument)
+    return pascal(root, fold, _VOC.get(split, split), splits=splits)
+
+
+def pascal_argument(argument: str) -> tuple[str, int | None, str]:
+    """Root, fold (None for all) and lists of "ROOT[:FOLD][:LISTS]"."""
+    rest, colon, last = argument.rpartition(":")
+    argument, splits = (rest, last) if colon and last in LISTS else (argument, "published")
     root, _, fold = argument.rpartition(":")
-    root, fold = (root, int(fold)) if root and fold.isdecimal() else (argument, None)
-    return pascal(root, fold, _VOC.get(split, split))
+    return (root, int(fold), splits) if root and fold.isdecimal() else (argument, None, splits)
 
 
-def _detection(root: str, split: str | None, n: int | None, seed: int) -> Dataset:
-    return detection(root, _VOC.get(split, split))
+def _detection(argument: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    root, _, share = argument.rpartition(":")
+    try:
+        root, largest = (root, float(share)) if root else (argument, 0.5)
+    except ValueError:
+        root, largest = argument, 0.5
+    return detection(root, _VOC.get(split, split), largest=largest)
 
 
 def _hub(argument: str, split: str | None, n: int | None, seed: int) -> Dataset:
@@ -120,8 +132,20 @@ SOURCES = {
             generated=True,
         ),
         Source("photographs", "", "sixteen photographs of the 'pretraining' extra", _photographs),
-        Source("pascal", "ROOT[:FOLD]", "Pascal VOC with masks, all classes or one fold of Pascal-5i", _pascal),
-        Source("detection", "ROOT", "single objects of Pascal VOC", _detection),
+        Source(
+            "pascal",
+            "ROOT[:FOLD][:LISTS]",
+            "Pascal VOC with masks, all classes or one fold of Pascal-5i; LISTS says which pictures make it: "
+            "published (in the package, the default), masks (made of them) or splits (ROOT/splits)",
+            _pascal,
+        ),
+        Source(
+            "detection",
+            "ROOT[:LARGEST]",
+            "single objects of Pascal VOC whose boxes cover at most LARGEST of the picture: 0.5 (the paper's, the "
+            "default) or 0.2 (the released code's)",
+            _detection,
+        ),
         Source("hf", "NAME[:SPLIT]", "a data set of the Hub, divided as it is or one split of it divided here", _hub),
         Source("pairs", "PATH", "pictures in PATH/inputs and what becomes of them in PATH/answers", _pairs),
         Source("folder", "PATH", "a folder of pictures; its path alone will do, unless it is a source's name", _folder),

@@ -1,7 +1,16 @@
 """Conditions side by side on the same prompts, with intervals."""
 
 from vtv_nnsight.evaluation.conditions import BASELINE, CONTROL, Condition, comparison
-from vtv_nnsight.evaluation.controls import best_others, controls, random_units, specificity
+from vtv_nnsight.evaluation.controls import (
+    Standing,
+    best_others,
+    controls,
+    random_units,
+    specificity,
+    standing,
+    vector_pairs,
+    verdicts,
+)
 from vtv_nnsight.evaluation.evaluate import evaluate
 from vtv_nnsight.evaluation.selection import select_prompts
 from vtv_nnsight.evaluation.table import Line, Table, bootstrap
@@ -11,6 +20,7 @@ __all__ = [
     "CONTROL",
     "Condition",
     "Line",
+    "Standing",
     "Table",
     "best_others",
     "bootstrap",
@@ -20,4 +30,7 @@ __all__ = [
     "random_units",
     "select_prompts",
     "specificity",
+    "standing",
+    "vector_pairs",
+    "verdicts",
 ]

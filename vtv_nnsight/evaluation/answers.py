@@ -10,7 +10,7 @@ import torch
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSpace, patch
 from vtv_nnsight.prompts import VisualPrompt, crop
-from vtv_nnsight.stages import device_of
+from vtv_nnsight.stages import device_of, fitting_rows
 from vtv_nnsight.vectors import TaskVector
 
 
@@ -22,7 +22,7 @@ def answers(
     space: PatchSpace,
     gates: torch.Tensor,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> torch.Tensor:
     """The answers to queries, with no example shown, under a row of gates each.
 
@@ -32,7 +32,7 @@ def answers(
         vector: What is patched in.
         space: The units.
         gates: [row, unit]: how far each unit goes, from 0 (its own activation) to 1 (the vector's).
-        batch_size: Rows in a forward.
+        batch_size: Rows in a forward; None is `stages.fitting_rows`, 32 for MAE-VQGAN.
 
     Returns:
         [row, 3, cell, cell] in [0, 1], on the CPU.
@@ -43,7 +43,7 @@ def answers(
     gates = torch.as_tensor(gates).float()
     if len(prompts) not in (1, len(gates)):
         raise ValueError(f"{len(prompts)} prompts go with {len(gates)} rows of gates; give one, or one for each row.")
-    device = device_of(model)
+    device, batch_size = device_of(model), batch_size or fitting_rows(model)
     prompts = prompts.query_only().to(device)
     vector = vector.to(device)
     rows = prompts if len(prompts) == len(gates) else prompts[[0] * len(gates)]

@@ -44,6 +44,7 @@ class Condition:
         ablation: Instead of vectors: what `patches` are silenced with, "zero" or a task vector such as
             `vectors.mean()`.
         run: A function that is called with the model inside the trace, after the patches.
+        prompts: Ask only so many of the prompts, the first ones; None asks all.
 
     Raises:
         ValueError: when these do not go together.
@@ -56,6 +57,7 @@ class Condition:
     mode: str = "replace"
     ablation: str | TaskVector | None = None
     run: Callable[[Any], None] | None = None
+    prompts: int | None = None
 
     def __post_init__(self) -> None:
         patched = self.patches is not None or self.run is not None
@@ -73,6 +75,8 @@ class Condition:
             raise ValueError(f"ablation={self.ablation!r} is unknown; give 'zero' or a task vector.")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}.")
+        if self.prompts is not None and self.prompts < 1:
+            raise ValueError(f"prompts={self.prompts} asks nothing; give 1 or more, or None for all.")
 
     @classmethod
     def of(cls, value: Condition | str | tuple | None, name: str = "") -> Condition:

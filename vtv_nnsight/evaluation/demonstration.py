@@ -89,7 +89,7 @@ def demonstrate(
     vectors: TaskVectors,
     found: Mapping[str, SearchResult],
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> Demonstration:
     """Look closely at the query of the median score.
 

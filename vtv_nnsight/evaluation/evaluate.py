@@ -20,7 +20,7 @@ from vtv_nnsight.evaluation.table import Table
 from vtv_nnsight.models.interface import InContextModel, Loss
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt, crop
-from vtv_nnsight.stages import device_of
+from vtv_nnsight.stages import device_of, fitting_rows
 from vtv_nnsight.tasks import Task
 
 UNPATCHED = ("one-shot", "zero-shot", "tokenizer", "copy")
@@ -34,7 +34,7 @@ def evaluate(
     conditions: Mapping[str, Condition | str | tuple | None | Sequence[Condition]] | None = None,
     *,
     fold: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     keep: int = 6,
     progress: bool = True,
 ) -> Table:
@@ -51,7 +51,7 @@ def evaluate(
             named "one-shot". A ceiling is left out where nothing bounds the model.
         fold: A number to tell parts of the data apart. `Table.cat` of several folds averages the folds' means, as is
             done for Pascal-5i (NeurIPS 2022, §4.2).
-        batch_size: Rows in a trace.
+        batch_size: Rows in a trace; None is `stages.fitting_rows`, 32 for MAE-VQGAN.
         keep: Answers to keep for `plots.answers`.
         progress: Show a progress bar.
 
@@ -71,9 +71,10 @@ def evaluate(
     loss = next(iter(model.losses), None)
     values: dict[tuple[str, int], list[torch.Tensor]] = {key: [] for key in plans}
     pictures: dict[str, list[torch.Tensor]] = {name: [] for name in ("prompt", "truth", *conditions)}
-    kept = 0
-    with torch.no_grad(), progress_bar(total=len(prompts) * len(plans), unit="answer", disable=not progress) as bar:
-        for batch in prompts.split(batch_size):
+    kept = start = 0
+    counts = {key: min(len(prompts), condition.prompts or len(prompts)) for key, condition in plans.items()}
+    with torch.no_grad(), progress_bar(total=sum(counts.values()), unit="answer", disable=not progress) as bar:
+        for batch in prompts.split(batch_size or fitting_rows(model)):
             batch = batch.to(device).one_shot()
             truth, codes = batch.region("output"), loss and model.truth(batch)
             more = min(len(batch), keep - kept)
@@ -81,22 +82,28 @@ def evaluate(
             crop(asked, "output", batch.layout)[:] = 0.5
             shown = {"prompt": asked, "truth": truth}
             for (name, i), condition in plans.items():
+                asks = min(len(batch), counts[name, i] - start)
+                if asks <= 0:
+                    continue
                 bar.set_postfix_str(f"{task.name}, {name}")
-                answer, losses = _answer(model, batch, condition, loss, codes)
+                answer, losses = _answer(model, batch[:asks], condition, loss, codes if codes is None else codes[:asks])
                 if answer is not None:
                     shown.setdefault(name, answer)
-                    scores = task.score(answer, truth)
+                    scores = task.score(answer, truth[:asks])
                     values[name, i].append(torch.stack([scores.double(), losses.double()], 1).cpu())
-                bar.update(len(batch))
+                bar.update(asks)
             for name, cells in shown.items():
                 pictures[name].append(cells[:more].mul(255).round().byte().cpu())
             kept += more
+            start += len(batch)
     about = {"task": task.name, "metric": task.metric.name, "label": task.metric.label, "fold": fold}
-    about |= {"loss_name": _label(loss), "image": range(len(prompts)), "query": prompts.queries.numpy()}
+    about |= {"loss_name": _label(loss)}
+    asked = pd.DataFrame({"image": range(len(prompts)), "query": prompts.queries.numpy()})
     frames = []
     for (name, i), parts in ((key, parts) for key, parts in values.items() if parts):
         scores, losses = torch.cat(parts).T.numpy()
-        frames.append(pd.DataFrame(about | {"condition": name, "draw": i, "score": scores, "loss": losses}))
+        found = about | {"condition": name, "draw": i, "score": scores, "loss": losses}
+        frames.append(asked.iloc[: len(scores)].assign(**found))
     shown = {task.name: {name: torch.cat(parts) for name, parts in pictures.items() if parts}}
     if not frames:
         raise ValueError("nothing bounds this model: there is no ceiling to compare; give other conditions.")

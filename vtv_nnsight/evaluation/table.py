@@ -25,7 +25,7 @@ COLUMNS = ("task", "metric", "condition", "fold", "image", "score")
 
 class Line(NamedTuple):
     """One measure of one condition: its mean, and its mean difference to one-shot on the same images, with 95 %
-    bootstrap intervals; NaN where there is none."""
+    bootstrap intervals, over its draws too where it has several; NaN where there is none."""
 
     task: str
     condition: str
@@ -37,6 +37,12 @@ class Line(NamedTuple):
     difference: float
     difference_low: float
     difference_high: float
+    draws: int = 1
+
+    @property
+    def title(self) -> str:
+        """The condition, and how often it was drawn."""
+        return self.condition if self.draws == 1 else f"{self.condition}, {self.draws} draws"
 
 
 @dataclass(eq=False)
@@ -123,6 +129,24 @@ class Table:
         frame = frame.assign(repeat=frame.groupby(["draw", "fold", "image"]).cumcount())
         return frame.groupby(key)[columns[measure]].mean().to_numpy()
 
+    def draws(self, task: str, condition: str, same_images_as: str | None = None) -> np.ndarray:
+        """The mean score of every draw of a condition [draw]: of folds, the mean of their means.
+
+        Args:
+            task, condition: Their names.
+            same_images_as: Count only the images that this other condition was asked, too.
+
+        Raises:
+            ValueError: when there is no such task or condition.
+        """
+        frame = self.frame[self.frame.task == task]
+        own, other = (frame[frame.condition == name] for name in (condition, same_images_as or condition))
+        if not len(own) or not len(other):
+            raise ValueError(f"the table has no {(same_images_as if len(own) else condition)!r} of {task!r}.")
+        images = pd.MultiIndex.from_frame(other[["fold", "image"]])
+        own = own[pd.MultiIndex.from_frame(own[["fold", "image"]]).isin(images)]
+        return own.groupby(["draw", "fold"]).score.mean().groupby("draw").mean().to_numpy()
+
     def lines(self, baseline: str = BASELINE) -> list[Line]:
         """Means and intervals of all conditions: the task's metric, then the model's loss. With several folds, a mean
         is the mean of the folds' means. Intervals resample query pictures, within folds, and draws where a condition
@@ -159,9 +183,13 @@ class Table:
         """The table of a task as people read it: a row of text for each condition."""
         lines = [line for line in self.lines() if line.task == task]
         frame = self.frame[self.frame.task == task]
-        head = f"{task}, {lines[0].images} images"
+        most = max(line.images for line in lines)
+        head = f"{task}, {most} images"
         columns = {frame.label.iloc[0]: frame.metric.iloc[0], f"{frame.loss_name.iloc[0]} ↓": frame.loss_name.iloc[0]}
-        rows: dict[str, dict[str, str]] = {line.condition: {head: line.condition} for line in lines}
+        rows: dict[str, dict[str, str]] = {
+            line.condition: {head: line.title + (f", {line.images} images" if line.images < most else "")}
+            for line in lines
+        }
         for i, (label, measure) in enumerate(columns.items()):
             for line in (line for line in lines if line.measure == measure):
                 rows[line.condition][label] = _interval(line.mean, line.low, line.high)
@@ -203,12 +231,14 @@ def _lines(frame: pd.DataFrame, baseline: str) -> list[Line]:
         own = {key: one[rows] for key, one in series.items() if key[1] in group}
         found |= dict(zip(own, intervals(list(own.values()), folds[rows], queries[rows])))
     images = {name: int(asked[name].iloc[:, 0].sum()) for name in names}
+    draws = {name: asked[name].shape[1] for name in names}
     measures = {"score": frame.metric.iloc[0], "loss": frame.loss_name.iloc[0]}
     lines = []
     for column, measure in measures.items():
         for name in names:
             change = found[column, name, "change"] if name != baseline else (np.nan,) * 3
-            lines.append(Line(frame.task.iloc[0], name, measure, images[name], *found[column, name, "mean"], *change))
+            mean = found[column, name, "mean"]
+            lines.append(Line(frame.task.iloc[0], name, measure, images[name], *mean, *change, draws[name]))
     return lines
 
 

@@ -28,7 +28,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from vtv_nnsight import data, metrics, search, tasks
-from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap, evaluate
+from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap, evaluate, random_units
+from vtv_nnsight.evaluation.controls import CEILING, DRAWS, FLOOR
+from vtv_nnsight.evaluation.table import intervals
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.experiment.steps import collect, load_model, read_vectors, split_data
 from vtv_nnsight.experiment.steps import search as search_units
@@ -44,6 +46,8 @@ from vtv_nnsight.vectors import TaskVectors
 
 MAX_IMAGES = 500
 """The most pictures to draw prompts to collect and search on from."""
+FEW = 24
+"""Prompts per task on which each draw of random units is measured."""
 UNSEEN = "unseen scenes"
 ONE_SHOT, ZERO_SHOT, EVERYTHING = REFERENCES = ("one-shot", "zero-shot", "everything patched")
 
@@ -70,7 +74,7 @@ class Leaderboard:
 
     Args:
         algorithms: Searches to run now, of `search.ALGORITHMS`.
-        model, vqgan: As for `models.load_model`.
+        model, vqgan, embedding_type, dtype: As for `Settings`.
         data: As for `vtv run`; searched on and measured on apart.
         transfer_data: Other data to measure on; None is `UNSEEN`, scenes of other classes, beside scenes.
         tasks: Names.
@@ -91,6 +95,8 @@ class Leaderboard:
     algorithms: tuple[str, ...] = ()
     model: str = "tiny"
     vqgan: str | None = None
+    embedding_type: str | None = None
+    dtype: str | None = None
     data: str = "scenes"
     transfer_data: str | None = None
     tasks: tuple[str, ...] = tuple(task.name for task in tasks.VTV)
@@ -119,7 +125,7 @@ class Leaderboard:
 
 
 def measure_sets(options: Leaderboard, files: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """A row for every reference and set, in the order of the tasks, the lowest token loss of a task first.
+    """A row for every reference and set, in the order of the tasks, the lowest loss of a task first.
 
     Args:
         files: [TASK=]FILE of patch sets (.json) or search results (.safetensors). One that is named after a task, as
@@ -168,7 +174,11 @@ def patches(found: Found) -> PatchSet:
 def prepare(options: Leaderboard, found: Sets) -> tuple[Bench, Dataset]:
     """What sets are measured with, and the pictures to search on."""
     with quiet():
-        model = load_model(options.model, options.vqgan, options.device)
+        model = load_model(
+            options.model, options.vqgan, options.device, embedding_type=options.embedding_type, dtype=options.dtype
+        )
+    if not model.losses:
+        raise ValueError(f"sets are compared by the model's own loss, and {options.model} has none; give it `losses`.")
     vectors = read_vectors(options.vectors, options.tasks) if options.vectors else None
     owners = {f"the set {name!r}": patches(one) for name, own in found.items() for (one,) in own.values()}
     owners |= {str(options.vectors): next(iter(vectors.values()))} if vectors else {}
@@ -189,7 +199,7 @@ def prepare(options: Leaderboard, found: Sets) -> tuple[Bench, Dataset]:
 
     if vectors is None:
         several = options.chosen | {task.name: task for task in tasks.VTV}
-        vectors = collect(model, ask(train, several, options.prompts), options.batch_size or 32)
+        vectors = collect(model, ask(train, several, options.prompts), options.batch_size)
     if len(vectors) < 2:
         raise ValueError(f"there is a vector of {', '.join(vectors)} only; the mean over tasks needs two or more.")
     spec = options.transfer_data or (UNSEEN if options.data == "scenes" else None)
@@ -233,7 +243,7 @@ def journal(options: Leaderboard, task: Task, algorithm: str, seed: int) -> Path
 
 
 def measure_all(bench: Bench, chosen: Mapping[str, Task], found: Sets) -> list[dict[str, Any]]:
-    """A row for every reference and set, in the order of the tasks, the lowest token loss of a task first."""
+    """A row for every reference and set, in the order of the tasks, the lowest loss of a task first."""
     rows, steps = [], [(t, name) for t in chosen.values() for name in ("", *found) if not name or t.name in found[name]]
     with progress_bar(steps, desc="measuring", unit="set") as bar:
         for task, name in bar:
@@ -244,11 +254,11 @@ def measure_all(bench: Bench, chosen: Mapping[str, Task], found: Sets) -> list[d
             else:
                 new = [{"set": name} | measure_set(bench, task, name, found, here, there)]
             rows += [{"task": task.name, "metric_name": task.metric.name} | row for row in new]
-    losses = {(row["set"], row["task"]): row["token_loss"][0] for row in rows}
+    losses = {(row["set"], row["task"]): row["loss"][0] for row in rows}
     for row in rows:
-        abroad = row.get("token_loss_on_other_tasks", {})
+        abroad = row.get("loss_on_other_tasks", {})
         row["cost_to_other_tasks"] = {task: loss - losses[row["set"], task] for task, loss in abroad.items()}
-    return sorted(rows, key=lambda row: (list(chosen).index(row["task"]), row["token_loss"][0]))
+    return sorted(rows, key=lambda row: (list(chosen).index(row["task"]), row["loss"][0]))
 
 
 def references(bench: Bench, task: Task, found: Sets) -> tuple[Measured, Measured]:
@@ -257,7 +267,20 @@ def references(bench: Bench, task: Task, found: Sets) -> tuple[Measured, Measure
     space = spaces[0] if spaces else PatchSpace(bench.model, bench.here[task.name].layout)
     everything = bench.vectors[task.name], PatchSet(space, torch.ones(len(space)))
     plans = {ONE_SHOT: [ONE_SHOT], ZERO_SHOT: [ZERO_SHOT], EVERYTHING: [everything]}
-    return measure(bench, task, bench.here, plans), measure(bench, task, bench.elsewhere, plans)
+    here, there = (measure(bench, task, prompts, plans) for prompts in (bench.here, bench.elsewhere))
+    here[ONE_SHOT] |= bounds(bench, task)
+    return here, there
+
+
+def bounds(bench: Bench, task: Task) -> dict[str, list[float]]:
+    """The metric, [mean, low, high], of copying the query (floor) and of the best that the model could paint (ceiling,
+    where there is one)."""
+    names = {FLOOR: "floor", CEILING: "ceiling"}
+    table = evaluate(
+        bench.model, task, bench.here[task.name], {name: name for name in names}, batch_size=bench.batch_size, keep=0,
+        progress=False,
+    )  # fmt: skip
+    return {names[one]: list(bootstrap(table.values(task.name, one))) for one in table.frame.condition.unique()}
 
 
 def measure_set(bench: Bench, task: Task, name: str, found: Sets, here: Measured, there: Measured) -> dict[str, Any]:
@@ -268,59 +291,100 @@ def measure_set(bench: Bench, task: Task, name: str, found: Sets, here: Measured
     vector, average, curve = bench.vectors[task.name], bench.vectors.mean(), best_scored(results[0])
     own = {"own": [(vector, one) for one in sets]}
     others = {
-        "random_units": [(vector, one) for one in random],
         "mean_ablated_one_shot": [(average, one, ONE_SHOT) for one in sets],
         "random_units_mean_ablated_one_shot": [(average, one, ONE_SHOT) for one in random],
     }
     foreign = {f"vector of {t}": [(bench.vectors[t], one) for one in sets] for t in bench.here if t != task.name}
     best = {k: [(vector, one)] for k, one in curve.items()}
-    measured = measure(bench, task, bench.here, own | others | foreign | best, here)
+    measured = measure(bench, task, bench.here, own | others | foreign | best, here, against="own")
+    drawn = measure_draws(bench, task, sets)
 
     groups = [[one, *prunings(one, bench.seed)] for one in sets]
-    losses = token_losses(bench, task, [one for group in groups for one in group]).split([len(g) for g in groups])
+    losses = own_losses(bench, task, [one for group in groups for one in group]).split([len(g) for g in groups])
     by_seed = [part[0].item() for part in losses]
-    agree(mean(by_seed), measured["own"]["token_loss"][0], f"{name}, {task.name}")
+    agree(mean(by_seed), measured["own"]["loss"][0], f"{name}, {task.name}")
     costs = torch.cat([part[1:] - part[0] for part in losses]).tolist()
     abroad = [other for other, theirs in found[name].items() if theirs[0] is not results[0]]
     return measured["own"] | {
         "units": [len(one) for one in sets],
         "of_units": len(sets[0].space),
-        "token_loss_by_seed": by_seed,
+        "loss_by_seed": by_seed,
+        **drawn,
         **{what: measured[what] for what in others},
         "other_vectors": {what.removeprefix("vector of "): measured[what] for what in foreign},
         "cost_of_pruning_a_tenth": {"mean": mean(costs), "least": min(costs), "most": max(costs)} if costs else None,
         "jaccard_over_seeds": stability(sets),
         "other_data": measure(bench, task, bench.elsewhere, own, there).get("own"),
-        "token_loss_on_other_tasks": {t: token_losses(bench, tasks.get(t), sets).mean().item() for t in abroad},
+        "loss_on_other_tasks": {t: own_losses(bench, tasks.get(t), sets).mean().item() for t in abroad},
         "sufficiency": [{"units": k} | measured[k] for k in curve],
     }
 
 
 def measure(
     bench: Bench, task: Task, prompts: Mapping[str, VisualPrompt], plans: Mapping[Any, Sequence[Condition]],
-    references: Measured | None = None,
+    references: Measured | None = None, against: str | None = None,
 ) -> Measured:  # fmt: skip
-    """Metric and token loss of every plan, [mean, low, high] of the mean over its conditions, and the gap closed;
-    nothing where there are no prompts of the task."""
+    """Metric and loss (the model's own) of every plan, [mean, low, high] of the mean over its conditions, and the gap
+    closed; with `against`, the difference in metric to that plan, too. Nothing where there are no prompts of the task.
+    """
     if task.name not in prompts:
         return {}
     conditions = {f"{what} {i}": one for what, several in plans.items() for i, one in enumerate(several)}
-    size = bench.batch_size or 32
-    table = evaluate(bench.model, task, prompts[task.name], conditions, batch_size=size, keep=0, progress=False)
+    table = evaluate(
+        bench.model, task, prompts[task.name], conditions, batch_size=bench.batch_size, keep=0, progress=False
+    )
     found: Measured = {}
+    scores: dict[Any, np.ndarray] = {}
     for what, several in plans.items():
         values = {
             label: np.mean([table.values(task.name, f"{what} {i}", column) for i in range(len(several))], axis=0)
-            for label, column in (("metric", "score"), ("token_loss", "token_loss"))
+            for label, column in (("metric", "score"), ("loss", "loss"))
         }
         found[what] = {label: list(bootstrap(value)) for label, value in values.items()}
+        found[what]["loss_name"] = table.frame.loss_name.iloc[0]
+        scores[what] = values["metric"]
+    for what in found if against else ():
+        found[what]["difference"] = list(bootstrap(scores[what] - scores[against]))
     for measured in found.values():
         measured["gap_closed"] = gap_closed(measured, references or found)
     return found
 
 
-def token_losses(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> torch.Tensor:
-    """The mean token loss of every set, all of one space, zero-shot on the task's prompts: [set]."""
+def measure_draws(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> dict[str, dict[str, Any]]:
+    """Random units of the sets' sizes, uniform and matched by stage and region, 16 draws in all or more: metric and
+    loss, [mean, low, high] over draws and prompts, the gap closed, and where the sets' mean stands among the
+    draws. On the first `FEW` prompts."""
+    prompts, vector = bench.here[task.name][:FEW], bench.vectors[task.name]
+    plans: dict[str, Any] = {ONE_SHOT: [Condition("one")], ZERO_SHOT: [Condition("zero")]}
+    plans["own"] = [Condition("zero", vector, one) for one in sets]
+    names = {"random_units": False, "matched_random_units": True}
+    for what, matched in names.items():
+        each = -(-DRAWS // len(sets))
+        several = [random_units(one, each, matched=matched, seed=bench.seed + i) for i, one in enumerate(sets)]
+        plans[what] = [Condition("zero", vector, one) for draws in several for one in draws]
+    table = evaluate(bench.model, task, prompts, plans, batch_size=bench.batch_size, keep=0, progress=False)
+    found: Measured = {}
+    for what in plans:
+        rows = table.frame[table.frame.condition == what]
+        found[what] = {
+            label: list(intervals([rows.pivot(index="image", columns="draw", values=column).to_numpy()])[0])
+            for label, column in (("metric", "score"), ("loss", "loss"))
+        }
+    for what in names:
+        found[what]["gap_closed"] = gap_closed(found[what], found)
+        means = table.draws(task.name, what).tolist()
+        found[what] |= {
+            "draws": len(means),
+            "beaten": sum(task.metric.better(found["own"]["metric"][0], one) for one in means),
+            "least": min(means),
+            "most": max(means),
+            "prompts": len(prompts),
+        }
+    return {what: found[what] for what in names}
+
+
+def own_losses(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> torch.Tensor:
+    """The mean loss of every set, the model's own, all of one space, zero-shot on the task's prompts: [set]."""
     prompts = bench.here[task.name].query_only()
     objective = search.Objective(
         bench.model, bench.vectors[task.name], task, prompts[:1], sets[0].space, held_out=prompts,
@@ -333,12 +397,12 @@ def token_losses(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> torch.Te
 def agree(searched: float, evaluated: float, what: str) -> None:
     """Refuse to go on if what searches minimise is not what the table shows."""
     if not math.isclose(searched, evaluated, rel_tol=1e-3, abs_tol=1e-3):
-        raise RuntimeError(f"{what}: the token loss is {searched} to a search and {evaluated} to an evaluation.")
+        raise RuntimeError(f"{what}: the loss is {searched} to a search and {evaluated} to an evaluation.")
 
 
 def gap_closed(own: Mapping, bounds: Mapping[str, Mapping]) -> float | None:
-    """How far token loss gets from zero-shot (0) to one-shot (1); None where one-shot is no better."""
-    loss, zero, one = (measured["token_loss"][0] for measured in (own, bounds[ZERO_SHOT], bounds[ONE_SHOT]))
+    """How far the loss gets from zero-shot (0) to one-shot (1); None where one-shot is no better."""
+    loss, zero, one = (measured["loss"][0] for measured in (own, bounds[ZERO_SHOT], bounds[ONE_SHOT]))
     return (zero - loss) / (zero - one) if zero > one else None
 
 
@@ -379,7 +443,49 @@ def best_scored(found: Found, count: int = 8) -> dict[int, PatchSet]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ["task", "set", "units", "metric", "token loss", "gap closed (random)", "other vector"]
+    """The table, and under it what floor, ceiling, random units and other vectors say of each task's sets."""
+    return "\n\n".join([_markdown(rows), *sentences(rows)])
+
+
+def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each task: its floor and ceiling, how many random draws each set beats, and whether the task's own vector is
+    better there than every other."""
+    said = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        metric = metrics.get(own[0]["metric_name"])
+        ends = next((row for row in own if "floor" in row), {})
+        words = [f"{what} {ends[what][0]:.3f}" for what in ("floor", "ceiling") if what in ends]
+        text = f"{task} ({metric.label}): {', '.join(words)}." if words else f"{task} ({metric.label})."
+        for row in (row for row in own if "matched_random_units" in row):
+            drawn = [row["random_units"], row["matched_random_units"]]
+            uniform, matched = (
+                f"{{}} of {{}} {what} draws ({{:.3f}} to {{:.3f}})".format(
+                    *(one[key] for key in ("beaten", "draws", "least", "most"))
+                )
+                for what, one in zip(("random", "matched"), drawn)
+            )
+            text += f" {row['set']} beats {uniform} and {matched}"
+            best = best_other(row, metric)
+            if best:
+                name, other = best
+                _, low, high = other["difference"]
+                specific = high < 0 if metric.higher_is_better else low > 0
+                text += f"; {'specific' if specific else 'not specific'}: {name}'s vector has {other['metric'][0]:.3f}"
+            text += "."
+        said.append(text)
+    return said
+
+
+def best_other(row: Mapping[str, Any], metric: metrics.Metric) -> tuple[str, Mapping[str, Any]] | None:
+    """The vector of another task that does best at a row's sets, by metric."""
+    others = {name: own for name, own in row.get("other_vectors", {}).items() if "difference" in own}
+    sign = 1 if metric.higher_is_better else -1
+    return max(others.items(), key=lambda item: sign * item[1]["metric"][0], default=None)
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = ["task", "set", "units", "metric", rows[0]["loss_name"], "gap closed (random)", "other vector"]
     head += ["less a tenth (most)", "Jaccard (chance)", "other data", "other tasks", "ablated (random)"]
 
     def pick(row: Mapping[str, Any], form: str, *paths: str) -> str:
@@ -394,7 +500,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             row["task"],
             row["set"],
             f"{mean(row['units']):.3g}" if "units" in row else "",
-            *("{:.3f} [{:.3f}, {:.3f}]".format(*row[measure]) for measure in ("metric", "token_loss")),
+            *("{:.3f} [{:.3f}, {:.3f}]".format(*row[measure]) for measure in ("metric", "loss")),
             pick(row, ".0%", "gap_closed", "random_units.gap_closed"),
             nearest(row),
             pick(row, "+.3f", "cost_of_pruning_a_tenth.mean", "cost_of_pruning_a_tenth.most"),
@@ -450,6 +556,10 @@ def draw_task(top: Axes, bottom: Axes, rows: Sequence[Mapping[str, Any]], found:
         place = found.index(row["set"])
         top.plot(row["random_units"]["metric"][0], place, "o", color="0.4", fillstyle="none", zorder=1,
                  label="as many random units" if row["set"] == found[0] else None)  # fmt: skip
+        if matched := row.get("matched_random_units"):
+            top.plot([row["random_units"]["least"], row["random_units"]["most"]], [place] * 2, color="0.6", linewidth=1)
+            top.plot([matched["least"], matched["most"]], [place + 0.2] * 2, color="0.6", linewidth=1, linestyle=":",
+                     label="their draws (dotted: matched)" if row["set"] == found[0] else None)  # fmt: skip
         top.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=f"C{place % 10}", capsize=3)
         curve = [(point["units"], point["metric"][0]) for point in row["sufficiency"]]
         bottom.plot(*np.reshape(curve, (-1, 2)).T, ".-", color=f"C{place % 10}")
@@ -476,7 +586,7 @@ def draw_transfer(panel: Axes, rows: Sequence[Mapping[str, Any]], names: Sequenc
     if not able:
         panel.set_axis_off()
         return
-    losses = {name: [row["token_loss"][0] for row in able if row["set"] == name] for name in {r["set"] for r in able}}
+    losses = {name: [row["loss"][0] for row in able if row["set"] == name] for name in {r["set"] for r in able}}
     best = min(losses, key=lambda name: (-len(losses[name]), mean(losses[name]), name))
     matrix = np.full((len(names), len(names)), np.nan)
     for row in able:
@@ -488,5 +598,5 @@ def draw_transfer(panel: Axes, rows: Sequence[Mapping[str, Any]], names: Sequenc
     panel.imshow(matrix, cmap="coolwarm", vmin=-limit, vmax=limit, aspect="auto")
     panel.set_xticks(range(len(names)), names, rotation=15)
     panel.set_yticks(range(len(names)), names)
-    title = f"{plain_label(best)}: token loss over that of the task's own set"
+    title = f"{plain_label(best)}: {rows[0]['loss_name']} over that of the task's own set"
     panel.set(title=title, xlabel="task done", ylabel="set of task")

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -25,16 +26,16 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from vtv_nnsight.experiment.settings import RENAMED
-from vtv_nnsight.files import file_digest, write_text
+from vtv_nnsight.files import file_digest, replacing, write_text
 from vtv_nnsight.search.objective import processes
 
 STEPS = {
-    "select": ("model", "vqgan", "weights", "data", "folds", "pictures", "tasks", "order", "max_images", "prompts")
-    + ("candidates", "seed", "version"),
+    "select": ("model", "vqgan", "embedding_type", "dtype", "weights", "data", "folds", "pictures", "tasks", "order")
+    + ("max_images", "prompts", "candidates", "seed", "version", "protocol"),
     "collect": (),
     "score": ("granularity",),
-    "search": ("search", "loss", "budget"),
-    "evaluate": ("test_prompts", "test pictures"),
+    "search": ("search", "loss", "budget", "search_fold", "search pictures"),
+    "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts"),
     "demonstrate": (),
 }
 """Step → the settings that matter from there on."""
@@ -287,6 +288,10 @@ class StepFiles:
             write(self.folder / name, content)
             self.record.wrote(self.folder / name)
 
+    def take(self, name: str, folder: Path) -> None:
+        """Write a file as another folder of the run has it, and note its digest."""
+        self.save(name, lambda path, other: replace_by_link(other, path), folder / name)
+
     def remove(self, name: str) -> None:
         """Remove what kept the state of a long job."""
         if self.record is not None:
@@ -299,6 +304,16 @@ class StepFiles:
         """The path of a file, when the first process has written it."""
         self.wait()
         return self.folder / name
+
+
+def replace_by_link(source: Path, path: Path) -> None:
+    """One file under a second path, in the place of what is there; a copy where the system cannot."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:
+        with replacing(path) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 MOST = 10_000_000
 """No count of prompts or pictures may be larger."""
 
@@ -15,9 +17,13 @@ class Settings:
     """What the numbers of a run depend on.
 
     Args:
-        model, vqgan: As for `models.load_model`.
+        model, vqgan, embedding_type: As for `models.load_model`.
+        dtype: Precision of the weights, one of `DTYPES`; None is that of the source.
         data: As for `data.load`: "scenes", a folder of pictures, "pascal:ROOT", …
-        folds: Folds of Pascal-5i; by default all four where the data are "pascal:ROOT".
+        folds: Folds of Pascal-5i to test on; by default all four where the data are "pascal:ROOT".
+        protocol: "own", or "published": what the released code does. On "pascal:ROOT" that is `experiment.protocol`,
+            whose vectors and sets serve all folds; elsewhere it removes duplicates among selected prompts as released.
+        search_fold: With the published protocol, the fold of the training half that is searched on.
         tasks: Names; by default those of VTV's five that the data can serve.
         order: "vertical" or "horizontal" prompts.
         max_images: The most pictures to draw prompts from.
@@ -26,9 +32,12 @@ class Settings:
             selected: prompts are drawn at random.
         granularity: "head", "quadrant" or "token".
         search: One of `search.ALGORITHMS`, or "published" for the paper's own recipe.
-        loss: "tokens" or "pixels".
+        loss: The name of one of the model's `losses` or "pixels", the task's own; None is the model's first.
         budget: Evaluations (one mask on one prompt each) that a search may spend; None leaves it to the algorithm.
         test_prompts: Prompts per task to evaluate on, of pictures that were neither collected nor searched on.
+        draws: Times that random units are drawn to compare with: uniform, and matched by stage and region.
+        control_prompts: Of the test prompts, those that the vectors of other tasks are tried on; each draw of random
+            units is tried on a quarter of them.
         seed: Of all that is random.
 
     Raises:
@@ -37,36 +46,44 @@ class Settings:
 
     model: str = "tiny"
     vqgan: str | None = None
+    embedding_type: str | None = None
+    dtype: str | None = None
     data: str = "scenes"
     folds: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
     order: str = "vertical"
+    protocol: str = "own"
+    search_fold: int = 0
     max_images: int = 1000
     prompts: int = 100
     candidates: int = 400
     granularity: str = "quadrant"
     search: str = "reinforce"
-    loss: str = "tokens"
+    loss: str | None = None
     budget: int | None = 8000
     test_prompts: int = 128
+    draws: int = 16
+    control_prompts: int = 48
     seed: int = 0
 
     def __post_init__(self) -> None:
         from vtv_nnsight import tasks
         from vtv_nnsight.models.interface import QUERY_ONLY
         from vtv_nnsight.search import ALGORITHMS
-        from vtv_nnsight.search.objective import LOSSES
 
         choices = {
             "search": (*ALGORITHMS, "published"),
-            "loss": LOSSES,
+            "dtype": (None, *DTYPES),
             "granularity": QUERY_ONLY,
             "order": ("vertical", "horizontal"),
+            "protocol": ("own", "published"),
+            "search_fold": (0, 1, 2, 3),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(known)}.")
-        for name in ("max_images", "prompts", "candidates", "budget", "test_prompts"):
+                offered = ", ".join(str(choice) for choice in known if choice is not None)
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {offered}.")
+        for name in ("max_images", "prompts", "candidates", "budget", "test_prompts", "draws", "control_prompts"):
             value = getattr(self, name)
             if value is None and name == "budget":
                 continue
@@ -87,10 +104,11 @@ class Settings:
 
 
 PUBLISHED = {"candidates": 1000, "search": "published", "loss": "pixels", "budget": None, "test_prompts": 1000}
+PUBLISHED |= {"protocol": "published"}
 """The settings with which the paper's experiment differs from the defaults."""
 
 QUICK = {"tasks": ("segmentation", "lowlight"), "max_images": 160, "prompts": 32, "candidates": 64, "budget": 1000}
-QUICK |= {"test_prompts": 16}
+QUICK |= {"test_prompts": 16, "control_prompts": 16}
 """The settings of a first look, which takes about half a minute."""
 
 RENAMED = {"images": "max_images", "evaluations": "test_prompts"}

@@ -13,7 +13,8 @@ The folder, and what is written in it:
     shown/TASK.safetensors       one query looked at closely (`Demonstration`)
     report.html, table.csv, …    see `vtv_nnsight.report`
 
-Data in folds, such as Pascal-5i, have a folder for each fold. A step whose file is there is not done again, a search or
+Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`experiment.protocol`) these
+have the same vectors and sets. A step whose file is there is not done again, a search or
 a collection that was interrupted goes on, and a folder that was made with other settings is refused, as are files that
 the run did not write itself. Of several processes (`torchrun --nproc-per-node 2 -m vtv_nnsight run`) the first writes,
 and searches are shared out; the files are those of one process.
@@ -41,9 +42,10 @@ from datasets import Dataset
 
 from vtv_nnsight import data, models
 from vtv_nnsight import tasks as registry
-from vtv_nnsight.evaluation import Table, comparison, select_prompts
+from vtv_nnsight.evaluation import Condition, Table, comparison, controls, select_prompts
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
 from vtv_nnsight.evaluation.demonstration import demonstrate
+from vtv_nnsight.experiment.protocol import VECTOR_FOLDS, candidates, search_prompts, test_prompts
 from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_step
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
@@ -55,10 +57,10 @@ from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
 from vtv_nnsight.search.holdout import held_out_count
-from vtv_nnsight.search.objective import processes
+from vtv_nnsight.search.objective import check_gradient, choose_loss, processes
 from vtv_nnsight.stages import device_of, fingerprint
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import TaskVectors
+from vtv_nnsight.vectors import TaskVector, TaskVectors
 
 PICTURES_PER_PROMPT = 4
 """Pictures per prompt, at least, for prompts to be selected: each serves in one only."""
@@ -90,7 +92,8 @@ def run(
         redo: When the settings are not those that the folder was begun with, or a file in it was changed, do again what
             depends on them.
         device: Where the model runs.
-        batch_size: Prompts per forward; 32 by default, and as many as the device likes for searches.
+        batch_size: Prompts per forward; by default 32 of a canvas like MAE-VQGAN's (`stages.fitting_rows`), and as many
+            as the device likes for searches.
         progress: Show which step is being done.
 
     Returns:
@@ -107,12 +110,14 @@ def run(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
     with quiet():
-        model = load_model(settings.model, settings.vqgan, device)
+        model = load_model(
+            settings.model, settings.vqgan, device, embedding_type=settings.embedding_type, dtype=settings.dtype
+        )
         folds, notes = load_folds(out, settings)
         tasks = servable(settings, folds[0].train)
         layout = replace(model.layout, order=settings.order)
         space = PatchSpace(model, layout, settings.granularity)
-        check(settings, folds, tasks, space)
+        check(settings, folds, tasks, space, model)
         record = None
         if state.is_main_process:
             record = RunRecord.open(
@@ -120,7 +125,6 @@ def run(
                 device_of(model), redo,
             )  # fmt: skip
         state.wait_for_everyone()
-        at_once = batch_size or 32
         with display(len(STEPS) * len(folds) + 1, progress and state.is_main_process) as shown:
             for fold in folds:
 
@@ -128,17 +132,21 @@ def run(
                     return begin_step(record, fold.folder, name, shown(f"{name} {fold.name}".strip()))
 
                 with begin("select") as step:
-                    if step.lacks("prompts.safetensors"):
+                    if fold.shares and step.lacks("prompts.safetensors"):
+                        step.take("prompts.safetensors", fold.shares)
+                    elif step.lacks("prompts.safetensors"):
                         prompts = {
-                            task.name: select(model, task, fold.train, settings, layout, at_once)
+                            task.name: select(model, task, fold.train, settings, layout, batch_size)
                             for task in step.each(tasks)
                         }
                         step.save("prompts.safetensors", write_prompts, prompts)
                     prompts = read_prompts(step.path("prompts.safetensors"), layout)
                 with begin("collect") as step:
-                    if step.lacks("vectors.safetensors"):
+                    if fold.shares and step.lacks("vectors.safetensors"):
+                        step.take("vectors.safetensors", fold.shares)
+                    elif step.lacks("vectors.safetensors"):
                         step.working_on("")
-                        vectors = collect(model, prompts, at_once, fold.folder / "vectors.state")
+                        vectors = collect(model, prompts, batch_size, fold.folder / "vectors.state")
                         step.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
                         step.remove("vectors.state")
                     vectors = TaskVectors.load(step.path("vectors.safetensors"))
@@ -151,11 +159,17 @@ def run(
                     found = {}
                     for task in tasks:
                         name = f"search/{task.name}"
-                        if step.everyone_lacks(f"{name}.safetensors"):
+                        if fold.shares and step.lacks(f"{name}.safetensors"):
+                            step.take(f"{name}.safetensors", fold.shares)
+                        elif not fold.shares and step.everyone_lacks(f"{name}.safetensors"):
                             step.working_on(task.name)
+                            to_search, apart = [prompts[task.name]], {}
+                            if fold.search is not None:
+                                train, held_out = search_prompts(task, fold.search, layout, settings.seed)
+                                to_search, apart = [train], {"held_out": [held_out.query_only()]}
                             found[task.name] = search(
-                                model, vectors, [task], [prompts[task.name]], space, settings,
-                                batch_size=batch_size, resume=fold.folder / f"{name}.journal",
+                                model, vectors, [task], to_search, space, settings,
+                                batch_size=batch_size, resume=fold.folder / f"{name}.journal", **apart,
                             )  # fmt: skip
                             step.save(f"{name}.safetensors", lambda path, result: result.save(path), found[task.name])
                             step.remove(f"{name}.journal")
@@ -167,7 +181,7 @@ def run(
                             step.working_on(task.name)
                             patches = found[task.name].patches
                             table = evaluate(
-                                model, task, fold.test, settings, layout, vectors, patches, fold.number, at_once
+                                model, task, fold.test, settings, layout, vectors, patches, fold.number, batch_size
                             )
                             step.save(names[0], partial(write_pictures, task=task), table)
                             step.save(names[1], lambda path, table: table.parquet(path), table)
@@ -180,8 +194,8 @@ def run(
                             scores = Table.load(fold.folder / f"evaluation/{task.name}.parquet").values(
                                 task.name, "task vector"
                             )
-                            asked = task.prompts(fold.test, settings.test_prompts, settings.seed, layout)
-                            closely = demonstrate(model, task, asked, scores, vectors, found, batch_size=at_once)
+                            asked = prompts_to_test(task, fold.test, settings, layout)
+                            closely = demonstrate(model, task, asked, scores, vectors, found, batch_size=batch_size)
                             step.save(name, lambda path, shown: shown.save(path), closely)
                     step.wait()
             with begin_step(record, out, "report", shown("report")) as step:
@@ -193,22 +207,32 @@ def run(
 
 
 class Fold(NamedTuple):
-    """The pictures of one fold, or of all data where there are no folds."""
+    """The pictures of one fold, or of all data where there are no folds.
+
+    Args:
+        search: Pictures to search on, in the published protocol; else searches have the prompts that were collected on.
+        shares: The folder whose prompts, vectors and sets are this fold's, too, in the published protocol.
+    """
 
     name: str
     folder: Path
     number: int
     train: Dataset
     test: Dataset
+    search: Dataset | None = None
+    shares: Path | None = None
 
 
-def load_model(source: str, vqgan: str | os.PathLike | None = None, device: str | None = None) -> InContextModel:
-    """A model with its weights, on a device; of several processes each on a device of its own."""
+def load_model(
+    source: str, vqgan: str | os.PathLike | None = None, device: str | None = None, **options: Any
+) -> InContextModel:
+    """A model with its weights, on a device; of several processes each on a device of its own. Options are
+    `models.load_model`'s."""
     state = processes()
     if device is None and state.num_processes > 1:
         device = str(state.device)
     device = resolve_device(device) if device else None
-    model = models.load_model(source, **({"vqgan": vqgan} if vqgan else {}), dispatch=True)
+    model = models.load_model(source, vqgan=vqgan or None, dispatch=True, **options)
     return model.to(device) if device else model
 
 
@@ -216,9 +240,12 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
     """The data of every fold, pictures to learn from and to test on apart; and what loading them had to say."""
     names = {"": settings.data}
     if settings.data.startswith("pascal:"):
-        root = Path(settings.data.removeprefix("pascal:"))
-        root = root.parent if root.name == "VOCdevkit" else root
-        names = {f"fold{fold}": f"pascal:{root}:{fold}" for fold in settings.folds or range(4)}
+        root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
+        root = str(Path(root).parent) if Path(root).name == "VOCdevkit" else root
+        numbers = settings.folds or (range(4) if fold is None else (fold,))
+        if is_published_pascal(settings):
+            return published_folds(out, settings, root, lists, numbers), []
+        names = {f"fold{fold}": f"pascal:{root}:{fold}" + f":{lists}" * (lists != "published") for fold in numbers}
     elif settings.folds:
         raise ValueError(f"{settings.data!r} has no folds; they go with data='pascal:ROOT'.")
     folds = []
@@ -235,6 +262,34 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
             f"{fewest} pictures to learn from are few: prompts are drawn at random, and pictures serve in several."
         )
     return folds, notes
+
+
+def is_published_pascal(settings: Settings) -> bool:
+    """Whether the released protocol on Pascal-5i is followed; see `experiment.protocol`."""
+    return settings.protocol == "published" and settings.data.startswith("pascal:")
+
+
+def folds_to_test(settings: Settings, split: str = "test", max_images: int | None = None) -> list[tuple[int, Dataset]]:
+    """Number and pictures of each fold to evaluate on: all that the published protocol tests on, else one."""
+    if not is_published_pascal(settings):
+        return [(0, data.load(settings.data, split, max_images or 2 * settings.test_prompts, settings.seed))]
+    root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
+    half = "trn" if split == "train" else "val"
+    return [(f, data.pascal(root, f, half, splits=lists)) for f in (range(4) if fold is None else (fold,))]
+
+
+def published_folds(out: Path, settings: Settings, root: str, lists: str, numbers: Sequence[int]) -> list[Fold]:
+    """The folds of the released protocol: each is tested on, the first finds vectors and sets for all of them."""
+    train = data.pascal(root, VECTOR_FOLDS, "trn", splits=lists)
+    search = data.pascal(root, settings.search_fold, "trn", splits=lists)
+    first = out / f"fold{numbers[0]}"
+    return [
+        Fold(
+            f"fold{number}", out / f"fold{number}", number, train, data.pascal(root, number, "val", splits=lists),
+            search, first if number != numbers[0] else None,
+        )
+        for number in numbers
+    ]  # fmt: skip
 
 
 def split_data(spec: str, train: int, test: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -270,13 +325,15 @@ def selects(settings: Settings, rows: Dataset) -> bool:
     return len(rows) >= PICTURES_PER_PROMPT * settings.prompts
 
 
-def check(settings: Settings, folds: Sequence[Fold], tasks: Sequence[Task], space: PatchSpace) -> None:
+def check(
+    settings: Settings, folds: Sequence[Fold], tasks: Sequence[Task], space: PatchSpace, model: InContextModel
+) -> None:
     """Refuse settings that a later step would refuse."""
     if settings.candidates < settings.prompts and any(selects(settings, fold.train) for fold in folds):
         raise ValueError(
             f"candidates={settings.candidates} are fewer than the prompts={settings.prompts} to select; give more."
         )
-    trial = _Trial(space, settings.prompts, settings.loss)
+    trial = _Trial(space, settings.prompts, model, settings.loss)
     algorithm, options = _algorithm(settings.search)
     if algorithm.needs_scores:
         if len(tasks) < 2:
@@ -293,8 +350,9 @@ class _Enough(Exception):
 class _Trial:
     """An objective that costs nothing, to try a search's settings on: every loss is 0."""
 
-    def __init__(self, space: PatchSpace, prompts: int, loss: str) -> None:
-        self.space, self.loss, self.evaluations = space, loss, 0
+    def __init__(self, space: PatchSpace, prompts: int, model: InContextModel, loss: str | None) -> None:
+        self.space, self.model, self.evaluations = space, model, 0
+        self.loss = choose_loss(model, loss)
         self.held_out, self.train = torch.arange(prompts).tensor_split([held_out_count(prompts, HELD_OUT)])
         self.group = torch.zeros(prompts, dtype=torch.long)
 
@@ -305,27 +363,30 @@ class _Trial:
         return torch.zeros(len(rows), dtype=torch.float64)
 
     def gradient(self, gates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.loss != "tokens":
-            raise ValueError(f'loss={self.loss!r} has no gradient (its codes are an arg-max); use loss="tokens".')
+        check_gradient(self.model, *self.loss)
         return self(gates, rows), torch.zeros(gates.shape, dtype=torch.float64)
 
 
 def select(
-    model: InContextModel, task: Task, rows: Dataset, settings: Settings, layout: Layout, batch_size: int = 32
+    model: InContextModel, task: Task, rows: Dataset, settings: Settings, layout: Layout,
+    batch_size: int | None = None,
 ) -> VisualPrompt:
     """Prompts that the model does well one-shot (ECCV 2024, §4.1); random ones where there are few pictures."""
     if not selects(settings, rows):
         return task.prompts(rows, settings.prompts, settings.seed, layout)
+    options: dict[str, Any] = {"duplicates": "published"} if settings.protocol == "published" else {}
+    if is_published_pascal(settings):
+        options["drawn"] = candidates(rows, layout.examples, settings.seed, settings.candidates)
     return select_prompts(
         model, task, rows, settings.prompts, candidates=settings.candidates, seed=settings.seed, layout=layout,
-        batch_size=batch_size,
+        batch_size=batch_size, **options,
     )  # fmt: skip
 
 
 def collect(
     model: InContextModel,
     prompts: Mapping[str, VisualPrompt],
-    batch_size: int = 32,
+    batch_size: int | None = None,
     resume: str | os.PathLike | None = None,
 ) -> TaskVectors:
     """The mean activation of every head, by task (ECCV 2024, §4.1)."""
@@ -401,13 +462,32 @@ def evaluate(
     vectors: TaskVectors | None = None,
     patches: PatchSet | None = None,
     fold: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> Table:
     """Scores and first answers on prompts of pictures that were not searched on, of every condition; without vectors
-    those that need none."""
-    prompts = task.prompts(rows, settings.test_prompts, settings.seed, layout)
-    conditions = comparison(vectors[task.name], patches, vectors, settings.seed) if vectors else None
+    those that need none. Controls that are many are asked fewer prompts: see `Settings`."""
+    prompts = prompts_to_test(task, rows, settings, layout)
+    conditions = _conditions(vectors[task.name], patches, vectors, settings) if vectors else None
     return evaluate_conditions(model, task, prompts, conditions, fold=fold, batch_size=batch_size)
+
+
+def prompts_to_test(task: Task, rows: Dataset, settings: Settings, layout: Layout) -> VisualPrompt:
+    """What `evaluate` asks."""
+    if is_published_pascal(settings):
+        return test_prompts(task, rows, settings.test_prompts, layout, settings.seed)
+    return task.prompts(rows, settings.test_prompts, settings.seed, layout)
+
+
+def _conditions(
+    vector: TaskVector, patches: PatchSet, vectors: TaskVectors, settings: Settings
+) -> dict[str, Condition | list[Condition]]:
+    """What a run compares: `comparison`, with `controls` in the place of its single ones; floor and ceiling last."""
+    conditions = comparison(vector, patches, seed=settings.seed)
+    bounds = {name: conditions.pop(name) for name in ("tokenizer", "copy")}
+    drawn = controls(
+        vector, patches, vectors, draws=settings.draws, seed=settings.seed, prompts=settings.control_prompts
+    )
+    return conditions | drawn | bounds
 
 
 def write_prompts(path: Path, prompts: Mapping[str, VisualPrompt]) -> None:
@@ -438,10 +518,12 @@ def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:
 def identity(settings: Settings, model: InContextModel, folds: Sequence[Fold], tasks: Sequence[Task]) -> dict[str, Any]:
     """What the numbers of a run depend on, as run.json has it: settings, weights, pictures and version."""
     return asdict(settings) | {
+        "loss": choose_loss(model, settings.loss)[0],
         "tasks": [task.name for task in tasks],
         "folds": [fold.number for fold in folds if fold.name],
         "weights": _digest(fingerprint(model)),
-        "pictures": _digest([data.identities(fold.train) for fold in folds]),
+        "pictures": _digest([data.identities(fold.train) for fold in folds if not fold.shares]),
+        "search pictures": _digest([data.identities(fold.search) for fold in folds[:1] if fold.search is not None]),
         "test pictures": _digest([data.identities(fold.test) for fold in folds]),
         "version": package_version(),
     }

@@ -23,22 +23,43 @@ FAMILIES = {
 without type tokens."""
 
 
+PAPERS = {
+    "MAEVQGAN": "Bar et al., Visual Prompting via Image Inpainting, NeurIPS 2022",
+    "ViTMAE": "He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022",
+    "SegGPT": "Wang et al., SegGPT: Towards Segmenting Everything in Context, ICCV 2023",
+    "Painter": "Wang et al., Images Speak in Images, CVPR 2023",
+}
+"""Kind of model, as fingerprints have it → the paper that it is from."""
+
+OWN = {"vqgan": "mae_vqgan", "embedding_type": "seggpt"}
+"""Arguments that one family alone takes → the family."""
+
+
 def load_model(source: str | os.PathLike = "tiny", **kwargs: Any) -> InContextModel:
     """The model of a source, of the family that its config or its weights tell.
 
     Args:
         source: "tiny" (the embedded MAE-VQGAN), a folder written by `save_pretrained`, a Hub id, or a published file.
-        **kwargs: As for the model's class.
+        **kwargs: As for the model's class; None leaves an argument out.
 
     Raises:
-        ValueError, OSError: naming the source, and the families that there are.
+        ValueError, OSError: naming the source and the families that there are, or an argument of another family.
     """
     source = os.fspath(source)
-    module, name = FAMILIES[_family(source, kwargs)]
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    family = family_of(source, **kwargs)
+    module, name = FAMILIES[family]
+    for argument, owner in OWN.items():
+        if argument in kwargs and owner != family:
+            raise ValueError(
+                f"{argument}={str(kwargs[argument])!r} is for {FAMILIES[owner][1]}, and {source!r} is a {name}; leave "
+                "it out."
+            )
     return getattr(import_module(f"{__name__}.{module}"), name)(source, **kwargs)
 
 
-def _family(source: str, kwargs: dict[str, Any]) -> str:
+def family_of(source: str, **kwargs: Any) -> str:
+    """Which of `FAMILIES` a source is of; arguments are those of `load_model`. No weights are read."""
     from vtv_nnsight.models.folders import holds_numbers, read_model_type
 
     path = Path(source)
@@ -60,8 +81,9 @@ def _family(source: str, kwargs: dict[str, Any]) -> str:
     else:
         from transformers import AutoConfig
 
-        options = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
-        family = AutoConfig.from_pretrained(source, **options).model_type
+        from vtv_nnsight.models.traceable import HUB_OPTIONS, pick
+
+        family = AutoConfig.from_pretrained(source, **pick(kwargs, "revision", *HUB_OPTIONS)).model_type
     if family not in FAMILIES:
         raise ValueError(f"{source!r} is a {family} model; expected one of {', '.join(FAMILIES)}.")
     return family

@@ -32,6 +32,11 @@ class MaskedAutoencoder(InContextModel):
             )
         )
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """What it is made of, for `vtv info`: name → words."""
+        return {s.name: f"{s.layers} blocks of width {s.heads * s.head_dim}, {s.heads} heads" for s in self.stages}
+
     def attention(self, stage: str, layer: int) -> Any:
         """The attention of a block: `encoder.blocks[layer].attn`."""
         return getattr(self, stage).blocks[layer].attn

@@ -42,7 +42,7 @@ from vtv_nnsight.layouts import Layout, positions
 from vtv_nnsight.models.checkpoint_files import StoredTensor, read_tensors, some
 from vtv_nnsight.models.envoys import PromptBatcher, editable
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage, group_positions
-from vtv_nnsight.models.traceable import CanvasModel, Inputs, pick
+from vtv_nnsight.models.traceable import HUB_OPTIONS, CanvasModel, Inputs, pick
 from vtv_nnsight.prompts import VisualPrompt, crop
 
 EMBEDDING_TYPES = ("semantic", "instance")
@@ -346,7 +346,7 @@ class Painter(CanvasModel, InContextModel):
                 "checkpoint file or a SegGptForImageSegmentation."
             )
         if isinstance(source, str) and source in self.released:
-            source = hf_hub_download(source, self.released[source], revision=revision)
+            source = hf_hub_download(source, self.released[source], revision=revision, **pick(kwargs, *HUB_OPTIONS))
         envoys = kwargs.pop("envoys", None) or {}
         if isinstance(envoys, dict):
             envoys = {SegGptAttention: AttentionEnvoy, **envoys}
@@ -382,6 +382,18 @@ class Painter(CanvasModel, InContextModel):
         """The smooth L1 distance of the masked half, as trained."""
         return (Loss("smooth_l1", self._smooth_l1),)
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """What it is made of, for `vtv info`: name → words."""
+        config, (streams, _) = self._module.config, self.stages
+        features = len(config.intermediate_hidden_state_indices)
+        return {
+            "embeddings": f"patches of {config.patch_size}x{config.patch_size} to width {config.hidden_size}",
+            "encoder": f"{config.num_hidden_layers} layers of width {config.hidden_size}, {streams.heads} heads; the "
+            f"first {streams.layers} see image and target as two streams",
+            "decoder": f"width {config.decoder_hidden_size}, of what {features} of the layers give",
+        }
+
     def attention(self, stage: str, layer: int) -> Envoy:
         """The attention of a layer: `encoder.layers[layer].attention` for "streams"; "merged" goes on counting."""
         return self.encoder.layers[self._first(stage) + layer].attention
@@ -405,6 +417,7 @@ class Painter(CanvasModel, InContextModel):
         """Units are the query and the output of each stream, and after the merge their one place, "query+output"; by
         cell, the example's likewise."""
         layout = layout or self.layout
+        self._check_layout(layout, "units")
         if stage == "streams":
             regions, cells = ("query", "output"), ("example_input", "query", "example_output", "output")
         else:
@@ -512,11 +525,8 @@ class Painter(CanvasModel, InContextModel):
     def _prepare(self, *inputs: Any, **kwargs: Any) -> tuple[VisualPrompt | Inputs, dict]:
         """One input set: a prompt in this model's layout that is one-shot or query only; and the options."""
         prompt = inputs[0] if inputs else None
-        if isinstance(prompt, VisualPrompt) and not self._fits(prompt.layout):
-            raise ValueError(
-                f"a prompt of {prompt.layout} does not fit a {type(self).__name__} of {self.layout}; make it with "
-                "layout=model.layout."
-            )
+        if isinstance(prompt, VisualPrompt):
+            self._check_layout(prompt.layout, "a prompt")
         if "embedding_type" in kwargs:
             raise TypeError(
                 f"embedding_type={kwargs['embedding_type']!r} belongs to the model, whose vectors are of one type; "
@@ -556,8 +566,13 @@ class Painter(CanvasModel, InContextModel):
         """Number of a stage's first layer."""
         return {"streams": 0, "merged": self._module.config.merge_index + 1}[stage]
 
-    def _fits(self, layout: Layout) -> bool:
-        return layout.cells == self.layout.cells and layout.patch_size == self.layout.patch_size
+    def _check_layout(self, layout: Layout, what: str) -> None:
+        """Refuse a layout with other cells than the network's two pictures have."""
+        if (layout.cells, layout.patch_size) != (self.layout.cells, self.layout.patch_size):
+            raise ValueError(
+                f"{what} of {layout} does not fit a {type(self).__name__} of {self.layout}; make it with "
+                "layout=model.layout."
+            )
 
 
 class SegGPT(Painter):

@@ -27,7 +27,7 @@ EXPECTED = (
     "give a VisualPrompt, or canvas [batch, 3, height, width], visible [patch] and decoded [patch] as tensors "
     "(VisualPrompt.from_canvas makes a prompt of a canvas)."
 )
-_HUB_OPTIONS = ("token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+HUB_OPTIONS = ("token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 
 
 class Inputs(NamedTuple):
@@ -110,7 +110,7 @@ class CanvasModel(HuggingFaceModel):
         folder = Path(source, kwargs.get("subfolder") or "")
         if folder.is_dir() and (found := read_model_type(folder)) != expected:
             raise ValueError(f"{source!r} is a {found} model; expected {expected}.")
-        config = AutoConfig.from_pretrained(source, revision=self.revision, **pick(kwargs, *_HUB_OPTIONS))
+        config = AutoConfig.from_pretrained(source, revision=self.revision, **pick(kwargs, *HUB_OPTIONS))
         if not isinstance(config, self.config_class):
             raise ValueError(f"{source!r} is a {config.model_type} model; expected {expected}.")
         return config

@@ -20,8 +20,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vtv_nnsight import plots
-from vtv_nnsight.evaluation import BASELINE, Line
+from vtv_nnsight.evaluation import BASELINE, Line, best_others, vector_pairs, verdicts
+from vtv_nnsight.evaluation.controls import OTHER, specific_sentence, task_verdict
 from vtv_nnsight.files import replacing, write_text
+from vtv_nnsight.models import PAPERS
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.progress import duration
 from vtv_nnsight.report.pictures import all_searches, draw, overview, plain_label, prompt_cells, searches, uri
@@ -44,7 +46,7 @@ def write(run: str | os.PathLike) -> Path:
     """Write report.html, table.csv, table.md and answers.png in a run's folder."""
     run, found = Path(run), read(run)
     found.table.csv(run / "table.csv")
-    write_text(run / "table.md", found.table.markdown() + "\n")
+    write_text(run / "table.md", "\n\n".join([found.table.markdown(), *verdicts(found.table)]) + "\n")
     with replacing(run / "answers.png") as temporary:
         overview(found).savefig(temporary, dpi=150, format="png")
     lines, record = found.lines(), found.record
@@ -59,6 +61,7 @@ def write(run: str | os.PathLike) -> Path:
         spent=duration(found.seconds),
         record=json.dumps(record, indent=1),
         patched=PATCHED,
+        paper=PAPERS.get(_space(found).fingerprint.get("model")),
         prompt=prompt_cells(found),
         marked=[(1, 2)],
         units=len(_space(found)),
@@ -75,6 +78,7 @@ def write(run: str | os.PathLike) -> Path:
             for fold, scores in found.scores.items()
         ],
         searches=_searches(found, lines),
+        matrix=_matrix(found),
         overlap=_overlap(found),
         shared=shared,
         hero=_hero(found),
@@ -159,8 +163,8 @@ def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
         "zero_shot": scores[ZERO_SHOT].mean,
         "verdict": ("better than" if better else "worse than") if sure else "not told apart from",
         "copied": copied.mean if copied else None,
-        "copy_wins": bool(copied) and (copied.mean > patched.mean) == task.metric.higher_is_better
-        and copied.mean != patched.mean,
+        "ceiling": scores["tokenizer"].mean if "tokenizer" in scores else None,
+        "controls": task_verdict(found.table, task.name)[1:],
         "pictures": _pictures(found, task),
         "rows": min(ROWS, len(found.table.pictures[task.name]["truth"])),
         "queries": patched.images,
@@ -255,6 +259,23 @@ def _overlap(found: Found) -> list[Any]:
         return []
     caption = "How alike the tasks' sets are (Jaccard similarity), and how many tasks patch each unit."
     return [draw(partial(search_plots.overlap, sets), caption, wide=True)]
+
+
+def _matrix(found: Found) -> dict[str, Any]:
+    """Every task's vector at every task's units, and which tasks need their own."""
+    if not found.table.frame.condition.str.startswith(OTHER).any():
+        return {}
+    pairs = vector_pairs(found.table)
+    caption = (
+        f"Every vector at the units of every task, on {pairs.images.min()} queries. The task's own is framed; a star "
+        "marks the best of another task where the own is not surely better."
+    )
+    best = {row.task: row for row in best_others(pairs).itertuples()}
+    return {
+        "figure": draw(partial(plots.matrix, pairs), caption, wide=True),
+        "specific": [name for name, row in best.items() if row.specific],
+        "others": {name: specific_sentence(row) for name, row in best.items() if not row.specific},
+    }
 
 
 def _space(found: Found) -> Any:

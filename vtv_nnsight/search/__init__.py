@@ -26,6 +26,7 @@ An algorithm proposes masks and reads losses and nothing else: `search.reinforce
 all it takes. (It is also a name of `search` at once; the imports below tell editors so.)
 """
 
+import warnings
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -35,17 +36,25 @@ from vtv_nnsight.search.attribution import attribution
 from vtv_nnsight.search.gates import gates
 from vtv_nnsight.search.greedy import greedy
 from vtv_nnsight.search.mediation import mediation
-from vtv_nnsight.search.objective import LOSSES, Objective
+from vtv_nnsight.search.objective import PIXELS, Objective
 from vtv_nnsight.search.random import random
 from vtv_nnsight.search.ranking import ranking
 from vtv_nnsight.search.registry import ALGORITHMS, Algorithm
 from vtv_nnsight.search.reinforce import reinforce
 from vtv_nnsight.search.result import NamedUnits, SearchResult, Step
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
 ALGORITHMS.update({name: ALGORITHMS.pop(name) for name in sorted(ALGORITHMS)})
 globals().update(ALGORITHMS)
+
+
+def __getattr__(name: str) -> tuple[str, str]:
+    if name != "LOSSES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("search.LOSSES is deprecated; a model's are its `losses` and PIXELS.", DeprecationWarning, 2)
+    return "tokens", PIXELS
+
 
 __all__ = [
     "attribution",
@@ -56,7 +65,7 @@ __all__ = [
     "ranking",
     "reinforce",
     "ALGORITHMS",
-    "LOSSES",
+    "PIXELS",
     "Algorithm",
     "NamedUnits",
     "Objective",

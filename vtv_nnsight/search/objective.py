@@ -23,15 +23,32 @@ from vtv_nnsight.models.interface import InContextModel, Loss
 from vtv_nnsight.patches import PatchSpace, patch
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.search.holdout import hold_out
-from vtv_nnsight.stages import device_of, fingerprint
+from vtv_nnsight.stages import device_of, fingerprint, fitting_rows
 from vtv_nnsight.tasks import Task
-from vtv_nnsight.vectors import TaskVector
+from vtv_nnsight.vectors import Activations, TaskVector
 
 PIXELS = "pixels"
 """The name of the task's own loss of the painted answer, which every model has beside its `losses`."""
 
-LOSSES = ("tokens", PIXELS)
-"""The losses of MAE-VQGAN. Those of any model are its `losses` and "pixels"."""
+
+def choose_loss(model: InContextModel, name: str | None = None) -> tuple[str, Loss | None]:
+    """The loss of a name and the model's own of that name, None for "pixels"; without a name the model's first.
+
+    Raises:
+        ValueError: naming the losses that the model has.
+    """
+    known: dict[str, Loss | None] = {own.name: own for own in model.losses} | {PIXELS: None}
+    name = name or next(iter(known))
+    if name not in known:
+        raise ValueError(f"loss={name!r} is unknown; choose from {', '.join(known)}, the losses of this model.")
+    return name, known[name]
+
+
+def check_gradient(model: InContextModel, name: str, loss: Loss | None) -> None:
+    """Refuse a loss of `choose_loss` that has no gradient, naming those of the model that have one."""
+    if loss is None or not loss.differentiable:
+        others = ", ".join(f'loss="{own.name}"' for own in model.losses if own.differentiable)
+        raise ValueError(f"loss={name!r} has no gradient; use {others or 'a search that needs no gradient'}.")
 
 
 class Objective:
@@ -44,12 +61,14 @@ class Objective:
     Args:
         model: The model, on its device and in its dtype.
         vector, task, prompts: What to patch in, how answers are scored, and prompts with the truth in their output cell
-            (`query_only()` for zero-shot). Lists of all three look for one set that serves several tasks.
+            (`query_only()` for zero-shot). Lists of all three look for one set that serves several tasks. In the place
+            of a vector, `Activations` have a row for each prompt, those of `held_out` (prompts of their own) last.
         space: The units.
         loss: The name of one of the model's `losses`, by default its first (of MAE-VQGAN "tokens", the mean
             cross-entropy of the output's logits against the tokenizer's codes of the truth); or "pixels", the task's
             own loss of the painted answer, as published.
-        batch_size: Rows of a trace; halved when memory runs out. None: 16 on a CPU, 256 elsewhere.
+        batch_size: Rows of a trace; halved when memory runs out. None: 16 on a CPU, 256 elsewhere, and fewer where the
+            canvas has more patches than MAE-VQGAN's (`stages.fitting_rows`).
         held_out: The share of the prompts that is held out, so that they share no picture with the others (see
             `holdout.split_prompts`), or prompts of their own (a list, for several tasks).
         seed: Of the split.
@@ -65,14 +84,14 @@ class Objective:
         evaluations: Patched evaluations made, one set on one prompt each, gradients included.
 
     Raises:
-        ValueError: when the model has no such loss, vectors, tasks and prompts are not as many, or no prompts are left
-            to train or hold out.
+        ValueError: when the model has no such loss, vectors, tasks and prompts are not as many, no prompts are left to
+            train or hold out, or activations are not one for each prompt.
     """
 
     def __init__(
         self,
         model: InContextModel,
-        vector: TaskVector | Sequence[TaskVector],
+        vector: TaskVector | Activations | Sequence[TaskVector | Activations],
         task: Task | Sequence[Task],
         prompts: VisualPrompt | Sequence[VisualPrompt],
         space: PatchSpace,
@@ -82,11 +101,7 @@ class Objective:
         held_out: float | VisualPrompt | Sequence[VisualPrompt] = 0.25,
         seed: int = 0,
     ) -> None:
-        known = {own.name: own for own in model.losses} | {PIXELS: None}
-        loss = loss or next(iter(known))
-        if loss not in known:
-            raise ValueError(f"loss={loss!r} is unknown; choose from {', '.join(known)}, the losses of this model.")
-        self._loss: Loss | None = known[loss]
+        loss, self._loss = choose_loss(model, loss)
         vectors, self.tasks, groups = _listed(vector), _listed(task), _listed(prompts)
         apart = _listed(held_out) if not isinstance(held_out, (int, float)) else [held_out] * len(groups)
         counts = [len(part) for part in (vectors, self.tasks, groups, apart)]
@@ -96,15 +111,22 @@ class Objective:
             raise ValueError(f"{given} were given; give one of each, or as many of each.")
         device = device_of(model)
         self.model, self.space, self.loss = model, space, loss
-        self.batch_size = batch_size or (16 if device.type == "cpu" else 256)
-        if self.batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
+        self.batch_size = batch_size or fitting_rows(model, 16 if device.type == "cpu" else 256)
         self._fits = self.batch_size
         self.vectors = [v.to(device) for v in vectors]
         parts = hold_out(groups, held_out if isinstance(held_out, (int, float)) else apart, seed)
         self.prompts = VisualPrompt.cat([rows for pair in parts for rows in pair]).to(device)
         sizes = torch.tensor([[len(rows) for rows in pair] for pair in parts])
         self.group = torch.arange(len(parts)).repeat_interleave(sizes.sum(1))
+        self._first = sizes.sum(1).cumsum(0) - sizes.sum(1)
+        for own, count in zip(self.vectors, sizes.sum(1).tolist()):
+            if isinstance(own, Activations) and (len(own) != count or isinstance(held_out, (int, float))):
+                raise ValueError(
+                    f"activations of {len(own)} prompts were given for {count}; collect them of the prompts and then "
+                    "of the held-out prompts, and give held_out as prompts."
+                )
         numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
         self.evaluations = 0
@@ -129,7 +151,7 @@ class Objective:
     def fingerprint(self) -> dict[str, Any]:
         """What the losses depend on, in words and digests (JSON values)."""
         digest = hashlib.blake2b(digest_size=8)
-        means = [mean for vector in self.vectors for mean in vector.mean.values()]
+        means = [values for vector in self.vectors for values in vector.values.values()]
         for tensor in (self.prompts.canvas, self.prompts.visible, self.prompts.decoded, self.train, *means):
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
         return {
@@ -169,9 +191,7 @@ class Objective:
         Raises:
             ValueError: when the loss has no gradient, as "pixels" has none.
         """
-        if not self.differentiable:
-            others = ", ".join(f'loss="{own.name}"' for own in self.model.losses if own.differentiable)
-            raise ValueError(f"loss={self.loss!r} has no gradient; use {others or 'a search that needs no gradient'}.")
+        check_gradient(self.model, self.loss, self._loss)
 
         def batch_gradient(batch: torch.Tensor) -> torch.Tensor:
             own = gates[batch].to(self._truth.device, torch.float32).requires_grad_()
@@ -217,11 +237,14 @@ class Objective:
     def _losses(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Losses [row] of one batch of one task."""
         device, task = self._truth.device, int(self.group[rows[0]])
+        vector = self.vectors[task]
+        if isinstance(vector, Activations):
+            vector = vector[rows - self._first[task]]
         rows = rows.to(device)
         prompts, truth = self.prompts[rows], self._truth[rows]
         mask, answered = self.space.mask(choices.to(device)), prompts
         with self.model.trace(prompts):
-            patch(self.model, self.vectors[task], mask)
+            patch(self.model, vector, mask)
             if self._loss:
                 answered = self.model.narrow(prompts).save()
             output = self.model.output.save()

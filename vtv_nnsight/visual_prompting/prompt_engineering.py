@@ -85,8 +85,14 @@ def attention_to_regions(model: Any, prompts: VisualPrompt) -> dict[str, torch.T
         output's patches. Where cells share no patches the shares sum to 1.
 
     Raises:
-        ValueError: when the model's attention is not eager.
+        ValueError: when the model has no decoder, or its attention is not eager.
     """
+    stages = {stage.name: stage for stage in model.stages}
+    if "decoder" not in stages:
+        raise ValueError(
+            f"this is the attention of a decoder, and {type(model).__name__} has the stages {', '.join(stages)}; "
+            "give a MAEVQGAN or a ViTMAE."
+        )
     layout = prompts.layout
     seen = prompts.decoded.cpu()
     groups = {
@@ -94,10 +100,10 @@ def attention_to_regions(model: Any, prompts: VisualPrompt) -> dict[str, torch.T
     }
     output = groups["output"]
     groups = {"cls": positions(seen)[:1], **groups}
-    decoder = next(stage for stage in model.stages if stage.name == "decoder")
     with model.trace(prompts):
         layers = [
-            _shares(model.attention("decoder", layer).pattern, output, groups) for layer in range(decoder.layers)
+            _shares(model.attention("decoder", layer).pattern, output, groups)
+            for layer in range(stages["decoder"].layers)
         ].save()
     return dict(zip(groups, torch.stack(layers, dim=1).cpu()))
 

@@ -119,6 +119,14 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
         """ "tokens": the mean cross-entropy of the output's logits against the tokenizer's codes of the truth."""
         return (Loss("tokens", _token_loss),)
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """What it is made of, for `vtv info`: name → words."""
+        config = self._module.config
+        levels = ", ".join(str(config.vqgan_channels * m) for m in config.vqgan_channel_multipliers)
+        codes = f"{config.num_codes} codes of width {config.code_dim}; levels of {levels} channels"
+        return super().parts | {"vqgan": codes}
+
     def truth(self, prompts: VisualPrompt) -> torch.Tensor:
         """The tokenizer's codes of the truth: LongTensor [batch, output patch]."""
         output = prompts.layout.regions["output"].to(prompts.device)
@@ -131,8 +139,8 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
 
     def ceiling(self, prompts: VisualPrompt) -> torch.Tensor:
         """The tokenizer's own pictures of the canvases: [batch, 3, height, width] in [0, 1]."""
-        everything = prompts.layout.all_patches.to(prompts.device)
-        return self._module.paint(self._codes(prompts), prompts.canvas, everything, everything, paste=False)
+        everything, codes = prompts.layout.all_patches.to(prompts.device), self._codes(prompts)
+        return self._module.paint(codes, prompts.canvas, everything, everything, paste=False)
 
     def identity(self) -> dict[str, Any]:
         """Its kind, and eight numbers of the mask token, which is what version 0.1 kept of the weights."""
@@ -144,6 +152,7 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
     @torch.no_grad()
     def _codes(self, prompts: VisualPrompt) -> torch.Tensor:
         """The tokenizer's codes of canvases, LongTensor [batch, patch]."""
+        self.dispatch()
         vqgan = self._module.vqgan
         return vqgan.encode(prompts.canvas.to(vqgan.codebook.weight.dtype)).to(prompts.device)
 
