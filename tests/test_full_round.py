@@ -117,6 +117,13 @@ def test_runs_of_two_models_are_compared(runs, tmp_path):
     assert "2 runs compared" in (tmp_path / "both.html").read_text()
 
 
+def test_an_answer_with_the_vectors_of_a_run(runs, tmp_path):
+    """By its model, of its type."""
+    query = DATA / "query_image.png"
+    vtv("prompt", "--vectors", runs("SegGPT"), "--task", "lowlight", "--query", query, "-o", tmp_path / "strip.png")
+    assert Image.open(tmp_path / "strip.png").width > 3 * 32
+
+
 def test_the_leaderboard(runs, folders):
     out = runs("SegGPT")
     options = Leaderboard(

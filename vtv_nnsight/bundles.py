@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,12 +41,14 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         found: Task → what a search found for it.
         name: Where it is from, for messages.
         model: The source of its model, as `models.load_model` takes it, where that is known.
+        options: With what else it takes: SegGPT's `embedding_type`, ….
     """
 
     vectors: TaskVectors
     found: Mapping[str, SearchResult]
     name: str = "these vectors"
     model: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, task: str) -> tuple[TaskVector, PatchSet]:
         if task not in self.found:
@@ -105,18 +108,20 @@ def load(source: str | os.PathLike = EMBEDDED) -> Bundle:
     found = {task: SearchResult.load(path) for task, path in paths.items() if path.is_file()}
     if not found:
         raise FileNotFoundError(f"{folder} has no units in search/; let the same `vtv run` finish.")
-    model = EMBEDDED if str(source) == EMBEDDED else _model_of(folder)
-    return Bundle(vectors, found, str(source), model)
+    model, options = (EMBEDDED, {}) if str(source) == EMBEDDED else _model_of(folder)
+    return Bundle(vectors, found, str(source), model, options)
 
 
-def _model_of(folder: Path) -> str | None:
-    """The model of the run that a folder is of, or is a fold of."""
+def _model_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """The model of the run that a folder is of, or is a fold of, and how it was loaded."""
     from vtv_nnsight.experiment.record import read_record  # which is further along, and imports this package's searches
 
     for place in (folder, folder.parent):
         if (place / "run.json").is_file():
-            return read_record(place)["settings"].get("model")
-    return None
+            settings = read_record(place)["settings"]
+            known = {name: settings.get(name) for name in ("vqgan", "embedding_type", "dtype")}
+            return settings.get("model"), {name: value for name, value in known.items() if value is not None}
+    return None, {}
 
 
 def _keep(vector: TaskVector, kept: torch.Tensor) -> TaskVector:
