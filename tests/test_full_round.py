@@ -14,6 +14,7 @@ from test_vit_mae import config
 from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import PatchSet, TaskVectors, cli
+from vtv_nnsight.demo.playing import Player
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.experiment.leaderboard import Leaderboard, markdown, measure_sets
 from vtv_nnsight.report import reading
@@ -122,6 +123,7 @@ def test_an_answer_with_the_vectors_of_a_run(runs, tmp_path):
     query = DATA / "query_image.png"
     vtv("prompt", "--vectors", runs("SegGPT"), "--task", "lowlight", "--query", query, "-o", tmp_path / "strip.png")
     assert Image.open(tmp_path / "strip.png").width > 3 * 32
+    assert Player.load(str(runs("SegGPT"))).model.embedding_type == "semantic"
 
 
 def test_the_leaderboard(runs, folders):

@@ -102,8 +102,7 @@ def prompt(
         layout = patches.space.layout
     chosen = tasks.get(task or "identity")
     if bundle:
-        options = options if model else {**bundle.options, **options}
-        painter = load_model(model or bundle.model or "tiny", **options)
+        painter = load_model(model or bundle.model or "tiny", **{**bundle.options, **options})
         bundle.check(painter)
     else:
         painter = load_model(model, **options) if model else None
