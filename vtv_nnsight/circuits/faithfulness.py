@@ -36,7 +36,7 @@ from vtv_nnsight.patches import PatchSpace, patch
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.journal import Answer, Journal, digest
-from vtv_nnsight.stages import device_of, fingerprint
+from vtv_nnsight.stages import device_of, fingerprint, fitting_rows
 from vtv_nnsight.vectors import Activations, TaskVector
 
 DIRECTIONS = ("in", "out")
@@ -55,7 +55,7 @@ def faithfulness(
     direction: str = "in",
     sizes: Sequence[float] = SIZES,
     orders: Sequence[str] = ORDERS,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     resume: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Curves | list[Curves]:
@@ -74,7 +74,7 @@ def faithfulness(
         direction: "in" or "out".
         sizes: Shares of the units, in (0, 1].
         orders: "signed", "absolute", or both.
-        batch_size: Rows of a trace.
+        batch_size: Rows of a trace; None is `stages.fitting_rows`, 32 for MAE-VQGAN.
         resume: A file that keeps the answers; a run that finds it goes on where it stopped.
 
     Returns:
@@ -103,7 +103,7 @@ def faithfulness(
     device = device_of(model)
     prompts = prompts.to(device)
     vector = vector if isinstance(vector, Activations) else vector.to(device)
-    ask = _asking(model, vector, space, measures, direction, batch_size)
+    ask = _asking(model, vector, space, measures, direction, batch_size or fitting_rows(model))
     total = len(prompts) * (len(sets) + (direction == "in"))
     settings = _settings(model, vector, prompts, space, measures, direction)
     with (
