@@ -262,6 +262,12 @@ def test_search_efficiency(tmp_path):
     assert [row["label"] for row in others] == ["reinforce", "gates", "ranking"]
     assert all(spent <= row["budget"] for row in others for spent in row["evaluations"])
     assert found["references"]["one-shot"] < found["references"]["nothing patched"]
+    (curve,) = paper["curves"]
+    assert [moment["evaluations"] for moment in curve] == [320 + 8]
+    assert curve[-1]["sample"] == pytest.approx(paper["test loss"][0], abs=1e-5)
+    assert found["reached by itself"]["sample"] == min(
+        moment["evaluations"] for moment in curve if moment["sample"] <= paper["test loss"][0] + 1e-9
+    )
 
 
 def test_what_a_search_needs_to_reach_the_published_one(script):
@@ -273,7 +279,11 @@ def test_what_a_search_needs_to_reach_the_published_one(script):
     first, second = efficiency.summarise(rows)
     assert (first["label"], first["needed by test loss"], first["needed by held-out loss"]) == ("a", 2, 2)
     assert first["area"] == pytest.approx(2.1) and second["area"] == pytest.approx(4.1)
-    assert second["needed by test loss"] is None
+    assert second["needed by test loss"] is None and first["times fewer by test loss"] == 9 / 2
+    curve = [{"evaluations": n, "sample": s, "thresholded": t} for n, s, t in ((2, 5, 3), (6, 3, 1), (9, 1, 1))]
+    rows[0]["curves"] = [curve, [moment | {"sample": moment["sample"] + 0.1} for moment in curve]]
+    assert efficiency.reached_by_itself(rows[0]) == {"sample": 9, "thresholded": 6}
+    assert efficiency.summarise(rows)[0]["times fewer by test loss"] == 6 / 2
 
 
 def test_embedded_model(tmp_path):
