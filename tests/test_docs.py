@@ -4,6 +4,8 @@ have not, such as published weights, and are not run."""
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,12 @@ def test_what_is_not_a_command_is_seen():
 def test_every_page_is_in_the_navigation():
     navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
     assert not [page for page in TEXTS if page not in navigation]
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "Task" in (tmp_path / "site" / "vectors" / "index.html").read_text(encoding="utf-8")

@@ -402,7 +402,7 @@ def test_the_report_is_one_file_with_everything(finished):
         row = section[section.index('<div class="row">') : section.index('<div class="play"')]
         assert row.count("<figure><img") == 4 * len(report.PICTURES)
         assert section.count("<button") == len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
-        assert section.count("<picture>") == 2 and "Probability of every unit" in section
+        assert section.count("<picture>") == 1 and "Probability of every unit" in section
         table = Table.load(finished / "evaluation" / f"{name}.parquet")
         patched = next(line for line in table.lines() if line.condition == "task vector")
         units = len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
@@ -414,6 +414,9 @@ def test_the_report_is_one_file_with_everything(finished):
             assert f"The found units beat {place.beaten} of 2 draws of {drawn}" in section
     assert "Is it the task&#39;s own vector?" in page or "Is it the task's own vector?" in page
     assert "A <b>unit</b> is one attention head at one place: cls, query or output." in page
+    section = page[page.index('<section id="searches">') :]
+    section = section[: section.index("</section>")]
+    assert section.count("<picture>") == 1 and "The searches (reinforce)" in section
     assert "Which units tasks share" in page and "units serve both tasks" in page
     assert "Which heads tell the tasks apart" in page and '"budget": 200' in html.unescape(page)
 

@@ -1,5 +1,7 @@
 """What is shown of a run: answers under gates, the demonstration of one query, its animation, and bundles."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -140,3 +142,25 @@ def test_what_is_no_bundle_is_one_sentence(vectors, tmp_path):
         bundles.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no units in search/"):
         bundles.load(tmp_path / "fold1")
+
+
+def test_a_notebook_shows_maps(model, vectors, found):
+    result = found["segmentation"]
+    for shown in (vectors, result, result.patches):
+        with Image.open(io.BytesIO(shown._repr_png_())) as picture:
+            assert picture.width > picture.height
+    alone = TaskVectors({"lowlight": vectors["lowlight"]})
+    assert alone._repr_png_() is None
+    assert PatchSet.random(PatchSpace(model, granularity="token"), 3)._repr_png_() is None
+
+
+def test_a_model_makes_prompts_in_its_layout(model, tmp_path):
+    row, other = data.scenes("train", n=2, seed=3)
+    row["image"].save(tmp_path / "a.png")
+    made = model.prompt("segmentation", {"image": tmp_path / "a.png", "mask": row["mask"]}, other["image"])
+    expected = tasks.segmentation.prompt(row, {"image": other["image"]}, model.layout)
+    assert torch.equal(made.canvas, expected.canvas)
+    shown = model.prompt(None, (row["image"], row["mask"]), other["image"])
+    assert torch.equal(shown.region("query"), made.region("query"))
+    with pytest.raises(ValueError, match="without a task the example is a pair"):
+        model.prompt(None, row["image"], other["image"])

@@ -6,12 +6,18 @@
     ...     answers = tracer.result.save()
 
 A folder has `vectors.safetensors` (`TaskVectors`) and `search/TASK.safetensors` (`SearchResult`), as `vtv run` writes
-them.
+them. It can be shared on the Hugging Face Hub, with a card:
+
+    >>> bundle.push_to_hub("me/scenes-vectors", licence="mit")
+    >>> bundles.load("hub:me/scenes-vectors")
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -19,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from vtv_nnsight.files import write_text
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSet
@@ -28,7 +35,37 @@ from vtv_nnsight.vectors import TaskVector, TaskVectors
 
 EMBEDDED = "tiny"
 """The bundle that the package carries, of the model of that name."""
-VECTORS = "vectors.safetensors"
+VECTORS, ABOUT, CARD_NAME = "vectors.safetensors", "bundle.json", "README.md"
+CARD = """---
+{licence}library_name: vtv-nnsight
+tags: [task-vectors, interpretability, nnsight]
+---
+
+# Task vectors: {name}
+
+Mean activations of attention heads, task by task, and the units at which they make a model do the task with no example,
+as in *Finding Visual Task Vectors* (ECCV 2024), for [nnsight](https://nnsight.net) by vtv-nnsight. Model: `{model}`.
+
+```python
+from vtv_nnsight import bundles, patch
+
+bundle = bundles.load("hub:OWNER/NAME")
+bundle.check(model)  # refuses another model, naming what differs
+with model.generate(prompts.query_only()) as tracer:
+    patch(model, *bundle["TASK"])
+    answers = tracer.result.save()
+```
+
+| task | prompts | units |
+|---|---|---|
+{rows}
+{picture}{measured}
+## The model's fingerprint
+
+```json
+{fingerprint}
+```
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +77,14 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         found: Task → what a search found for it.
         name: Where it is from, for messages.
         model: The source of its model, as `models.load_model` takes it, where that is known.
+        folder: Where it was read, with the tables and pictures of a run beside it.
     """
 
     vectors: TaskVectors
     found: Mapping[str, SearchResult]
     name: str = "these vectors"
     model: str | None = None
+    folder: Path | None = None
 
     def __getitem__(self, task: str) -> tuple[TaskVector, PatchSet]:
         if task not in self.found:
@@ -85,14 +124,87 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         for task in self:
             self.found[task].save(folder / "search" / f"{task}.safetensors")
 
+    def card(self, licence: str | None = None) -> str:
+        """What a folder's README.md says: what it is of, how to use it, what was measured, and its model."""
+        owner = next(iter(self.vectors.values())).fingerprint
+        units = len(next(iter(self.found.values())).patches.space)
+        rows = [f"| {task} | {self[task][0].count} | {len(self[task][1])} of {units} |" for task in self]
+        table = self.folder / "table.md" if self.folder else None
+        measured = table.read_text(encoding="utf-8") if table and table.is_file() else ""
+        return CARD.format(
+            licence=f"license: {licence}\n" if licence else "",
+            name=self.name,
+            model=self.model or owner["model"],
+            rows="\n".join(rows),
+            measured=f"\n## Measured\n\n{measured}" if measured else "",
+            picture="\n![example, query, answers, truth](answers.png)\n" if self._picture() else "",
+            fingerprint=json.dumps(owner, indent=1),
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        licence: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> str:
+        """Share it on the Hugging Face Hub: vectors, units, the tables and the picture of its run, and a card.
+
+        Args:
+            repo_id: "owner/name"; it is made where it is not there.
+            licence: As the Hub writes it, such as "mit".
+            private: Whether a new repository is private.
+            token: Of the Hub; the one that `hf auth login` kept by default.
+            dtype: Of the vectors in the file.
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            self.save(folder, dtype)
+            write_text(folder / CARD_NAME, self.card(licence))
+            write_text(folder / ABOUT, json.dumps({"model": self.model}) + "\n")
+            for name in ("table.md", "table.csv", "answers.png"):
+                if self.folder and (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, folder / name)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Task vectors").commit_url)
+
+    def _picture(self) -> bool:
+        return self.folder is not None and (self.folder / "answers.png").is_file()
+
+
+def from_hub(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Bundle:
+    """The bundle of a repository on the Hugging Face Hub. Tensors and JSON are read, and nothing is run.
+
+    Raises:
+        ValueError, OSError: when there is no such repository, or it holds no bundle.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = [VECTORS, "search/*.safetensors", ABOUT, "table.md", "table.csv", "answers.png"]
+    folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
+    if not (folder / VECTORS).is_file():
+        raise FileNotFoundError(f"{repo_id} on the Hub has no {VECTORS}; expected what Bundle.push_to_hub writes.")
+    return replace(load(folder), name=repo_id)
+
 
 def load(source: str | os.PathLike = EMBEDDED) -> Bundle:
-    """The bundle of a folder that `vtv run` or `Bundle.save` wrote, or "tiny": that of the embedded model.
+    """A bundle: of a folder that `vtv run` or `Bundle.save` wrote, of the Hub ("hub:OWNER/NAME"), or "tiny", that of
+    the embedded model.
 
     Raises:
         FileNotFoundError: when there is no such folder, or it has no vectors or no units.
         ValueError: when a file in it is damaged or something else.
     """
+    if str(source).startswith("hub:"):
+        return from_hub(str(source).removeprefix("hub:"))
     folder = Path(str(files("vtv_nnsight") / "weights" / "tiny")) if str(source) == EMBEDDED else Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; give one that `vtv run` wrote, or {EMBEDDED!r}.")
@@ -106,13 +218,16 @@ def load(source: str | os.PathLike = EMBEDDED) -> Bundle:
     if not found:
         raise FileNotFoundError(f"{folder} has no units in search/; let the same `vtv run` finish.")
     model = EMBEDDED if str(source) == EMBEDDED else _model_of(folder)
-    return Bundle(vectors, found, str(source), model)
+    return Bundle(vectors, found, str(source), model, folder)
 
 
 def _model_of(folder: Path) -> str | None:
-    """The model of the run that a folder is of, or is a fold of."""
+    """The model that a shared folder tells of, or of the run that a folder is of, or is a fold of."""
     from vtv_nnsight.experiment.record import read_record  # which is further along, and imports this package's searches
 
+    if (folder / ABOUT).is_file():
+        told = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        return told.get("model") if isinstance(told, dict) else None
     for place in (folder, folder.parent):
         if (place / "run.json").is_file():
             return read_record(place)["settings"].get("model")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SMALLEST = 8
 """Pictures with a side of fewer pixels than this are refused."""
@@ -162,6 +166,13 @@ def to_pil(pixels: torch.Tensor) -> Image.Image:
     """Float [3, height, width] in [0, 1] → PIL RGB."""
     values = pixels.detach().float().clamp(0, 1).mul(255).round().byte().cpu()
     return Image.fromarray(rearrange(values, "c h w -> h w c").numpy())
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a notebook shows it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
 
 
 def strip(pictures: Mapping[str, torch.Tensor], side: int = 224) -> Image.Image:

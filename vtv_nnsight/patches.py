@@ -28,6 +28,7 @@ from einops import rearrange
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.files import write_text
+from vtv_nnsight.images import png
 from vtv_nnsight.layouts import Layout, place_names
 from vtv_nnsight.models import mae
 from vtv_nnsight.models.interface import SITES, InContextModel, Stage
@@ -376,6 +377,12 @@ class PatchSet:
         if not isinstance(space, dict) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise ValueError(f"{path} is not a complete patch set (it lacks its space or its patches); make it again.")
         return cls.named(PatchSpace.from_metadata(space), names)
+
+    def _repr_png_(self) -> bytes | None:
+        """Its map, in a notebook; none of single tokens, which are too many to draw."""
+        from vtv_nnsight.search import plots  # which is further along, and draws what this is
+
+        return None if self.space.granularity == "token" else png(plots.units(self))
 
     def _combine(self, other: PatchSet, function: Any) -> PatchSet:
         if not isinstance(other, PatchSet):

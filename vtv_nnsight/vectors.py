@@ -30,6 +30,7 @@ import torch
 from einops import rearrange
 
 from vtv_nnsight.files import read_tensors, write_tensors
+from vtv_nnsight.images import png
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.interface import SITES, InContextModel, Stage
 from vtv_nnsight.progress import progress_bar
@@ -339,6 +340,14 @@ class TaskVectors(Mapping[str, TaskVector]):
         for stage in vectors[0].mean:
             scores[stage] = ratio([v.mean[stage] for v in vectors], [v.variance[stage] for v in vectors])
         return scores
+
+    def _repr_png_(self) -> bytes | None:
+        """How well each head tells the tasks apart, in a notebook; none of a single task."""
+        from vtv_nnsight import plots  # which is further along, and draws what this is
+
+        if len(self) < 2 or any(vector.variance is None for vector in self.values()):
+            return None
+        return png(plots.score_map(self.score(), layout_of(next(iter(self.values())).fingerprint)))
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a safetensors file: the positions that are present, with counts and fingerprint. `load` gives float32,

@@ -145,6 +145,30 @@ class InContextModel(ABC):
         """The completed canvases that the network's output stands for: [batch, 3, height, width] in [0, 1], on the
         canvas's device, without gradients."""
 
+    def prompt(self, task: Any, example: Any, query: Any) -> VisualPrompt:
+        """One prompt in the model's own layout.
+
+            >>> model.prompt("colorization", "cat.jpg", "dog.jpg")
+            >>> model.prompt("segmentation", {"image": "cat.jpg", "mask": "cat_mask.png"}, "dog.jpg")
+            >>> model.prompt(None, ("photo.jpg", "sketch.png"), "other.jpg")
+
+        Args:
+            task: A task, or its name; None to show pictures as they are.
+            example: As for `Task.prompt`; without a task a pair, input and output.
+            query: The same; without a task a picture.
+
+        Raises:
+            ValueError, TypeError: as `Task.prompt`; or when an example without a task is not a pair.
+        """
+        if task is not None:
+            from vtv_nnsight import tasks
+
+            return (tasks.get(task) if isinstance(task, str) else task).prompt(example, query, self.layout)
+        if not isinstance(example, (tuple, list)) or len(example) != 2:
+            raise ValueError("without a task the example is a pair of pictures, its input and its output.")
+        cells = {"example_input": example[0], "example_output": example[1], "query": query}
+        return VisualPrompt.from_cells(cells, self.layout)
+
     def ceiling(self, prompts: VisualPrompt) -> torch.Tensor | None:
         """The best canvases that the model could paint, knowing the truth, such as its tokenizer's own pictures of
         them: [batch, 3, height, width] in [0, 1]. None where nothing bounds it."""

@@ -26,7 +26,7 @@ from vtv_nnsight.files import replacing, write_text
 from vtv_nnsight.models import PAPERS
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.progress import duration
-from vtv_nnsight.report.pictures import draw, overview, plain_label, prompt_cells, searches, uri
+from vtv_nnsight.report.pictures import all_searches, draw, overview, plain_label, prompt_cells, searches, uri
 from vtv_nnsight.report.play import moving, playground, still
 from vtv_nnsight.report.reading import CONDITIONS, PATCHED, PICTURES, ZERO_SHOT, Found, read
 from vtv_nnsight.search import plots as search_plots
@@ -77,6 +77,7 @@ def write(run: str | os.PathLike) -> Path:
             )
             for fold, scores in found.scores.items()
         ],
+        searches=_searches(found, lines),
         matrix=_matrix(found),
         overlap=_overlap(found),
         shared=shared,
@@ -153,10 +154,6 @@ def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
         for fold, result in results.items()
         if result.patches.space.granularity != "token"
     ]
-    searched = draw(
-        partial(searches, {task.name: list(results.values())}),
-        f"The search ({next(iter(results.values())).algorithm}): best held-out loss so far; lower is better.",
-    )
     return {
         "name": task.name,
         "size": _size(found, task),
@@ -175,9 +172,23 @@ def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
         "lines": [(line, lines["loss"][name]) for name, line in scores.items()],
         "low": min(line.low for line in scores.values()),
         "high": max(line.high for line in scores.values()),
-        "figures": [*maps, searched],
+        "figures": maps,
         "play": playground(found.shown[task.name], task, _space(found)) if task.name in found.shown else None,
     }  # fmt: skip
+
+
+def _searches(found: Found, lines: dict[str, Lines]) -> Any:
+    """The searches of all tasks. Lines of other conditions stand beside them where they are of the same loss."""
+    results = {name: list(folds.values()) for name, folds in found.results.items()}
+    same = found.record["settings"].get("loss") == "tokens"
+    bounds = {
+        name: {condition: own["loss"][condition].mean for condition in (BASELINE, ZERO_SHOT)} if same else {}
+        for name, own in lines.items()
+    }
+    algorithm = next(iter(results.values()))[0].algorithm
+    beside = " Lines: the loss without a vector, on the test prompts." if same else ""
+    caption = f"The searches ({algorithm}): best held-out loss so far; lower is better.{beside}"
+    return draw(partial(all_searches, results, bounds), caption, wide=True)
 
 
 def _hero(found: Found) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -50,6 +51,32 @@ def draw(figure: Callable[[], Figure], caption: str, wide: bool = False) -> Draw
 def searches(results: Mapping[str, Sequence[SearchResult]]) -> Figure:
     """`search.plots.curves`, with labels shown as they are, which matplotlib takes for mathematics or hides."""
     return search_plots.curves({plain_label(name): found for name, found in results.items()})
+
+
+def all_searches(
+    results: Mapping[str, Sequence[SearchResult]], bounds: Mapping[str, Mapping[str, float]]
+) -> Figure:
+    """The searches of several tasks, a small panel each, with lines for conditions without a vector.
+
+    Args:
+        results: Task → its result, or those of several folds.
+        bounds: Task → condition → its loss, as the searches measure it.
+    """
+    figure = Figure(figsize=(2.3 * len(results) + 0.4, 2.3), layout="constrained")
+    for panel, (name, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
+        for result in found:
+            at = np.array([step.evaluations for step in result.history])
+            panel.plot(at, search_plots.best_so_far(result, at), color="tab:green", label="task vector")
+        for (condition, loss), style in zip(bounds[name].items(), ("--", ":")):
+            panel.axhline(loss, color="tab:gray", linestyle=style, label=condition)
+        panel.set_title(plain_label(name), fontsize=9)
+        panel.set_xlabel("evaluations")
+        panel.tick_params(labelsize=7)
+    handles, labels = panel.get_legend_handles_labels()
+    first = dict(zip(labels, handles))
+    figure.axes[0].set_ylabel("held-out loss")
+    figure.legend(first.values(), first, loc="outside lower center", ncols=len(first), fontsize=8)
+    return figure
 
 
 def plain_label(name: str) -> str:

@@ -64,6 +64,8 @@ class SearchObjective(Protocol):
 
     - `gradient(gates, rows)`: losses [row] and their gradients [row, unit] at gates [row, unit] between 0 (as it is)
       and 1 (patched), which `gates` and `attribution` read;
+    - `layers`, a number, and `gradient(gates, rows, drop=layer)` without what flows through that layer, which
+      `attribution(drop=True)` reads;
     - `stride`: how many rows to ask for at once (all of them, without it);
     - `fingerprint`: a dict of what its losses depend on, as JSON can hold it. A search is not resumed on an objective
       of another fingerprint.
@@ -194,12 +196,15 @@ class Search:
 
         return self._answers(ask, rows.numel(), width=1, cost=1).view(rows.shape)
 
-    def gradient(self, gates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gradient(
+        self, gates: torch.Tensor, rows: torch.Tensor, drop: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses [row], and their gradients [row, unit] at gates between 0 (as it is) and 1 (patched).
 
         Args:
             gates: Float [row, unit].
             rows: Prompt numbers [row].
+            drop: A layer that gradients do not flow through.
 
         Raises:
             TypeError: when the objective has no gradient.
@@ -212,7 +217,9 @@ class Search:
 
         def ask(piece: slice) -> tuple[tuple, Callable]:
             pairs = gates[piece], rows[piece]
-            return pairs, lambda: torch.column_stack(self.objective.gradient(*pairs))
+            if drop is None:
+                return pairs, lambda: torch.column_stack(self.objective.gradient(*pairs))
+            return (*pairs, torch.tensor(drop)), lambda: torch.column_stack(self.objective.gradient(*pairs, drop=drop))
 
         values = self._answers(ask, len(rows), width=1 + self.units, cost=GRADIENT_COST)
         return values[:, 0], values[:, 1:]

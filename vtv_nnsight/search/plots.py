@@ -62,6 +62,20 @@ def score_maps(result: SearchResult) -> Figure:
     return figure
 
 
+def units(patches: PatchSet) -> Figure:
+    """The units of a set (dark) as layer x head maps, one a stage and region.
+
+    Raises:
+        ValueError: as `score_maps`.
+    """
+    figure, panels = _panels(patches.space)
+    chosen = patches.space.split(patches.choices)
+    for (stage, group), axes in panels.items():
+        axes.imshow(chosen[stage][..., group].float().numpy(), vmin=0, vmax=1.3, cmap="GnBu")
+    figure.suptitle(f"{len(patches)} of {len(patches.space)} units", fontsize=10)
+    return figure
+
+
 def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     """How far found sets agree, such as those of two tasks or seeds: their Jaccard similarities, and how many of them
     have each unit, as layer x head maps.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vtv_nnsight.files import read_tensors, write_tensors
+from vtv_nnsight.images import png
 from vtv_nnsight.patches import PatchSet, PatchSpace
 
 
@@ -97,6 +98,13 @@ class SearchResult:
             f"SearchResult({self.algorithm}, seed {self.seed}: {len(self.patches)} of {len(self.patches.space)} units, "
             f"held-out loss {self.held_out_loss:.4f} after {self.evaluations} evaluations)"
         )
+
+    def _repr_png_(self) -> bytes | None:
+        """The map of its scores, in a notebook, chosen units ringed; none of units that are too many, or only names."""
+        from vtv_nnsight.search import plots
+
+        drawn = isinstance(self.patches.space, PatchSpace) and self.patches.space.granularity != "token"
+        return png(plots.score_maps(self)) if drawn else None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file."""

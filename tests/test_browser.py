@@ -1,0 +1,205 @@
+"""The report and the page of `vtv demo`, in a real browser: every control, uploads that are whole and broken, two
+visitors at once, a narrow screen, and what axe finds of access. Skipped where there is no Chromium or no Playwright;
+what the page computes is in test_demo.py, and what the report holds in test_run.py."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import DATA
+
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, data, tasks
+from vtv_nnsight.demo.playing import Player
+from vtv_nnsight.experiment import run
+from vtv_nnsight.experiment.settings import Settings
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.search.result import SearchResult
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
+WAIT = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """visit(address, width, dark) → a page of a visitor of its own; errors in it fail the test."""
+    errors, contexts = [], []
+
+    def visit(address, width=1280, dark=False):
+        scheme = "dark" if dark else "light"
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(WAIT)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert not errors
+
+
+def complaints(page):
+    """What axe finds in a page."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    return [(found["id"], found["nodes"][0]["html"][:200]) for found in axe.run(page).response["violations"]]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, small_config):
+    """The address of a report of a small run."""
+    folder = tmp_path_factory.mktemp("report")
+    torch.manual_seed(0)
+    MAEVQGANModel(small_config()).save_pretrained(folder / "model")
+    small = dict(max_images=40, prompts=8, candidates=30, budget=200, test_prompts=6, search="random")
+    settings = Settings(model=str(folder / "model"), tasks=("segmentation", "lowlight"), **small)
+    return run(folder / "run", settings, progress=False).as_uri()
+
+
+def test_the_reports_slider_and_units_show_other_answers(report, visit):
+    page = visit(report)
+    play = page.locator(".play").first
+    answer, said, slider = play.locator(".answer"), play.locator("output"), play.locator("input")
+    told = json.loads(play.get_attribute("data-play"))
+    assert said.inner_text() == f"scale 1.00: mIoU ↑ {told['scores'][-1]:.3f}"
+    slider.focus()
+    for _ in range(10):
+        page.keyboard.press("ArrowLeft")
+    assert said.inner_text() == f"scale 0.50: mIoU ↑ {told['scores'][10]:.3f}"
+    assert answer.evaluate("e => getComputedStyle(e).backgroundPositionY") == "50%"
+    assert "scale 0.50" in answer.get_attribute("aria-label")
+    unit = play.locator("button").first
+    unit.hover()
+    assert said.inner_text() == f"without {unit.get_attribute('data-name')}: mIoU ↑ {told['without'][0]:.3f}"
+    assert "without" in answer.get_attribute("class")
+    page.mouse.move(0, 0)
+    assert said.inner_text().startswith("scale 0.50")
+    unit.focus()
+    assert said.inner_text().startswith("without")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_a_report_can_be_read_by_everyone(report, visit, width, dark):
+    page = visit(report, width, dark)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert not page.locator("img:not([alt])").count()
+    assert complaints(page) == []
+
+
+def test_a_report_without_a_script_shows_its_strips(report, browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(report)
+    assert page.locator(".strip img").first.is_visible() and not page.locator(".slide").first.is_visible()
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def demo(small_config):
+    """The address of the page, over a small model."""
+    pytest.importorskip("gradio")
+    from vtv_nnsight.demo.page import launch, make_page
+
+    torch.manual_seed(0)
+    model = MAEVQGAN(MAEVQGANModel(small_config()).eval())
+    rows = list(data.scenes("train", n=12, seed=0))
+    prompts = {t.name: t.prompts(rows, 3, layout=model.layout) for t in (tasks.segmentation, tasks.lowlight)}
+    vectors, space = TaskVectors.collect(model, prompts, progress=False), PatchSpace(model)
+    found = {
+        name: SearchResult("random", PatchSet.random(space, 8, seed), torch.zeros(len(space)).double(), False, 1.0, 1,
+                           (), {}, seed)
+        for seed, name in enumerate(vectors)
+    }  # fmt: skip
+    blocks = make_page(Player(model, bundles.Bundle(vectors, found), rows))
+    _, address, _ = launch(blocks, prevent_thread_lock=True, quiet=True)
+    yield address
+    blocks.close()
+
+
+def says(page, words):
+    """Wait until the page says something."""
+    playwright.expect(page.locator("#said")).to_contain_text(re.compile(words), timeout=WAIT)
+
+
+def test_every_control_changes_the_answer(demo, visit):
+    page = visit(demo)
+    says(page, r"task vector, scale 1, 8 of 22 units: mIoU")
+    page.get_by_label("one-shot").check()
+    says(page, "one-shot: mIoU")
+    page.get_by_label("nothing", exact=True).check()
+    says(page, "nothing: mIoU")
+    page.get_by_label("task vector", exact=True).check()
+    says(page, "task vector, scale 1, 8 of 22")
+    page.locator("#scale input[type=number]").fill("0.5")
+    page.locator("#scale input[type=number]").press("Enter")
+    says(page, "scale 0.5, 8 of 22")
+    page.locator("#other input").click()
+    page.get_by_role("option", name="lowlight").click()
+    says(page, "scale 0.5, (9|1[0-6]) of 22")
+    page.get_by_role("button", name="None", exact=True).click()
+    says(page, "scale 0.5, 0 of 22")
+    page.locator(".units input").first.check()
+    says(page, "scale 0.5, 1 of 22")
+    page.get_by_role("button", name="Those that were found").click()
+    says(page, "scale 0.5, (9|1[0-6]) of 22")
+    page.locator("#task input").click()
+    page.get_by_role("option", name="lowlight").first.click()
+    says(page, "MSE ↓")
+    before = page.locator("#asked img").get_attribute("src")
+    page.locator("#queries button.thumbnail-item, #queries .grid-container button").nth(3).click()
+    playwright.expect(page.locator("#asked img")).not_to_have_attribute("src", before, timeout=WAIT)
+
+
+def test_what_is_downloaded_is_what_is_shown(demo, visit, tmp_path):
+    page = visit(demo)
+    says(page, "8 of 22 units")
+    for name, button in (("vector.safetensors", "Download the vector"), ("units.json", "Download the set of units")):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=button).click()
+        download.value.save_as(tmp_path / name)
+    assert list(TaskVectors.load(tmp_path / "vector.safetensors")) == ["segmentation"]
+    assert len(PatchSet.load(tmp_path / "units.json")) == 8
+
+
+def test_uploads_whole_and_broken(demo, visit, tmp_path):
+    page = visit(demo)
+    says(page, "8 of 22 units: mIoU")
+    before = page.locator("#asked img").get_attribute("src")
+    upload = page.locator("input[type=file]").first
+    upload.set_input_files(DATA / "query_image.png")
+    playwright.expect(page.locator("#asked img")).not_to_have_attribute("src", before, timeout=WAIT)
+    says(page, r"8 of 22 units \(")  # no truth is known, and so no score
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((DATA / "query_image.png").read_bytes()[:200])
+    upload.set_input_files(broken)
+    playwright.expect(page.get_by_text("cannot be read as a picture")).to_be_visible(timeout=WAIT)
+
+
+def test_two_visitors_do_not_disturb_each_other(demo, visit):
+    one, other = visit(demo), visit(demo)
+    says(one, "8 of 22 units")
+    says(other, "8 of 22 units")
+    one.get_by_role("button", name="None", exact=True).click()
+    other.get_by_label("one-shot").check()
+    says(one, "0 of 22 units")
+    says(other, "one-shot: mIoU")
+    other.get_by_label("task vector", exact=True).check()
+    says(other, "8 of 22 units")
+
+
+def test_the_page_fits_a_narrow_screen(demo, visit):
+    page = visit(demo, 390, True)
+    says(page, "8 of 22 units")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390

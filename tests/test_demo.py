@@ -1,0 +1,119 @@
+"""What the page of `vtv demo` computes: prompts, answers, uploads, masks, the map of units. The page itself is in
+test_browser.py."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA
+from PIL import Image
+
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, data, patch, tasks
+from vtv_nnsight.demo import playing
+from vtv_nnsight.demo.playing import NOTHING, ONE_SHOT, VECTOR, Player
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.prompts import crop
+from vtv_nnsight.search.result import SearchResult
+
+
+@pytest.fixture(scope="module")
+def player(small_config):
+    torch.manual_seed(0)
+    model = MAEVQGAN(MAEVQGANModel(small_config()).eval())
+    rows = list(data.scenes("train", n=12, seed=0))
+    prompts = {t.name: t.prompts(rows, 3, layout=model.layout) for t in (tasks.segmentation, tasks.lowlight)}
+    vectors, space = TaskVectors.collect(model, prompts, progress=False), PatchSpace(model)
+    found = {
+        name: SearchResult("random", PatchSet.random(space, 8, seed), torch.zeros(len(space)).double(), False, 1.0, 1,
+                           (), {}, seed)
+        for seed, name in enumerate(vectors)
+    }  # fmt: skip
+    return Player(model, bundles.Bundle(vectors, found), rows)
+
+
+def test_answers_are_those_of_the_library(player):
+    prompt = player.prompt("segmentation", player.rows[0], player.rows[1])
+    assert torch.equal(prompt.canvas, tasks.segmentation.prompt(*player.rows[:2], player.space.layout).canvas)
+    one_shot = player.answer(prompt, ONE_SHOT)
+    assert torch.equal(one_shot, crop(player.model.generate(prompt), "output", prompt.layout)[0])
+    nothing = player.answer(prompt, NOTHING)
+    assert torch.equal(nothing, crop(player.model.generate(prompt.query_only()), "output", prompt.layout)[0])
+    vector, units = player.vector("segmentation", "lowlight", 0.25), player.found("segmentation", "lowlight")
+    assert len(units) == len(player.found("segmentation") | player.found("lowlight"))
+    mixed = 0.75 * player.bundle.vectors["segmentation"] + 0.25 * player.bundle.vectors["lowlight"]
+    with torch.no_grad(), player.model.generate(prompt.query_only()) as tracer:
+        patch(player.model, mixed, units, scale=3.0)
+        canvas = tracer.result.save()
+    cell = player.answer(prompt, VECTOR, vector, units, 3.0)
+    torch.testing.assert_close(cell, crop(canvas, "output", prompt.layout)[0])
+    assert torch.equal(player.answer(prompt, VECTOR, vector, units, 0.0), nothing)
+    with pytest.raises(ValueError, match="mode='two-shot' is unknown"):
+        player.answer(prompt, "two-shot")
+
+
+def test_an_uploaded_pair_is_shown_as_it_is(player):
+    left, right = player.rows[0]["image"], player.rows[2]["image"]
+    prompt = player.prompt("lowlight", {"image": left, "answer": right}, player.rows[1])
+    plain = tasks.identity.prompt(left, player.rows[1]["image"], player.space.layout)
+    assert torch.equal(prompt.region("query"), plain.region("query"))
+    assert not torch.equal(prompt.region("query"), player.prompt("lowlight", None, player.rows[1]).region("query"))
+    with pytest.raises(ValueError, match="an example of segmentation has no 'mask'"):
+        player.prompt("segmentation", {"image": left}, player.rows[1])
+
+
+def test_an_upload_is_checked_and_removed(tmp_path, monkeypatch):
+    path = tmp_path / "query.png"
+    path.write_bytes((DATA / "query_image.png").read_bytes())
+    picture = playing.upload(path)
+    assert picture.mode == "RGB" and not path.exists()
+    path.write_bytes(b"GIF89a no picture")
+    with pytest.raises(ValueError, match="^holiday cannot be read as a picture"):
+        playing.upload(path, "holiday")
+    assert not path.exists()
+    small = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(small, "PNG")
+    path.write_bytes(small.getvalue())
+    with pytest.raises(ValueError, match="4x4 pixels; expected at least 8"):
+        playing.upload(path)
+    path.write_bytes(small.getvalue())
+    monkeypatch.setattr(playing, "LARGEST", 10)
+    with pytest.raises(ValueError, match="has [0-9]+ bytes; give a picture of at most 10"):
+        playing.upload(path)
+    assert not path.exists()
+
+
+def test_what_is_painted_is_the_mask():
+    image, layer = Image.new("RGB", (40, 30)), Image.new("RGBA", (40, 30))
+    layer.paste((255, 255, 255, 255), (5, 6, 15, 26))
+    mask = playing.drawn_mask(image, [Image.new("RGBA", (40, 30)), layer])
+    assert mask.getbbox() == (5, 6, 15, 26) and np.unique(mask).tolist() == [0, 255]
+    row = {"image": image, "mask": mask}
+    assert tasks.segmentation.cells(row, 32)[1].max() == 1
+    with pytest.raises(ValueError, match="nothing is painted yet"):
+        playing.drawn_mask(image, [Image.new("RGBA", (40, 30))])
+
+
+def test_the_map_has_every_unit_once(player):
+    maps, labels = playing.panels(player.space), playing.unit_labels(player.space)
+    assert [name for own in maps.values() for name in own] != [] and "decoder, output" in maps
+    assert sorted(name for own in maps.values() for name in own) == sorted(player.space.names)
+    assert labels["encoder.blocks.1.attn.heads[3] @ query"] == "1.3"
+    assert playing.panels(PatchSpace(player.model, granularity="token")) == {}
+
+
+def test_a_search_on_ones_own_pictures(player):
+    rows = [{"image": row["image"]} for row in player.rows[:8]]
+    own = player.search("lowlight", rows, budget=120)
+    assert list(own) == ["lowlight"] and own["lowlight"][0].count == 8
+    with pytest.raises(ValueError, match="3 pictures are too few"):
+        player.search("lowlight", rows[:3])
+    with pytest.raises(ValueError, match="segmentation needs a mask of every picture"):
+        player.search("segmentation", rows)
+
+
+def test_a_player_of_other_vectors_is_refused(player, small_config):
+    torch.manual_seed(1)
+    other = MAEVQGAN(MAEVQGANModel(small_config()))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        Player(other, player.bundle, player.rows)

@@ -1,0 +1,40 @@
+"""`vtv demo`: a page to play with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vtv_nnsight.cli.app import START, Device, app
+
+
+@app.command(rich_help_panel=START, epilog="Examples: vtv demo\n\nvtv demo --vectors runs/holiday --port 8000")
+def demo(
+    vectors: Annotated[
+        str,
+        typer.Option(
+            help="Task vectors and units: \"tiny\" for those in the package, or a run's folder.", metavar="RUN"
+        ),
+    ] = "tiny",
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model, as SOURCE of `vtv info`.", metavar="SOURCE", show_default="the run's own"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The port.", show_default="7860, or the next that is free")
+    ] = None,
+    share: Annotated[bool, typer.Option("--share", help="Ask gradio for a public address, for anybody.")] = False,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+    device: Device = None,
+) -> None:
+    """Play with task vectors on a page: pictures of your own, scales, mixtures, units on and off.
+
+    It listens on this machine alone, unless --host or --share say otherwise. Uploads are not kept. Needs gradio:
+    pip install "vtv-nnsight[demo]".
+    """
+    from vtv_nnsight.demo.page import launch, make_page
+    from vtv_nnsight.demo.playing import Player
+
+    launch(make_page(Player.load(vectors, model, device)), host, port, share, inbrowser=show)

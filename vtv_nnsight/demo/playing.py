@@ -1,0 +1,213 @@
+"""What the page of `vtv demo` computes: prompts of anybody's pictures, and answers to them."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vtv_nnsight import bundles, data, models, tasks
+from vtv_nnsight.bundles import Bundle
+from vtv_nnsight.evaluation.answers import answers
+from vtv_nnsight.images import as_rgb, read_picture, to_pil
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.patches import PatchSet, PatchSpace
+from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.search import gates
+from vtv_nnsight.stages import device_of
+from vtv_nnsight.tasks import Draw, Task
+from vtv_nnsight.vectors import TaskVector, TaskVectors
+
+ONE_SHOT, NOTHING, VECTOR = MODES = ("one-shot", "nothing", "task vector")
+"""How an answer is asked for: with the example, with the query alone, with the vector patched in as well."""
+LARGEST = 10 * 2**20
+"""Bytes of an upload, at most."""
+SIDE = 1024
+"""Uploads are kept in memory at this size, in pixels, at most."""
+FEWEST = 8
+"""Pictures that a search needs."""
+BUDGET = 400
+"""Evaluations that a search on a visitor's pictures may spend."""
+
+Row = dict[str, Any]
+"""A picture as tasks take it: "image", and "mask" or "answer" where it has one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Player:
+    """A model, its vectors, and pictures to begin with. All visitors share it, and none changes it.
+
+    Args:
+        model: The model.
+        bundle: Its task vectors and units.
+        rows: Pictures with masks, of which visitors pick.
+    """
+
+    model: InContextModel
+    bundle: Bundle
+    rows: Sequence[Row]
+    _lock: Any = field(default_factory=Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        self.bundle.check(self.model)
+
+    @classmethod
+    def load(cls, vectors: str = bundles.EMBEDDED, model: str | None = None, device: str | None = None) -> Player:
+        """The player of a bundle's source (see `bundles.load`), with the model of its run unless told otherwise.
+
+        Raises:
+            FileNotFoundError, ValueError: when there is no such bundle, or it is not of this model.
+        """
+        bundle = bundles.load(vectors)
+        found = models.load_model(model or bundle.model or "tiny", dispatch=True)
+        if device:
+            found.to(device)
+        return cls(found, bundle, list(data.scenes("test", n=12, seed=1)))
+
+    @property
+    def space(self) -> PatchSpace:
+        """The units of the bundle's first task, which are those of all."""
+        return self.bundle[next(iter(self.bundle))][1].space
+
+    def prompt(self, task: Task | str, example: Row | None, query: Row) -> VisualPrompt:
+        """A prompt. The task makes input and output of each picture; an example with an answer of its own is shown as
+        it is, as is then the query.
+
+        Raises:
+            ValueError: when the example lacks what its answer is made of.
+        """
+        task, layout = tasks.get(task) if isinstance(task, str) else task, self.space.layout
+        if example is None:
+            shown, truth = task.cells(query, layout.cell_size)
+            return VisualPrompt.from_cells({"query": shown} | ({"output": truth} if truth is not None else {}), layout)
+        if example.get("answer") is not None:
+            cells = {"example_input": example["image"], "example_output": example["answer"], "query": query["image"]}
+            return VisualPrompt.from_cells(cells, layout)
+        return task.prompt(example, query, layout)
+
+    def vector(self, task: str, other: str | None = None, share: float = 0.0) -> TaskVector:
+        """A task's vector, or that of two mixed: `share` of the other."""
+        first = self.bundle.vectors[task]
+        return (1 - share) * first + share * self.bundle.vectors[other] if other else first
+
+    def found(self, task: str, other: str | None = None) -> PatchSet:
+        """The units that were found for a task, or for either of two."""
+        units = self.bundle[task][1]
+        return units | self.bundle[other][1] if other else units
+
+    def answer(
+        self,
+        prompt: VisualPrompt,
+        mode: str,
+        vector: TaskVector | None = None,
+        units: PatchSet | None = None,
+        scale: float = 1.0,
+    ) -> torch.Tensor:
+        """The answer to one prompt: [3, cell, cell] in [0, 1].
+
+        Raises:
+            ValueError: when the mode is unknown.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is unknown; choose from {', '.join(MODES)}.")
+        with self._lock, torch.no_grad():  # a model is traced by one visitor at a time
+            if mode == ONE_SHOT:
+                canvas = self.model.generate(prompt.to(device_of(self.model)))
+                return crop(canvas, "output", prompt.layout)[0].float().cpu()
+            vector = vector if vector is not None else self.vector(next(iter(self.bundle)))
+            on = units.choices if mode == VECTOR and units is not None else torch.zeros(len(self.space))
+            return answers(self.model, prompt, vector, self.space, scale * on[None])[0]
+
+    def search(self, task: str, rows: Sequence[Row], budget: int = BUDGET, seed: int = 0) -> Bundle:
+        """The vector and the units of a task from a visitor's own pictures.
+
+        Raises:
+            ValueError: when there are too few, or they lack what the task's answer is made of.
+        """
+        chosen, layout = tasks.get(task), self.space.layout
+        if len(rows) < FEWEST:
+            raise ValueError(f"{len(rows)} pictures are too few to search on; give {FEWEST} or more.")
+        if chosen.needs != "image":
+            raise ValueError(f"{task} needs a {chosen.needs} of every picture; choose a task that needs none.")
+        prompts = chosen.compose(list(rows), _pairs(len(rows), seed), layout)
+        with self._lock:
+            vectors = TaskVectors.collect(self.model, {task: prompts}, progress=False)
+            result = gates(
+                self.model, vectors[task], chosen, prompts.query_only(), self.space, budget=budget, seed=seed,
+                progress=False,
+            )  # fmt: skip
+        return Bundle(vectors, {task: result}, "your pictures")
+
+
+def _pairs(pictures: int, seed: int) -> Draw:
+    """Two prompts of every two pictures, each of which is once the example and once the query: so that prompts share no
+    picture with those that a search holds out."""
+    generator = np.random.default_rng(seed)
+    pairs = generator.permutation(pictures)[: pictures // 2 * 2].reshape(-1, 2)
+    rows = np.concatenate([pairs, pairs[:, ::-1]])
+    return Draw(rows, generator.random((len(rows), 2)))
+
+
+def upload(path: str | os.PathLike, name: str = "the upload") -> Image.Image:
+    """A visitor's picture, checked like any file, as RGB and no larger than need be; the file is removed.
+
+    Raises:
+        ValueError: when it is too large, no picture, damaged, or too small.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    finally:
+        path.unlink(missing_ok=True)
+    if len(content) > LARGEST:
+        raise ValueError(f"{name} has {len(content):,} bytes; give a picture of at most {LARGEST:,}.")
+    image = as_rgb(read_picture(io.BytesIO(content), name))
+    image.thumbnail((SIDE, SIDE))
+    return image
+
+
+def drawn_mask(image: Image.Image, layers: Iterable[Image.Image]) -> Image.Image:
+    """What was painted over a picture, as its mask: PIL "L", 0 or 255.
+
+    Raises:
+        ValueError: when nothing was.
+    """
+    mask = Image.new("L", image.size, 0)
+    for layer in layers:
+        painted = layer.convert("RGBA").getchannel("A").resize(image.size, Image.Resampling.NEAREST)
+        mask.paste(255, mask=painted.point(lambda alpha: 255 * (alpha > 127)))
+    if mask.getbbox() is None:
+        raise ValueError("nothing is painted yet; paint over the thing, then use the mask.")
+    return mask
+
+
+def enlarged(pixels: torch.Tensor, side: int = 336) -> Image.Image:
+    """Pixels [3, cell, cell] as a picture that can be seen."""
+    return to_pil(pixels).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def panels(space: PatchSpace) -> dict[str, list[str]]:
+    """The map of units: "encoder, query" → names of its units, layer by layer. Of spaces with a unit a token there is
+    none: they have too many."""
+    if space.granularity == "token":
+        return {}
+    stages = list(space.groups)
+    maps: dict[str, list[str]] = {}
+    for name, stage, group in zip(space.names, space.units.stack.tolist(), space.units.group.tolist()):
+        title = f"{stages[stage]}, {list(space.groups[stages[stage]])[group]}"
+        maps.setdefault(title, []).append(name)
+    return maps
+
+
+def unit_labels(space: PatchSpace) -> Mapping[str, str]:
+    """Name of a unit → its layer and head, in short."""
+    pairs = zip(space.names, space.units.layer.tolist(), space.units.head.tolist())
+    return {name: f"{layer}.{head}" for name, layer, head in pairs}
