@@ -3,6 +3,8 @@ the same defaults; and `vtv import-released`."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -297,6 +299,13 @@ def evaluate(
             show_default=f"{Settings.test_prompts}; {PUBLISHED['test_prompts']} with --published",
         ),
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE", help="Another model, on the same prompts, as many times as there are models: of another "
+            "kind, too, such as facebook/vit-mae-large.",
+        ),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -323,32 +332,55 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Compare one-shot, zero-shot and, with vectors and patches, task vectors, on the same prompts.
 
-    Writes table.md, table.csv, values.parquet and a picture of the first answers for every task.
+    Writes table.md, table.csv, values.parquet and a picture of the first answers for every task; of several models in a
+    folder for each, and models.md with all of them.
     """
-    from vtv_nnsight import plots
     from vtv_nnsight.evaluation import Table as Evaluations
-    from vtv_nnsight.evaluation import verdicts
     from vtv_nnsight.experiment import steps
     from vtv_nnsight.files import write_text
     from vtv_nnsight.tasks import scored_by
 
     if (vectors is None) != (patches is None):
         raise ValueError("--vectors and --patches go together; give both or neither.")
+    others = beside or []
+    if others and vectors:
+        raise ValueError("--vectors are of one model; leave them out, or --beside.")
     preset = {name: PUBLISHED[name] for name in ("protocol", "test_prompts")} if published else None
     settings = settings_of(images, data, tasks, preset, model=source, test_prompts=prompts, order=order, seed=seed)
     loaded = steps.read_vectors(vectors, settings.tasks) if vectors else None
     units = _patches(patches) if patches else None
-    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
-    layout = steps.layout_for(model, settings)
     folds = steps.folds_to_test(settings, split, max_images)
     chosen = [scored_by(task, metric) if metric else task for task in steps.servable(settings, folds[0][1])]
-    table = Evaluations.cat(
-        [
-            steps.evaluate(model, task, rows, settings, layout, loaded, units, fold, batch_size=batch_size)
-            for task in chosen
-            for fold, rows in folds
-        ]
-    )
+    tables = {}
+    for name in dict.fromkeys([source, *others]):
+        own = dict(vqgan=vqgan, embedding_type=embedding_type) if name == source else {}
+        model = steps.load_model(name, device=device, dtype=dtype, **own)
+        layout = steps.layout_for(model, settings)
+        tables[name] = Evaluations.cat(
+            [
+                steps.evaluate(model, task, rows, settings, layout, loaded, units, fold, batch_size=batch_size)
+                for task in chosen
+                for fold, rows in folds
+            ]
+        )
+    if len(tables) == 1:
+        _write_evaluation(tables[source], chosen, output)
+        return
+    for i, (name, table) in enumerate(tables.items()):
+        say(name)
+        _write_evaluation(table, chosen, output / f"{i}_{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}")
+    beside_one_another = _models(tables)
+    say(beside_one_another)
+    write_text(output / "models.md", beside_one_another + "\n")
+    wrote(output / "models.md")
+
+
+def _write_evaluation(table: Any, chosen: Sequence[Any], output: Path) -> None:
+    """Print a table of evaluations and what it says, and write it in every form."""
+    from vtv_nnsight import plots
+    from vtv_nnsight.evaluation import verdicts
+    from vtv_nnsight.files import write_text
+
     said = verdicts(table)
     say("\n".join([str(table), "", *said]).strip())
     output.mkdir(parents=True, exist_ok=True)
@@ -361,6 +393,24 @@ def evaluate(
         written.append(f"{task.name}.png")
     for name in written:
         wrote(output / name)
+
+
+def _models(tables: Mapping[str, Any]) -> str:
+    """Several models' scores under every condition, as Markdown: a row for each task and model."""
+    import pandas as pd
+
+    rows = []
+    for name, table in tables.items():
+        labels = table.frame.groupby("task", sort=False)[["label", "metric"]].first()
+        for line in table.lines():
+            if line.measure == labels.metric[line.task]:
+                score = f"{line.mean:.3f} [{line.low:.3f}, {line.high:.3f}]"
+                rows.append((f"{line.task}, {labels.label[line.task]}", name, line.condition, score))
+    frame = pd.DataFrame(rows, columns=["task", "model", "condition", "score"])
+    conditions = list(dict.fromkeys(frame.condition))
+    order = list(dict.fromkeys(zip(frame.task, frame.model)))
+    wide = frame.pivot(index=["task", "model"], columns="condition", values="score").loc[sorted(order), conditions]
+    return wide.fillna("").reset_index().to_markdown(index=False, disable_numparse=True)
 
 
 def _patches(path: Path) -> Any:
