@@ -240,7 +240,7 @@ def specs(root, tmp_path, monkeypatch):  # noqa: F811
         "scenes": ["scenes"],
         "reasoning": ["reasoning:color", "reasoning:shape+size"],
         "photographs": ["photographs"],
-        "pascal": [f"pascal:{root}", f"pascal:{root}:0"],
+        "pascal": [f"pascal:{root}:masks", f"pascal:{root}:0:masks"],
         "detection": [f"detection:{root}"],
         "hf": [f"hf:{hub}", f"hf:{hub}:train", f"hf:{divided}", f"hf:{divided}:validation", f"hf:{hub}:train[:12]"],
         "pairs": [f"pairs:{paired}"],
