@@ -179,6 +179,12 @@ def test_nodes_of_mib(model, tmp_path):
     assert written["a6.h0"]["label"] == "decoder.blocks.0.attn.heads[0]"  # the encoder has six blocks
     with pytest.raises(ValueError, match='granularity="head"'):
         nodes(PatchSpace(model), torch.zeros(96))
+    both = PatchSpace(model, granularity="head", sites=("heads", "mlp"))
+    found = nodes(both, torch.arange(len(both)).double())
+    assert len(found) == len(both) == 50 and found["m0"]["score"] == 24 and found["a6.h0"]["score"] == 30
+    assert found["m9"]["score"] == 49
+    with pytest.raises(ValueError, match="residual is no node of MIB; use a space of sites heads, mlp"):
+        nodes(PatchSpace(model, granularity="head", sites="residual"), torch.zeros(10))
     values = torch.arange(96).double()
     summed = by_head(PatchSpace(model), values)
     assert summed.shape == (len(heads),) and summed[0] == 0 + 1 and summed[-1] == 93 + 94 + 95
