@@ -8,7 +8,10 @@ by token loss on the test prompts, and so are nothing patched, everything patche
 sizes, and the one-shot prompts. Budgets count held-out evaluations too, and a gradient as three.
 
 The published REINFORCE runs its 500 steps of 320 masks once a seed. What an algorithm needs to reach it is the smallest
-budget at which its mean loss over seeds is no higher: by held-out loss, and by test loss. The area is that under the
+budget at which its mean loss over seeds is no higher: by held-out loss, and by test loss. The published search is held
+against the same target, its own mean test loss at the end: after how many of its evaluations it is there, by the best
+sample so far, as published, and by the units whose probability is over one half, which it would not have to draw. The
+factor is to the earlier of these two, not to its whole budget. The area is that under the
 mean test loss over the logarithm of the budget, divided by the width: a mean loss over budgets. Intervals are 95 % over
 seeds (Student's t). `--ablations` adds the default REINFORCE with one of its parts taken away at a time (and writes
 search_efficiency_ablations).
@@ -29,7 +32,8 @@ from matplotlib.figure import Figure
 from vtv_nnsight import MAEVQGAN, VisualPrompt, data, search, tasks
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.search.published import PUBLISHED
+from vtv_nnsight.search.algorithm import Search
+from vtv_nnsight.search.published import PUBLISHED, published
 from vtv_nnsight.vectors import TaskVectors
 
 PAPER = "reinforce, published"
@@ -74,6 +78,27 @@ class Bench:
         shared = dict(budget=budget, held_out=self.held_out, seed=seed, vectors=self.vectors, resume=file)
         return search.ALGORITHMS[name](self.model, vector, self.task, prompts, self.space, **shared, **own)
 
+    def run_published(self, seed: int, budget: int) -> tuple[search.SearchResult, list[dict]]:
+        """The published search, and its curve: at each set that it tried, the test losses of the best sample so far
+        (by held-out loss) and of the units of probability over one half."""
+        prompts = self.task.prompts(self.images, self.args.prompts, 100 + seed, self.model.layout).query_only()
+        objective = search.Objective(
+            self.model, self.vectors[self.task.name], self.task, prompts, self.space, held_out=self.held_out, seed=seed
+        )
+        file = journal(self.args.resume, PAPER, budget, seed)
+        follower = Search("reinforce", objective, budget, seed, {"recipe": "published"}, self.vectors, file)
+        try:
+            result = follower.result(*published(follower))
+        finally:
+            follower.close()
+        curve, best, held_out = [], float("nan"), float("inf")
+        for step, (evaluations, chosen, probabilities) in zip(follower.history, follower.trail):
+            if step.held_out_loss < held_out:
+                held_out, best = step.held_out_loss, self.loss(chosen)
+            likely = self.loss(probabilities > 0.5)
+            curve.append({"evaluations": evaluations, "sample": best, "thresholded": likely})
+        return result, curve
+
 
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, int, dict]]:
     """Label, budget and options of every search: the published one first."""
@@ -86,8 +111,10 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, int, dict]]:
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """Of every algorithm: the area, and the budgets at which it reaches the published search."""
+    """Of every algorithm: the area, and the budgets at which it reaches the published search, and how many times fewer
+    these are than what the published search needs itself (than its whole budget where its curve is not known)."""
     paper = rows[0]
+    own_need = min((need for need in reached_by_itself(paper).values() if need), default=paper["budget"])
     lines = []
     for label in dict.fromkeys(row["label"] for row in rows[1:]):
         own = [row for row in rows if row["label"] == label]
@@ -97,8 +124,19 @@ def summarise(rows: list[dict]) -> list[dict]:
             reached = [row["budget"] for row in own if np.mean(row[measure]) <= target]
             line[f"needed by {measure}"] = min(reached, default=None)
         needed = line["needed by test loss"]
-        lines.append(line | {"times fewer by test loss": paper["budget"] / needed if needed else None})
+        lines.append(line | {"times fewer by test loss": own_need / needed if needed else None})
     return lines
+
+
+def reached_by_itself(paper: dict) -> dict[str, int | None]:
+    """After how many evaluations the published search's own mean over seeds is at its final mean test loss, by its best
+    sample so far and by its probabilities over one half; None where never."""
+    target, found = np.mean(paper["test loss"]), {}
+    for curve in ("sample", "thresholded"):
+        moments = list(zip(*paper.get("curves", [])))
+        there = [m[0]["evaluations"] for m in moments if np.mean([seed[curve] for seed in m]) <= target + 1e-9]
+        found[curve] = min(there, default=None)
+    return found
 
 
 def area(budgets: list[int], losses: list[float]) -> float:
@@ -120,6 +158,10 @@ def draw(rows: list[dict], references: dict[str, float]) -> Figure:
             means, halves = zip(*(interval(row["test loss"]) for row in own))
             style = dict(fmt="*k", markersize=12) if label == PAPER else dict(fmt="o-", markersize=4)
             axis.errorbar(x, means, np.nan_to_num(halves), label=label, capsize=2, **style)
+        for curve, line in (("sample", "-"), ("thresholded", "--")) if measure == "evaluations" else ():
+            moments = list(zip(*rows[0].get("curves", [])))
+            means = [np.mean([seed[curve] for seed in moment]) for moment in moments]
+            axis.plot([moment[0]["evaluations"] for moment in moments], means, f"k{line}", linewidth=1, label=curve)
         axis.axhline(np.mean(rows[0]["test loss"]), color="black", linewidth=0.8, linestyle=":")
         axis.axhline(references["one-shot"], color="tab:gray", linewidth=0.8, linestyle="--", label="one-shot")
         axis.set_xscale("log")
@@ -160,7 +202,10 @@ def main() -> None:
     }
     seeds, searches, rows = range(args.seed, args.seed + args.seeds), list(plan(args)), []
     for label, budget, own in progress_bar(searches, desc="searches"):
-        results = [bench.run(label, seed, budget, **own) for seed in seeds]
+        if label == PAPER:
+            results, curves = zip(*(bench.run_published(seed, budget) for seed in seeds))
+        else:
+            results, curves = [bench.run(label, seed, budget, **own) for seed in seeds], ()
         rows.append(
             {
                 "label": label,
@@ -171,6 +216,7 @@ def main() -> None:
                 "seconds": [result.history[-1].seconds for result in results],
                 "units": [len(result.patches) for result in results],
             }
+            | ({"curves": curves} if curves else {})
         )
     sizes = zip(seeds, rows[0]["units"])
     references["random sets of the published sizes"] = statistics.mean(
@@ -188,8 +234,11 @@ def main() -> None:
     print(table(head, body))
     summary = summarise(rows)
     print(f"\nto reach {PAPER} ({rows[0]['budget']} evaluations)")
+    needs = reached_by_itself(rows[0])
+    print(f"it is there itself after {needs['sample']} (best sample) and {needs['thresholded']} (thresholded)\n")
     print(table(list(summary[0]), [list(line.values()) for line in summary]))
-    save(args, {"references": references, "searches": rows, "summary": summary}, draw(rows, references))
+    found = {"references": references, "searches": rows, "summary": summary, "reached by itself": needs}
+    save(args, found, draw(rows, references))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, search, tasks
 from vtv_nnsight.circuits import (
     RANKINGS,
     Curves,
@@ -242,6 +242,9 @@ def test_searching_with_a_row_for_each_prompt(model, prompts):
             Objective(model, wrong, tasks.segmentation, rows[: 2 if held_out != 0.25 else 3], space, held_out=held_out)
 
 
+UNSEARCHED = ("random", "between/within variance")
+
+
 class Additive:
     """An objective without a model: patching a unit raises the loss by its weight."""
 
@@ -257,7 +260,7 @@ class Additive:
         return gates.double() @ self.weights, self.weights.expand(len(gates), -1)
 
 
-@pytest.mark.parametrize("name", [name for name in RANKINGS if name not in ("random", "between/within variance")])
+@pytest.mark.parametrize("name", [name for name, own in RANKINGS.items() if own.signed and name not in UNSEARCHED])
 @pytest.mark.parametrize("direction", ["in", "out"])
 def test_rankings_put_first_what_matters(name, direction):
     weights = torch.tensor([0.0, 0.1, 2.0, 0.0, -0.5, 3.0], dtype=torch.float64)  # of ablating, for "out"
@@ -326,3 +329,35 @@ def test_auroc():
     assert auroc(torch.tensor([1.0, torch.nan, 0, torch.nan]), truth) == (1 + 1 + 0 + 0.5) / 4
     with pytest.raises(ValueError, match="4 of 4 units are of the circuit"):
         auroc(torch.zeros(4), torch.ones(4, dtype=torch.bool))
+
+
+def test_gradients_pass_a_dropped_layer_by(known, known_objective):
+    """`drop` against a plain hook that detaches what a layer adds."""
+    space, rows = known_objective.space, known_objective.train[:3]
+    gates = torch.rand(3, len(space), generator=torch.Generator().manual_seed(0))
+    losses, whole = known_objective.gradient(gates, rows)
+    layers = [*known._module.encoder.blocks, *known._module.decoder.blocks]
+    assert known_objective.layers == len(layers) == 6
+    assert torch.isfinite(whole).all() and (whole[:, known.circuit(space)] != 0).all()
+    for number in (3, 4):
+        handle = layers[number].register_forward_hook(lambda _, args, out: args[0] + (out - args[0]).detach())
+        _, expected = known_objective.gradient(gates, rows)
+        handle.remove()
+        found_losses, found = known_objective.gradient(gates, rows, drop=number)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found_losses, losses, rtol=1e-4, atol=1e-5)
+        own = (space.units.stack == 1) & (space.units.layer == number - 3)
+        assert not found[:, own].any() and not torch.allclose(found, whole)
+    _, again = known_objective.gradient(gates, rows)
+    torch.testing.assert_close(again, whole)  # nothing is left behind
+
+
+def test_dropped_attributions_are_means_of_absolute_values(known_objective):
+    result = search.attribution.on(known_objective, 600, drop=True, size=3, progress=False)
+    rows = known_objective.train[: 600 // 2 // (3 * 6)]
+    zero = torch.zeros(len(rows), len(result.scores))
+    parts = [known_objective.gradient(zero, rows, drop=layer)[1].abs().mean(0) for layer in range(6)]
+    torch.testing.assert_close(result.scores, sum(parts) / 5, rtol=1e-4, atol=1e-9)
+    assert len(result.patches) == 3 and result.evaluations == 3 * 6 * len(rows) + 4
+    with pytest.raises(ValueError, match="drop=True needs two layers or more"):
+        search.attribution.on(Additive(torch.ones(3).double()), 100, drop=True, progress=False)

@@ -70,10 +70,7 @@ def read(model: InContextModel, stage: Stage, layer: int, site: str) -> torch.Te
     """Inside a trace: the activations of a layer, [batch, token, head, head_dim]."""
     if site == HEADS:
         return model.attention(stage.name, layer).heads
-    output = _tensor(model.outputs(stage.name, layer)[site].output)
-    if output.ndim == 3:
-        return output[:, :, None]
-    return rearrange(output, f"{_STACKED} -> {_TOKENS}", stream=stage.streams)
+    return _tokens(model.outputs(stage.name, layer)[site].output, stage)
 
 
 def write(model: InContextModel, stage: Stage, layer: int, site: str, value: torch.Tensor) -> None:
@@ -89,6 +86,21 @@ def write(model: InContextModel, stage: Stage, layer: int, site: str, value: tor
     else:
         value = rearrange(value, f"{_TOKENS} -> {_STACKED}", stream=stage.streams, row=shape[1])
     module.output = (value, *own[1:]) if isinstance(own, tuple) else value
+
+
+def stop_gradient(model: InContextModel, stage: Stage, layer: int) -> None:
+    """Inside a trace: let gradients pass by a layer, along the residual stream, and none through what it adds."""
+    before = _tokens(model.outputs(stage.name, layer)["residual"].input, stage)
+    after = read(model, stage, layer, "residual")
+    write(model, stage, layer, "residual", before + (after - before).detach())
+
+
+def _tokens(value: Any, stage: Stage) -> torch.Tensor:
+    """What a module is given or gives, as [batch, token, 1, width]."""
+    value = _tensor(value)
+    if value.ndim == 3:
+        return value[:, :, None]
+    return rearrange(value, f"{_STACKED} -> {_TOKENS}", stream=stage.streams)
 
 
 _STACKED, _TOKENS = "(stream batch) row column width", "batch (stream row column) 1 width"

@@ -31,6 +31,7 @@ class Ranking:
         description: What a unit's score is, in a few words.
         algorithm: The name of the search.
         options: Its own.
+        signed: Whether a score tells harm from help; some tell only that a unit matters.
         keeps: Whether it looks for a set, and is asked for the units to keep; the others score units one by one, and
             are asked what is lost by ablating each.
     """
@@ -39,11 +40,15 @@ class Ranking:
     algorithm: str
     options: Mapping[str, Any] = field(default_factory=dict)
     keeps: bool = False
+    signed: bool = True
 
 
 RANKINGS = {
     "attribution": Ranking("gradient x (what is patched - activation), where nothing is patched", "attribution"),
     "integrated gradients": Ranking("the same, averaged on the way to everything patched", "attribution", {"steps": 5}),
+    "GradDrop": Ranking(
+        "the mean absolute gradient without each layer's (AtP*)", "attribution", {"drop": True}, signed=False
+    ),
     "gates": Ranking("the probability that its gate is not shut", "gates", keeps=True),
     "gates from attribution": Ranking("the same", "gates", {"start": "attribution"}, keeps=True),
     "reinforce": Ranking("the probability of being in the set", "reinforce", {"prune": False}, keeps=True),
@@ -85,7 +90,7 @@ def rank(
     if algorithm.takes_size:
         options["size"] = units // 2  # trying sizes is no part of ranking
     settings = dict(budget=budget, seed=seed, vectors=vectors, **shared, **options)
-    if direction == "in" or algorithm.needs_scores:
+    if direction == "in" or algorithm.needs_scores or not own.signed:
         return algorithm.on(objective, **settings).scores
     if own.keeps:
         return algorithm.on(Kept(objective), **settings).scores

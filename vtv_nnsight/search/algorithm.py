@@ -64,6 +64,8 @@ class SearchObjective(Protocol):
 
     - `gradient(gates, rows)`: losses [row] and their gradients [row, unit] at gates [row, unit] between 0 (as it is)
       and 1 (patched), which `gates` and `attribution` read;
+    - `layers`, a number, and `gradient(gates, rows, drop=layer)` without what flows through that layer, which
+      `attribution(drop=True)` reads;
     - `stride`: how many rows to ask for at once (all of them, without it);
     - `fingerprint`: a dict of what its losses depend on, as JSON can hold it. A search is not resumed on an objective
       of another fingerprint.
@@ -104,6 +106,8 @@ class Search:
         budget, evaluations: What may be spent and what has been.
         step: The algorithm's own count of its steps, for errors.
         history: A Step for every set tried on the held-out prompts.
+        trail: What an algorithm leaves for those who follow it: `published` leaves (evaluations, set [unit],
+            probabilities [unit]) each time that it tries a set.
 
     Raises:
         TypeError: when the objective lacks a member of `SearchObjective`.
@@ -131,7 +135,7 @@ class Search:
         self.units = len(objective.space)
         self.train, self.held_out = objective.train, objective.held_out
         self.generator = torch.Generator().manual_seed(seed)
-        self.evaluations, self.step, self.history = 0, 0, []
+        self.evaluations, self.step, self.history, self.trail = 0, 0, [], []
         self._next_prompt, self._held_out_losses = 0, {}
         self._journal = self._open(resume)
         self._started = time.perf_counter()
@@ -192,12 +196,15 @@ class Search:
 
         return self._answers(ask, rows.numel(), width=1, cost=1).view(rows.shape)
 
-    def gradient(self, gates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gradient(
+        self, gates: torch.Tensor, rows: torch.Tensor, drop: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses [row], and their gradients [row, unit] at gates between 0 (as it is) and 1 (patched).
 
         Args:
             gates: Float [row, unit].
             rows: Prompt numbers [row].
+            drop: A layer that gradients do not flow through.
 
         Raises:
             TypeError: when the objective has no gradient.
@@ -210,7 +217,9 @@ class Search:
 
         def ask(piece: slice) -> tuple[tuple, Callable]:
             pairs = gates[piece], rows[piece]
-            return pairs, lambda: torch.column_stack(self.objective.gradient(*pairs))
+            if drop is None:
+                return pairs, lambda: torch.column_stack(self.objective.gradient(*pairs))
+            return (*pairs, torch.tensor(drop)), lambda: torch.column_stack(self.objective.gradient(*pairs, drop=drop))
 
         values = self._answers(ask, len(rows), width=1 + self.units, cost=GRADIENT_COST)
         return values[:, 0], values[:, 1:]

@@ -23,6 +23,7 @@ from vtv_nnsight.models.interface import InContextModel, Loss
 from vtv_nnsight.patches import PatchSpace, patch
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.search.holdout import hold_out
+from vtv_nnsight.sites import stop_gradient
 from vtv_nnsight.stages import device_of, fingerprint, fitting_rows
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import Activations, TaskVector
@@ -178,12 +179,24 @@ class Objective:
             losses = self._shared(lambda batch: self._losses(choices[batch], rows[batch]).double()[:, None], rows, 1)
             return losses[:, 0]
 
-    def gradient(self, gates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def layers(self) -> int:
+        """Layers that gradients can be kept out of: all of the model's, or none where it does not tell where the
+        residual stream is."""
+        stages = self.model.stages
+        told = "residual" in self.model.outputs(stages[0].name, 0)
+        return sum(stage.layers for stage in stages) if told else 0
+
+    def gradient(
+        self, gates: torch.Tensor, rows: torch.Tensor, drop: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each prompt under gates, and its gradient there.
 
         Args:
             gates: Float [row, unit], from 0 (the activation as it is) to 1 (the vector).
             rows: Prompt numbers [row].
+            drop: The number of a layer, counted through the stages, that gradients do not flow through: they pass it by
+                along the residual stream (`sites.stop_gradient`).
 
         Returns:
             Float64 losses [row] and gradients [row, unit], on the CPU.
@@ -196,7 +209,7 @@ class Objective:
         def batch_gradient(batch: torch.Tensor) -> torch.Tensor:
             own = gates[batch].to(self._truth.device, torch.float32).requires_grad_()
             with torch.enable_grad():
-                losses = self._losses(own, rows[batch])
+                losses = self._losses(own, rows[batch], drop)
                 (gradient,) = torch.autograd.grad(losses.sum(), own)
             return torch.column_stack([losses.detach(), gradient]).double()
 
@@ -234,8 +247,16 @@ class Objective:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _losses(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _without(self, drop: int) -> InContextModel:
+        """The model, with a layer that gradients do not flow through."""
+        stage, layer = [(stage, layer) for stage in self.model.stages for layer in range(stage.layers)][drop]
+        with self.model.edit() as (_, edited):
+            stop_gradient(edited, stage, layer)
+        return edited
+
+    def _losses(self, choices: torch.Tensor, rows: torch.Tensor, drop: int | None = None) -> torch.Tensor:
         """Losses [row] of one batch of one task."""
+        model = self.model if drop is None else self._without(drop)
         device, task = self._truth.device, int(self.group[rows[0]])
         vector = self.vectors[task]
         if isinstance(vector, Activations):
@@ -243,11 +264,11 @@ class Objective:
         rows = rows.to(device)
         prompts, truth = self.prompts[rows], self._truth[rows]
         mask, answered = self.space.mask(choices.to(device)), prompts
-        with self.model.trace(prompts):
-            patch(self.model, vector, mask)
+        with model.trace(prompts):
+            patch(model, vector, mask)
             if self._loss:
-                answered = self.model.narrow(prompts).save()
-            output = self.model.output.save()
+                answered = model.narrow(prompts).save()
+            output = model.output.save()
         if self._loss:
             return self._loss.value(output, answered, truth)
         return self.tasks[task].loss(crop(self.model.paint(output, prompts), "output", prompts.layout), truth)
