@@ -187,6 +187,52 @@ def test_uploads_whole_and_broken(demo, visit, tmp_path):
     playwright.expect(page.get_by_text("cannot be read as a picture")).to_be_visible(timeout=WAIT)
 
 
+def test_a_mask_is_drawn(demo, visit):
+    page = visit(demo)
+    says(page, "8 of 22 units")
+    page.get_by_role("button", name="Draw a mask for an example").click()
+    shown = page.locator("#example-answer img")
+    before = shown.get_attribute("src")
+    canvas = page.locator("#editor canvas").first
+    canvas.scroll_into_view_if_needed()
+    playwright.expect(canvas).to_be_visible(timeout=WAIT)
+    page.wait_for_timeout(2000)  # the editor fits its picture, and says nothing when it has
+    page.get_by_role("button", name="Use this mask").click()
+    playwright.expect(page.get_by_text("nothing is painted yet")).to_be_visible(timeout=WAIT)
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 30, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y + 20, steps=8)
+    page.mouse.up()
+    page.get_by_role("button", name="Use this mask").click()
+    playwright.expect(shown).not_to_have_attribute("src", before, timeout=WAIT)
+
+
+def test_a_search_on_ones_own_pictures(demo, visit, tmp_path):
+    page = visit(demo)
+    says(page, "8 of 22 units")
+    page.locator("#task input").click()
+    page.get_by_role("option", name="lowlight").first.click()
+    says(page, "MSE ↓")
+    page.get_by_role("button", name="Search on my pictures").click()
+    files = [tmp_path / f"{number}.png" for number in range(8)]
+    for file, row in zip(files, data.scenes("train", n=8, seed=5)):
+        row["image"].save(file)
+    page.locator("#pictures input[type=file]").set_input_files(files[:2])
+    page.get_by_role("button", name="Search", exact=True).click()
+    playwright.expect(page.get_by_text("2 pictures are too few")).to_be_visible(timeout=WAIT)
+    page.reload()
+    says(page, "8 of 22 units")
+    page.locator("#task input").click()
+    page.get_by_role("option", name="lowlight").first.click()
+    page.get_by_role("button", name="Search on my pictures").click()
+    page.locator("#pictures input[type=file]").set_input_files(files)
+    page.wait_for_timeout(1000)  # the files are sent
+    page.get_by_role("button", name="Search", exact=True).click()
+    playwright.expect(page.get_by_text("units found on your pictures")).to_be_visible(timeout=2 * WAIT)
+
+
 def test_two_visitors_do_not_disturb_each_other(demo, visit):
     one, other = visit(demo), visit(demo)
     says(one, "8 of 22 units")

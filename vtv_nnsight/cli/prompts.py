@@ -215,7 +215,7 @@ def _strip(model: Any, bundle: Any, task: str, prompt: Any, scale: float, exampl
             canvas = model.generate(prompt)
         shown = {"example": prompt.region("example_input")[0], "its answer": prompt.region("example_output")[0]} | shown
         shown["one-shot"] = crop(canvas, "output", prompt.layout)[0].cpu()
-    return strip(shown | {"nothing": nothing, f"task vector, {scale:g}": patched})
+    return strip(shown | {"nothing": nothing, f"task vector, scale {scale:g}": patched})
 
 
 def _as_they_are(example_input: Any, example_output: Any, query: Any, layout: Any) -> Any:

@@ -160,7 +160,7 @@ def make_page(player: Player) -> gr.Blocks:
                 shown_input = gr.Image(label="example", interactive=False, buttons=[], min_width=100,
                                        alt_text="the example")  # fmt: skip
                 shown_answer = gr.Image(label="its answer", interactive=False, buttons=[], min_width=100,
-                                        alt_text="the example's answer")  # fmt: skip
+                                        elem_id="example-answer", alt_text="the example's answer")  # fmt: skip
         with gr.Accordion("Draw a mask for an example", open=False):
             editor = gr.ImageEditor(
                 label="Paint over the thing", type="pil", sources=["upload"], layers=False, transforms=[],
