@@ -1,6 +1,7 @@
 """The paper's ablations: what the stacks, the units' size, the numbers of prompts and the search itself are worth.
 
     python benchmarks/ablations.py [--quick] [--tasks segmentation lowlight] [--budget 4000] [--seeds 3] [-n 128]
+    python benchmarks/ablations.py --model mae-vqgan --data pascal:VOCdevkit     # over the four folds of Pascal-5i
 
 The base patches units of both stacks by quadrant, is searched for on 100 prompts, uses a vector averaged over 100, and
 has a set of units a task. Each variation changes one thing and is searched for anew, with the same budget and seed:
@@ -14,7 +15,9 @@ has a set of units a task. Each variation changes one thing and is searched for 
   many units as the base has, drawn at random; and no search at all: everything patched, at all positions at once.
 
 Each seed draws prompts of its own to average and to train on; the test prompts are the same for all, of scenes that
-nothing else has seen. Values are means over the seeds and 95 % bootstrap intervals over the test prompts; a difference
+nothing else has seen. Other data (`--data`, as for `vtv run`) are divided likewise: a fifth of the pictures to learn
+from is for the held-out prompts. Of "pascal:ROOT" each fold is searched for anew, and values are means over the folds.
+Values are means over the seeds and 95 % bootstrap intervals over the test prompts; a difference
 to the base is paired. Every search's own held-out loss must be what `evaluate` finds for the same prompts.
 """
 
@@ -29,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from common import journal, options, save, table
+from datasets import Dataset
 from matplotlib.figure import Figure
 
 from vtv_nnsight import (
@@ -86,9 +90,11 @@ def find(
     args: Namespace,
     seed: int,
     bar: progress_bar,
+    images: Dataset,
+    fold: str = "",
 ) -> dict[str, dict[Setting | str, Found]]:
     """One seed's sets of every task. The held-out prompts are those of all tasks that share a set."""
-    images, most, base = data.scenes("train", n=500, seed=0), max(args.prompts), asked["masks", EACH]
+    most, base = max(args.prompts), asked["masks", EACH]
     averaged, training = (
         {name: tasks.get(name).prompts(images, most, first + seed, model.layout) for name in held_out}
         for first in (0, 1000)
@@ -111,7 +117,7 @@ def find(
             budget=args.budget * len(names),
             held_out=[held_out[name].query_only() for name in names],
             seed=seed,
-            resume=journal(args.resume, *names, *setting, args.budget, seed),
+            resume=journal(args.resume, *[fold] * bool(fold), *names, *setting, args.budget, seed),
             progress=False,
         )
         bar.update()
@@ -129,10 +135,10 @@ def find(
     return found
 
 
-def judge(model: MAEVQGAN, name: str, prompts: VisualPrompt, found: Mapping[Any, Found]) -> Table:
+def judge(model: MAEVQGAN, name: str, prompts: VisualPrompt, found: Mapping[Any, Found], fold: int = 0) -> Table:
     """`evaluate` the references and what was found, under the names of its keys."""
     conditions = {name: name for name in REFERENCES} | {str(k): (one.vector, one.patches) for k, one in found.items()}
-    return evaluate(model, tasks.get(name), prompts, conditions, keep=0, progress=False)
+    return evaluate(model, tasks.get(name), prompts, conditions, fold=fold, keep=0, progress=False)
 
 
 def agree(name: str, found: Mapping[Any, Found], judged: Table) -> None:
@@ -146,15 +152,31 @@ def agree(name: str, found: Mapping[Any, Found], judged: Table) -> None:
             )
 
 
-def summary(values: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+def pictures(spec: str, n: int) -> dict[str, tuple[Dataset, Dataset, Dataset]]:
+    """Name of each fold ("" where there are none) → pictures to average and train on, to hold out, and to test on."""
+    if spec == "scenes":
+        return {"": (data.scenes("train", 500, 0), data.scenes("validation", 200, 0), data.scenes("test", 500, 0))}
+    specs, found = {"": spec}, {}
+    if spec.startswith("pascal:"):
+        root, fold, lists = data.pascal_argument(spec.removeprefix("pascal:"))
+        specs = {f"fold{f}": f"pascal:{root}:{f}:{lists}" for f in (range(4) if fold is None else (fold,))}
+    for name, own in specs.items():
+        train, test = data.split_data(own, None, 4 * n)
+        keys = np.array(data.identities(train))
+        held = np.isin(keys, np.unique(keys)[::5])
+        found[name] = train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held)), test
+    return found
+
+
+def summary(values: np.ndarray, base: np.ndarray, folds: np.ndarray | None = None) -> dict[str, Any]:
     """Of values [seed, image]: mean and interval, those of the paired difference to the base, and the seeds' means."""
-    parts = {"": bootstrap(values.mean(0)), "difference_": bootstrap((values - base).mean(0))}
+    parts = {"": bootstrap(values.mean(0), folds), "difference_": bootstrap((values - base).mean(0), folds)}
     numbers = {prefix + end: x for prefix, three in parts.items() for end, x in zip(("mean", "low", "high"), three)}
     return numbers | {"of_seeds": values.mean(1).tolist()}
 
 
 def lines(name: str, asked: Mapping, found: Sequence[Mapping[Any, Found]], judged: Sequence[Table]) -> list[dict]:
-    """One task's rows; `found` and `judged` are the seeds'."""
+    """One task's rows; `found` are the seeds' and folds', `judged` the seeds', of all folds."""
     task, base, rows = tasks.get(name), asked["masks", EACH], []
     for (varies, value), key in ({("reference", name): name for name in REFERENCES} | dict(asked)).items():
         row = {"task": name, "metric": task.metric.name, "varies": varies, "value": value, "is_base": key == base}
@@ -163,7 +185,9 @@ def lines(name: str, asked: Mapping, found: Sequence[Mapping[Any, Found]], judge
         row["units_to_choose_from"] = len(own[0].patches.space) if own else 0
         row["evaluations"] = [one.evaluations for one in own]
         for measure in ("score", "token_loss"):
-            row[measure] = summary(*(np.stack([t.values(name, str(k), measure) for t in judged]) for k in (key, base)))
+            values = [np.stack([t.values(name, str(k), measure) for t in judged]) for k in (key, base)]
+            one = judged[0].frame[(judged[0].frame.condition == str(base)) & (judged[0].frame.task == name)]
+            row[measure] = summary(*values, np.sort(one.fold.to_numpy()))
         rows.append(row)
     return rows
 
@@ -238,6 +262,7 @@ def points(panel: Any, rows: Sequence[dict[str, Any]], colour: str) -> None:
 def main() -> None:
     parser = options(__file__, __doc__, "one task and one seed, few prompts, a tiny budget")
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--data", default="scenes", help="as for `vtv run`; pascal:ROOT is done fold by fold")
     parser.add_argument("--tasks", nargs="+", default=["segmentation", "lowlight"])
     parser.add_argument("--budget", type=int, default=4000, help="patched evaluations that a task's search may spend")
     parser.add_argument("--seeds", type=int, default=3)
@@ -254,17 +279,25 @@ def main() -> None:
 
     model, asked = MAEVQGAN(args.model).to(args.device), plan(args.prompts)
     names = dict.fromkeys(args.tasks + [task.name for task in tasks.VTV])
-    fresh, unseen = data.scenes("validation", n=200, seed=0), data.scenes("test", n=500, seed=0)
-    held_out = {name: tasks.get(name).prompts(fresh, args.held_out, 0, model.layout) for name in names}
-    test = {name: tasks.get(name).prompts(unseen, args.n, 0, model.layout) for name in args.tasks}
+    folds = pictures(args.data, args.n)
     seeds, settings = range(args.seed, args.seed + args.seeds), {s for s in asked.values() if isinstance(s, Setting)}
-    with progress_bar(total=args.seeds * (len(args.tasks) * len(settings) + 1), unit="search") as bar:
-        found = [find(model, asked, held_out, args, seed, bar) for seed in seeds]
+    found: list[dict[str, dict]] = []
+    judged: dict[str, list[list[Table]]] = {name: [[] for _ in seeds] for name in args.tasks}
+    with progress_bar(total=len(folds) * args.seeds * (len(args.tasks) * len(settings) + 1), unit="search") as bar:
+        for number, (fold, (images, fresh, unseen)) in enumerate(folds.items()):
+            able = [name for name in names if tasks.get(name).needs in images.column_names]
+            held_out = {name: tasks.get(name).prompts(fresh, args.held_out, 0, model.layout) for name in able}
+            for seed, tables in zip(seeds, zip(*judged.values())):
+                sets = find(model, asked, held_out, args, seed, bar, images, fold)
+                found.append(sets)
+                for name, own in zip(args.tasks, tables):
+                    test = tasks.get(name).prompts(unseen, args.n, 0, model.layout)
+                    own.append(judge(model, name, test, sets[name], number))
     rows = []
     print(f"{args.model}, {args.n} test prompts; units and evaluations are means over {args.seeds} seeds")
     for name in args.tasks:
         own = [sets[name] for sets in found]
-        rows += lines(name, asked, own, [judge(model, name, test[name], sets) for sets in own])
+        rows += lines(name, asked, own, [Table.cat(tables) for tables in judged[name]])
         print("\n" + show([row for row in rows if row["task"] == name]), flush=True)
     save(args, {"rows": rows}, figure(rows))
 

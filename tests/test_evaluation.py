@@ -645,3 +645,22 @@ def test_a_condition_adds(model, prompts, vectors, patches):
     losses = answer(model, prompts.query_only(), own, patches, **mode)[1]
     np.testing.assert_allclose(table.values("segmentation", "x", "token_loss"), losses, atol=1e-5)
     assert not np.allclose(losses, answer(model, prompts.query_only(), own, patches, scale=0.3)[1], atol=1e-3)
+
+
+def test_models_beside_one_another(vtv, model, tmp_path):  # noqa: F811
+    """Of one kind and of another, on the same queries."""
+    model._module.save_pretrained(tmp_path / "mine")
+    torch.manual_seed(0)
+    ViTMAEForPreTraining(config()).save_pretrained(tmp_path / "mae")
+    out = tmp_path / "out"
+    args = ("evaluate", tmp_path / "mine", "--beside", tmp_path / "mae", "--n", 3, "--tasks", "identity", "-o", out)
+    code, said, complaint = vtv(*args)
+    assert code == 0, complaint
+    assert {path.name for path in out.iterdir()} == {"0_mine", "1_mae", "models.md"}
+    text = (out / "models.md").read_text()
+    assert text.strip() in said and text.count("identity, MSE ↓") == 2
+    for name in ("0_mine", "1_mae"):
+        table = Table.load(out / name / "values.parquet")
+        assert f"{table.values('identity', 'one-shot').mean():.3f} [" in text
+        assert (table.values("identity", "copy") == 0).all()
+    assert vtv(*args, "--vectors", "v", "--patches", "p")[0] == 1

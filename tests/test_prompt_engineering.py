@@ -1,7 +1,10 @@
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from vtv_nnsight import MAEVQGAN, Layout, data, tasks
+from vtv_nnsight import MAEVQGAN, Layout, cli, clusters, data, tasks
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.visual_prompting import ensembles
@@ -79,3 +82,35 @@ def test_attention_needs_to_be_eager(module, images):
     module.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match='attn_implementation="eager"'):
         engineering.attention_to_regions(MAEVQGAN(module), tasks.identity.prompts(images, n=1, layout=Layout(64, 16)))
+
+
+def test_the_command_line_compares_layouts(small_config, tmp_path):
+    MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
+    args = ["layouts", tmp_path / "model", "--n", 3, "--ensemble", "product", "-o", tmp_path / "layouts.csv"]
+    result = CliRunner().invoke(cli.app, list(map(str, args)))
+    assert result.exit_code == 0, result.output
+    written = pd.read_csv(tmp_path / "layouts.csv")
+    model = MAEVQGAN(str(tmp_path / "model"))
+    scores = engineering.compare(model, data.load("scenes", "test", 6), 3, rule="product")
+    for (layout, look), values in scores.items():
+        np.testing.assert_allclose(written[f"{layout}, {look}"], values, atol=1e-6)
+    assert engineering.table(scores) in result.output
+    wrongs = ((["--ensemble", "vote"], "--ensemble vote is unknown"), (["--colours", "edges"], "edges is not"))
+    for wrong, words in wrongs:
+        refused = CliRunner().invoke(cli.app, list(map(str, [*args, *wrong])))
+        assert refused.exit_code == 1 and words in refused.output
+
+
+def test_the_command_line_draws_clusters(small_config, tmp_path):
+    MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
+    args = ["clusters", tmp_path / "model", "--n", 4, "--max-images", 20, "--tasks", "lowlight,colorization"]
+    args += ["--top", 2, "-o", tmp_path / "pictures" / "c.png"]
+    result = CliRunner().invoke(cli.app, list(map(str, args)))
+    assert result.exit_code == 0, result.output
+    widths = [float(line.rsplit(" ", 1)[1]) for line in result.output.splitlines() if "silhouette" in line]
+    model, rows = MAEVQGAN(str(tmp_path / "model")), data.load("scenes", "train", 20)
+    prompts = {name: tasks.get(name).prompts(rows, 4, 0, model.layout) for name in ("lowlight", "colorization")}
+    own = clusters.silhouettes(clusters.activations(model, prompts, progress=False))
+    every = torch.cat([values.flatten() for values in own.values() if values is not None])
+    assert widths == pytest.approx(every.sort(descending=True).values[:2].tolist(), abs=1e-3)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["c_1.png", "c_2.png"]

@@ -1,11 +1,19 @@
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from vtv_nnsight import data, tasks
+from vtv_nnsight import cli, data, metrics, tasks
+from vtv_nnsight.data.reasoning import draw
+from vtv_nnsight.experiment import steps
 from vtv_nnsight.layouts import REASONING, Layout
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
+from vtv_nnsight.stages import differences
 
 NAMES = ["color", "shape", "size", "color+shape", "color+size", "shape+size"]
 WHITE, BLACK, GREEN, BLUE = (255, 255, 255), (0, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -66,13 +74,14 @@ def test_rows_depend_on_the_seed_and_not_on_their_number():
 
 
 def test_the_canvas_is_the_published_one():
-    """Three rows of two cells of 74, a pixel between them, the outputs from column 113 on, all else black."""
+    """Three rows of two cells of 74, a pixel between rows and two between columns, the outputs from column 113 on, all
+    else black; pictures are bilinear."""
     images = data.reasoning("color+shape", n=3, seed=0)
     prompt = tasks.get("color+shape").prompt([images[0], images[1]], images[2], REASONING)
     expected = np.zeros((224, 224, 3), np.uint8)
     for i, row in enumerate(images):
-        for name, left in (("image", 38), ("answer", 113)):
-            cell = row[name].resize((74, 74), Image.Resampling.BICUBIC)
+        for name, left in (("image", 37), ("answer", 113)):
+            cell = row[name].resize((74, 74), Image.Resampling.BILINEAR)
             expected[75 * i : 75 * i + 74, left : left + 74] = np.asarray(cell)
     assert np.array_equal(prompt.canvas[0].mul(255).round().byte().permute(1, 2, 0), expected)
     hidden = np.ones((14, 14), bool)
@@ -131,7 +140,63 @@ def test_the_right_shape_in_the_wrong_colour_scores_nothing():
     assert tasks.color.score(answer[:, [0, 2, 1]], answer).tolist() == [0]
 
 
+@pytest.mark.parametrize("name", ["color", "shape", "color+shape", "size"])
+def test_the_studys_other_metrics(name):
+    images = data.reasoning(name, n=6, seed=4)
+    task = tasks.get(name)
+    blind, shape = (tasks.scored_by(task, metric) for metric in ("color_blind_iou", metrics.SHAPE_ACCURACY))
+    assert blind.name == shape.name == name and blind.metric == metrics.COLOR_BLIND_IOU
+    prompts = task.prompts(images, n=4, seed=0, layout=REASONING)
+    target = prompts.region("output")
+    green = target[:, [0, 2, 1]]  # the right shape in the other colour
+    assert blind.score(target, target).tolist() == shape.score(target, target).tolist() == [1] * 4
+    if "color" in name:
+        assert blind.score(green, target).tolist() == [1] * 4 and task.score(green, target).tolist() == [0] * 4
+    empty = torch.ones_like(target)
+    assert blind.score(empty, target).tolist() == shape.score(empty, target).tolist() == [0] * 4
+
+
+def test_a_shape_is_a_square_or_a_circle():
+    square, circle = (
+        torch.from_numpy(np.array(draw(100, 90, 30, shape))).permute(2, 0, 1)[None] / 255
+        for shape in ("rectangle", "circle")
+    )
+    speck = circle.clone()
+    speck[:, :, 200:204, 200:204] = 0  # a smaller piece does not count
+    scores = [metrics.shape_accuracy(a, b).item() for a, b in ((square, square), (circle, square), (speck, circle))]
+    assert scores == [1, 0, 1]
+
+
+def test_the_layout_is_kept_in_files():
+    again = Layout(**json.loads(json.dumps(asdict(REASONING))))
+    assert again == REASONING and hash(again) == hash(REASONING)
+    assert differences({"gap": [1, 2]}, {"gap": (1, 2)}) == []
+    with pytest.raises(ValueError, match="gap=\\(1, -2\\) is negative"):
+        Layout(examples=2, gap=(1, -2))
+
+
 def test_a_background_is_a_colour():
     assert Layout(background="#440154").canvas_colour == (68 / 255, 1 / 255, 84 / 255)
     with pytest.raises(ValueError, match="hue of dawn"):
         Layout(background="hue of dawn")
+
+
+def test_the_command_line_takes_the_studys_layout(small_config, tmp_path, monkeypatch):
+    """And other metrics; of a model on a smaller canvas, in proportion."""
+    config = small_config(image_size=112, patch_size=8, vqgan_channel_multipliers=(1, 1), vqgan_attention_levels=(1,))
+    MAEVQGANModel(config).save_pretrained(tmp_path / "model")
+    made = []
+    evaluate = steps.evaluate_conditions
+    monkeypatch.setattr(
+        steps, "evaluate_conditions", lambda model, task, prompts, *a, **k: made.append((task, prompts.layout))
+        or evaluate(model, task, prompts, *a, **k),
+    )  # fmt: skip
+    args = ["evaluate", tmp_path / "model", "--data", "reasoning:color", "--tasks", "color", "--n", 3]
+    result = CliRunner().invoke(cli.app, list(map(str, [*args, "--metric", "shape_accuracy", "-o", tmp_path / "out"])))
+    assert result.exit_code == 0, result.output
+    assert "shape accuracy ↑" in result.output
+    ((task, layout),) = made
+    assert task.metric == metrics.SHAPE_ACCURACY
+    assert layout == Layout(112, 8, examples=2, background="black", gap=(1, 2))
+    result = CliRunner().invoke(cli.app, ["evaluate", str(tmp_path / "model"), "--metric", "mse", "-o", "out"])
+    assert result.exit_code == 1 and "'segmentation' is scored by mIoU ↑ in a way of its own" in result.output

@@ -160,6 +160,41 @@ def test_colorization_can_be_scored_by_lpips(monkeypatch):
         tasks.Colorization(metric="ssim")
 
 
+@pytest.mark.parametrize("size", [(200, 150), (111, 60), (301, 112)])
+def test_colorization_of_the_middle_as_in_vp(size):
+    """torchvision's CenterCrop: halves are rounded to even, what is missing is black."""
+    picture = photo(size)
+    shown, target = tasks.get("colorization(fit=crop)").cells(picture, 111)
+    missing = [max(0, 111 - side) for side in (*size[::-1], 111)]
+    padded = np.pad(np.asarray(picture), [(n // 2, n - n // 2) for n in missing])
+    top, left = (int(round((side - 111) / 2)) for side in padded.shape[:2])
+    expected = padded[top : top + 111, left : left + 111]
+    assert np.array_equal(target.mul(255).round().byte().permute(1, 2, 0), expected)
+    assert np.array_equal(shown[0].mul(255).round().byte(), np.asarray(Image.fromarray(expected).convert("L")))
+    assert tasks.colorization.cells(picture, 111)[1].shape == (3, 111, 111)
+
+
+def test_detection_may_be_bilinear():
+    task = tasks.Detection(fit="bilinear")
+    assert tasks.get(task.name) == task and task.name == "detection(fit=bilinear)"
+    shown, target = task.cells(row(0), 32)
+    picture = as_rgb(row(0)["image"]).resize((32, 32), Image.Resampling.BILINEAR)
+    assert np.array_equal(shown.mul(255).round().byte().permute(1, 2, 0), picture)
+    assert not torch.equal(target, tasks.detection.cells(row(0), 32)[1])
+    with pytest.raises(ValueError, match="fit"):
+        tasks.Detection(fit="square")
+
+
+def test_tasks_are_scored_by_other_metrics(monkeypatch):
+    monkeypatch.setattr("vtv_nnsight.metrics._lpips_network", lambda device: lambda a, b: torch.tensor([0.25]))
+    other = tasks.scored_by(tasks.lowlight, "lpips")
+    assert other.score(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)).item() == 0.25
+    assert tasks.lowlight.metric == metrics.MSE and tasks.scored_by(tasks.identity, "mse") is tasks.identity
+    assert tasks.scored_by(tasks.colorization, "lpips").name == "colorization(lpips)"
+    with pytest.raises(ValueError, match="'segmentation' is scored by mIoU ↑ in a way of its own, not by mse"):
+        tasks.scored_by(tasks.segmentation, "mse")
+
+
 def test_the_truth_is_in_the_output_cell_and_white_where_it_is_unknown():
     known = tasks.segmentation.prompt(row(0), row(1))
     assert torch.equal(known.region("output")[0], tasks.segmentation.cells(row(1), 111)[1])

@@ -107,9 +107,23 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if on_its_side else image.size
 
 
-def resize(image: Image.Image, size: int) -> Image.Image:
-    """Bicubic, as both papers resize images and masks alike (edges of masks go grey)."""
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+FITS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+"""How pictures are resized."""
+
+
+def resize(image: Image.Image, size: int, method: str = "bicubic") -> Image.Image:
+    """Bicubic, as both papers resize images and masks alike (edges of masks go grey); VP's released code is bilinear in
+    its detection and reasoning studies."""
+    return image.resize((size, size), FITS[method])
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle of a picture in its own pixels, on black where the picture is smaller; as torchvision's CenterCrop."""
+    left, top = (int(round((side - size) / 2)) if side > size else -((size - side) // 2) for side in image.size)
+    return image.crop((left, top, left + size, top + size))
 
 
 def luma(pixels: torch.Tensor) -> torch.Tensor:
@@ -135,9 +149,11 @@ def denormalise(values: torch.Tensor) -> torch.Tensor:
     return values * std + mean
 
 
-def as_cell(image: Any, size: int) -> torch.Tensor:
-    """A picture or its path → the pixels of a square cell, float [3, size, size] in [0, 1]."""
-    return to_tensor(resize(as_rgb(image), size))
+def as_cell(image: Any, size: int, method: str = "bicubic") -> torch.Tensor:
+    """A picture or its path → the pixels of a square cell, float [3, size, size] in [0, 1]; `method` is one of `FITS`,
+    or "crop" for its middle (`center_crop`)."""
+    image = as_rgb(image)
+    return to_tensor(center_crop(image, size) if method == "crop" else resize(image, size, method))
 
 
 def digest(pixels: torch.Tensor) -> int:

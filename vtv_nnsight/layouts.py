@@ -41,7 +41,8 @@ class Layout:
             its transpose: inputs on top, outputs below (the papers' *flip*, VP §4.4).
         background: Colour of the canvas between and beside the cells, in any form that PIL knows.
         gap: Pixels between neighbouring cells. None is VP's: 2 on the 2x2 grid, 1 on larger ones (§4.3). Painter and
-            SegGPT have 0: each of their two pictures is a column of square cells that touch.
+            SegGPT have 0: each of their two pictures is a column of square cells that touch. Two numbers are those
+            between a pair and the next, and between an input and its output.
 
     Raises:
         ValueError: when the patches do not tile the canvas, the gap is negative, or the cells are smaller than a patch.
@@ -52,9 +53,11 @@ class Layout:
     examples: int = 1
     order: str = "vertical"
     background: str = "white"
-    gap: int | None = None
+    gap: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.gap, list):
+            object.__setattr__(self, "gap", tuple(self.gap))
         if self.order not in ORDERS:
             raise ValueError(f"order={self.order!r} is not a layout order; choose one of {', '.join(ORDERS)}.")
         if self.examples < 1:
@@ -64,7 +67,7 @@ class Layout:
                 f"canvas_size={self.canvas_size} is not a multiple of patch_size={self.patch_size}; "
                 "choose a patch size that tiles the canvas."
             )
-        if self.gap is not None and self.gap < 0:
+        if min(self.gutters) < 0:
             raise ValueError(f"gap={self.gap} is negative; give the pixels between cells, 0 or more.")
         if self.cell_size < self.patch_size:
             raise ValueError(
@@ -89,11 +92,16 @@ class Layout:
         return 1 + self.num_patches
 
     @property
+    def gutters(self) -> tuple[int, int]:
+        """Pixels between a pair and the next, and between an input and its output: `gap`, or what None stands for."""
+        if self.gap is None:
+            return (2, 2) if self.examples == 1 else (1, 1)
+        return self.gap if isinstance(self.gap, tuple) else (self.gap, self.gap)
+
+    @property
     def gutter(self) -> int:
-        """Pixels between neighbouring cells: `gap`, or what None stands for."""
-        if self.gap is not None:
-            return self.gap
-        return 2 if self.examples == 1 else 1
+        """Pixels between a pair and the next."""
+        return self.gutters[0]
 
     @property
     def cell_size(self) -> int:
@@ -105,7 +113,7 @@ class Layout:
         """Name of each cell → (row slice, column slice) in pixels: outputs begin half a gap, rounded up, past the
         canvas's middle."""
         outputs = self.canvas_size // 2 + (self.gutter + 1) // 2
-        across = (outputs - self.gutter - self.cell_size, outputs)
+        across = (outputs - self.gutters[1] - self.cell_size, outputs)
         cells = {}
         for pair in range(self.examples + 1):
             number = f"_{pair + 1}" if self.examples > 1 else ""
@@ -185,8 +193,9 @@ class Layout:
         return ids[first : last + 1, left : right + 1].flatten()
 
 
-REASONING = Layout(examples=2, background="black")
-"""The canvas of VP's reasoning study (§4.3): three rows of cells of 74 pixels on black."""
+REASONING = Layout(examples=2, background="black", gap=(1, 2))
+"""The canvas of VP's reasoning study (§4.3): three rows of cells of 74 pixels on black. In the released code, which
+paints it by way of its test-time ensembles, inputs are at columns 37 to 110 and outputs at 113 to 186."""
 
 
 def positions(seen: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,8 @@ def iou(
     background: Colour = BLACK,
 ) -> torch.Tensor:
     """Intersection over union of the foregrounds, after every pixel of both went to the nearer of the two colours
-    (squared RGB distance, ties to the foreground). Two empty foregrounds agree: 1. As in ECCV 2024's released code.
+    (squared RGB distance, ties to the foreground). As in ECCV 2024's released code, but for two empty foregrounds: they
+    agree here, 1, and are 0 / 0, which is nan, there.
     """
     return colour_iou(prediction, target, foreground, (foreground, background))
 
@@ -94,6 +95,49 @@ def squared_off(prediction: torch.Tensor, foreground: Colour = WHITE, background
     boxes = torch.stack([_box(row) for row in inside])[:, None]
     colours = (prediction.new_tensor(colour).view(3, 1, 1) / 255 for colour in (foreground, background))
     return torch.where(boxes, *colours)
+
+
+def rounded(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
+    """Every pixel as the nearest colour of a palette."""
+    colours = pixels.new_tensor(palette) / 255
+    return colours[_nearest(pixels, palette)].permute(0, 3, 1, 2)
+
+
+def color_blind_iou(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of all that is not white, whatever its colour (VP §4.3, released code). Pixels count as
+    they are: `rounded` them to the palette of the study first, as `tasks.Reasoning` does."""
+    a, b = ((pixels.double().mul(255).round() != 255).any(1) for pixels in _pair(prediction, target))
+    union = (a | b).flatten(1).sum(1)
+    return torch.where(union > 0, (a & b).flatten(1).sum(1) / union.clamp(min=1), 1.0)
+
+
+def shape_accuracy(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 where the largest piece of what is not white has the target's shape, 0 where it has the other or nothing is
+    painted: whichever of the square and the circle in its place fits it better (VP §4.3). The released code looks at a
+    contour of OpenCV's in the place of the largest piece, and counts squares whatever the target: where the answer is
+    a square, as in its shape tasks, that is the same."""
+    a, b = (_squares((pixels.double().mul(255).round() != 255).any(1)) for pixels in _pair(prediction, target))
+    return ((a == b) & (a >= 0)).double()
+
+
+def _squares(inside: torch.Tensor) -> torch.Tensor:
+    """Bool [batch, height, width] → 1 for a square, 0 for a circle, -1 for nothing, [batch]."""
+    found = []
+    for row in inside:
+        box = _box(row).nonzero()
+        if not len(box):
+            found.append(-1)
+            continue
+        (top, left), (bottom, right) = box.amin(0).tolist(), box.amax(0).tolist()
+        high, wide = bottom - top + 1, right - left + 1
+        radius, y, x = max(high, wide) // 2, int(top + high / 2), int(left + wide / 2)
+        down = torch.arange(row.shape[0], device=row.device)[:, None] - y
+        across = torch.arange(row.shape[1], device=row.device)[None, :] - x
+        circle = down**2 + across**2 <= radius**2
+        square = (down >= -radius) & (down < radius) & (across >= -radius) & (across < radius)
+        fits = [(shape & row).sum() / (shape | row).sum() for shape in (circle, square)]
+        found.append(int(fits[1] > fits[0]))
+    return torch.tensor(found, device=inside.device)
 
 
 def accuracy(
@@ -129,7 +173,9 @@ def lpips(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 IOU = Metric("iou", iou, higher_is_better=True, label="mIoU ↑")
 MSE = Metric("mse", mse, higher_is_better=False, label="MSE ↓")
 LPIPS = Metric("lpips", lpips, higher_is_better=False, label="LPIPS ↓")
-METRICS = {metric.name: metric for metric in (IOU, MSE, LPIPS)}
+COLOR_BLIND_IOU = Metric("color_blind_iou", color_blind_iou, higher_is_better=True, label="colour-blind IoU ↑")
+SHAPE_ACCURACY = Metric("shape_accuracy", shape_accuracy, higher_is_better=True, label="shape accuracy ↑")
+METRICS = {metric.name: metric for metric in (IOU, MSE, LPIPS, COLOR_BLIND_IOU, SHAPE_ACCURACY)}
 """The metrics that `get` knows."""
 
 
@@ -152,7 +198,7 @@ def register(metric: Metric) -> Metric:
     Raises:
         ValueError: when the name is one of this module's metrics. One of your own is replaced.
     """
-    if any(metric.name == own.name and metric != own for own in (IOU, MSE, LPIPS)):
+    if any(metric.name == own.name and metric != own for own in (IOU, MSE, LPIPS, COLOR_BLIND_IOU, SHAPE_ACCURACY)):
         raise ValueError(f"{metric.name!r} is the name of another metric; choose a name of its own.")
     METRICS[metric.name] = metric
     return metric
@@ -171,7 +217,13 @@ def _lpips_network(device: torch.device) -> torch.nn.Module:
         raise ImportError(
             "LPIPS needs the package lpips, which is not installed; pip install 'vtv-nnsight[lpips]'."
         ) from error
-    return LPIPS(net="alex", verbose=False).eval().to(device)
+    try:
+        return LPIPS(net="alex", verbose=False).eval().to(device)
+    except OSError as error:
+        raise OSError(
+            f"LPIPS needs AlexNet's weights, which torchvision could not fetch ({error}); put its file into "
+            f"{torch.hub.get_dir()}/checkpoints, or choose another metric."
+        ) from error
 
 
 def _nearest(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:

@@ -150,6 +150,7 @@ def _agree(name: str, found: Any, expected: Any) -> bool:
         a, b = torch.tensor(found), torch.tensor(expected)
         return bool((a - b).norm() <= 0.02 * b.norm())
     if name != "weights":
+        found, expected = (list(value) if isinstance(value, tuple) else value for value in (found, expected))
         return found == expected
     if any(found[dtype] == expected[dtype] for dtype in _ROUNDED):
         return True

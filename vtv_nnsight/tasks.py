@@ -31,7 +31,8 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from copy import copy
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import reduce
 from numbers import Real
 from operator import add
@@ -45,7 +46,7 @@ from PIL import Image, ImageColor, ImageFilter
 from torch.nn import functional as F
 
 from vtv_nnsight import metrics
-from vtv_nnsight.images import as_cell, digest, luma, open_picture, resize, to_tensor, upright_size
+from vtv_nnsight.images import FITS, as_cell, digest, luma, open_picture, resize, to_tensor, upright_size
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -87,6 +88,8 @@ class Task:
 
     metric = metrics.MSE
     needs = "image"
+    fit = "bicubic"
+    """How pictures become cells: one of `images.FITS`, or "crop"."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -208,7 +211,7 @@ class Task:
     def _cells(self, row: Row | Picture, size: int, place: Place) -> tuple[torch.Tensor, ...]:
         """The picture, the input that is made of it, and the target or None: [3, size, size] each."""
         row = _opened(row)
-        clean = as_cell(row["image"], size)
+        clean = as_cell(row["image"], size, self.fit)
         shown = self.corrupt(clean, place)
         return clean, shown, self.target(row, clean, shown)
 
@@ -247,10 +250,10 @@ class Segmentation(Task):
         size = cell.shape[-1]
         mask = self.mask(row)
         if self.fill == "edges":
-            mask = _outline(resize(mask, size))
+            mask = _outline(resize(mask, size, self.fit))
         colours = Image.new("RGB", mask.size, self.background)
         colours.paste(self.foreground, mask=mask)
-        target = to_tensor(resize(colours, size))
+        target = to_tensor(resize(colours, size, self.fit))
         if self.fill == "texture":
             near, far = (target.new_tensor(colour).view(3, 1, 1) / 255 for colour in self.colours)
             dimmed = (target == near).all(0) & _checks(size)
@@ -272,7 +275,17 @@ class Segmentation(Task):
 
 @dataclass(frozen=True)
 class Detection(Segmentation):
-    """Image → the filled box around the mask; an answer is squared off before it is scored (VP §4.2)."""
+    """Image → the filled box around the mask; an answer is squared off before it is scored (VP §4.2).
+
+    Args:
+        fit: How pictures and masks are resized: "bicubic", or "bilinear" as in VP's released code of this study.
+    """
+
+    fit: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choose("fit", self.fit, *FITS)
 
     def mask(self, row: Row) -> Image.Image:
         mask = _binary(row)
@@ -344,12 +357,15 @@ class Colorization(Task):
 
     Args:
         metric: A `Metric` or its name: "mse", "lpips" (an optional package; see `metrics.lpips`), ….
+        fit: "bicubic" resizes pictures, as VTV does; "crop" takes their middle in its own pixels, as VP does.
     """
 
     metric: metrics.Metric | str = metrics.MSE
+    fit: str = "bicubic"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metric", metrics.get(self.metric))
+        _choose("fit", self.fit, *FITS, "crop")
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
         return luma(cell).expand(3, -1, -1)
@@ -381,17 +397,21 @@ class Reasoning(Task):
         'color+shape'
 
     An answer is scored by its colour-aware IoU: every pixel goes to the nearest of black and the colours that the
-    study allows its answers.
+    study allows its answers. The study's other measures are metrics, too: `metrics.COLOR_BLIND_IOU`, of all that is
+    not white, and `metrics.SHAPE_ACCURACY`. Cells are bilinear, as in its released code.
 
     Args:
         changes: Some of "color" (to blue), "shape" (to a rectangle) and "size" (to a radius of 20 from 30).
+        metric: `metrics.IOU`, or one of the two others, or their names.
     """
 
     changes: tuple[str, ...]
-    metric = metrics.IOU
+    metric: metrics.Metric | str = metrics.IOU
     needs = "answer"
+    fit = "bilinear"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", metrics.get(self.metric))
         object.__setattr__(self, "changes", tuple(sorted(set(self.changes))))
         if self.changes not in _PALETTES:
             known = ", ".join("+".join(changes) for changes in _PALETTES)
@@ -401,15 +421,22 @@ class Reasoning(Task):
     def name(self) -> str:
         return "+".join(self.changes)
 
+    @property
+    def palette(self) -> tuple[metrics.Colour, ...]:
+        """The colours that pixels go to, nearest first on a tie."""
+        return (*_PALETTES[self.changes], metrics.BLACK)
+
     def __add__(self, other: Task) -> Task:
         return Reasoning(self.changes + other.changes) if isinstance(other, Reasoning) else super().__add__(other)
 
     def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor | None:
-        return _answer(row, cell)
+        return _answer(row, cell, self.fit)
 
     def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.metric != metrics.IOU:
+            return self.metric(metrics.rounded(prediction, self.palette), metrics.rounded(target, self.palette))
         foreground = BLUE if "color" in self.changes else GREEN
-        return metrics.colour_iou(prediction, target, foreground, (*_PALETTES[self.changes], metrics.BLACK))
+        return metrics.colour_iou(prediction, target, foreground, self.palette)
 
 
 @dataclass(frozen=True)
@@ -650,9 +677,27 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
     return np.stack([generator.choice(groups[c], size=examples + 1, replace=False) for c in choice])
 
 
-def _answer(row: Row, cell: torch.Tensor) -> torch.Tensor | None:
+def scored_by(task: Task, metric: metrics.Metric | str) -> Task:
+    """The task with another metric.
+
+    Raises:
+        ValueError: when there is no such metric, or the task's score is its own, as a mask's is.
+    """
+    metric = metrics.get(metric)
+    if metric == task.metric:
+        return task
+    if any(field.name == "metric" for field in fields(task)):
+        return replace(task, metric=metric)
+    if type(task).score is not Task.score:
+        raise ValueError(f"{task.name!r} is scored by {task.metric.label} in a way of its own, not by {metric.name}.")
+    other = copy(task)
+    object.__setattr__(other, "metric", metric)
+    return other
+
+
+def _answer(row: Row, cell: torch.Tensor, fit: str = "bicubic") -> torch.Tensor | None:
     """The row's answer at a cell's size; None where it has none."""
-    return as_cell(row["answer"], cell.shape[-1]) if row.get("answer") is not None else None
+    return as_cell(row["answer"], cell.shape[-1], fit) if row.get("answer") is not None else None
 
 
 def _outline(mask: Image.Image) -> Image.Image:

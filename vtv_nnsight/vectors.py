@@ -175,7 +175,13 @@ class Activations:
         progress: bool = True,
     ) -> Activations:
         """Run prompts through the model and keep all that every head says, on the CPU and in the model's dtype. (A
-        prompt of a ViT-L takes 23 MB in float32.) Arguments are `TaskVectors.collect`'s."""
+        prompt of a ViT-L takes 23 MB in float32.) Arguments are `TaskVectors.collect`'s.
+
+        Raises:
+            ValueError: when there are no prompts, or the model has no such site.
+        """
+        if not len(prompts):
+            raise ValueError("there are no prompts to collect; give at least one.")
         sites, parts, device = known_sites(model, sites), [], device_of(model)
         owner = fingerprint(model, prompts.layout)
         with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:

@@ -100,10 +100,10 @@ def faithfulness(
     sets = {_key(chosen): chosen for chosen in (nothing, everything)}
     for order in ranked.values():
         sets |= {_key(chosen): chosen for chosen in _prefixes(order, counts)}
-    device = device_of(model)
+    device, batch_size = device_of(model), batch_size or fitting_rows(model)
     prompts = prompts.to(device)
     vector = vector if isinstance(vector, Activations) else vector.to(device)
-    ask = _asking(model, vector, space, measures, direction, batch_size or fitting_rows(model))
+    ask = _asking(model, vector, space, measures, direction)
     total = len(prompts) * (len(sets) + (direction == "in"))
     settings = _settings(model, vector, prompts, space, measures, direction)
     with (
@@ -155,7 +155,6 @@ def _asking(
     space: PatchSpace,
     measures: Sequence[Measure],
     direction: str,
-    batch_size: int,
 ) -> Callable[[VisualPrompt, torch.Tensor, torch.Tensor], torch.Tensor]:
     """A function of prompts, the first units [row, unit] and prompt numbers [row] that gives m of them, [row, measure].
     Every row of a batch has a set of its own."""

@@ -1,4 +1,4 @@
-"""`vtv prompt`: one prompt of picture files."""
+"""`vtv prompt`: one prompt of picture files; `vtv layouts`: what the look of prompts is worth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,26 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from vtv_nnsight.cli.app import PROMPTS, VQGAN, DType, EmbeddingType, Order, app, given, wrote
+from vtv_nnsight.cli.app import (
+    PROMPTS,
+    VQGAN,
+    Data,
+    Device,
+    DType,
+    EmbeddingType,
+    Images,
+    ListingCommand,
+    Order,
+    Output,
+    Seed,
+    Source,
+    app,
+    given,
+    say,
+    settings_of,
+    wrote,
+)
+from vtv_nnsight.experiment.settings import Settings
 
 
 class ExampleCommand(TyperCommand):
@@ -121,6 +140,61 @@ def prompt(
     else:
         image = to_pil(painter.generate(made)[0]) if painter else made.picture()
     image.save(output)
+    wrote(output)
+
+
+@app.command(
+    cls=ListingCommand,
+    rich_help_panel=PROMPTS,
+    epilog="Example: vtv layouts tiny --data scenes --prompts 100 -o layouts.csv",
+)
+def layouts(
+    source: Source,
+    output: Output,
+    data: Data = Settings.data,
+    images: Images = None,
+    split: Annotated[str, typer.Option(help='The split of the data: "train", "validation" or "test".')] = "test",
+    prompts: Annotated[int, typer.Option("--prompts", "--n", min=1, help="Prompts to segment.")] = 100,
+    colours: Annotated[
+        str,
+        typer.Option(
+            help="Looks of the masks, with commas between them: segmentation tasks, such as "
+            "'segmentation(black, white)' or 'segmentation(fill=edges)'.",
+            show_default="white on black, and yellow on purple",
+        ),
+    ] = "",
+    ensemble: Annotated[
+        str, typer.Option(help="How the layouts' answers are made one: softmax, logits, product or maximum.")
+    ] = "softmax",
+    seed: Seed = Settings.seed,
+    vqgan: VQGAN = None,
+    device: Device = None,
+) -> None:
+    """Segment the same queries in both orders of a prompt, in several colours, and in both orders at once (VP §4.4).
+
+    Prints mean IoUs and writes those of every prompt.
+    """
+    import pandas as pd
+
+    from vtv_nnsight.data import load
+    from vtv_nnsight.experiment import steps
+    from vtv_nnsight.files import write_text
+    from vtv_nnsight.tasks import Segmentation, get_all
+    from vtv_nnsight.visual_prompting import ensembles, prompt_engineering
+
+    if ensemble not in ensembles.RULES:
+        raise ValueError(f"--ensemble {ensemble} is unknown; choose from {', '.join(ensembles.RULES)}.")
+    looks = {task.name: task for task in get_all(colours)} if colours else prompt_engineering.COLOURS
+    if others := [name for name, task in looks.items() if not isinstance(task, Segmentation)]:
+        raise ValueError(f"--colours {others[0]} is not a segmentation task.")
+    settings = settings_of(images, data, None, model=source, test_prompts=prompts, seed=seed)
+    model = steps.load_model(source, vqgan, device)
+    rows = load(settings.data, split, 2 * prompts, seed)
+    steps.servable(settings_of(images, data, "segmentation"), rows)
+    scores = prompt_engineering.compare(model, rows, prompts, seed, tasks=looks, rule=ensemble)
+    say(prompt_engineering.table(scores))
+    columns = {f"{layout}, {look}": values.tolist() for (layout, look), values in scores.items()}
+    write_text(output, pd.DataFrame(columns).to_csv(index_label="prompt", lineterminator="\n"))
     wrote(output)
 
 

@@ -3,7 +3,8 @@ the same defaults; and `vtv import-released`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +78,7 @@ def collect(
         seed=seed,
     )  # fmt: skip
     model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
-    layout = replace(model.layout, order=order)
+    layout = steps.layout_for(model, settings)
     rows = load(settings.data, split, max_images, seed)
     chosen = {
         task.name: steps.select(model, task, rows, settings, layout, batch_size)
@@ -112,6 +113,56 @@ def score(
     if plot:
         plots.score_map(loaded.score(), space.layout).savefig(plot, dpi=150)
         wrote(plot)
+
+
+@app.command(
+    cls=ListingCommand,
+    rich_help_panel=VECTORS,
+    epilog="Example: vtv clusters tiny --tasks segmentation,lowlight,colorization -o clusters.png",
+)
+def clusters(
+    source: Source,
+    output: Output,
+    tasks: Tasks = None,
+    data: Data = Settings.data,
+    images: Images = None,
+    split: Split = "train",
+    max_images: MaxImages = Settings.max_images,
+    prompts: Prompts = 50,
+    region: Annotated[str, typer.Option(help='Where heads are read: "cls", or a cell such as "query".')] = "query",
+    top: Annotated[int, typer.Option(min=1, help="Heads to draw, those that tell tasks apart best.")] = 3,
+    method: Annotated[str, typer.Option(help='How points are laid out: "pca", or "tsne" (with scikit-learn).')] = "pca",
+    order: Order = Settings.order,
+    seed: Seed = Settings.seed,
+    batch_size: BatchSize = None,
+    vqgan: VQGAN = None,
+    device: Device = None,
+) -> None:
+    """Draw how prompts cluster by task in the heads that tell tasks apart best (by silhouette)."""
+    from vtv_nnsight import clusters as found
+    from vtv_nnsight import plots
+    from vtv_nnsight.data import load
+    from vtv_nnsight.experiment import steps
+
+    settings = settings_of(images, data, tasks, model=source, prompts=prompts, order=order, seed=seed)
+    model = steps.load_model(source, vqgan, device)
+    layout = steps.layout_for(model, settings)
+    rows = load(settings.data, split, max_images, seed)
+    asked = {task.name: task.prompts(rows, prompts, seed, layout) for task in steps.servable(settings, rows)}
+    heads = found.activations(model, asked, region, batch_size=batch_size)
+    widths = {stage: own for stage, own in found.silhouettes(heads).items() if own is not None}
+    ranked = sorted(
+        ((own[layer, head].item(), stage, layer, head)
+         for stage, own in widths.items() for layer in range(own.shape[0]) for head in range(own.shape[1])),
+        reverse=True,
+    )[:top]  # fmt: skip
+    for width, stage, layer, head in ranked:
+        say(f"{stage} layer {layer}, head {head} at {region}: silhouette {width:.3f}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for i, (_, stage, layer, head) in enumerate(ranked):
+        path = output if len(ranked) == 1 else output.with_stem(f"{output.stem}_{i + 1}")
+        plots.projection(heads, stage, layer, head, method).savefig(path, dpi=150)
+        wrote(path)
 
 
 @app.command(
@@ -192,7 +243,7 @@ def search(
     )  # fmt: skip
     loaded = steps.read_vectors(vectors, settings.tasks)
     model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
-    layout = replace(model.layout, order=order)
+    layout = steps.layout_for(model, settings)
     rows = load(settings.data, split, max_images, seed)
     chosen = steps.servable(settings, rows)
     space = PatchSpace(model, layout, granularity, stacks.split(",") if stacks else None)
@@ -248,6 +299,21 @@ def evaluate(
             show_default=f"{Settings.test_prompts}; {PUBLISHED['test_prompts']} with --published",
         ),
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE", help="Another model, on the same prompts, as many times as there are models: of another "
+            "kind, too, such as facebook/vit-mae-large.",
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Score answers by another metric: mse, lpips (with the extra of that name), or for VP's reasoning "
+            "tasks color_blind_iou or shape_accuracy.",
+            show_default="each task's own",
+        ),
+    ] = None,
     published: Annotated[
         bool,
         typer.Option(
@@ -266,31 +332,55 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Compare one-shot, zero-shot and, with vectors and patches, task vectors, on the same prompts.
 
-    Writes table.md, table.csv, values.parquet and a picture of the first answers for every task.
+    Writes table.md, table.csv, values.parquet and a picture of the first answers for every task; of several models in a
+    folder for each, and models.md with all of them.
     """
-    from vtv_nnsight import plots
     from vtv_nnsight.evaluation import Table as Evaluations
-    from vtv_nnsight.evaluation import verdicts
     from vtv_nnsight.experiment import steps
     from vtv_nnsight.files import write_text
+    from vtv_nnsight.tasks import scored_by
 
     if (vectors is None) != (patches is None):
         raise ValueError("--vectors and --patches go together; give both or neither.")
+    others = beside or []
+    if others and vectors:
+        raise ValueError("--vectors are of one model; leave them out, or --beside.")
     preset = {name: PUBLISHED[name] for name in ("protocol", "test_prompts")} if published else None
     settings = settings_of(images, data, tasks, preset, model=source, test_prompts=prompts, order=order, seed=seed)
     loaded = steps.read_vectors(vectors, settings.tasks) if vectors else None
     units = _patches(patches) if patches else None
-    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
-    layout = replace(model.layout, order=order)
     folds = steps.folds_to_test(settings, split, max_images)
-    chosen = steps.servable(settings, folds[0][1])
-    table = Evaluations.cat(
-        [
-            steps.evaluate(model, task, rows, settings, layout, loaded, units, fold, batch_size=batch_size)
-            for task in chosen
-            for fold, rows in folds
-        ]
-    )
+    chosen = [scored_by(task, metric) if metric else task for task in steps.servable(settings, folds[0][1])]
+    tables = {}
+    for name in dict.fromkeys([source, *others]):
+        own = dict(vqgan=vqgan, embedding_type=embedding_type) if name == source else {}
+        model = steps.load_model(name, device=device, dtype=dtype, **own)
+        layout = steps.layout_for(model, settings)
+        tables[name] = Evaluations.cat(
+            [
+                steps.evaluate(model, task, rows, settings, layout, loaded, units, fold, batch_size=batch_size)
+                for task in chosen
+                for fold, rows in folds
+            ]
+        )
+    if len(tables) == 1:
+        _write_evaluation(tables[source], chosen, output)
+        return
+    for i, (name, table) in enumerate(tables.items()):
+        say(name)
+        _write_evaluation(table, chosen, output / f"{i}_{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}")
+    beside_one_another = _models(tables)
+    say(beside_one_another)
+    write_text(output / "models.md", beside_one_another + "\n")
+    wrote(output / "models.md")
+
+
+def _write_evaluation(table: Any, chosen: Sequence[Any], output: Path) -> None:
+    """Print a table of evaluations and what it says, and write it in every form."""
+    from vtv_nnsight import plots
+    from vtv_nnsight.evaluation import verdicts
+    from vtv_nnsight.files import write_text
+
     said = verdicts(table)
     say("\n".join([str(table), "", *said]).strip())
     output.mkdir(parents=True, exist_ok=True)
@@ -303,6 +393,24 @@ def evaluate(
         written.append(f"{task.name}.png")
     for name in written:
         wrote(output / name)
+
+
+def _models(tables: Mapping[str, Any]) -> str:
+    """Several models' scores under every condition, as Markdown: a row for each task and model."""
+    import pandas as pd
+
+    rows = []
+    for name, table in tables.items():
+        labels = table.frame.groupby("task", sort=False)[["label", "metric"]].first()
+        for line in table.lines():
+            if line.measure == labels.metric[line.task]:
+                score = f"{line.mean:.3f} [{line.low:.3f}, {line.high:.3f}]"
+                rows.append((f"{line.task}, {labels.label[line.task]}", name, line.condition, score))
+    frame = pd.DataFrame(rows, columns=["task", "model", "condition", "score"])
+    conditions = list(dict.fromkeys(frame.condition))
+    order = list(dict.fromkeys(zip(frame.task, frame.model)))
+    wide = frame.pivot(index=["task", "model"], columns="condition", values="score").loc[sorted(order), conditions]
+    return wide.fillna("").reset_index().to_markdown(index=False, disable_numparse=True)
 
 
 def _patches(path: Path) -> Any:

@@ -49,7 +49,7 @@ from vtv_nnsight.experiment.protocol import VECTOR_FOLDS, candidates, search_pro
 from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_step
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
-from vtv_nnsight.layouts import Layout
+from vtv_nnsight.layouts import REASONING, Layout
 from vtv_nnsight.models.devices import resolve_device
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSet, PatchSpace
@@ -115,7 +115,7 @@ def run(
         )
         folds, notes = load_folds(out, settings)
         tasks = servable(settings, folds[0].train)
-        layout = replace(model.layout, order=settings.order)
+        layout = layout_for(model, settings)
         space = PatchSpace(model, layout, settings.granularity)
         check(settings, folds, tasks, space, model)
         record = None
@@ -306,6 +306,14 @@ def split_data(spec: str, train: int, test: int, seed: int) -> tuple[Dataset, Da
             "remove the copies, or give data whose splits share no picture."
         )
     return parts
+
+
+def layout_for(model: InContextModel, settings: Settings) -> Layout:
+    """The model's layout in the order that was asked for; that of VP's reasoning study where the data are its own."""
+    own = model.layout
+    if settings.data.startswith("reasoning:") and own.gap is None:
+        own = replace(REASONING, canvas_size=own.canvas_size, patch_size=own.patch_size)
+    return replace(own, order=settings.order)
 
 
 def servable(settings: Settings, rows: Dataset) -> list[Task]:

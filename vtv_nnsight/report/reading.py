@@ -84,8 +84,9 @@ class Found(NamedTuple):
     def cells(self, task: Task) -> dict[str, torch.Tensor]:
         """The pictures of `PICTURES`, uint8 [row, 3, height, width], of the first prompts."""
         pictures = self.table.pictures[task.name]
-        names = {"example_input", "example_output", "query"}
-        return {n: crop(pictures["prompt"], n, self.layout) if n in names else pictures[n] for n in PICTURES}
+        cells = self.layout.cells
+        shown = {n: n if n in cells else f"{n}_1" for n in ("example_input", "example_output", "query")}  # of several
+        return {n: crop(pictures["prompt"], shown[n], self.layout) if n in shown else pictures[n] for n in PICTURES}
 
 
 def read(run: str | os.PathLike) -> Found:
