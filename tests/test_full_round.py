@@ -20,6 +20,7 @@ from vtv_nnsight.experiment.leaderboard import Leaderboard, markdown, measure_se
 from vtv_nnsight.report import reading
 from vtv_nnsight.search import SearchResult
 
+pytestmark = pytest.mark.timeout(900)
 TASKS = "segmentation,lowlight"
 LOSSES = {"SegGPT": "smooth_l1", "Painter": "smooth_l1", "ViTMAE": "squared_error"}
 SIZES = ("--tasks", TASKS, "--max-images", 30, "--prompts", 6, "--candidates", 12)
