@@ -194,7 +194,7 @@ def main() -> None:
     columns = [f"{name} {scale}" for scale in ("linear", "log") for name in ("CPR", "CMD")]
     for name in dict.fromkeys(row["way"] for row in rows):
         for own in args.measures:
-            chosen = [row for row in rows if (row["way"], row["measure"]) == (name, own)]
+            chosen = [row for row in rows if (row["way"], row["measure"]) == (name, own) and not is_repeated(row, rows)]
             body = [
                 [row["ranking"], row["order"], *(cell(row, name) for name in columns)]
                 for row in sorted(chosen, key=lambda row: -row["CPR log"])
@@ -211,6 +211,12 @@ def main() -> None:
         {"units": units, "curves": rows, "known": known},
         plots.draw(panels, columns=len(args.measures), titles=titles),
     )
+
+
+def is_repeated(row: dict, rows: list[dict]) -> bool:
+    """Whether a ranking by absolute scores is the one by signed scores, as where none is below zero."""
+    signed = row | {"order": "signed"}
+    return row["order"] == "absolute" and signed in rows
 
 
 def cell(row: dict, name: str) -> str:

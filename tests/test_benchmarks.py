@@ -109,7 +109,7 @@ def test_circuits(tmp_path):
     resumed = ("--resume", tmp_path / "answers", "--measures", "loss", "log ratio")
     found, printed = quick("circuits", tmp_path, *resumed)
     rows = {(row["way"], row["measure"], row["ranking"], row["order"]): row for row in found["curves"]}
-    assert len(rows) == 2 * 2 * 3 * 2 and printed.count("\n| mediation ") == 2 * 2 * 2 + 1
+    assert len(rows) == 2 * 2 * 3 * 2 and printed.count("\n| random ") == 2 * 2 + 1
     assert found["units"] == {"in": 96, "out": 24 * 4 + 16 * 5}
     for (way, measure, ranking, order), row in rows.items():
         assert row["CPR log low"] <= row["CPR log"] <= row["CPR log high"] and row["CMD linear"] >= 0
@@ -122,6 +122,22 @@ def test_circuits(tmp_path):
     known = {row["ranking"]: row for row in found["known"]}
     assert known["mediation"]["signed"] == [1.0] and 0 <= known["random"]["signed"][0] < 1
     assert {path.name for path in (tmp_path / "answers").iterdir()} >= {"curves-in.jsonl", "mediation-in-0.jsonl"}
+
+
+def test_open_ends(tmp_path):
+    found, printed = quick("open_ends", tmp_path)
+    rows = {row["vector"]: row for row in found["arithmetic"]}
+    assert rows["one-shot"]["token loss"] < rows["nothing"]["token loss"]
+    assert rows["its own"]["cosine to its own"] == pytest.approx(1, abs=1e-4)
+    assert rows["identity"]["cosine to its own"] == 0 and "| lowlight + inpainting - identity |" in printed
+    cosines = {row["task"]: row for row in found["geometry"]}
+    assert len(cosines) == 5 and cosines["identity"]["identity"] == pytest.approx(1, abs=1e-4)
+    assert cosines["lowlight"]["identity"] == pytest.approx(cosines["identity"]["lowlight"], abs=1e-5)
+    assert cosines["lowlight"]["identity"] < 0.999
+    assert {stage: (len(rows), len(rows[0])) for stage, rows in found["distance"].items()} == {
+        "encoder": (6, 4),
+        "decoder": (4, 4),
+    }
 
 
 def test_every_unit_is_pruned(space):

@@ -14,6 +14,7 @@ from test_vit_mae import config
 from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import PatchSet, TaskVectors, cli
+from vtv_nnsight.demo.playing import Player
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.experiment.leaderboard import Leaderboard, markdown, measure_sets
 from vtv_nnsight.report import reading
@@ -115,6 +116,14 @@ def test_the_steps_one_by_one(runs, folders, tmp_path):
 def test_runs_of_two_models_are_compared(runs, tmp_path):
     vtv("report", runs("Painter"), runs("SegGPT"), "-o", tmp_path / "both.html")
     assert "2 runs compared" in (tmp_path / "both.html").read_text()
+
+
+def test_an_answer_with_the_vectors_of_a_run(runs, tmp_path):
+    """By its model, of its type."""
+    query = DATA / "query_image.png"
+    vtv("prompt", "--vectors", runs("SegGPT"), "--task", "lowlight", "--query", query, "-o", tmp_path / "strip.png")
+    assert Image.open(tmp_path / "strip.png").width > 3 * 32
+    assert Player.load(str(runs("SegGPT"))).model.embedding_type == "semantic"
 
 
 def test_the_leaderboard(runs, folders):

@@ -207,6 +207,8 @@ def test_a_prompts_own_activations(model, module, prompts):
     assert (into - logits(model, prompts.query_only(), own[[1, 2, 0]], query)).abs().max() > 1e-2
     with pytest.raises(ValueError, match="activations of 3 rows was given; this batch has 2"):
         logits(model, prompts[:2], own, everything)
+    with pytest.raises(ValueError, match="there are no prompts to collect"):
+        Activations.collect(model, prompts[:0], progress=False)
     with pytest.raises(ValueError, match="the activations lack them"):
         hidden = Activations.collect(model, prompts.query_only(), progress=False)
         logits(model, prompts, hidden, everything)

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,6 +97,12 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `models.load_model` needs beside the model's source: SegGPT's `embedding_type`."""
+        owner = next(iter(self.vectors.values())).fingerprint
+        return {name: owner[name] for name in ("embedding_type",) if name in owner}
 
     def __repr__(self) -> str:
         return f"Bundle({self.name}: {', '.join(f'{task} at {len(self[task][1])} units' for task in self)})"

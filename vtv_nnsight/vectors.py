@@ -171,15 +171,21 @@ class Activations:
         prompts: VisualPrompt,
         *,
         sites: str | Sequence[str] = HEADS,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         progress: bool = True,
     ) -> Activations:
         """Run prompts through the model and keep all that every head says, on the CPU and in the model's dtype. (A
-        prompt of a ViT-L takes 23 MB in float32.) Arguments are `TaskVectors.collect`'s."""
+        prompt of a ViT-L takes 23 MB in float32.) Arguments are `TaskVectors.collect`'s.
+
+        Raises:
+            ValueError: when there are no prompts, or the model has no such site.
+        """
+        if not len(prompts):
+            raise ValueError("there are no prompts to collect; give at least one.")
         sites, parts, device = known_sites(model, sites), [], device_of(model)
         owner = fingerprint(model, prompts.layout)
         with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:
-            for batch in prompts.split(batch_size):
+            for batch in prompts.split(batch_size or fitting_rows(model)):
                 found = _read_all(model, batch.to(device), sites, torch.clone)
                 parts.append(found.map(lambda layers: torch.stack(layers, 1).cpu()))
                 bar.update(len(batch))

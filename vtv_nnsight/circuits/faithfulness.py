@@ -36,7 +36,7 @@ from vtv_nnsight.patches import PatchSpace, patch
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.journal import Answer, Journal, digest
-from vtv_nnsight.stages import device_of, fingerprint
+from vtv_nnsight.stages import device_of, fingerprint, fitting_rows
 from vtv_nnsight.vectors import Activations, TaskVector
 
 DIRECTIONS = ("in", "out")
@@ -55,7 +55,7 @@ def faithfulness(
     direction: str = "in",
     sizes: Sequence[float] = SIZES,
     orders: Sequence[str] = ORDERS,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     resume: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Curves | list[Curves]:
@@ -74,7 +74,7 @@ def faithfulness(
         direction: "in" or "out".
         sizes: Shares of the units, in (0, 1].
         orders: "signed", "absolute", or both.
-        batch_size: Rows of a trace.
+        batch_size: Rows of a trace; None is `stages.fitting_rows`, 32 for MAE-VQGAN.
         resume: A file that keeps the answers; a run that finds it goes on where it stopped.
 
     Returns:
@@ -100,10 +100,10 @@ def faithfulness(
     sets = {_key(chosen): chosen for chosen in (nothing, everything)}
     for order in ranked.values():
         sets |= {_key(chosen): chosen for chosen in _prefixes(order, counts)}
-    device = device_of(model)
+    device, batch_size = device_of(model), batch_size or fitting_rows(model)
     prompts = prompts.to(device)
     vector = vector if isinstance(vector, Activations) else vector.to(device)
-    ask = _asking(model, vector, space, measures, direction, batch_size)
+    ask = _asking(model, vector, space, measures, direction)
     total = len(prompts) * (len(sets) + (direction == "in"))
     settings = _settings(model, vector, prompts, space, measures, direction)
     with (
@@ -155,7 +155,6 @@ def _asking(
     space: PatchSpace,
     measures: Sequence[Measure],
     direction: str,
-    batch_size: int,
 ) -> Callable[[VisualPrompt, torch.Tensor, torch.Tensor], torch.Tensor]:
     """A function of prompts, the first units [row, unit] and prompt numbers [row] that gives m of them, [row, measure].
     Every row of a batch has a set of its own."""

@@ -23,7 +23,7 @@ def draw(
     """
     columns = columns or len(curves)
     lines = -(-len(curves) // columns)
-    figure = Figure(figsize=(1.2 + 3.9 * columns, 3.4 * lines + 0.4), layout="constrained")
+    figure = Figure(figsize=(2.8 + 3.9 * columns, 3.4 * lines + 0.4), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in panels[len(curves) :]:
         axes.axis("off")
@@ -40,5 +40,5 @@ def draw(
         axes.title.set_fontsize(9)
         if place % columns == 0:
             axes.set_ylabel("faithfulness f")
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure

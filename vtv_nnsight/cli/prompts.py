@@ -22,6 +22,7 @@ from vtv_nnsight.cli.app import (
     Seed,
     Source,
     app,
+    given,
     say,
     settings_of,
     wrote,
@@ -109,7 +110,7 @@ def prompt(
         raise ValueError("there is no --example; give one, or --vectors, which need none.")
     if mask is not None and len(files) != 1:
         raise ValueError("--mask goes with a single --example file; with two, the second file is the answer.")
-    options = dict(vqgan=vqgan, embedding_type=embedding_type, dtype=dtype)
+    options = given(vqgan=vqgan, embedding_type=embedding_type, dtype=dtype)
     bundle = None
     if vectors:
         from vtv_nnsight import bundles
@@ -120,7 +121,7 @@ def prompt(
         layout = patches.space.layout
     chosen = tasks.get(task or "identity")
     if bundle:
-        painter = load_model(model or bundle.model or "tiny", **options)
+        painter = load_model(model or bundle.model or "tiny", **{**bundle.options, **options})
         bundle.check(painter)
     else:
         painter = load_model(model, **options) if model else None

@@ -67,7 +67,7 @@ class Player:
             FileNotFoundError, ValueError: when there is no such bundle, or it is not of this model.
         """
         bundle = bundles.load(vectors)
-        found = models.load_model(model or bundle.model or "tiny", dispatch=True)
+        found = models.load_model(model or bundle.model or "tiny", dispatch=True, **bundle.options)
         if device:
             found.to(device)
         return cls(found, bundle, list(data.scenes("test", n=12, seed=1)))
