@@ -1,9 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt, data, tasks
+from vtv_nnsight.layouts import REASONING
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.visual_prompting import ensembles
 
@@ -81,3 +83,49 @@ def test_what_cannot_be_ensembled_is_refused(model, prompts):
         ensembles.combine([])
     with pytest.raises(ValueError, match="nothing to ensemble; give at least one VisualPrompt"):
         ensembles.generate(model, [])
+
+
+def test_an_average_of_views(model):
+    """Each view is the prompt transposed, or with answers in the place of inputs, and its answer is turned back."""
+    layout = Layout(64, 16, gap=(2, 1))
+    rows, columns = layout.cells["output"]
+    prompts = tasks.lowlight.prompts(data.scenes("train", n=12, seed=0), 2, 0, layout)
+    plain = model.generate(prompts)[:, :, rows, columns]
+    assert torch.equal(ensembles.average(model, prompts, ["plain"]), plain)
+
+    turned = replace(layout, order="horizontal")
+    transposed = model.generate(VisualPrompt.from_canvas(prompts.canvas.transpose(2, 3), turned))
+    transposed = transposed.transpose(2, 3)[:, :, rows, columns]
+    assert torch.equal(ensembles.average(model, prompts, ["transposed"]), transposed)
+
+    mirrored, names = prompts.canvas.clone(), list(layout.cells)
+    for a, b in (names[:2], names[2:]):
+        mirrored[(..., *layout.cells[a])], mirrored[(..., *layout.cells[b])] = (prompts.region(x) for x in (b, a))
+    visible = torch.tensor([i for i in range(16) if i not in layout.regions["query"].tolist()])
+    swapped = model.generate(VisualPrompt(mirrored, visible, layout.all_patches, layout))
+    swapped = swapped[(..., *layout.cells["query"])]
+    assert torch.equal(ensembles.average(model, prompts, ["swapped"]), swapped)
+    both = ensembles.average(model, prompts, ["plain", "swapped"])
+    torch.testing.assert_close(both, (plain + swapped) / 2)
+    black = prompts.canvas.clone()
+    black[:, :, rows, columns] = 0  # no view sees the truth
+    unknown = VisualPrompt.from_canvas(black, layout)
+    for name in ensembles.VIEWS:
+        assert torch.equal(ensembles.average(model, prompts, [name]), ensembles.average(model, unknown, [name]))
+    with pytest.raises(ValueError, match="view 'upside down' is unknown; choose from plain, transposed"):
+        ensembles.average(model, prompts, ["upside down"])
+    with pytest.raises(ValueError, match="at least one view"):
+        ensembles.average(model, prompts, [])
+
+
+def test_the_released_views_hide_what_the_released_code_hides():
+    """Of VP's reasoning study: rows 9 to 13, and columns 7 to 11, or 2 to 6 where columns are swapped."""
+    prompts = VisualPrompt.from_canvas(torch.rand(1, 3, 224, 224), REASONING)
+    for name, left in (("plain", 7), ("transposed", 7), ("swapped", 2), ("swapped transposed", 2)):
+        hidden = torch.ones(14, 14, dtype=torch.bool)
+        shown, _ = ensembles.view(prompts, name)
+        hidden.view(-1)[shown.visible] = False
+        hidden = hidden.T if name.endswith("transposed") else hidden
+        expected = torch.zeros(14, 14, dtype=torch.bool)
+        expected[9:, left : left + 5] = True
+        assert torch.equal(hidden, expected)

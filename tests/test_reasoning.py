@@ -173,6 +173,8 @@ def test_the_layout_is_kept_in_files():
     assert differences({"gap": [1, 2]}, {"gap": (1, 2)}) == []
     with pytest.raises(ValueError, match="gap=\\(1, -2\\) is negative"):
         Layout(examples=2, gap=(1, -2))
+    with pytest.raises(ValueError, match="gap=\\(2, 4\\) puts inputs 2 pixels beyond"):
+        Layout(gap=(2, 4))
 
 
 def test_a_background_is_a_colour():

@@ -75,6 +75,11 @@ class Layout:
                 f"pixels, smaller than a patch of {self.patch_size}; use fewer examples, a smaller gap or a larger "
                 "canvas."
             )
+        if (left := self._columns[0]) < 0:
+            raise ValueError(
+                f"gap={self.gap} puts inputs {-left} pixels beyond the canvas's edge; give fewer pixels between an "
+                "input and its output."
+            )
         ImageColor.getrgb(self.background)
 
     @property
@@ -108,12 +113,17 @@ class Layout:
         """Side of a cell in pixels: 111 on the published canvas, 74 with two examples."""
         return (self.canvas_size - self.gutter * self.examples) // (self.examples + 1)
 
+    @property
+    def _columns(self) -> tuple[int, int]:
+        """Where inputs and outputs begin, across the canvas."""
+        outputs = self.canvas_size // 2 + (self.gutter + 1) // 2
+        return outputs - self.gutters[1] - self.cell_size, outputs
+
     @cached_property
     def cells(self) -> dict[str, tuple[slice, slice]]:
         """Name of each cell → (row slice, column slice) in pixels: outputs begin half a gap, rounded up, past the
         canvas's middle."""
-        outputs = self.canvas_size // 2 + (self.gutter + 1) // 2
-        across = (outputs - self.gutters[1] - self.cell_size, outputs)
+        across = self._columns
         cells = {}
         for pair in range(self.examples + 1):
             number = f"_{pair + 1}" if self.examples > 1 else ""

@@ -63,7 +63,7 @@ class Settings:
     budget: int | None = 8000
     test_prompts: int = 128
     draws: int = 16
-    control_prompts: int = 48
+    control_prompts: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 >>> layouts = [Layout(order=order) for order in ("vertical", "horizontal")]
 >>> prompts = [tasks.segmentation.prompts(images, n=10, seed=0, layout=layout) for layout in layouts]
 >>> canvas = ensembles.generate(model, prompts, "softmax")       # [batch, 3, height, width]
+>>> answer = ensembles.average(model, prompts[0])                 # [batch, 3, cell, cell]: the mean of several views
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.layouts import ORDERS
+from vtv_nnsight.prompts import VisualPrompt, crop
 
 RULES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.log_softmax(-1).logsumexp(0) - math.log(len(logits)),
@@ -67,6 +69,61 @@ def generate(model: Any, prompts: Sequence[VisualPrompt], rule: str = "softmax",
             outputs.append(model.output.save())
     combined = replace(outputs[0], logits=combine([output.logits for output in outputs], rule))
     return model.paint(combined, prompts[0].to(model.device), paste)
+
+
+VIEWS = ("plain", "transposed", "swapped", "swapped transposed")
+"""Ways to show a prompt: as it is, its canvas transposed, with each answer in the place of its input, or both."""
+
+
+@torch.no_grad()
+def average(model: Any, prompts: VisualPrompt, views: Sequence[str] = ("swapped transposed", "plain")) -> torch.Tensor:
+    """The mean of the answers to several views of the same prompts, turned back: the test-time ensembles of VP's
+    reasoning study (released code).
+
+    Args:
+        model: A MAEVQGAN.
+        prompts: One-shot prompts.
+        views: Some of `VIEWS`. The released code has "plain", "swapped transposed", both, these with "transposed", and
+            "transposed" alone.
+
+    Returns:
+        [batch, 3, cell, cell] in [0, 1].
+
+    Raises:
+        ValueError: when there are no views, or one is unknown.
+    """
+    if not views:
+        raise ValueError("there is nothing to average; give at least one view.")
+    answers = []
+    for name in views:
+        shown, cell = view(prompts, name)
+        with model.trace(shown):
+            output = model.output.save()
+        answer = crop(model.paint(output, shown.to(model.device)), cell, shown.layout)
+        answers.append(answer.transpose(2, 3) if name.endswith("transposed") else answer)
+    return torch.stack(answers).mean(0)
+
+
+def view(prompts: VisualPrompt, name: str) -> tuple[VisualPrompt, str]:
+    """Prompts in one of `VIEWS`, and the name of the cell that is then to be painted.
+
+    Raises:
+        ValueError: when the view is unknown.
+    """
+    if name not in VIEWS:
+        raise ValueError(f"view {name!r} is unknown; choose from {', '.join(VIEWS)}.")
+    layout, canvas, hidden = prompts.layout, prompts.canvas.clone(), "output"
+    if name.startswith("swapped"):
+        hidden, cells = "query", list(layout.cells.values())
+        for shown, answer in zip(cells[::2], cells[1::2]):
+            canvas[(..., *shown)] = prompts.canvas[(..., *answer)]
+            canvas[(..., *answer)] = prompts.canvas[(..., *shown)]
+    if name.endswith("transposed"):
+        canvas = canvas.transpose(2, 3)
+        layout = replace(layout, order=next(order for order in ORDERS if order != layout.order))
+    patches = layout.all_patches
+    visible = patches[~torch.isin(patches, layout.regions[hidden])]
+    return VisualPrompt(canvas, visible.to(canvas.device), patches.to(canvas.device), layout), hidden
 
 
 def _check(first: VisualPrompt, other: VisualPrompt) -> None:
