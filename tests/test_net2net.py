@@ -6,7 +6,7 @@ from test_beit import folder, made, published  # noqa: F401
 from test_cli import vtv  # noqa: F401
 from torch.nn import functional as F
 
-from vtv_nnsight import Layout, Net2Net, data, evaluate, tasks
+from vtv_nnsight import Layout, Net2Net, PatchSpace, TaskVectors, data, evaluate, tasks
 from vtv_nnsight.models import load_model
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
@@ -214,7 +214,7 @@ def test_models_of_vps_table_by_one_command(vtv, state, folder, tmp_path):  # no
         (tmp_path / "beit" / part.name).write_bytes(part.read_bytes())
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
     sources, out = ("tiny", "--beside", tmp_path / "beit", "--beside", tmp_path / "last.ckpt"), tmp_path / "out"
-    code, said, complaint = vtv("evaluate", *sources, "--n", 2, "--tasks", "identity", "-o", out)
+    code, said, complaint = vtv("evaluate", *sources, "--n", 12, "--tasks", "identity", "-o", out)
     assert code == 0, complaint
     assert {path.name for path in out.iterdir()} == {"0_tiny", "1_beit", "2_last.ckpt", "models.md"}
     assert said.count("identity, MSE ↓") == 3
@@ -229,6 +229,9 @@ def test_what_it_does_not_offer_is_said(model, prompts):
     assert model.stages == () and model.losses == ()
     with pytest.raises(ValueError, match="there is no stage 'decoder': VQGAN's transformer samples code by code"):
         model.attention("decoder", 0)
+    for use in (PatchSpace, lambda each: TaskVectors.collect(each, {"identity": prompts}, progress=False)):
+        with pytest.raises(ValueError, match="Net2Net has no heads to read or patch: it can be evaluated"):
+            use(model)
     rows = [ids.expand(3, -1) for ids in (prompts.visible, prompts.decoded)]
     with pytest.raises(ValueError, match="codes are sampled for patches that rows share"):
         model(prompts.canvas, *rows)

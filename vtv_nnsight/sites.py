@@ -51,8 +51,11 @@ def known_sites(model: InContextModel, sites: str | Sequence[str]) -> tuple[str,
     """Sites in the order in which a layer computes them.
 
     Raises:
-        ValueError: when there are none, or the model lacks one.
+        ValueError: when there are none, or the model lacks one, or has no stages at all.
     """
+    if not model.stages:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has no heads to read or patch: it can be evaluated, and has no vectors or units.")
     chosen = [sites] if isinstance(sites, str) else list(sites)
     known = (HEADS, *model.outputs(model.stages[0].name, 0))
     if not chosen or not set(chosen) <= set(known):

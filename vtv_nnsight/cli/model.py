@@ -41,8 +41,9 @@ def info(source: Source, vqgan: VQGAN = None) -> None:
     table.add_row("all", own, f"{_parameters(model):,}")
     table.add_section()
     table.add_row("losses", ", ".join([*(loss.name for loss in model.losses), PIXELS]))
-    table.add_row("units", f"{len(PatchSpace(model))} by quadrant")
-    table.add_row("a task's vectors", f"{_vector_bytes(model) / 1e6:.3g} MB on disk")
+    if model.stages:
+        table.add_row("units", f"{len(PatchSpace(model))} by quadrant")
+        table.add_row("a task's vectors", f"{_vector_bytes(model) / 1e6:.3g} MB on disk")
     Console().print(table)
 
 

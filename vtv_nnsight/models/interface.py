@@ -88,7 +88,8 @@ class InContextModel(ABC):
     @property
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
-        """Its stages, in the order in which they run. Known before the weights are loaded."""
+        """Its stages, in the order in which they run. Known before the weights are loaded. None of a model that can
+        only be traced and evaluated: there are no heads to ask for then."""
 
     @property
     @abstractmethod
