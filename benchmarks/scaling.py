@@ -39,7 +39,7 @@ from common import alternate, machine, options, ratio, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, PatchSpace, TaskVectors, data, search, tasks
-from vtv_nnsight.models.interface import GRANULARITIES
+from vtv_nnsight.models.interface import QUERY_ONLY
 from vtv_nnsight.progress import progress_bar
 
 TASK = tasks.segmentation
@@ -96,7 +96,7 @@ def medians(title: str, sides: Mapping[Any, Callable[[], Any]], args: Namespace)
 
 
 def by_units(make: Callable[..., search.Objective], args: Namespace) -> list[dict[str, Any]]:
-    objectives = {name: make(name) for name in GRANULARITIES}
+    objectives = {name: make(name) for name in QUERY_ONLY}
     few = 16
     for of in (torch.zeros, torch.ones):
         losses = {g: o(of(few, len(o.space), dtype=torch.bool), o.train[:few]) for g, o in objectives.items()}

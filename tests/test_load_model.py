@@ -91,6 +91,6 @@ def test_hub_ids(tmp_path):
 
 def test_what_a_model_knows_needs_no_trace_before():
     lazy, loaded = MAEVQGAN("tiny"), MAEVQGAN("tiny", dispatch=True)
-    prompts = tasks.identity.prompts(data.scenes("train", n=4, seed=0), n=1, layout=lazy.layout)
+    prompts = tasks.identity.prompts(data.scenes("train", n=40, seed=0), n=1, layout=lazy.layout)
     assert torch.equal(lazy.ceiling(prompts), loaded.ceiling(prompts))
     assert torch.equal(MAEVQGAN("tiny").truth(prompts), loaded.truth(prompts))

@@ -6,6 +6,7 @@ import torch
 from conftest import DATA
 from datasets import Dataset
 from PIL import ExifTags, Image, ImageDraw
+from PIL import __version__ as pillow
 from scipy import ndimage
 
 from vtv_nnsight import data, metrics, tasks
@@ -31,7 +32,11 @@ PUBLISHED = {
 def test_canvases_are_the_published_ones(golden, rows, name):
     order = "horizontal" if name.endswith("_flip") else "vertical"
     prompt = PUBLISHED[name.removesuffix("_flip")].prompt(*rows, Layout(order=order))
-    assert torch.equal(prompt.canvas[0].mul(510).round().short(), golden[name])
+    off = (prompt.canvas[0].mul(510).round() - golden[name]).abs()
+    if int(pillow.split(".")[0]) >= 13:
+        assert off.max() == 0
+    else:  # which resizes otherwise in a few pixels; the golden numbers were made with 13
+        assert (off > 0).float().mean() < 0.05
 
 
 def photo(size=(40, 30), seed=0):
