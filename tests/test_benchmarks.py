@@ -140,6 +140,33 @@ def test_open_ends(tmp_path):
     }
 
 
+def test_prompt_side(tmp_path):
+    found, printed = quick("prompt_side", tmp_path)
+    rows = {row["prompts"]: row for row in found["rows"]}
+    assert list(rows) == [
+        "one-shot",
+        "zero-shot",
+        "retrieved example",
+        "learned border",
+        "retrieved example + border",
+        "2 examples, one canvas",
+        "2 examples, mean answer",
+        "task vector",
+        "task vector, learned",
+    ]
+    base = rows["task vector"]
+    for name, row in rows.items():
+        assert row["task"] == "segmentation" and row["images"] == 8 and f"| {name} " in printed
+        for measure in ("score", "loss"):
+            assert row[measure][1] <= row[measure][0] <= row[measure][2]
+            if name != "task vector":
+                change = row[f"{measure}_difference"]
+                assert change[0] == pytest.approx(row[measure][0] - base[measure][0]) and change[1] <= change[2]
+    assert base["score_difference"] is None
+    assert max(rows["one-shot"]["loss"][0], base["loss"][0]) < rows["zero-shot"]["loss"][0]
+    assert len({row["loss"][0] for row in rows.values()}) >= 8
+
+
 def test_every_unit_is_pruned(space):
     whole = PatchSet.random(space, 25)
     parts = [whole - rest for rest in leaderboard.prunings(whole, seed=1)]

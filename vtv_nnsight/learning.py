@@ -1,4 +1,5 @@
-"""A task vector learned by gradient, beside the one that is the mean over prompts.
+"""What is learned by gradient while the model stays as it is: a task vector, beside the one that is the mean over
+prompts (and a prompt's border, in `visual_prompting.border`).
 
     >>> learned = learn_vector(model, vectors["segmentation"], result.patches, prompts.query_only(), seed=0)
     >>> evaluate(model, task, test, {"learned": (learned, result.patches)})
@@ -9,6 +10,7 @@ best at these units bounds what any vector can do there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +20,7 @@ from vtv_nnsight.patches import PatchSet, patch
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.holdout import hold_out
-from vtv_nnsight.stages import device_of
+from vtv_nnsight.stages import ByStage, device_of
 from vtv_nnsight.vectors import TaskVector
 
 
@@ -55,16 +57,10 @@ def learn_vector(
     Raises:
         ValueError: when the model has no such loss, or nothing is to be learned.
     """
-    known = {own.name: own for own in model.losses if own.differentiable}
-    if not known or loss is not None and loss not in known:
-        raise ValueError(f"loss={loss!r} has no gradient here; this model has {', '.join(known) or 'no such loss'}.")
     if not len(patches) or steps < 1:
         raise ValueError(f"{len(patches)} units and {steps} steps leave nothing to learn; give 1 or more of both.")
-    own, device = known[loss] if loss else next(iter(known.values())), device_of(model)
-    ((train, held),) = hold_out([prompts], held_out if isinstance(held_out, (int, float)) else [held_out], seed)
-    train, held, vector = train.to(device), held.to(device), vector.to(device)
-    truths = [torch.cat([model.truth(batch) for batch in rows.split(batch_size)]) for rows in (train, held)]
-    mask = patches.space.mask(patches.choices.to(device))
+    vector = vector.to(device_of(model))
+    mask = patches.space.mask(patches.choices.to(device_of(model)))
     size = torch.cat([vector.mean[name][chosen].flatten() for name, chosen in mask.items()]).square().nanmean().sqrt()
     learned = replace(
         vector,
@@ -72,13 +68,68 @@ def learn_vector(
         mean=vector.mean.map(lambda mean: mean.float().clone().requires_grad_()),
         variance=None,
     )
-    adam = torch.optim.Adam(learned.mean.values(), lr * float(size))
+    best = descend(
+        model,
+        prompts,
+        list(learned.mean.values()),
+        edit=lambda: patch(model, learned, mask),
+        loss=loss,
+        steps=steps,
+        lr=lr * float(size),
+        batch_size=batch_size,
+        held_out=held_out,
+        seed=seed,
+        progress=progress,
+    )
+    return replace(learned, mean=ByStage(zip(learned.mean, best)))
+
+
+def descend(
+    model: InContextModel,
+    prompts: VisualPrompt,
+    parameters: Sequence[torch.Tensor],
+    *,
+    show: Callable[[VisualPrompt], VisualPrompt] = lambda prompts: prompts,
+    edit: Callable[[], None] = lambda: None,
+    loss: str | None,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    held_out: float | VisualPrompt,
+    seed: int,
+    progress: bool,
+) -> list[torch.Tensor]:
+    """Adam down the gradient of a model's loss; held-out prompts, looked at ten times, tell which values to keep.
+
+    Args:
+        model: The model.
+        prompts: With the truth in their output cells.
+        parameters: Leaves that `show` or `edit` use; they are changed in place.
+        show: Makes the prompts that the model sees of some of those given; the truth is that of those given.
+        edit: Called inside the trace.
+        loss, steps, lr, batch_size, held_out, seed, progress: See `learn_vector`; the learning rate is Adam's own.
+
+    Returns:
+        The values of the parameters that were best on the held-out prompts: those given, if none were better.
+
+    Raises:
+        ValueError: when the model has no such loss with gradients.
+    """
+    known = {own.name: own for own in model.losses if own.differentiable}
+    if not known or loss is not None and loss not in known:
+        raise ValueError(f"loss={loss!r} has no gradient here; this model has {', '.join(known) or 'no such loss'}.")
+    own, device = known[loss] if loss else next(iter(known.values())), device_of(model)
+    ((train, held),) = hold_out([prompts], held_out if isinstance(held_out, (int, float)) else [held_out], seed)
+    train, held = train.to(device), held.to(device)
+    truths = [torch.cat([model.truth(batch) for batch in rows.split(batch_size)]) for rows in (train, held)]
+    adam = torch.optim.Adam(parameters, lr)
     generator = torch.Generator().manual_seed(seed)
 
     def losses(rows: VisualPrompt, truth: torch.Tensor) -> torch.Tensor:
-        with model.trace(rows):
-            patch(model, learned, mask)
-            answered = model.narrow(rows).save()
+        shown = show(rows)
+        with model.trace(shown):
+            edit()
+            answered = model.narrow(shown).save()
             output = model.output.save()
         return own.value(output, answered, truth)
 
@@ -87,23 +138,23 @@ def learn_vector(
             parts = zip(held.split(batch_size), truths[1].split(batch_size))
             return torch.cat([losses(rows, truth) for rows, truth in parts]).mean().item()
 
-    best, best_loss, order = _copy(learned), judge(), torch.tensor([], dtype=torch.long)
+    def values() -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in parameters]
+
+    best, best_loss, order = values(), judge(), torch.tensor([], dtype=torch.long)
     with progress_bar(total=steps, desc="learning", unit="step", disable=not progress) as bar:
         for step in range(steps):
             if len(order) < min(batch_size, len(train)):
                 order = torch.randperm(len(train), generator=generator)
             rows, order = order[:batch_size].to(device), order[batch_size:]
-            adam.zero_grad()
-            losses(train[rows], truths[0][rows]).mean().backward()
+            slopes = torch.autograd.grad(losses(train[rows], truths[0][rows]).mean(), parameters, allow_unused=True)
+            for parameter, slope in zip(parameters, slopes):
+                parameter.grad = slope
             adam.step()
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
                 found = judge()
                 if found < best_loss:
-                    best, best_loss = _copy(learned), found
+                    best, best_loss = values(), found
                 bar.set_postfix_str(f"held-out loss {best_loss:.4f}")
             bar.update(1)
     return best
-
-
-def _copy(vector: TaskVector) -> TaskVector:
-    return replace(vector, mean=vector.mean.map(lambda mean: mean.detach().clone()))

@@ -638,7 +638,7 @@ def draw_queries(images: Any, queries: Sequence[int], examples: int = 1, seed: i
         ValueError: when a query has too few others of its class.
     """
     generator = np.random.default_rng(seed)
-    labels = _column(images, "label")
+    labels = labels_of(images)
     labels = np.zeros(len(images)) if labels is None else labels
     groups = {label: np.flatnonzero(labels == label) for label in np.unique(labels[list(queries)])}
     rows = []
@@ -666,7 +666,7 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
             f"{type(images).__name__} has no rows that can be drawn by number; give a Dataset or a list: of a "
             "streaming data set, list(images.take(1000))."
         )
-    labels = _column(images, "label")
+    labels = labels_of(images)
     groups = [np.arange(len(images))] if labels is None else [np.flatnonzero(labels == c) for c in np.unique(labels)]
     groups = [group for group in groups if len(group) > examples]
     if not groups:
@@ -675,6 +675,16 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
     sizes = np.array([len(group) for group in groups])
     choice = generator.choice(len(groups), size=n, p=sizes / sizes.sum())
     return np.stack([generator.choice(groups[c], size=examples + 1, replace=False) for c in choice])
+
+
+def labels_of(images: Any) -> np.ndarray | None:
+    """The label of every row of data [row]; None where rows have none."""
+    if hasattr(images, "column_names"):
+        if "label" not in images.column_names:
+            return None
+        return np.asarray(images.with_format(None)["label"])  # whatever the format is: a transform reads all of a row
+    named = len(images) and isinstance(images[0], Mapping) and "label" in images[0]
+    return np.asarray([row["label"] for row in images]) if named else None
 
 
 def scored_by(task: Task, metric: metrics.Metric | str) -> Task:
@@ -712,15 +722,6 @@ def _checks(size: int) -> torch.Tensor:
     """A checkerboard, bool [size, size], fourteen checks across."""
     stripes = torch.arange(size) * 14 // size % 2
     return stripes[:, None] != stripes[None, :]
-
-
-def _column(images: Any, name: str) -> np.ndarray | None:
-    if hasattr(images, "column_names"):
-        if name not in images.column_names:
-            return None
-        return np.asarray(images.with_format(None)[name])  # whatever the format is: a transform reads all of a row
-    named = len(images) and isinstance(images[0], Mapping) and name in images[0]
-    return np.asarray([row[name] for row in images]) if named else None
 
 
 def _opened(row: Row | Picture) -> Row:

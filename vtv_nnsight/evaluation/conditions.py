@@ -3,17 +3,19 @@
 >>> Condition(vectors=vectors["segmentation"], patches=result, scale=0.8)     # zero-shot, patched
 >>> Condition(shot="one", patches=result, ablation="zero")                    # one-shot, the same units silenced
 >>> Condition(shot="zero", run=lambda model: ...)                             # whatever one does inside a trace
+>>> Condition(shown=border(prompts))                                          # the same queries, shown otherwise
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from vtv_nnsight.patches import MODES, PatchSet, ablate, patch
+from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.vectors import TaskVector
 
 SHOTS = {
@@ -36,7 +38,8 @@ class Condition:
     """One way to ask a model.
 
     Args:
-        shot: One of `SHOTS`; by default "one" where nothing is patched, and "zero" where something is.
+        shot: One of `SHOTS`; by default "one" where nothing is patched or `shown` is given, and "zero" where something
+            is patched.
         vectors: A task vector to patch in, or several.
         patches: Where: a PatchSet or a SearchResult (its set), or as many of them as there are vectors.
         scale: How far to go from the model's own activation to the vector's; see `patch`.
@@ -45,6 +48,10 @@ class Condition:
             `vectors.mean()`.
         run: A function that is called with the model inside the trace, after the patches.
         prompts: Ask only so many of the prompts, the first ones; None asks all.
+        shown: One-shot prompts of the same queries, row for row, to ask in the place of those that are evaluated: with
+            other examples, with more of them in another layout, or with a border (see `visual_prompting`). Of several
+            VisualPrompts, one after the other is asked: the mean of their answers is scored, and the loss is the mean
+            of theirs.
 
     Raises:
         ValueError: when these do not go together.
@@ -58,10 +65,11 @@ class Condition:
     ablation: str | TaskVector | None = None
     run: Callable[[Any], None] | None = None
     prompts: int | None = None
+    shown: VisualPrompt | Sequence[VisualPrompt] | None = None
 
     def __post_init__(self) -> None:
         patched = self.patches is not None or self.run is not None
-        object.__setattr__(self, "shot", self.shot or ("zero" if patched else "one"))
+        object.__setattr__(self, "shot", self.shot or ("zero" if patched and self.shown is None else "one"))
         object.__setattr__(self, "patches", found_sets(self.patches))
         if self.shot not in SHOTS:
             raise ValueError(f"shot={self.shot!r} is unknown; choose one of {', '.join(SHOTS)}.")
@@ -77,6 +85,10 @@ class Condition:
             raise ValueError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}.")
         if self.prompts is not None and self.prompts < 1:
             raise ValueError(f"prompts={self.prompts} asks nothing; give 1 or more, or None for all.")
+        if self.shown is not None and self.shot != "one":
+            raise ValueError(f"shot={self.shot!r} shows no example; shown= goes with shot='one'.")
+        if self.shown is not None and not self._shown:
+            raise ValueError("shown=[] shows nothing; give a VisualPrompt, or several.")
 
     @classmethod
     def of(cls, value: Condition | str | tuple | None, name: str = "") -> Condition:
@@ -103,6 +115,38 @@ class Condition:
         vectors = [v.to(device) for v in self.vectors] if several else self.vectors and self.vectors.to(device)
         ablation = self.ablation.to(device) if isinstance(self.ablation, TaskVector) else self.ablation
         return replace(self, vectors=vectors, ablation=ablation)
+
+    @property
+    def _shown(self) -> list[VisualPrompt]:
+        shown = self.shown if self.shown is not None else []
+        return [shown] if isinstance(shown, VisualPrompt) else list(shown)
+
+    def check_shown(self, prompts: VisualPrompt, name: str = "") -> None:
+        """Refuse `shown` that are not of the queries of these prompts, row for row.
+
+        Raises:
+            ValueError: naming the condition.
+        """
+        for shown in self._shown:
+            if len(shown) != len(prompts):
+                raise ValueError(
+                    f"condition {name!r} shows {len(shown)} prompts for {len(prompts)} queries; give one for each."
+                )
+            if shown.layout != self._shown[0].layout:
+                raise ValueError(f"condition {name!r} shows prompts of several layouts; their answers have no mean.")
+            if shown.layout == prompts.layout and not all(
+                torch.equal(shown.region(cell).float().cpu(), prompts.region(cell).float().cpu())
+                for cell in ("query", "output")
+            ):
+                raise ValueError(
+                    f"condition {name!r} shows prompts of other queries or truths than those that are evaluated; give "
+                    "the same ones, row for row."
+                )
+
+    def asked(self, batch: VisualPrompt, start: int) -> list[VisualPrompt]:
+        """The one-shot prompts that are asked for a batch of the evaluated ones, its first row being row `start`."""
+        rows = slice(start, start + len(batch))
+        return [shown[rows].to(batch.device).one_shot() for shown in self._shown] or [batch]
 
     def apply(self, model: Any) -> None:
         """Inside a trace: patch, silence, run."""

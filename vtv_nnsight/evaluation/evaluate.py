@@ -56,7 +56,8 @@ def evaluate(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: when there are no prompts or no conditions, or a condition is none of those above.
+        ValueError: when there are no prompts or no conditions, or a condition is none of those above, or shows other
+            queries.
     """
     if not len(prompts):
         raise ValueError(f"there are no prompts of {task.name!r} to evaluate on; give at least one.")
@@ -67,6 +68,8 @@ def evaluate(
     drawn = {name: value if isinstance(value, list) else [value] for name, value in conditions.items()}
     plans = {(name, i): Condition.of(value, name) for name, own in drawn.items() for i, value in enumerate(own)}
     device = device_of(model)
+    for (name, _), condition in plans.items():
+        condition.check_shown(prompts, name)
     plans = {key: condition.to(device) for key, condition in plans.items()}
     loss = next(iter(model.losses), None)
     values: dict[tuple[str, int], list[torch.Tensor]] = {key: [] for key in plans}
@@ -86,11 +89,17 @@ def evaluate(
                 if asks <= 0:
                     continue
                 bar.set_postfix_str(f"{task.name}, {name}")
-                answer, losses = _answer(model, batch[:asks], condition, loss, codes if codes is None else codes[:asks])
-                if answer is not None:
+                own = condition.asked(batch[:asks], start)
+                alike = own[0].layout == batch.layout
+                aims = [codes[:asks] if alike else model.truth(rows) for rows in own] if loss else [None] * len(own)
+                found = [_answer(model, rows, condition, loss, aim) for rows, aim in zip(own, aims)]
+                answers, losses = zip(*found)
+                if answers[0] is not None:
+                    answer = torch.stack(answers).mean(0)
                     shown.setdefault(name, answer)
-                    scores = task.score(answer, truth[:asks])
-                    values[name, i].append(torch.stack([scores.double(), losses.double()], 1).cpu())
+                    scores = task.score(answer, truth[:asks] if alike else own[0].region("output"))
+                    losses = torch.stack(losses).double().mean(0)
+                    values[name, i].append(torch.stack([scores.double(), losses], 1).cpu())
                 bar.update(asks)
             for name, cells in shown.items():
                 pictures[name].append(cells[:more].mul(255).round().byte().cpu())
