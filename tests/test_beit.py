@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BeitConfig, BeitForMaskedImageModeling
 
-from vtv_nnsight import BEiT, Layout, PatchSet, PatchSpace, TaskVectors, data, evaluate, patch, tasks
+from vtv_nnsight import BEiT, Layout, PatchSet, PatchSpace, TaskVectors, data, evaluate, patch, search, tasks
 from vtv_nnsight.models import load_model
 from vtv_nnsight.models.checkpoint_files import read_tensors
 from vtv_nnsight.models.dalle import load_tokenizer
@@ -209,6 +209,10 @@ def test_it_has_heads_vectors_and_units(module, model, folder, prompts):
         patch(model, vectors["identity"], PatchSet.random(space, len(space)))
         patched = model.output.logits.save()
     assert (patched - logits_of(model, prompts.query_only())).abs().max() > 0.01
+    result = search.gates(
+        model, vectors["identity"], tasks.identity, prompts.query_only(), space, budget=130, seed=0, progress=False
+    )
+    assert result.patches.space.fingerprint == space.fingerprint and result.evaluations <= 130
     eager = BEiT(module, tokenizer=folder, attn_implementation="eager")
     with torch.no_grad(), eager.trace(prompts):
         pattern = eager.encoder.layers[0].attention.pattern.save()
@@ -223,6 +227,9 @@ def test_a_folder_is_evaluated(module, model, folder, prompts, tmp_path):
         (tmp_path / part.name).write_bytes(part.read_bytes())
     own = load_model(tmp_path)
     assert isinstance(own, BEiT) and not own.dispatched and [loss.name for loss in own.losses] == ["tokens"]
+    with own.scan(prompts):
+        shape = own.output.logits.shape.save()
+    assert tuple(shape) == (3, 16, CODES) and not own.dispatched
     tables = [evaluate(each, tasks.identity, prompts, progress=False) for each in (model, given, own)]
     for table in tables:
         assert {"one-shot", "zero-shot", "tokenizer", "copy"} == set(table.frame["condition"])

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from nnsight.intervention.envoy import Envoy
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from transformers import BeitConfig, BeitForMaskedImageModeling
 from transformers.models.beit.modeling_beit import BeitAttention
@@ -78,9 +80,11 @@ class Encoder(nn.Module):
     def _bias(self, tokens: torch.Tensor) -> torch.Tensor:
         """What is added to the attention of tokens at these positions [..., token] to each other: [batch or 1, head,
         token, token]."""
-        (bias,) = self.position_bias((self.grid, self.grid))
-        bias = bias[:, tokens[..., :, None], tokens[..., None, :]]
-        return bias[None] if tokens.ndim == 1 else bias.transpose(0, 1)
+        table = self.position_bias.relative_position_bias_table
+        with unset_fake_temporarily(), torch.device("cpu"):  # transformers keeps the index for all that come later
+            index = self.position_bias.generate_relative_position_index((self.grid, self.grid))
+        index = index.to(tokens.device)[tokens[..., :, None], tokens[..., None, :]]
+        return rearrange(table[index if index.ndim == 3 else index[None]], "b q k head -> b head q k")
 
 
 class BEiTNetwork(nn.Module):
