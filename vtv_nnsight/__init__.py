@@ -11,10 +11,12 @@ _moved.install()
 
 _MODULES = ("bundles", "circuits", "data", "metrics", "search", "tasks")
 _HOMES = {
+    "BEiT": "models.beit",
     "MAEVQGAN": "models.mae_vqgan.tracing",
     "Activations": "vectors",
     "Condition": "evaluation",
     "Layout": "layouts",
+    "Net2Net": "models.net2net",
     "Painter": "models.painter",
     "PatchSet": "patches",
     "PatchSpace": "patches",

@@ -18,20 +18,24 @@ FAMILIES = {
     "vit_mae": ("vit_mae", "ViTMAE"),
     "seggpt": ("painter", "SegGPT"),
     "painter": ("painter", "Painter"),
+    "beit": ("beit", "BEiT"),
+    "net2net": ("net2net", "Net2Net"),
 }
 """Kind of model → the module of its class, and its name. Kinds are transformers' `model_type`; Painter is a SegGPT
-without type tokens."""
+without type tokens, and Net2Net is not transformers' at all."""
 
 
 PAPERS = {
     "MAEVQGAN": "Bar et al., Visual Prompting via Image Inpainting, NeurIPS 2022",
     "ViTMAE": "He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022",
+    "BEiT": "Bao et al., BEiT: BERT Pre-Training of Image Transformers, ICLR 2022",
+    "Net2Net": "Esser et al., Taming Transformers for High-Resolution Image Synthesis, CVPR 2021",
     "SegGPT": "Wang et al., SegGPT: Towards Segmenting Everything in Context, ICCV 2023",
     "Painter": "Wang et al., Images Speak in Images, CVPR 2023",
 }
 """Kind of model, as fingerprints have it → the paper that it is from."""
 
-OWN = {"vqgan": "mae_vqgan", "embedding_type": "seggpt"}
+OWN = {"vqgan": "mae_vqgan", "tokenizer": "beit", "embedding_type": "seggpt"}
 """Arguments that one family alone takes → the family."""
 
 
@@ -69,6 +73,8 @@ def family_of(source: str, **kwargs: Any) -> str:
         from vtv_nnsight.models.checkpoint_files import read_tensors
 
         names = read_tensors(path)
+        if "transformer.tok_emb.weight" in names:
+            return "net2net"
         if "segment_token_x" not in names:
             return "mae_vqgan"
         return "seggpt" if "type_token_cls" in names else "painter"

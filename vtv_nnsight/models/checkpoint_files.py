@@ -59,7 +59,8 @@ class StoredTensor:
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint file by name: those under "model" or "state_dict", or its own.
+    """The tensors of a checkpoint file by name: those under "model" or "state_dict", or its own. Of a file that holds a
+    whole module, as DALL-E's tokenizer, those of the module's parameters and buffers.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -67,6 +68,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
     """
     path = Path(path)
     content, starts = _parse(path)
+    if isinstance(content, _Inert):
+        content = _state_of(content)
     if isinstance(content, dict):
         content = next((content[key] for key in ("model", "state_dict") if key in content), content)
     entries = content.items() if isinstance(content, dict) else ()
@@ -82,6 +85,32 @@ def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
         name: StoredTensor(value.shape, value.dtype, partial(_read, mapped, value, value.span(starts)))
         for name, value in stored.items()
     }
+
+
+def check_tensors(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, StoredTensor], file: Path, what: str
+) -> None:
+    """Refuse the tensors of a file that are not those of a model: missing, unknown, of other shapes, or whole numbers.
+
+    Args:
+        shapes: Name → shape of all that the model has.
+        what: What the model is called.
+
+    Raises:
+        ValueError: naming the file and the tensors.
+    """
+    if missing := [name for name in shapes if name not in tensors]:
+        raise ValueError(f"{file}: {some(missing)} missing; the file is incomplete, or of another model.")
+    if strange := [name for name in tensors if name not in shapes]:
+        raise ValueError(f"{file}: {some(strange)} unknown to {what}; the file is of another model.")
+    for name, shape in shapes.items():
+        found = tensors[name]
+        if tuple(found.shape) != tuple(shape):
+            asked = f"the sizes of the other tensors ask for {list(shape)}"
+            raise ValueError(f"{file}: {name} of shape {list(found.shape)}; {asked}.")
+        if not found.dtype.is_floating_point:
+            kind = str(found.dtype).removeprefix("torch.")
+            raise ValueError(f"{file}: {name} of dtype {kind}; expected floating point.")
 
 
 def some(names: Iterable[str], most: int = 4) -> str:
@@ -220,7 +249,9 @@ class _Stored(NamedTuple):
 
 class _Inert:
     """Stands for every class and function that a file names: it can be called, filled and given a state, and does
-    nothing."""
+    nothing but keep the state."""
+
+    state: Any = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return super().__new__(cls)
@@ -228,7 +259,29 @@ class _Inert:
     def _ignore(self, *args: Any, **kwargs: Any) -> _Inert:
         return self
 
-    __call__ = __setstate__ = __setitem__ = append = extend = add = update = _ignore
+    __call__ = __setitem__ = append = extend = add = update = _ignore
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__["state"] = state
+
+
+def _state_of(module: _Inert) -> dict[str, Any]:
+    """The state dict of a pickled `torch.nn.Module`: parameters and buffers by name. A module that is there twice has
+    the first of its names."""
+    found, seen, waiting = {}, set(), [("", module)]
+    while waiting:
+        prefix, own = waiting.pop()
+        if not isinstance(own, _Inert) or not isinstance(own.state, dict) or id(own) in seen:
+            continue
+        seen.add(id(own))
+        for kind in ("_parameters", "_buffers", "_modules"):
+            held = own.state.get(kind)
+            named = [(f"{prefix}{name}", value) for name, value in held.items()] if isinstance(held, dict) else []
+            if kind == "_modules":
+                waiting += [(f"{name}.", value) for name, value in reversed(named)]
+            else:
+                found |= dict(named)
+    return found
 
 
 class _Unpickler(pickle.Unpickler):
@@ -251,6 +304,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         """("storage", class, key, device, elements, …) → key and dtype."""
+        if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module":  # ("module", class, file, source)
+            return pid[1]
         if not isinstance(pid, tuple) or len(pid) < 3 or not isinstance(pid[2], str):
             return _Inert()
         _, dtype, key, *_ = pid

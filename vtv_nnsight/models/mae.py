@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vtv_nnsight import metrics
 from vtv_nnsight.layouts import CLS, Layout, positions, token_index
 from vtv_nnsight.models.interface import InContextModel, Stage, group_positions
 from vtv_nnsight.prompts import VisualPrompt
@@ -77,3 +78,10 @@ def groups(stage: str, granularity: str, layout: Layout) -> dict[str, torch.Tens
     if stage == "encoder":
         cells.pop("output")
     return group_positions(granularity, positions(layout.all_patches), regions, positions(shown), cells)
+
+
+def token_loss(output: Any, prompts: VisualPrompt, codes: torch.Tensor) -> torch.Tensor:
+    """Losses [batch] of an output's logits [batch, decoded patch, code] against the codes of the truth [batch, output
+    patch]: their mean cross-entropy."""
+    patches = prompts.layout.regions["output"].to(prompts.device)
+    return metrics.token_loss(output.logits[:, token_index(prompts.decoded, patches) - 1], codes)

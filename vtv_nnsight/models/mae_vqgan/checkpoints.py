@@ -33,7 +33,7 @@ _SIZES = {
     "decoder_embed.weight": 2,
     "decoder_pred.weight": 2,
 }
-_TOKENIZER_SIZES = {
+TOKENIZER_SIZES = {
     "vae.quantize.embedding.weight": 2,
     "vae.encoder.conv_in.weight": 4,
     "vae.encoder.conv_out.weight": 4,
@@ -137,7 +137,7 @@ def _describe(
     """Sizes, and tensors by published name."""
     path = Path(path)
     tensors = read_tensors(path)
-    _require(_SIZES, tensors, path, "a MAE-VQGAN checkpoint")
+    require(_SIZES, tensors, path, "a MAE-VQGAN checkpoint")
     if vqgan is not None:
         vqgan = Path(vqgan)
         tensors = {name: value for name, value in tensors.items() if not name.startswith(TOKENIZER)}
@@ -147,7 +147,7 @@ def _describe(
             f"{path} has no tokenizer (no tensors under {TOKENIZER!r}); give vqgan= the last.ckpt of "
             "vqgan_imagenet_f16_1024 from taming-transformers."
         )
-    _require(_TOKENIZER_SIZES, tensors, vqgan or path, "a VQGAN checkpoint", TOKENIZER if vqgan else "")
+    require(TOKENIZER_SIZES, tensors, vqgan or path, "a VQGAN checkpoint", TOKENIZER if vqgan else "")
     tensors = {name: value for name, value in tensors.items() if not name.startswith(TOKENIZER + "loss.")}
     config = _config({name: value.shape for name, value in tensors.items()}, path, vqgan, heads, decoder_heads)
     return config, tensors
@@ -156,14 +156,6 @@ def _describe(
 def _config(
     shapes: Mapping[str, tuple[int, ...]], path: Path, vqgan: Path | None, heads: int, decoder_heads: int
 ) -> MAEVQGANConfig:
-    def count(prefix: str) -> int:
-        numbers = (name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix))
-        last = max((int(number) for number in numbers if number.isdecimal() and len(number) < 9), default=-1)
-        if last >= MOST_LAYERS:
-            file = vqgan if vqgan and prefix.startswith(TOKENIZER) else path
-            raise ValueError(f"{file} declares {prefix}{last}; expected at most {MOST_LAYERS} of these.")
-        return last + 1
-
     _, num_positions, width = shapes["pos_embed"]
     patch = shapes["patch_embed.proj.weight"][-1]
     decoder_width = shapes["decoder_embed.weight"][0]
@@ -179,47 +171,29 @@ def _config(
 
     tokenizer = f"the tokenizer of {vqgan or path}"
     advice = "give vqgan= the checkpoint of the VQGAN that the model was trained with."
-    num_codes, code_dim = shapes["vae.quantize.embedding.weight"]
-    classes = shapes["decoder_pred.weight"][0]
+    num_codes, classes = shapes["vae.quantize.embedding.weight"][0], shapes["decoder_pred.weight"][0]
     if num_codes != classes:
         raise ValueError(
             f"{tokenizer} has {num_codes} codes (quantize.embedding.weight) but {path} predicts {classes} "
             f"(decoder_pred.weight); {advice}"
         )
-    channels, pixels = shapes["vae.encoder.conv_in.weight"][:2]
-    fold, levels = max(1, math.isqrt(pixels // 3)), count("vae.encoder.down.")
-    if fold * 2 ** (levels - 1) != patch:
+    levels, reduction = _reduction(shapes, vqgan or path)
+    if reduction != patch:
         raise ValueError(
-            f"{tokenizer} makes one code of {fold * 2 ** (levels - 1)}x{fold * 2 ** (levels - 1)} pixels ({levels} "
-            f"levels in encoder.down) but {path} has patches of {patch}x{patch} (patch_embed.proj.weight); {advice}"
-        )
-    ends = [f"vae.encoder.down.{level}.block.0.conv2.weight" for level in range(levels)]
-    if absent := [name for name in ends if name not in shapes]:
-        raise ValueError(f"{_label(absent, path, vqgan)} missing; the file is incomplete.")
-    widths = [shapes[name][0] for name in ends]
-    if odd := [size for size in (channels, *widths) if size % 32 or size % channels]:
-        raise ValueError(
-            f"{tokenizer} has a level of {odd[0]} channels (encoder.down); expected multiples of 32 and of the first "
-            f"convolution's {channels}."
+            f"{tokenizer} makes one code of {reduction}x{reduction} pixels ({levels} levels in encoder.down) but "
+            f"{path} has patches of {patch}x{patch} (patch_embed.proj.weight); {advice}"
         )
     sizes = dict(
         image_size=grid * patch,
         patch_size=patch,
         hidden_size=width,
-        num_hidden_layers=count("blocks."),
+        num_hidden_layers=_count("blocks.", shapes, path),
         num_attention_heads=heads,
         decoder_hidden_size=decoder_width,
-        decoder_num_hidden_layers=count("decoder_blocks."),
+        decoder_num_hidden_layers=_count("decoder_blocks.", shapes, path),
         decoder_num_attention_heads=decoder_heads,
         mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
-        num_codes=num_codes,
-        code_dim=code_dim,
-        vqgan_z_channels=shapes["vae.encoder.conv_out.weight"][0],
-        vqgan_channels=channels,
-        vqgan_channel_multipliers=tuple(size // channels for size in widths),
-        vqgan_num_res_blocks=count("vae.encoder.down.0.block."),
-        vqgan_attention_levels=tuple(i for i in range(levels) if count(f"vae.encoder.down.{i}.attn.")),
-        vqgan_fold=fold,
+        **tokenizer_sizes(shapes, vqgan or path, "" if vqgan else TOKENIZER),
     )
     try:
         return MAEVQGANConfig(**sizes)
@@ -227,7 +201,56 @@ def _config(
         raise ValueError(f"{path}: {error}") from error
 
 
-def _require(
+def tokenizer_sizes(shapes: Mapping[str, tuple[int, ...]], file: Path, shown: str = "") -> dict[str, Any]:
+    """What a `MAEVQGANConfig` says of the tokenizer whose tensors have these shapes, by their names under "vae.".
+
+    Args:
+        file: Where they are from.
+        shown: What their names begin with there.
+
+    Raises:
+        ValueError: naming the file, when tensors are missing or no VQGAN has such sizes.
+    """
+    levels, reduction = _reduction(shapes, file)
+    channels = shapes["vae.encoder.conv_in.weight"][0]
+    ends = [f"vae.encoder.down.{level}.block.0.conv2.weight" for level in range(levels)]
+    if absent := [shown + name.removeprefix(TOKENIZER) for name in ends if name not in shapes]:
+        raise ValueError(f"{file}: {some(absent)} missing; the file is incomplete.")
+    widths = [shapes[name][0] for name in ends]
+    if odd := [size for size in (channels, *widths) if size % 32 or size % channels]:
+        raise ValueError(
+            f"the tokenizer of {file} has a level of {odd[0]} channels (encoder.down); expected multiples of 32 and of "
+            f"the first convolution's {channels}."
+        )
+    num_codes, code_dim = shapes["vae.quantize.embedding.weight"]
+    return dict(
+        num_codes=num_codes,
+        code_dim=code_dim,
+        vqgan_z_channels=shapes["vae.encoder.conv_out.weight"][0],
+        vqgan_channels=channels,
+        vqgan_channel_multipliers=tuple(size // channels for size in widths),
+        vqgan_num_res_blocks=_count("vae.encoder.down.0.block.", shapes, file),
+        vqgan_attention_levels=tuple(i for i in range(levels) if _count(f"vae.encoder.down.{i}.attn.", shapes, file)),
+        vqgan_fold=reduction // 2 ** (levels - 1),
+    )
+
+
+def _reduction(shapes: Mapping[str, tuple[int, ...]], file: Path) -> tuple[int, int]:
+    """The levels of a tokenizer, and the pixels along a side of what it makes one code of."""
+    levels = _count("vae.encoder.down.", shapes, file)
+    return levels, max(1, math.isqrt(shapes["vae.encoder.conv_in.weight"][1] // 3)) * 2 ** (levels - 1)
+
+
+def _count(prefix: str, shapes: Mapping[str, tuple[int, ...]], file: Path) -> int:
+    """How many modules of a list there are, by the names of their tensors."""
+    numbers = (name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix))
+    last = max((int(number) for number in numbers if number.isdecimal() and len(number) < 9), default=-1)
+    if last >= MOST_LAYERS:
+        raise ValueError(f"{file} declares {prefix}{last}; expected at most {MOST_LAYERS} of these.")
+    return last + 1
+
+
+def require(
     ranks: Mapping[str, int], tensors: Mapping[str, StoredTensor], file: Path, what: str, prefix: str = ""
 ) -> None:
     """Refuse a file in which tensors that sizes are read off are missing or of another rank."""

@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from nnsight.intervention.envoy import Envoy, eproperty
 
-from vtv_nnsight import metrics
-from vtv_nnsight.layouts import token_index
 from vtv_nnsight.models.envoys import EagerProperty, StackEnvoy, editable, heads_of
 from vtv_nnsight.models.interface import Loss
-from vtv_nnsight.models.mae import MaskedAutoencoder
+from vtv_nnsight.models.mae import MaskedAutoencoder, token_loss
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.network import Decoder, Encoder, MAEVQGANModel, MAEVQGANOutput
 from vtv_nnsight.models.mae_vqgan.vit import Attention
@@ -117,7 +115,7 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
     @property
     def losses(self) -> tuple[Loss, ...]:
         """ "tokens": the mean cross-entropy of the output's logits against the tokenizer's codes of the truth."""
-        return (Loss("tokens", _token_loss),)
+        return (Loss("tokens", token_loss),)
 
     @property
     def parts(self) -> dict[str, str]:
@@ -188,12 +186,6 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
         if vqgan is not None:
             raise ValueError(_STRAY_VQGAN.format(repr(source)))
         return super()._read_config(_folder(source), **kwargs)
-
-
-def _token_loss(output: MAEVQGANOutput, prompts: VisualPrompt, codes: torch.Tensor) -> torch.Tensor:
-    """Losses [batch] of logits against the codes of the truth [batch, output patch]."""
-    patches = prompts.layout.regions["output"].to(prompts.device)
-    return metrics.token_loss(output.logits[:, token_index(prompts.decoded, patches) - 1], codes)
 
 
 _STRAY_VQGAN = "vqgan= is the tokenizer of a published checkpoint file; {} has its own."
