@@ -51,7 +51,8 @@ class Condition:
         shown: One-shot prompts of the same queries, row for row, to ask in the place of those that are evaluated: with
             other examples, with more of them in another layout, or with a border (see `visual_prompting`). Of several
             VisualPrompts, one after the other is asked: the mean of their answers is scored, and the loss is the mean
-            of theirs.
+            of theirs. A loss is to the truth of the prompt that is shown: a tokenizer's codes of an answer depend on
+            what else the canvas shows.
 
     Raises:
         ValueError: when these do not go together.

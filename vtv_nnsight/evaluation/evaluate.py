@@ -90,14 +90,14 @@ def evaluate(
                     continue
                 bar.set_postfix_str(f"{task.name}, {name}")
                 own = condition.asked(batch[:asks], start)
-                alike = own[0].layout == batch.layout
-                aims = [codes[:asks] if alike else model.truth(rows) for rows in own] if loss else [None] * len(own)
+                alike = condition.shown is None and codes is not None
+                aims = [codes[:asks]] if alike else [loss and model.truth(rows) for rows in own]
                 found = [_answer(model, rows, condition, loss, aim) for rows, aim in zip(own, aims)]
                 answers, losses = zip(*found)
                 if answers[0] is not None:
                     answer = torch.stack(answers).mean(0)
                     shown.setdefault(name, answer)
-                    scores = task.score(answer, truth[:asks] if alike else own[0].region("output"))
+                    scores = task.score(answer, own[0].region("output"))
                     losses = torch.stack(losses).double().mean(0)
                     values[name, i].append(torch.stack([scores.double(), losses], 1).cpu())
                 bar.update(asks)
