@@ -29,11 +29,11 @@ from transformers import BeitConfig, BeitForMaskedImageModeling
 from transformers.models.beit.modeling_beit import BeitAttention
 from transformers.utils import ModelOutput
 
-from vtv_nnsight.layouts import Layout, positions, take, tile, token_index
+from vtv_nnsight.layouts import Layout, positions, take, token_index
 from vtv_nnsight.models.dalle import DECODER, Tokenizer, can_encode, load_tokenizer
 from vtv_nnsight.models.envoys import StackEnvoy
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage
-from vtv_nnsight.models.mae import groups, token_loss
+from vtv_nnsight.models.mae import groups, paint_canvas, token_loss
 from vtv_nnsight.models.traceable import CanvasModel, pick
 from vtv_nnsight.models.vit_mae import AttentionEnvoy
 from vtv_nnsight.prompts import VisualPrompt
@@ -160,14 +160,12 @@ class BEiTNetwork(nn.Module):
         Returns:
             [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated).
         """
-        if decoded.ndim != 1 or visible.ndim != 1:
-            raise ValueError("canvases are painted with patches that they share; give visible and decoded as [patch].")
-        order = tile(decoded.to(codes.device), self.layout.grid)
-        painted = self._needed().decode(take(codes[..., None], order)[..., 0])
-        painted = _resize(painted.to(canvas), self.layout.canvas_size)
-        if paste:
-            painted = torch.where(self.layout.pixels(visible.to(canvas.device)), canvas, painted)
-        return painted.mul(255).floor().div(255)
+        tokenizer = self._needed()
+
+        def draw(codes: torch.Tensor) -> torch.Tensor:
+            return _resize(tokenizer.decode(codes).to(canvas), self.layout.canvas_size)
+
+        return paint_canvas(draw, codes, canvas, visible, decoded, self.layout, paste)
 
     @torch.no_grad()
     def codes(self, canvas: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vtv_nnsight import metrics
-from vtv_nnsight.layouts import CLS, Layout, positions, token_index
+from vtv_nnsight.layouts import CLS, Layout, positions, take, tile, token_index
 from vtv_nnsight.models.interface import InContextModel, Stage, group_positions
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -78,6 +79,39 @@ def groups(stage: str, granularity: str, layout: Layout) -> dict[str, torch.Tens
     if stage == "encoder":
         cells.pop("output")
     return group_positions(granularity, positions(layout.all_patches), regions, positions(shown), cells)
+
+
+def paint_canvas(
+    draw: Callable[[torch.Tensor], torch.Tensor],
+    predicted: torch.Tensor,
+    canvas: torch.Tensor,
+    visible: torch.Tensor,
+    decoded: torch.Tensor,
+    layout: Layout,
+    paste: bool,
+) -> torch.Tensor:
+    """The canvas that predictions of the decoded patches make. When only some rows or columns are decoded, they are
+    repeated over the canvas: zero-shot, MAE-VQGAN's bottom half stands for the top half, too.
+
+    Args:
+        draw: Predictions of every patch of the grid → pixels [batch, 3, height, width] in [0, 1].
+        predicted: [batch, decoded patch, ...].
+        canvas: [batch, 3, height, width] in [0, 1].
+        visible: LongTensor [patch] of ids; these keep the canvas's own pixels if `paste`.
+        decoded: LongTensor [patch] of ids.
+
+    Returns:
+        [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated, as published).
+
+    Raises:
+        ValueError: when each row has patches of its own, or the decoded ones are no block.
+    """
+    if decoded.ndim != 1 or visible.ndim != 1:
+        raise ValueError("canvases are painted with patches that they share; give visible and decoded as [patch].")
+    painted = draw(take(predicted, tile(decoded.to(predicted.device), layout.grid))).to(canvas)
+    if paste:
+        painted = torch.where(layout.pixels(visible.to(canvas.device)), canvas, painted)
+    return painted.mul(255).floor().div(255)
 
 
 def token_loss(output: Any, prompts: VisualPrompt, codes: torch.Tensor) -> torch.Tensor:

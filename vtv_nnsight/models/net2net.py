@@ -27,10 +27,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from vtv_nnsight.layouts import Layout, take, tile
+from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.checkpoint_files import StoredTensor, check_tensors, read_tensors, some
 from vtv_nnsight.models.devices import AUTOMATIC, available_devices, resolve_device
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage
+from vtv_nnsight.models.mae import paint_canvas
 from vtv_nnsight.models.mae_vqgan.checkpoints import TOKENIZER, TOKENIZER_SIZES, require, tokenizer_sizes
 from vtv_nnsight.models.mae_vqgan.config import MOST_LAYERS, MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
@@ -251,11 +252,7 @@ class Net2NetNetwork(nn.Module):
         Returns:
             [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated).
         """
-        order = tile(decoded.to(codes.device), self.layout.grid)
-        painted = self.vqgan.decode(take(codes[..., None], order)[..., 0]).to(canvas)
-        if paste:
-            painted = torch.where(self.layout.pixels(visible.to(canvas.device)), canvas, painted)
-        return painted.mul(255).floor().div(255)
+        return paint_canvas(self.vqgan.decode, codes, canvas, visible, decoded, self.layout, paste)
 
 
 def _draw(logits: torch.Tensor, chance: torch.Generator, temperature: float, top_k: int | None) -> torch.Tensor:

@@ -28,10 +28,10 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, ViTMAE
 from transformers.utils import ModelOutput
 
 from vtv_nnsight.images import denormalise, normalise
-from vtv_nnsight.layouts import Layout, decoder_sources, positions, take, tile, token_index
+from vtv_nnsight.layouts import Layout, decoder_sources, positions, take, token_index
 from vtv_nnsight.models.envoys import EagerProperty, StackEnvoy, heads_of
 from vtv_nnsight.models.interface import Loss
-from vtv_nnsight.models.mae import MaskedAutoencoder
+from vtv_nnsight.models.mae import MaskedAutoencoder, paint_canvas
 from vtv_nnsight.models.traceable import CanvasModel, pick
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -151,14 +151,12 @@ class ViTMAENetwork(nn.Module):
         Returns:
             [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated).
         """
-        if decoded.ndim != 1 or visible.ndim != 1:
-            raise ValueError("canvases are painted with patches that they share; give visible and decoded as [patch].")
-        patches = take(logits.to(canvas), tile(decoded.to(canvas.device), self.layout.grid))
         side = dict(h=self.layout.grid, p=self.layout.patch_size, c=3)
-        painted = denormalise(rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **side)).clamp(0, 1)
-        if paste:
-            painted = torch.where(self.layout.pixels(visible.to(canvas.device)), canvas, painted)
-        return painted.mul(255).floor().div(255)
+
+        def draw(patches: torch.Tensor) -> torch.Tensor:
+            return denormalise(rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **side)).clamp(0, 1)
+
+        return paint_canvas(draw, logits.to(canvas), canvas, visible, decoded, self.layout, paste)
 
 
 def layout_of(config: ViTMAEConfig) -> Layout:

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from vtv_nnsight.layouts import Layout, decoder_sources, positions, take, tile
+from vtv_nnsight.layouts import Layout, decoder_sources, positions, take
+from vtv_nnsight.models.mae import paint_canvas
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.vit import Block, PatchEmbed, sincos_positions
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
@@ -173,13 +174,7 @@ class MAEVQGANModel(PreTrainedModel):
         paste: bool = True,
     ) -> torch.Tensor:
         """The canvas with its hidden patches drawn from codes [batch, decoded patch]; the second half of `generate`."""
-        if decoded.ndim != 1 or visible.ndim != 1:
-            raise ValueError("canvases are painted with patches that they share; give visible and decoded as [patch].")
-        order = tile(decoded.to(codes.device), self.layout.grid)
-        painted = self.vqgan.decode(take(codes[..., None], order)[..., 0]).to(canvas)
-        if paste:
-            painted = torch.where(self.layout.pixels(visible.to(canvas.device)), canvas, painted)
-        return painted.mul(255).floor().div(255)
+        return paint_canvas(self.vqgan.decode, codes, canvas, visible, decoded, self.layout, paste)
 
 
 AutoConfig.register(MAEVQGANConfig.model_type, MAEVQGANConfig)
