@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from test_vit_mae import logits_of
 from torch import nn
 from torch.nn import functional as F
 from transformers import BeitConfig, BeitForMaskedImageModeling
@@ -105,12 +106,6 @@ def model(module, folder):
 @pytest.fixture(scope="module")
 def prompts(model):
     return tasks.identity.prompts(data.scenes("train", n=30, seed=0), n=3, layout=model.layout)
-
-
-def logits_of(model, *inputs):
-    with torch.no_grad(), model.trace(*inputs):
-        logits = model.output.logits.save()
-    return logits
 
 
 @pytest.mark.parametrize("zipped", [True, False])

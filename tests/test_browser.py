@@ -9,13 +9,12 @@ import shutil
 import pytest
 import torch
 from conftest import DATA
+from test_demo import player  # noqa: F401
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, data, tasks
-from vtv_nnsight.demo.playing import Player
+from vtv_nnsight import PatchSet, TaskVectors, data
 from vtv_nnsight.experiment import run
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.search.result import SearchResult
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -107,22 +106,12 @@ def test_a_report_without_a_script_shows_its_strips(report, browser):
 
 
 @pytest.fixture(scope="module")
-def demo(small_config):
+def demo(player):  # noqa: F811
     """The address of the page, over a small model."""
     pytest.importorskip("gradio")
     from vtv_nnsight.demo.page import launch, make_page
 
-    torch.manual_seed(0)
-    model = MAEVQGAN(MAEVQGANModel(small_config()).eval())
-    rows = list(data.scenes("train", n=12, seed=0))
-    prompts = {t.name: t.prompts(rows, 3, layout=model.layout) for t in (tasks.segmentation, tasks.lowlight)}
-    vectors, space = TaskVectors.collect(model, prompts, progress=False), PatchSpace(model)
-    found = {
-        name: SearchResult("random", PatchSet.random(space, 8, seed), torch.zeros(len(space)).double(), False, 1.0, 1,
-                           (), {}, seed)
-        for seed, name in enumerate(vectors)
-    }  # fmt: skip
-    blocks = make_page(Player(model, bundles.Bundle(vectors, found), rows))
+    blocks = make_page(player)
     _, address, _ = launch(blocks, prevent_thread_lock=True, quiet=True)
     yield address
     blocks.close()
