@@ -28,10 +28,10 @@ from vtv_nnsight.experiment import run
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.report import read
 from vtv_nnsight.report.hero import animation, save_animation
+from vtv_nnsight.report.reading import FLOOR_TO_CEILING
 
 DOCS = Path(__file__).parent
 WEIGHTS = DOCS.parent / "vtv_nnsight" / "weights" / "tiny"
-SHOWN = ("one-shot", "zero-shot", "random units", "task vector")
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     found = read(folder)
     for task in found.tasks:
         lines = found.lines()[task.name]["score"]
-        cells = [f"{lines[name].mean:.3f} [{lines[name].low:.3f}, {lines[name].high:.3f}]" for name in SHOWN]
+        cells = [f"{lines[name].mean:.3f} [{lines[name].low:.3f}, {lines[name].high:.3f}]" for name in FLOOR_TO_CEILING]
         print(f"| {task.name} | {task.metric.label} | {' | '.join(cells)} |")
     print(f"hero: the median of {shown.queries} queries, {shown.scores['scale'][-1]:.3f}")
 

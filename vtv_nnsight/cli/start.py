@@ -31,9 +31,6 @@ from vtv_nnsight.cli.app import (
 )
 from vtv_nnsight.experiment.settings import PUBLISHED, QUICK, Settings
 
-SHOWN = ("copy", "one-shot", "zero-shot", "random units", "task vector", "tokenizer")
-"""The conditions of the table that ends a run."""
-
 
 def _default(name: str) -> str:
     value, quick, published = getattr(Settings, name), QUICK.get(name), PUBLISHED.get(name, getattr(Settings, name))
@@ -194,14 +191,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 def summarise(page: Path) -> None:
     """Print the scores of a run, and what they say."""
     from vtv_nnsight.evaluation import verdicts
-    from vtv_nnsight.report.reading import read
+    from vtv_nnsight.report.reading import FLOOR_TO_CEILING, read
 
     found = read(page.parent)
-    table = Table("task", *SHOWN, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table("task", *FLOOR_TO_CEILING, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     lines = found.lines()
     for task in found.tasks:
         own = lines[task.name]["score"]
-        scores = [f"{own[name].mean:.3f}" if name in own else "" for name in SHOWN]
+        scores = [f"{own[name].mean:.3f}" if name in own else "" for name in FLOOR_TO_CEILING]
         table.add_row(Text(task.name), *scores)
     Console().print(table)
     for sentence in verdicts(found.table):

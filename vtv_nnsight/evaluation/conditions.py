@@ -25,10 +25,13 @@ SHOTS = {
     "ceiling": "the best that the model could paint, such as its tokenizer's own picture of the truth",
 }
 """What a condition shows, or takes for the answer without asking the model."""
-SHORT = {"one-shot": "one", "zero-shot": "zero", "copy": "copy", "tokenizer": "ceiling", "ceiling": "ceiling"}
+BASELINE, ZERO_SHOT = "one-shot", "zero-shot"
+PATCHED, BOTH, OTHER = "task vector", "one-shot + task vector", "vector of "
+RANDOM, MATCHED = "random units", "matched random units"
+FLOOR, CEILING = "copy", "tokenizer"
+"""The names of conditions: the same in tables, under pictures and in files. The others are compared with `BASELINE`."""
+SHORT = {BASELINE: "one", ZERO_SHOT: "zero", FLOOR: "copy", CEILING: "ceiling", "ceiling": "ceiling"}
 """Short forms: a condition without patches, by its name in tables."""
-BASELINE = "one-shot"
-"""The condition, by its name in a table, that the others are compared with."""
 CONTROL = 104_729
 """Added to the seed of the control's units, so that a user's own random set of the same seed is another one."""
 
@@ -102,8 +105,8 @@ class Condition:
             return value
         vectors, patches, shot = None, None, value or BASELINE
         if isinstance(value, tuple) and len(value) in (2, 3):
-            vectors, patches, shot = (*value, "zero-shot")[:3]
-        allowed = list(SHORT) if vectors is None else ["one-shot", "zero-shot"]
+            vectors, patches, shot = (*value, ZERO_SHOT)[:3]
+        allowed = list(SHORT) if vectors is None else [BASELINE, ZERO_SHOT]
         if not isinstance(shot, str) or shot not in allowed:
             raise ValueError(
                 f"condition {name!r} is {shot!r}; choose one of {', '.join(allowed)}, or give a Condition."
@@ -176,17 +179,17 @@ def comparison(
     """
     patches = found_sets(patches)
     conditions = {
-        "one-shot": Condition("one"),
-        "zero-shot": Condition("zero"),
-        "task vector": Condition("zero", vector, patches),
-        "one-shot + task vector": Condition("one", vector, patches),
-        "random units": Condition("zero", vector, PatchSet.random(patches.space, len(patches), CONTROL + seed)),
+        BASELINE: Condition("one"),
+        ZERO_SHOT: Condition("zero"),
+        PATCHED: Condition("zero", vector, patches),
+        BOTH: Condition("one", vector, patches),
+        RANDOM: Condition("zero", vector, PatchSet.random(patches.space, len(patches), CONTROL + seed)),
     }
     names = list(others or ())
     if rest := [name for name in names if name != vector.task]:
         after = names[(names.index(vector.task) + 1) % len(names)] if vector.task in names else rest[0]
-        conditions[f"vector of {after}"] = Condition("zero", others[after], patches)
-    return conditions | {"tokenizer": Condition("ceiling"), "copy": Condition("copy")}
+        conditions[f"{OTHER}{after}"] = Condition("zero", others[after], patches)
+    return conditions | {CEILING: Condition("ceiling"), FLOOR: Condition("copy")}
 
 
 def found_sets(patches: Any) -> Any:

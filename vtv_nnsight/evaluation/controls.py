@@ -16,7 +16,17 @@ import pandas as pd
 import torch
 
 from vtv_nnsight import tasks as registry
-from vtv_nnsight.evaluation.conditions import CONTROL, Condition, found_sets
+from vtv_nnsight.evaluation.conditions import (
+    CEILING,
+    CONTROL,
+    FLOOR,
+    MATCHED,
+    OTHER,
+    PATCHED,
+    RANDOM,
+    Condition,
+    found_sets,
+)
 from vtv_nnsight.evaluation.evaluate import evaluate
 from vtv_nnsight.evaluation.table import Line, Table
 from vtv_nnsight.models.interface import InContextModel
@@ -28,10 +38,6 @@ DRAWS = 16
 """One draw says little: with 16, the mIoU of segmentation at random units of the embedded model went from 0.12 to
 0.74."""
 _STRIDE = 1_000_003
-RANDOM, MATCHED = "random units", "matched random units"
-FOUND, OTHER = "task vector", "vector of "
-"""Names of conditions, in tables."""
-FLOOR, CEILING = "copy", "tokenizer"
 
 
 def random_units(patches: Any, draws: int = DRAWS, *, matched: bool = False, seed: int = 0) -> list[PatchSet]:
@@ -114,7 +120,7 @@ class Standing(NamedTuple):
     best: float
 
 
-def standing(table: Table, task: str, among: str = RANDOM, condition: str = FOUND) -> Standing:
+def standing(table: Table, task: str, among: str = RANDOM, condition: str = PATCHED) -> Standing:
     """How many draws of random units the found ones beat.
 
     Args:
@@ -142,13 +148,13 @@ def vector_pairs(table: Table) -> pd.DataFrame:
     """
     parts = []
     for name, rows in table.frame.groupby("task", sort=False):
-        names = [c for c in rows.condition.unique() if c == FOUND or c.startswith(OTHER)]
-        if FOUND not in names or len(names) < 2:
+        names = [c for c in rows.condition.unique() if c == PATCHED or c.startswith(OTHER)]
+        if PATCHED not in names or len(names) < 2:
             continue
         rows = rows[rows.condition.isin(names)]
         asked = rows.groupby(["fold", "image"]).condition.transform("nunique") == len(names)
-        vectors = {c: name if c == FOUND else c.removeprefix(OTHER) for c in names}
-        parts.append(_pairs(Table(rows[asked]), vectors, FOUND))
+        vectors = {c: name if c == PATCHED else c.removeprefix(OTHER) for c in names}
+        parts.append(_pairs(Table(rows[asked]), vectors, PATCHED))
     if not parts:
         raise ValueError("the table has no vector of another task to compare with; evaluate with `controls`.")
     return pd.concat(parts, ignore_index=True)
@@ -164,9 +170,9 @@ def task_verdict(table: Table, task: str) -> list[str]:
     """The sentences of one task; see `verdicts`. What the table has not is left out."""
     own = registry.get(task)
     lines = {line.condition: line for line in table.lines() if line.task == task and line.measure == own.metric.name}
-    if FOUND not in lines:
+    if PATCHED not in lines:
         return []
-    found = lines[FOUND].mean
+    found = lines[PATCHED].mean
     said = [f"{task}: {own.metric.label} {found:.3f} with the task vector"]
     bounds = [
         f"{name}, {'the floor' if name == FLOOR else 'the ceiling'}, has {lines[name].mean:.3f}"

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import torch
 
-from vtv_nnsight.evaluation.conditions import Condition
+from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, ZERO_SHOT, Condition
 from vtv_nnsight.evaluation.table import Table
 from vtv_nnsight.models.interface import InContextModel, Loss
 from vtv_nnsight.progress import progress_bar
@@ -23,7 +23,7 @@ from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.stages import device_of, fitting_rows
 from vtv_nnsight.tasks import Task
 
-UNPATCHED = ("one-shot", "zero-shot", "tokenizer", "copy")
+UNPATCHED = (BASELINE, ZERO_SHOT, CEILING, FLOOR)
 """What is compared where no conditions are given."""
 
 

@@ -29,7 +29,8 @@ from matplotlib.ticker import LogLocator
 
 from vtv_nnsight import data, metrics, search, tasks
 from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap, evaluate, random_units
-from vtv_nnsight.evaluation.controls import CEILING, DRAWS, FLOOR
+from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, ZERO_SHOT
+from vtv_nnsight.evaluation.controls import DRAWS
 from vtv_nnsight.evaluation.table import intervals
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.experiment.steps import collect, load_model, read_vectors, split_data
@@ -49,7 +50,8 @@ MAX_IMAGES = 500
 FEW = 24
 """Prompts per task on which each draw of random units is measured."""
 UNSEEN = "unseen scenes"
-ONE_SHOT, ZERO_SHOT, EVERYTHING = REFERENCES = ("one-shot", "zero-shot", "everything patched")
+EVERYTHING = "everything patched"
+REFERENCES = (BASELINE, ZERO_SHOT, EVERYTHING)
 
 Found = search.SearchResult | PatchSet
 Measured = dict[Any, dict[str, Any]]
@@ -266,9 +268,9 @@ def references(bench: Bench, task: Task, found: Sets) -> tuple[Measured, Measure
     spaces = [patches(by_task[task.name][0]).space for by_task in found.values() if task.name in by_task]
     space = spaces[0] if spaces else PatchSpace(bench.model, bench.here[task.name].layout)
     everything = bench.vectors[task.name], PatchSet(space, torch.ones(len(space)))
-    plans = {ONE_SHOT: [ONE_SHOT], ZERO_SHOT: [ZERO_SHOT], EVERYTHING: [everything]}
+    plans = {BASELINE: [BASELINE], ZERO_SHOT: [ZERO_SHOT], EVERYTHING: [everything]}
     here, there = (measure(bench, task, prompts, plans) for prompts in (bench.here, bench.elsewhere))
-    here[ONE_SHOT] |= bounds(bench, task)
+    here[BASELINE] |= bounds(bench, task)
     return here, there
 
 
@@ -291,8 +293,8 @@ def measure_set(bench: Bench, task: Task, name: str, found: Sets, here: Measured
     vector, average, curve = bench.vectors[task.name], bench.vectors.mean(), best_scored(results[0])
     own = {"own": [(vector, one) for one in sets]}
     others = {
-        "mean_ablated_one_shot": [(average, one, ONE_SHOT) for one in sets],
-        "random_units_mean_ablated_one_shot": [(average, one, ONE_SHOT) for one in random],
+        "mean_ablated_one_shot": [(average, one, BASELINE) for one in sets],
+        "random_units_mean_ablated_one_shot": [(average, one, BASELINE) for one in random],
     }
     foreign = {f"vector of {t}": [(bench.vectors[t], one) for one in sets] for t in bench.here if t != task.name}
     best = {k: [(vector, one)] for k, one in curve.items()}
@@ -355,7 +357,7 @@ def measure_draws(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> dict[st
     loss, [mean, low, high] over draws and prompts, the gap closed, and where the sets' mean stands among the
     draws. On the first `FEW` prompts."""
     prompts, vector = bench.here[task.name][:FEW], bench.vectors[task.name]
-    plans: dict[str, Any] = {ONE_SHOT: [Condition("one")], ZERO_SHOT: [Condition("zero")]}
+    plans: dict[str, Any] = {BASELINE: [Condition("one")], ZERO_SHOT: [Condition("zero")]}
     plans["own"] = [Condition("zero", vector, one) for one in sets]
     names = {"random_units": False, "matched_random_units": True}
     for what, matched in names.items():
@@ -402,7 +404,7 @@ def agree(searched: float, evaluated: float, what: str) -> None:
 
 def gap_closed(own: Mapping, bounds: Mapping[str, Mapping]) -> float | None:
     """How far the loss gets from zero-shot (0) to one-shot (1); None where one-shot is no better."""
-    loss, zero, one = (measured["loss"][0] for measured in (own, bounds[ZERO_SHOT], bounds[ONE_SHOT]))
+    loss, zero, one = (measured["loss"][0] for measured in (own, bounds[ZERO_SHOT], bounds[BASELINE]))
     return (zero - loss) / (zero - one) if zero > one else None
 
 

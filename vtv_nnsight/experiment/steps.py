@@ -14,10 +14,10 @@ The folder, and what is written in it:
     report.html, table.csv, …    see `vtv_nnsight.report`
 
 Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`experiment.protocol`) these
-have the same vectors and sets. A step whose file is there is not done again, a search or
-a collection that was interrupted goes on, and a folder that was made with other settings is refused, as are files that
-the run did not write itself. Of several processes (`torchrun --nproc-per-node 2 -m vtv_nnsight run`) the first writes,
-and searches are shared out; the files are those of one process.
+have the same vectors and sets. A step whose file is there is not done again, a search or a collection that was
+interrupted goes on, and a folder that was made with other settings is refused, as are files that the run did not write.
+Of several processes (`torchrun --nproc-per-node 2 -m vtv_nnsight run`) the first writes, and searches are shared out;
+the files are those of one process.
 
 The steps are functions of their own: `select`, `collect`, `score`, `search` and `evaluate`, which `vtv collect` and its
 like call with the same defaults.
@@ -44,6 +44,7 @@ from vtv_nnsight import data, models
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Condition, Table, comparison, controls, select_prompts
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
+from vtv_nnsight.evaluation.conditions import CEILING, FLOOR, PATCHED
 from vtv_nnsight.evaluation.demonstration import demonstrate
 from vtv_nnsight.experiment.protocol import VECTOR_FOLDS, candidates, search_prompts, test_prompts
 from vtv_nnsight.experiment.record import STEPS, RunRecord, StepFiles, begin_step
@@ -191,11 +192,10 @@ def run(
                         name = f"shown/{task.name}.safetensors"
                         if step.lacks(name):
                             step.working_on(task.name)
-                            scores = Table.load(fold.folder / f"evaluation/{task.name}.parquet").values(
-                                task.name, "task vector"
-                            )
+                            table = Table.load(fold.folder / f"evaluation/{task.name}.parquet")
+                            own = table.values(task.name, PATCHED)
                             asked = prompts_to_test(task, fold.test, settings, layout)
-                            closely = demonstrate(model, task, asked, scores, vectors, found, batch_size=batch_size)
+                            closely = demonstrate(model, task, asked, own, vectors, found, batch_size=batch_size)
                             step.save(name, lambda path, shown: shown.save(path), closely)
                     step.wait()
             with begin_step(record, out, "report", shown("report")) as step:
@@ -491,7 +491,7 @@ def _conditions(
 ) -> dict[str, Condition | list[Condition]]:
     """What a run compares: `comparison`, with `controls` in the place of its single ones; floor and ceiling last."""
     conditions = comparison(vector, patches, seed=settings.seed)
-    bounds = {name: conditions.pop(name) for name in ("tokenizer", "copy")}
+    bounds = {name: conditions.pop(name) for name in (CEILING, FLOOR)}
     drawn = controls(
         vector, patches, vectors, draws=settings.draws, seed=settings.seed, prompts=settings.control_prompts
     )

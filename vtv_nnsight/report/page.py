@@ -20,22 +20,23 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vtv_nnsight import plots
-from vtv_nnsight.evaluation import BASELINE, Line, best_others, vector_pairs, verdicts
-from vtv_nnsight.evaluation.controls import OTHER, specific_sentence, task_verdict
+from vtv_nnsight.evaluation import Line, best_others, vector_pairs, verdicts
+from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
+from vtv_nnsight.evaluation.controls import specific_sentence, task_verdict
 from vtv_nnsight.files import replacing, write_text
 from vtv_nnsight.models import PAPERS
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.progress import duration
 from vtv_nnsight.report.pictures import all_searches, draw, overview, plain_label, prompt_cells, searches, uri
 from vtv_nnsight.report.play import moving, playground, still
-from vtv_nnsight.report.reading import CONDITIONS, PATCHED, PICTURES, ZERO_SHOT, Found, read
+from vtv_nnsight.report.reading import CONDITIONS, PICTURES, Found, read
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.tasks import Task
 
 ROWS = 4
 """Rows of pictures per task."""
 
-SUMMARY = (BASELINE, ZERO_SHOT, PATCHED, "random units", "tokenizer", "copy")
+SUMMARY = (BASELINE, ZERO_SHOT, PATCHED, RANDOM, CEILING, FLOOR)
 """The conditions of the table on top."""
 
 Lines = dict[str, dict[str, Line]]
@@ -141,7 +142,7 @@ def _summary(found: Found, lines: dict[str, Lines]) -> dict[str, Any]:
 
 def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
     scores, results = lines["score"], found.results[task.name]
-    patched, copied = scores[PATCHED], scores.get("copy")
+    patched, copied = scores[PATCHED], scores.get(FLOOR)
     sure = patched.difference_low > 0 or patched.difference_high < 0
     better = (patched.difference > 0) == task.metric.higher_is_better
     maps = [
@@ -163,7 +164,7 @@ def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
         "zero_shot": scores[ZERO_SHOT].mean,
         "verdict": ("better than" if better else "worse than") if sure else "not told apart from",
         "copied": copied.mean if copied else None,
-        "ceiling": scores["tokenizer"].mean if "tokenizer" in scores else None,
+        "ceiling": scores[CEILING].mean if CEILING in scores else None,
         "controls": task_verdict(found.table, task.name)[1:],
         "pictures": _pictures(found, task),
         "rows": min(ROWS, len(found.table.pictures[task.name]["truth"])),

@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vtv_nnsight.evaluation.conditions import PATCHED
 from vtv_nnsight.images import to_pil
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.report.reading import PICTURES, Found
@@ -66,7 +67,7 @@ def all_searches(
     for panel, (name, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
         for result in found:
             at = np.array([step.evaluations for step in result.history])
-            panel.plot(at, search_plots.best_so_far(result, at), color="tab:green", label="task vector")
+            panel.plot(at, search_plots.best_so_far(result, at), color="tab:green", label=PATCHED)
         for (condition, loss), style in zip(bounds[name].items(), ("--", ":")):
             panel.axhline(loss, color="tab:gray", linestyle=style, label=condition)
         panel.set_title(plain_label(name), fontsize=9)

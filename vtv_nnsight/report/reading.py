@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from vtv_nnsight import tasks as registry
-from vtv_nnsight.evaluation import BASELINE, Line, Table
+from vtv_nnsight.evaluation import Line, Table
+from vtv_nnsight.evaluation.conditions import BASELINE, BOTH, CEILING, FLOOR, MATCHED, OTHER, PATCHED, RANDOM, ZERO_SHOT
 from vtv_nnsight.evaluation.demonstration import Demonstration
 from vtv_nnsight.experiment.record import changed_files, read_record
 from vtv_nnsight.files import read_tensors
@@ -20,20 +21,20 @@ from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
 
-ZERO_SHOT = "zero-shot"
-PATCHED = "task vector"
 CONDITIONS = {
     BASELINE: "An example is shown; nothing is patched.",
     ZERO_SHOT: "No example is shown; nothing is patched.",
     PATCHED: "No example is shown; the task vector is patched in at the units that were found.",
-    "one-shot + task vector": "An example is shown, and the task vector is patched in as well.",
-    "random units": "No example is shown; the task vector is patched in at as many units drawn at random (many times).",
-    "matched random units": "The same, with as many units of each stage and place as were found.",
-    "vector of …": "No example is shown; the vector of another task is patched in at the same units.",
-    "tokenizer": "The tokenizer's own drawing of the truth, the ceiling: no answer can be better.",
-    "copy": "The query as its own answer, a floor.",
+    BOTH: "An example is shown, and the task vector is patched in as well.",
+    RANDOM: "No example is shown; the task vector is patched in at as many units drawn at random (many times).",
+    MATCHED: "The same, with as many units of each stage and place as were found.",
+    f"{OTHER}…": "No example is shown; the vector of another task is patched in at the same units.",
+    CEILING: "The tokenizer's own drawing of the truth, the ceiling: no answer can be better.",
+    FLOOR: "The query as its own answer, a floor.",
 }
-"""What is compared, in words. A condition has the same name in tables, under pictures and in files."""
+"""What is compared, in words."""
+FLOOR_TO_CEILING = (FLOOR, BASELINE, ZERO_SHOT, RANDOM, PATCHED, CEILING)
+"""The columns of the table that ends a run, and of the README's."""
 
 PICTURES = {
     "example_input": "example",
