@@ -253,16 +253,22 @@ class StepFiles:
         record: In the first process.
         folder: Where the step writes.
         show: Called with what is being done.
+        shares: Another folder of the run, whose files of this step are this one's, too.
     """
 
     record: RunRecord | None
     folder: Path
     show: Callable[[str], None]
+    shares: Path | None = None
     worked: bool = False
 
     def lacks(self, name: str) -> bool:
-        """Whether the first process, which this is, has to make a file."""
-        return self.record is not None and not self.record.has(self.folder / name)
+        """Whether the first process, which this is, has to make a file; one that `shares` has is taken from there."""
+        if self.record is None or self.record.has(self.folder / name):
+            return False
+        if self.shares:
+            self.save(name, lambda path, other: replace_by_link(other, path), self.shares / name)
+        return self.shares is None
 
     def everyone_lacks(self, name: str) -> bool:
         """The same in all processes, which make it together."""
@@ -287,10 +293,6 @@ class StepFiles:
             (self.folder / name).parent.mkdir(exist_ok=True)
             write(self.folder / name, content)
             self.record.wrote(self.folder / name)
-
-    def take(self, name: str, folder: Path) -> None:
-        """Write a file as another folder of the run has it, and note its digest."""
-        self.save(name, lambda path, other: replace_by_link(other, path), folder / name)
 
     def remove(self, name: str) -> None:
         """Remove what kept the state of a long job."""
@@ -318,12 +320,16 @@ def replace_by_link(source: Path, path: Path) -> None:
 
 @contextmanager
 def begin_step(
-    record: RunRecord | None, folder: Path, name: str, shown: AbstractContextManager[Callable[[str], None]]
+    record: RunRecord | None,
+    folder: Path,
+    name: str,
+    shown: AbstractContextManager[Callable[[str], None]],
+    shares: Path | None = None,
 ) -> Iterator[StepFiles]:
     """A step of a display, whose time is noted, and what it warns of."""
     began = time.perf_counter()
     with shown as show:
-        step = StepFiles(record, folder, show)
+        step = StepFiles(record, folder, show, shares)
         try:
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always", UserWarning)

@@ -72,6 +72,9 @@ SIXTEENTH = 255 * 128
 HELD_OUT = 0.25
 """Of the prompts, the share that searches hold out."""
 
+SHARED = ("select", "collect", "search")
+"""The steps whose files the folds of the published protocol share."""
+
 ENOUGH = 10_000
 """Evaluations after which the trial of a search's settings ends."""
 
@@ -130,12 +133,11 @@ def run(
             for fold in folds:
 
                 def begin(name: str, fold: Fold = fold) -> AbstractContextManager[StepFiles]:
-                    return begin_step(record, fold.folder, name, shown(f"{name} {fold.name}".strip()))
+                    shares = fold.shares if name in SHARED else None
+                    return begin_step(record, fold.folder, name, shown(f"{name} {fold.name}".strip()), shares)
 
                 with begin("select") as step:
-                    if fold.shares and step.lacks("prompts.safetensors"):
-                        step.take("prompts.safetensors", fold.shares)
-                    elif step.lacks("prompts.safetensors"):
+                    if step.lacks("prompts.safetensors"):
                         prompts = {
                             task.name: select(model, task, fold.train, settings, layout, batch_size)
                             for task in step.each(tasks)
@@ -143,9 +145,7 @@ def run(
                         step.save("prompts.safetensors", write_prompts, prompts)
                     prompts = read_prompts(step.path("prompts.safetensors"), layout)
                 with begin("collect") as step:
-                    if fold.shares and step.lacks("vectors.safetensors"):
-                        step.take("vectors.safetensors", fold.shares)
-                    elif step.lacks("vectors.safetensors"):
+                    if step.lacks("vectors.safetensors"):
                         step.working_on("")
                         vectors = collect(model, prompts, batch_size, fold.folder / "vectors.state")
                         step.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
@@ -160,9 +160,7 @@ def run(
                     found = {}
                     for task in tasks:
                         name = f"search/{task.name}"
-                        if fold.shares and step.lacks(f"{name}.safetensors"):
-                            step.take(f"{name}.safetensors", fold.shares)
-                        elif not fold.shares and step.everyone_lacks(f"{name}.safetensors"):
+                        if step.everyone_lacks(f"{name}.safetensors"):
                             step.working_on(task.name)
                             to_search, apart = [prompts[task.name]], {}
                             if fold.search is not None:
