@@ -12,7 +12,9 @@ from torch import nn
 pytest.importorskip("skimage")
 
 from vtv_nnsight import MAEVQGAN, Layout, tasks
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.pretraining import pretrain, recipes, training
+from vtv_nnsight.pretraining.codes import PatchCodes
 from vtv_nnsight.pretraining.composition import LEAST_SHOWN, compose, crop
 from vtv_nnsight.pretraining.corpus import CUTOUT, PHOTO, TEXTURE, Corpus, Picture
 from vtv_nnsight.pretraining.curriculum import (
@@ -27,6 +29,7 @@ from vtv_nnsight.pretraining.curriculum import (
     draw_task,
     is_held_out,
 )
+from vtv_nnsight.pretraining.growth import recode, widen
 from vtv_nnsight.pretraining.mae import draw_mask
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.pretraining.stream import training_prompts, validation_prompts
@@ -85,8 +88,79 @@ def test_a_run_is_not_overwritten(run):
 
 
 def test_mae_needs_a_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train the tokenizer"):
+    with pytest.raises(FileNotFoundError, match="train the tokenizer first"):
         pretrain("mae", "smoke", tmp_path)
+
+def test_the_tokenizer_and_the_transformer_can_be_trained_side_by_side(tmp_path):
+    """Codes are there as soon as the tokenizer's training begins; a model comes out when both have ended."""
+    pretrain("tokenizer", "smoke", tmp_path, steps=2)
+    (tmp_path / "tokenizer" / "vqgan.safetensors").unlink()  # as if it went on
+    with pytest.raises(FileNotFoundError, match="end the tokenizer's training"):
+        pretrain("mae", "smoke", tmp_path, steps=2)
+    pretrain("tokenizer", "smoke", tmp_path, steps=2, resume=True)
+    pretrain("mae", "smoke", tmp_path, steps=2, resume=True)
+    assert MAEVQGAN(tmp_path / "mae" / "model", dispatch=True).layout == LAYOUT
+
+
+def test_codes_say_what_a_patch_looks_like():
+    config, canvas = recipes.get("smoke").config, training_prompts(0, 48, LAYOUT).canvas
+    codes = PatchCodes.find(config, canvas, torch.Generator().manual_seed(0))
+    found = codes.encode(canvas)
+    drawn = codes.decode(found)
+    flat = torch.stack([canvas, drawn]).unfold(3, 4, 4).unfold(4, 4, 4)
+    assert (canvas - drawn).square().mean() < 0.35 * flat[0].var(dim=(0, 2, 3), keepdim=True).mean()
+    assert len(found.unique()) > 0.9 * config.num_codes
+    assert torch.equal(codes.encode(canvas[:1].expand(2, -1, -1, -1))[1], found[0])
+    order = codes.components.square().sum(0)
+    assert torch.allclose(order, order[0].expand_as(order), rtol=1e-3)  # every direction in units of one error
+
+
+def test_a_widened_model_does_what_the_small_one_does():
+    torch.manual_seed(0)
+    config = recipes.get("smoke").config
+    small = MAEVQGANModel(config)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    wide = recipes.get("smoke").config
+    wide.update({"hidden_size": 96, "num_attention_heads": 3, "num_hidden_layers": 3, "decoder_hidden_size": 128})
+    wide.update({"decoder_num_attention_heads": 4, "decoder_num_hidden_layers": 2})
+    grown, canvas = widen(small, wide), torch.rand(2, 3, 56, 56)
+    with torch.no_grad():
+        logits, expected = (m(canvas, LAYOUT.visible, LAYOUT.all_patches).logits for m in (grown, small))
+    assert torch.allclose(logits, expected, atol=1e-3) and expected.std() > 0.5
+    empty = [name for name, p in grown.named_parameters() if "blocks.0.mlp.fc1" in name and not p.any()]
+    assert not empty  # what is new can learn
+    with pytest.raises(ValueError, match="hidden_size=96, more than this size's 64; it can only grow"):
+        widen(grown, config)
+    wide.update({"num_attention_heads": 6})
+    with pytest.raises(ValueError, match="heads of width 32, and this size of 16"):
+        widen(small, wide)
+
+
+def test_a_head_gets_the_rows_of_other_codes():
+    """Codes that are the old ones in another order get their rows; a code that was never seen is unlikely."""
+    torch.manual_seed(0)
+    old_head, head = nn.Linear(8, 5), nn.Linear(8, 6)
+    old = torch.randint(5, (4, 500))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    recode(old_head, head, old, order[old])
+    x = torch.randn(32, 8)
+    assert torch.allclose(head(x)[:, order], old_head(x), atol=0.05)
+    assert (head(x)[:, 5] < old_head(x).mean(1) - 3).all()
+
+
+def test_a_run_starts_from_a_model(run, tmp_path, capsys):
+    """With what a trained model knows, the first steps are better than without."""
+    first = {}
+    for start in (None, run / "mae" / "model"):
+        out = tmp_path / str(start is None)
+        pretrain("tokenizer", "smoke", out, steps=1)
+        pretrain("mae", "smoke", out, steps=2, start=start)
+        first[start is None] = json.loads((out / "mae" / "log.jsonl").read_text())["loss"]
+    assert first[False] < first[True] - 0.1
+    with pytest.raises(ValueError, match="is for the transformer"):
+        pretrain("tokenizer", "smoke", tmp_path / "other", start="tiny")
 
 
 @pytest.mark.parametrize(("stage", "size", "word"), [("vae", "tiny", "stage"), ("mae", "huge", "size")])

@@ -29,6 +29,10 @@ def pretrain(
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="For corpus: a Hub data set to gather, as hf:NAME.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="For mae: a model to begin with, by its name or folder, of the same size or smaller."),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps to do.", show_default="the config's")
     ] = None,
@@ -49,4 +53,5 @@ def pretrain(
         return wrote(gather(out, images=images, data=data))
     from vtv_nnsight.pretraining import pretrain as run
 
-    wrote(run(stage, config, out, images=images, steps=steps, decay=decay, resume=resume, seed=seed, device=device))
+    options = dict(images=images, start=start, steps=steps, decay=decay, resume=resume, seed=seed, device=device)
+    wrote(run(stage, config, out, **options))

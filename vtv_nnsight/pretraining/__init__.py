@@ -1,7 +1,7 @@
 """Training of a MAE-VQGAN from nothing: the tokenizer first, then the transformer.
 
-    >>> pretrain("tokenizer", "tiny", "runs/tiny")   # runs/tiny/tokenizer/: checkpoint.pt, log.jsonl, vqgan.safetensors
-    >>> pretrain("mae", "tiny", "runs/tiny")            # runs/tiny/mae/: checkpoint.pt, log.jsonl, model/
+    >>> pretrain("tokenizer", "tiny", "runs/tiny")  # runs/tiny/tokenizer/: codes.safetensors, …, vqgan.safetensors
+    >>> pretrain("mae", "tiny", "runs/tiny")           # runs/tiny/mae/: checkpoint.pt, log.jsonl, model/
     >>> model = MAEVQGAN("runs/tiny/mae/model")
 
 The embedded model was trained by these two calls; its card is weights/tiny/README.md.
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
+from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 from vtv_nnsight.pretraining import recipes
 from vtv_nnsight.pretraining.corpus import Corpus
-from vtv_nnsight.pretraining.mae import train_mae
-from vtv_nnsight.pretraining.tokenizer import load_tokenizer, train_tokenizer
+from vtv_nnsight.pretraining.mae import TOKENIZER, train_mae
+from vtv_nnsight.pretraining.tokenizer import train_tokenizer
 
-STAGES = ("tokenizer", "mae")
+STAGES = (TOKENIZER, "mae")
 
 __all__ = ["STAGES", "pretrain", "recipes", "train_mae", "train_tokenizer"]
 
@@ -31,6 +32,7 @@ def pretrain(
     out: str | os.PathLike,
     *,
     images: str | os.PathLike | None = None,
+    start: str | os.PathLike | None = None,
     steps: int | None = None,
     decay: int | None = None,
     resume: bool = False,
@@ -43,6 +45,8 @@ def pretrain(
     Args:
         images: A corpus (as `vtv pretrain corpus` writes it) or a folder of pictures to train on beside the scenes;
             without it, the photographs that scikit-image and scikit-learn carry.
+        start: A model, by its name or folder, whose transformer the transformer begins with: of the same size or
+            smaller (`growth.widen`), whatever its codes.
         steps: Optimiser steps in place of the recipe's; a resumed run may change them.
         decay: Last steps, over which the rates fall to zero, in place of the recipe's. To end a long run early, resume
             it with fewer `steps` and some of them as `decay`.
@@ -52,7 +56,8 @@ def pretrain(
     Raises:
         ValueError: for a stage or a size that does not exist.
         FileExistsError: when `out` holds a run and `resume` is off.
-        FileNotFoundError: when the tokenizer that "mae" builds on has not been trained in `out`.
+        FileNotFoundError: when the tokenizer's training in `out`, on which "mae" builds, has not begun, or, when "mae"
+            ends, has not ended.
     """
     if stage not in STAGES:
         raise ValueError(f"{stage!r} is not a stage of training; choose one of {', '.join(STAGES)}.")
@@ -68,9 +73,11 @@ def pretrain(
         "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
     }
     if stage == "tokenizer":
+        if start is not None:
+            raise ValueError(f"start={str(start)!r} is for the transformer; a tokenizer begins with its codes.")
         return train_tokenizer(chosen.config, recipe, out / stage, **options)
-    vqgan = load_tokenizer(chosen.config, out / "tokenizer")
-    return train_mae(chosen.config, vqgan, recipe, out / stage, **options)
+    known = None if start is None else MAEVQGAN(start, dispatch=True)._module
+    return train_mae(chosen.config, out / TOKENIZER, recipe, out / stage, start=known, **options)
 
 
 def _validation(images: str | os.PathLike | None) -> Corpus | None:

@@ -21,6 +21,8 @@ SCENES = 0.18
 """Share of the prompts that show scenes; all do where there is no corpus."""
 MIX = {CUTOUT: 0.55, PHOTO: 0.40, TEXTURE: 0.05}
 """What the other prompts show, where the corpus has it: composed pictures, crops of photographs, and of textures."""
+SAMPLED_FROM = 10**9
+"""The step from which on samples are drawn that no training sees: no run trains that far."""
 
 
 def training_prompts(

@@ -61,10 +61,7 @@ def train(
         FileExistsError: when `out` already holds a run that `resume` does not continue.
         FloatingPointError: naming the step whose loss is not finite.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / CHECKPOINT
-    if checkpoint.exists() and not resume:
-        raise FileExistsError(f"{checkpoint} is there already; continue it with resume, or choose another folder.")
+    checkpoint = begin(out, resume)
     device = torch.device(device)
     module.to(device).train()
     average = deepcopy(module).eval().requires_grad_(False)
@@ -96,7 +93,7 @@ def train(
         _Steps(batches),
         batch_size=None,
         sampler=range(step, recipe.steps),
-        num_workers=1,
+        num_workers=1 if device.type == "cpu" else max(1, (os.cpu_count() or 1) - 2),
         prefetch_factor=AHEAD,
         worker_init_fn=_stand_aside,
     )
@@ -134,6 +131,19 @@ def train(
                 save()
                 saved_at = time.monotonic()
     return average
+
+
+def begin(out: Path, resume: bool) -> Path:
+    """The path of a run's checkpoint, in a folder that is there from now on.
+
+    Raises:
+        FileExistsError: when `out` already holds a run that `resume` does not continue.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / CHECKPOINT
+    if checkpoint.exists() and not resume:
+        raise FileExistsError(f"{checkpoint} is there already; continue it with resume, or choose another folder.")
+    return checkpoint
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
