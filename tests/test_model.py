@@ -234,6 +234,14 @@ def test_weights_start_as_in_mae(small_config):
     assert model.decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.3)
 
 
+def test_the_last_predictions_can_be_had_alone(small):
+    prompt = small_prompt(2)
+    every = run(small, prompt)
+    few = small(prompt.canvas, prompt.visible, prompt.decoded, logits_to_keep=3).logits
+    assert few.shape[1] == 3
+    torch.testing.assert_close(few, every[:, -3:], atol=1e-5, rtol=0)
+
+
 def test_positions_tell_rows_from_columns():
     embedding = sincos_positions(4, 32)[0]
     assert not embedding[0].any()

@@ -62,7 +62,7 @@ def masked_loss(
 ) -> torch.Tensor:
     """Mean cross-entropy of the hidden patches of canvases [batch, 3, height, width] against their codes
     [batch, patch]; a scalar."""
-    logits = model(canvas, visible, torch.cat([visible, hidden], dim=-1)).logits[:, visible.shape[-1] :]
+    logits = model(canvas, visible, torch.cat([visible, hidden], dim=-1), logits_to_keep=hidden.shape[-1]).logits
     target = take(codes[..., None], hidden)[..., 0]
     return F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
 

@@ -71,13 +71,15 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, config.num_codes)
 
-    def forward(self, encoded: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, encoded: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor, logits_to_keep: int = 0
+    ) -> torch.Tensor:
         mask = self.mask_token.expand(len(encoded), -1, -1).to(encoded.dtype)
         x = torch.cat([self.embed(encoded), mask], dim=1)
         x = take(x, decoder_sources(visible, decoded)) + _positions(self.pos_embed, decoded)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)[:, 1:])
+        return self.head(self.norm(x)[:, -logits_to_keep or 1 :])
 
 
 def _positions(embedding: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -125,7 +127,9 @@ class MAEVQGANModel(PreTrainedModel):
                 elif name.endswith("bias"):
                     init.zeros_(parameter)
 
-    def forward(self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor) -> MAEVQGANOutput:
+    def forward(
+        self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor, logits_to_keep: int = 0
+    ) -> MAEVQGANOutput:
         """Run the transformer.
 
         Args:
@@ -133,6 +137,7 @@ class MAEVQGANModel(PreTrainedModel):
             visible: Ids of the patches that the encoder sees, [n] or [batch, n].
             decoded: Ids of the patches that the decoder sees, [m] or [batch, m]; those that are not visible get the
                 mask token.
+            logits_to_keep: Predict the last so many of the decoded patches alone, as in transformers; 0 is all.
 
         Returns:
             logits [batch, m, code].
@@ -140,7 +145,7 @@ class MAEVQGANModel(PreTrainedModel):
         mean, std = (canvas.new_tensor(v).view(3, 1, 1) for v in (self.config.image_mean, self.config.image_std))
         pixels = ((canvas - mean) / std).to(self.encoder.patch_embed.proj.weight.dtype)
         visible, decoded = visible.to(canvas.device), decoded.to(canvas.device)
-        return MAEVQGANOutput(logits=self.decoder(self.encoder(pixels, visible), visible, decoded))
+        return MAEVQGANOutput(logits=self.decoder(self.encoder(pixels, visible), visible, decoded, logits_to_keep))
 
     @torch.no_grad()
     def generate(
