@@ -79,7 +79,8 @@ def test_a_demonstration(model, prompts, vectors, found, shown, tmp_path):
         1, 1, len(SCALES), len(patches), 2,
     ]  # fmt: skip
     assert shown.units == list(patches) and shown.vectors == list(vectors)
-    assert torch.equal(shown.pictures["scale"][-1], shown.pictures["vectors"][0])
+    whole, own = shown.pictures["scale"][-1].int(), shown.pictures["vectors"][0].int()
+    assert (whole - own).abs().max() <= 1  # of another batch, whose sums may differ in the last digit
     row = prompts["segmentation"][2]
     left = (row.region("query") * 255).round().byte()
     assert torch.equal(shown.pictures["query"], left)
