@@ -1,12 +1,14 @@
 """Training: what is drawn, that it learns, and that it can be interrupted."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from torch import nn
 
 pytest.importorskip("skimage")
@@ -14,7 +16,6 @@ pytest.importorskip("skimage")
 from vtv_nnsight import MAEVQGAN, Layout, tasks
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.pretraining import pretrain, recipes, training
-from vtv_nnsight.pretraining.codes import PatchCodes
 from vtv_nnsight.pretraining.composition import LEAST_SHOWN, compose, crop
 from vtv_nnsight.pretraining.corpus import CUTOUT, PHOTO, TEXTURE, Corpus, Picture
 from vtv_nnsight.pretraining.curriculum import (
@@ -88,31 +89,26 @@ def test_a_run_is_not_overwritten(run):
 
 
 def test_mae_needs_a_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train the tokenizer first"):
+    with pytest.raises(FileNotFoundError, match="train the tokenizer"):
         pretrain("mae", "smoke", tmp_path)
 
-def test_the_tokenizer_and_the_transformer_can_be_trained_side_by_side(tmp_path):
-    """Codes are there as soon as the tokenizer's training begins; a model comes out when both have ended."""
-    pretrain("tokenizer", "smoke", tmp_path, steps=2)
-    (tmp_path / "tokenizer" / "vqgan.safetensors").unlink()  # as if it went on
-    with pytest.raises(FileNotFoundError, match="end the tokenizer's training"):
-        pretrain("mae", "smoke", tmp_path, steps=2)
-    pretrain("tokenizer", "smoke", tmp_path, steps=2, resume=True)
-    pretrain("mae", "smoke", tmp_path, steps=2, resume=True)
-    assert MAEVQGAN(tmp_path / "mae" / "model", dispatch=True).layout == LAYOUT
 
-
-def test_codes_say_what_a_patch_looks_like():
-    config, canvas = recipes.get("smoke").config, training_prompts(0, 48, LAYOUT).canvas
-    codes = PatchCodes.find(config, canvas, torch.Generator().manual_seed(0))
-    found = codes.encode(canvas)
-    drawn = codes.decode(found)
-    flat = torch.stack([canvas, drawn]).unfold(3, 4, 4).unfold(4, 4, 4)
-    assert (canvas - drawn).square().mean() < 0.35 * flat[0].var(dim=(0, 2, 3), keepdim=True).mean()
-    assert len(found.unique()) > 0.9 * config.num_codes
-    assert torch.equal(codes.encode(canvas[:1].expand(2, -1, -1, -1))[1], found[0])
-    order = codes.components.square().sum(0)
-    assert torch.allclose(order, order[0].expand_as(order), rtol=1e-3)  # every direction in units of one error
+def test_the_decoder_learns_on_and_joins_the_model(run, tmp_path):
+    """Codes stay what they are; a transformer that was trained meanwhile is saved with what the decoder has learned."""
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    weights = load_file(pretrain("decoder", "smoke", out, steps=30))
+    before, model = load_file(out / "tokenizer" / "vqgan.safetensors"), MAEVQGAN(out / "mae" / "model", dispatch=True)
+    same = {name for name in weights if torch.equal(weights[name], before[name])}
+    assert same == {name for name in weights if name.startswith(("encoder.", "quant_conv.", "codebook."))}
+    logs = [(out / stage / "log.jsonl").read_text().splitlines() for stage in ("tokenizer", "decoder")]
+    before, after = (json.loads(lines[-1]) for lines in logs)
+    assert after["psnr, scenes"] > before["psnr, scenes"] and after["codes, scenes"] == before["codes, scenes"]
+    steps = json.loads((run / "mae" / "log.jsonl").read_text().splitlines()[-1])["step"]
+    again = MAEVQGAN(pretrain("mae", "smoke", out, steps=steps, resume=True), dispatch=True)
+    prompts = training_prompts(5, 2, LAYOUT)
+    assert torch.equal(again.truth(prompts)[0], model.truth(prompts)[0])
+    assert not torch.equal(again.ceiling(prompts), model.ceiling(prompts))
 
 
 def test_a_widened_model_does_what_the_small_one_does():
@@ -155,11 +151,11 @@ def test_a_run_starts_from_a_model(run, tmp_path, capsys):
     first = {}
     for start in (None, run / "mae" / "model"):
         out = tmp_path / str(start is None)
-        pretrain("tokenizer", "smoke", out, steps=1)
+        shutil.copytree(run / "tokenizer", out / "tokenizer")
         pretrain("mae", "smoke", out, steps=2, start=start)
         first[start is None] = json.loads((out / "mae" / "log.jsonl").read_text())["loss"]
     assert first[False] < first[True] - 0.1
-    with pytest.raises(ValueError, match="is for the transformer"):
+    with pytest.raises(ValueError, match="is for the stage mae"):
         pretrain("tokenizer", "smoke", tmp_path / "other", start="tiny")
 
 

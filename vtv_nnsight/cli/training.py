@@ -17,9 +17,13 @@ from vtv_nnsight.cli.app import TRAINING, Seed, app, wrote
 )
 def pretrain(
     stage: Annotated[
-        str, typer.Argument(help='"corpus", then "tokenizer", then "mae".', metavar="corpus|tokenizer|mae")
+        str,
+        typer.Argument(
+            help='"corpus", then "tokenizer", then "mae"; beside it, "decoder" lets the tokenizer draw better.',
+            metavar="corpus|tokenizer|decoder|mae",
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; the stages go in tokenizer/ and mae/.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; each stage has its own in it.")],
     config: Annotated[str, typer.Option(help='"tiny" (the embedded model), "small", "published" or "smoke".')] = "tiny",
     images: Annotated[
         Path | None,

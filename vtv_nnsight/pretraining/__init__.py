@@ -1,10 +1,11 @@
 """Training of a MAE-VQGAN from nothing: the tokenizer first, then the transformer.
 
-    >>> pretrain("tokenizer", "tiny", "runs/tiny")  # runs/tiny/tokenizer/: codes.safetensors, …, vqgan.safetensors
-    >>> pretrain("mae", "tiny", "runs/tiny")           # runs/tiny/mae/: checkpoint.pt, log.jsonl, model/
+    >>> pretrain("tokenizer", "tiny", "runs/tiny")   # runs/tiny/tokenizer/: checkpoint.pt, log.jsonl, vqgan.safetensors
+    >>> pretrain("decoder", "tiny", "runs/tiny")     # if wanted, beside the next: the same in runs/tiny/decoder/
+    >>> pretrain("mae", "tiny", "runs/tiny")            # runs/tiny/mae/: checkpoint.pt, log.jsonl, model/
     >>> model = MAEVQGAN("runs/tiny/mae/model")
 
-The embedded model was trained by these two calls; its card is weights/tiny/README.md.
+The embedded model's card, weights/tiny/README.md, says how it was trained.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
 from vtv_nnsight.pretraining import recipes
 from vtv_nnsight.pretraining.corpus import Corpus
-from vtv_nnsight.pretraining.mae import TOKENIZER, train_mae
-from vtv_nnsight.pretraining.tokenizer import train_tokenizer
+from vtv_nnsight.pretraining.mae import train_mae
+from vtv_nnsight.pretraining.tokenizer import WEIGHTS, load_tokenizer, train_decoder, train_tokenizer
 
-STAGES = (TOKENIZER, "mae")
+STAGES = ("tokenizer", "decoder", "mae")
 
-__all__ = ["STAGES", "pretrain", "recipes", "train_mae", "train_tokenizer"]
+__all__ = ["STAGES", "pretrain", "recipes", "train_decoder", "train_mae", "train_tokenizer"]
 
 
 def pretrain(
@@ -56,8 +57,7 @@ def pretrain(
     Raises:
         ValueError: for a stage or a size that does not exist.
         FileExistsError: when `out` holds a run and `resume` is off.
-        FileNotFoundError: when the tokenizer's training in `out`, on which "mae" builds, has not begun, or, when "mae"
-            ends, has not ended.
+        FileNotFoundError: when the tokenizer that "decoder" and "mae" build on has not been trained in `out`.
     """
     if stage not in STAGES:
         raise ValueError(f"{stage!r} is not a stage of training; choose one of {', '.join(STAGES)}.")
@@ -72,12 +72,16 @@ def pretrain(
         "seed": seed,
         "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
     }
+    if start is not None and stage != "mae":
+        raise ValueError(f"start={str(start)!r} is for the stage mae; {stage} begins with what {out} holds.")
     if stage == "tokenizer":
-        if start is not None:
-            raise ValueError(f"start={str(start)!r} is for the transformer; a tokenizer begins with its codes.")
         return train_tokenizer(chosen.config, recipe, out / stage, **options)
+    polished = stage == "mae" and (out / "decoder" / WEIGHTS).is_file()
+    vqgan = load_tokenizer(chosen.config, out / ("decoder" if polished else "tokenizer"))
+    if stage == "decoder":
+        return train_decoder(chosen.config, vqgan, recipe, out / stage, **options)
     known = None if start is None else MAEVQGAN(start, dispatch=True)._module
-    return train_mae(chosen.config, out / TOKENIZER, recipe, out / stage, start=known, **options)
+    return train_mae(chosen.config, vqgan, recipe, out / stage, start=known, **options)
 
 
 def _validation(images: str | os.PathLike | None) -> Corpus | None:

@@ -1,5 +1,4 @@
-"""The second stage: the transformer learns the codes of hidden patches (VP §3). It needs the codes that the tokenizer's
-training finds first, and can be trained beside it; the tokenizer's networks join the model at the end.
+"""The last stage: the transformer learns the codes of hidden patches (VP §3), with the tokenizer frozen.
 
 Most steps hide the output as a prompt does, often with some of the other patches dropped; some show the query alone, as
 zero-shot runs it, and some hide patches at random over the whole canvas.
@@ -7,7 +6,6 @@ zero-shot runs it, and some hide patches at random over the whole canvas.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -15,17 +13,14 @@ from torch.nn import functional as F
 
 from vtv_nnsight import tasks
 from vtv_nnsight.layouts import Layout, take
-from vtv_nnsight.models.mae import paint_canvas
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
-from vtv_nnsight.pretraining.codes import PatchCodes
+from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.pretraining.corpus import Corpus
 from vtv_nnsight.pretraining.growth import recode, widen
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.pretraining.stream import SAMPLED_FROM, training_prompts, validation_prompts
-from vtv_nnsight.pretraining.tokenizer import CODES, load_tokenizer
 from vtv_nnsight.pretraining.training import CHECKPOINT, train
 from vtv_nnsight.prompts import VisualPrompt, crop
-from vtv_nnsight.tasks import Task
 
 QUERY_ONLY, RANDOM = 0.08, 0.10
 """Shares of the steps that show the query alone, and that hide patches all over the canvas."""
@@ -35,8 +30,6 @@ VALIDATION = 32
 """Prompts of each task and source that a validation answers."""
 SAMPLE = 256
 """Prompts on which another model's codes are matched."""
-TOKENIZER = "tokenizer"
-"""The folder beside a run's that holds its tokenizer."""
 MOST_DROPPED, LEAST_HIDDEN, MOST_HIDDEN = 0.75, 0.5, 0.8
 
 
@@ -69,7 +62,7 @@ def masked_loss(
 
 def train_mae(
     config: MAEVQGANConfig,
-    tokenizer: Path,
+    vqgan: VQGAN,
     recipe: Recipe,
     out: Path,
     *,
@@ -80,84 +73,86 @@ def train_mae(
     seed: int = 0,
     device: str = "cpu",
 ) -> Path:
-    """Train the transformer over the codes in a tokenizer's folder; `out` receives `checkpoint.pt`, `log.jsonl` and the
-    averaged model as a folder for `from_pretrained`, whose path is returned. `start` is a smaller model, or one of the
-    same size, whose transformer it begins with."""
+    """Train the transformer over a trained tokenizer; `out` receives `checkpoint.pt`, `log.jsonl` and the averaged
+    model as a folder for `from_pretrained`, whose path is returned. `start` is a model whose transformer it begins
+    with."""
     torch.manual_seed(seed)
-    codes, layout = PatchCodes.load(config, tokenizer / CODES), config.layout
     model = MAEVQGANModel(config) if start is None else widen(start, config)
-    _start_head(model, codes)
-    if start is not None:
-        sample = training_prompts(SAMPLED_FROM, SAMPLE, layout, seed, corpus).canvas
-        recode(start.decoder.head, model.decoder.head, start.vqgan.encode(sample), codes.encode(sample))
+    model.vqgan.load_state_dict(vqgan.state_dict())
     model.vqgan.requires_grad_(False)
-    if torch.device(device).type == "cpu":
+    _start_head(model)
+    if start is not None:
+        sample = training_prompts(SAMPLED_FROM, SAMPLE, config.layout, seed, corpus).canvas
+        with torch.no_grad():
+            recode(start.decoder.head, model.decoder.head, start.vqgan.encode(sample), vqgan.encode(sample))
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
         model.set_attn_implementation("eager")  # twice as fast there: its fused kernel is slow on small heads
+    layout = config.layout
     held_out = [
         (f"{task.name}, {source}", task, prompts.to(device))
         for task in tasks.VTV
         for source, prompts in validation_prompts(task, VALIDATION, layout, validation).items()
     ]
+    vqgan.to(device)
+    ceilings = {f"{name}, ceiling": _ceiling(vqgan, task, prompts) for name, task, prompts in held_out}
 
-    def batches(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batches(step: int) -> tuple[torch.Tensor, ...]:
         canvas = training_prompts(step, recipe.batch_size, layout, seed, corpus).canvas
-        return canvas, codes.encode(canvas)
+        if not on_cpu:
+            return (canvas,)  # its codes are found on the GPU
+        with torch.no_grad():
+            return canvas, model.vqgan.encode(canvas)
 
     def loss(model: MAEVQGANModel, batch: tuple[torch.Tensor, ...], generator: torch.Generator):
-        canvas, targets = batch
-        return masked_loss(model, canvas, targets, *draw_mask(layout, len(canvas), generator)), {}
-
-    seen = deepcopy(codes).to(device)
-    ceilings = {
-        f"{name}, ceiling": _score(seen.decode(seen.encode(prompts.canvas)), task, prompts)
-        for name, task, prompts in held_out
-    }
+        canvas = batch[0]
+        with torch.no_grad(), torch.autocast(canvas.device.type, enabled=False):
+            codes = batch[1] if on_cpu else model.vqgan.encode(canvas)
+        return masked_loss(model, canvas, codes, *draw_mask(layout, len(canvas), generator)), {}
 
     def validate(model: MAEVQGANModel) -> dict[str, float]:
         numbers = dict(ceilings)
         for name, task, prompts in held_out:
-            numbers[name] = _one_shot(model, seen, task, prompts)
-            numbers[f"{name}, without example"] = _one_shot(model, seen, task, prompts.query_only())
+            numbers[name] = one_shot(model, task, prompts)
+            numbers[f"{name}, without example"] = one_shot(model, task, prompts.query_only())
         return numbers
 
     average = train(model, batches, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
-    average.vqgan.load_state_dict(load_tokenizer(config, tokenizer).state_dict())
+    average.vqgan.load_state_dict(vqgan.state_dict())  # whose decoder may have learned on since the run began
     average.set_attn_implementation("sdpa")
     average.cpu().save_pretrained(out / "model")
     return out / "model"
 
 
 @torch.no_grad()
-def _start_head(model: MAEVQGANModel, codes: PatchCodes) -> None:
+def _start_head(model: MAEVQGANModel) -> None:
     """Let codes that look alike begin with logits that are alike: the rows of the head are the codebook's, each
     direction at the same variance, in random directions of the decoder's width."""
-    head, codebook = model.decoder.head.weight, codes.codebook
+    head, codebook = model.decoder.head.weight, model.vqgan.codebook.weight
     alike = (codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6)
     spread = torch.nn.init.orthogonal_(torch.empty(codebook.shape[1], head.shape[1]))
     head.copy_(head.std() * alike @ spread * (head.shape[1] / codebook.shape[1]) ** 0.5)
 
 
 def averaged_model(config: MAEVQGANConfig, folder: Path) -> MAEVQGANModel:
-    """What a run that may not have ended has learned so far, the moving average in its checkpoint, with the tokenizer
-    beside it."""
+    """What a run that may not have ended has learned so far: the moving average in its checkpoint."""
     model = MAEVQGANModel(config)
     model.load_state_dict(torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)["average"])
-    model.vqgan = load_tokenizer(config, folder.parent / TOKENIZER)
     return model.eval()
 
 
 @torch.no_grad()
-def _one_shot(model: MAEVQGANModel, codes: PatchCodes, task: Task, prompts: VisualPrompt) -> float:
-    """The task's mean metric of the model's answers to prompts, each code drawn as the mean of its patches."""
-    predicted = model(prompts.canvas, prompts.visible, prompts.decoded).logits.argmax(-1)
-    painted = paint_canvas(
-        codes.decode, predicted, prompts.canvas, prompts.visible, prompts.decoded, prompts.layout, paste=False
-    )
-    return _score(painted, task, prompts)
+def one_shot(model: MAEVQGANModel, task: tasks.Task, prompts: VisualPrompt) -> float:
+    """The task's mean metric of the model's answers to prompts."""
+    painted = model.generate(prompts.canvas, prompts.visible, prompts.decoded)
+    return task.score(crop(painted, "output", prompts.layout), prompts.region("output")).mean().item()
 
 
-def _score(canvas: torch.Tensor, task: Task, prompts: VisualPrompt) -> float:
-    return task.score(crop(canvas, "output", prompts.layout), prompts.region("output")).mean().item()
+@torch.no_grad()
+def _ceiling(vqgan: VQGAN, task: tasks.Task, prompts: VisualPrompt) -> float:
+    """The same metric of the tokenizer's own drawing of the truth."""
+    drawn = vqgan.decode(vqgan.encode(prompts.canvas))
+    return task.score(crop(drawn, "output", prompts.layout), prompts.region("output")).mean().item()
 
 
 def _shuffled(patches: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:

@@ -40,10 +40,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Size:
-    """A model and the recipes of its two stages."""
+    """A model and the recipes of its stages."""
 
     config: MAEVQGANConfig
     tokenizer: Recipe
+    decoder: Recipe
     mae: Recipe
 
 
@@ -83,6 +84,9 @@ def _tiny() -> Size:
         tokenizer=Recipe(
             steps=7000, batch_size=16, learning_rate=2e-3, weight_decay=0.0, decay=2500, validate=500, perceptual=0.05
         ),
+        decoder=Recipe(
+            steps=8000, batch_size=16, learning_rate=1e-3, weight_decay=0.0, decay=3000, validate=500, perceptual=0.2
+        ),
         mae=Recipe(
             steps=30_000,
             batch_size=32,
@@ -118,6 +122,7 @@ def _small() -> Size:
     return Size(
         config,
         tokenizer=Recipe(steps=20_000, batch_size=64, learning_rate=1e-3, weight_decay=0.0, validate=1000),
+        decoder=Recipe(steps=20_000, batch_size=64, learning_rate=1e-3, weight_decay=0.0, decay=10_000, validate=1000),
         mae=Recipe(
             steps=50_000, batch_size=256, learning_rate=1e-3, matrix_learning_rate=1e-2, warmup=1000, validate=1000
         ),
@@ -130,6 +135,7 @@ def _published() -> Size:
     return Size(
         MAEVQGANConfig(),
         tokenizer=Recipe(steps=500_000, batch_size=96, learning_rate=4.5e-4, weight_decay=0.0, validate=5000),
+        decoder=Recipe(steps=100_000, batch_size=96, learning_rate=1e-4, weight_decay=0.0, decay=50_000, validate=5000),
         mae=Recipe(steps=600_000, batch_size=512, learning_rate=2e-4, warmup=10_000, validate=5000),
     )
 
@@ -156,6 +162,7 @@ def _smoke() -> Size:
     return Size(
         config,
         tokenizer=Recipe(steps=30, batch_size=8, learning_rate=3e-3, warmup=5, weight_decay=0.0, ema=0.9, validate=30),
+        decoder=Recipe(steps=30, batch_size=8, learning_rate=3e-3, warmup=5, weight_decay=0.0, ema=0.9, validate=30),
         mae=Recipe(
             steps=30, batch_size=8, learning_rate=2e-3, matrix_learning_rate=1e-2, warmup=5, ema=0.9, validate=30
         ),

@@ -61,7 +61,10 @@ def train(
         FileExistsError: when `out` already holds a run that `resume` does not continue.
         FloatingPointError: naming the step whose loss is not finite.
     """
-    checkpoint = begin(out, resume)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / CHECKPOINT
+    if checkpoint.exists() and not resume:
+        raise FileExistsError(f"{checkpoint} is there already; continue it with resume, or choose another folder.")
     device = torch.device(device)
     module.to(device).train()
     average = deepcopy(module).eval().requires_grad_(False)
@@ -131,19 +134,6 @@ def train(
                 save()
                 saved_at = time.monotonic()
     return average
-
-
-def begin(out: Path, resume: bool) -> Path:
-    """The path of a run's checkpoint, in a folder that is there from now on.
-
-    Raises:
-        FileExistsError: when `out` already holds a run that `resume` does not continue.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / CHECKPOINT
-    if checkpoint.exists() and not resume:
-        raise FileExistsError(f"{checkpoint} is there already; continue it with resume, or choose another folder.")
-    return checkpoint
 
 
 def _has_fast_bf16(device: torch.device) -> bool:

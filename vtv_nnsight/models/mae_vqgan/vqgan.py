@@ -163,13 +163,6 @@ class Decoder(nn.Module):
         return self.unfold(self.conv_out(F.silu(self.norm_out(x))))
 
 
-def nearest(points: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Points [..., code_dim] → indices [...] of the nearest rows of a codebook [code, code_dim]."""
-    points, codebook = points.float(), codebook.float()
-    distance = points.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * points @ codebook.T
-    return distance.argmin(-1)
-
-
 class VQGAN(nn.Module):
     """Pixels to codes and back. A code is the index of the nearest row of the codebook."""
 
@@ -191,7 +184,9 @@ class VQGAN(nn.Module):
     def nearest(self, latent: torch.Tensor) -> torch.Tensor:
         """Unquantised [batch, patch, code_dim] → codes [batch, patch]."""
         entries = torch.arange(self.codebook.num_embeddings, device=latent.device)
-        return nearest(latent, self.codebook(entries).to(latent.device))
+        latent, codebook = latent.float(), self.codebook(entries).to(latent.device).float()
+        distance = latent.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * latent @ codebook.T
+        return distance.argmin(-1)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [batch, 3, height, width] in [0, 1] → codes [batch, patch], patches row by row."""
