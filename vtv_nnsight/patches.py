@@ -258,13 +258,14 @@ def _read_places(name: str, places: Any, layout: Layout) -> torch.Tensor:
 
 def _published_units(found: Mapping[str, Any]) -> dict[str, Any]:
     """The units of a space whose file names none, as version 0.1 wrote them: MAE-VQGAN's."""
-    layout = layout_of(found)
+    layout, modules = layout_of(found), {HEADS: ".attn", "attn": ".attn", "mlp": ".mlp", "residual": ""}
     return {
-        stage.name: {
-            "layers": [f"{stage.name}.blocks.{layer}.attn" for layer in range(stage.layers)],
+        stage_key(stage.name, site): {
+            "layers": [f"{stage.name}.blocks.{layer}{modules[site]}" for layer in range(stage.layers)],
             "groups": mae.groups(stage.name, found["granularity"], layout),
         }
         for stage in stages_of(found)
+        for site in found.get("sites", (HEADS,))
     }
 
 
