@@ -256,7 +256,9 @@ def draw(rows: list[dict], references: dict[str, float]) -> Figure:
 
 
 def main() -> None:
-    parser = options(__file__, __doc__, "three algorithms, a bank, a learned vector, one budget, one seed, 2 published steps")
+    parser = options(
+        __file__, __doc__, "three algorithms, a bank, a learned vector, one budget, one seed, 2 published steps"
+    )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--task", default="segmentation")
     parser.add_argument("--algorithms", nargs="+", default=list(search.ALGORITHMS), choices=search.ALGORITHMS)

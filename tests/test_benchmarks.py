@@ -306,7 +306,7 @@ def test_search_efficiency(tmp_path):
 
 @pytest.mark.parametrize(("steps", "held_out"), [(1, 3), (12, 2), (25, 1)])
 def test_what_learning_a_vector_costs(script, monkeypatch, steps, held_out):
-    """The benchmark's count is that of what is asked: a gradient as three evaluations, and looks at held-out prompts."""
+    """The benchmark counts what is asked: a gradient as three evaluations, and looks at held-out prompts."""
     efficiency, spent, model = script("search_efficiency"), [], MAEVQGAN(random_module())
     (loss,) = model.losses
 
