@@ -141,7 +141,7 @@ def test_writes_that_torch_does_not_count_are_noticed_when_collecting_and_not_wh
 
     before = collect()
     write(weight)
-    assert fingerprint(model, cached=True) == before.fingerprint  # as the docstring says
+    assert not differences(fingerprint(model, cached=True), before.fingerprint)  # as the docstring says
     assert differences(collect().fingerprint, before.fingerprint) == ["other weights"]
     assert differences(fingerprint(model, cached=True), before.fingerprint) == ["other weights"]
     write(weight)
@@ -184,7 +184,7 @@ def test_a_collection_ends_with_the_last_activation_it_reads(module):
     model, run = MAEVQGAN(module), []
     last = module.decoder.blocks[-1]
     parts = {"qkv": last.attn.qkv, "mlp": last.mlp, "head": module.decoder.head}
-    hooks = [part.register_forward_hook(lambda *_, name=name: run.append(name)) for name, part in parts.items()]
+    hooks = [part.register_forward_pre_hook(lambda *_, name=name: run.append(name)) for name, part in parts.items()]
     for sites, expected in (("heads", ["qkv"]), ("mlp", ["qkv", "mlp"])):
         TaskVectors.collect(model, {"a": random_prompts(2)}, sites=sites, progress=False)
         assert run == expected
