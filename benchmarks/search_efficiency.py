@@ -13,7 +13,12 @@ against the same target, its own mean test loss at the end: after how many of it
 sample so far, as published, and by the units whose probability is over one half, which it would not have to draw. The
 factor is to the earlier of these two, not to its whole budget. The area is that under the
 mean test loss over the logarithm of the budget, divided by the width: a mean loss over budgets. Intervals are 95 % over
-seeds (Student's t). `--ablations` adds the default REINFORCE with one of its parts taken away at a time (and writes
+seeds (Student's t).
+
+Beside units for the mean over prompts, "gates, bank of 3" chooses for each unit one of three vectors (k-means over the
+same prompts, `search.bank`), and "gates, learned vector" spends half of its budget on finding units and the other half
+on the vector itself (`learning.learn_vector`: a step costs three evaluations a prompt, a look at the held-out prompts
+one). `--ablations` adds the default REINFORCE with one of its parts taken away at a time (and writes
 search_efficiency_ablations).
 """
 
@@ -21,8 +26,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +37,13 @@ from common import interval, journal, options, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, data, search, tasks
+from vtv_nnsight.learning import learn_vector
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.search.algorithm import Search
+from vtv_nnsight.search.algorithm import GRADIENT_COST, Search
+from vtv_nnsight.search.bank import BankObjective, cluster_vectors
 from vtv_nnsight.search.published import PUBLISHED, published
-from vtv_nnsight.vectors import TaskVectors
+from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors
 
 PAPER = "reinforce, published"
 ABLATIONS = {
@@ -45,6 +54,20 @@ ABLATIONS = {
     "reinforce, constant rate": dict(decay=0.0, lr=0.15),
     "reinforce, same 10 prompts": dict(prompts=10),
 }
+BEYOND = {"gates, bank of 3": dict(bank=3), "gates, learned vector": dict(learned=True)}
+"""What chooses or makes vectors, too."""
+LEARNED_AT_ONCE = 16
+"""Prompts in a step of learning a vector."""
+
+
+class Outcome(NamedTuple):
+    """What a search came to."""
+
+    test_loss: float
+    held_out_loss: float
+    evaluations: int
+    seconds: float
+    units: int
 
 
 class Bench:
@@ -57,31 +80,79 @@ class Bench:
         self.images = data.scenes("train", n=500, seed=0)
         collected = {t.name: t.prompts(self.images, args.collected, 0, layout) for t in tasks.VTV}
         self.vectors = TaskVectors.collect(self.model, collected)
+        self.collected = collected[self.task.name]
         self.space = PatchSpace(self.model, layout, args.granularity)
         fresh = self.task.prompts(data.scenes("validation", n=500, seed=0), args.held_out + args.test, 1, layout)
         self.held_out, self.test = fresh[: args.held_out].query_only(), fresh[args.held_out :]
 
-    def loss(self, choices: torch.Tensor, prompts: VisualPrompt | None = None) -> float:
-        """Mean token loss of a set [unit] on the test prompts, zero-shot by default."""
+    def loss(
+        self, choices: torch.Tensor, prompts: VisualPrompt | None = None, vector: TaskVector | list | None = None
+    ) -> float:
+        """Mean token loss of a set [unit] on the test prompts, zero-shot by default, with the task's vector or another;
+        of a bank, its pairs [pair]."""
         prompts = self.test.query_only() if prompts is None else prompts
-        judge = search.Objective(
-            self.model, self.vectors[self.task.name], self.task, prompts[:1], self.space, held_out=prompts
-        )
+        vector = self.vectors[self.task.name] if vector is None else vector
+        kind = BankObjective if isinstance(vector, list) else search.Objective
+        judge = kind(self.model, vector, self.task, prompts[:1], self.space, held_out=prompts)
         return judge(choices.expand(len(prompts), -1), judge.held_out).mean().item()
 
-    def run(self, label: str, seed: int, budget: int | None, **own) -> search.SearchResult:
-        """A search of its algorithm's own options; "prompts" of them says how many to train on."""
-        name = label.split(",")[0]
-        drawn = self.task.prompts(self.images, self.args.prompts, 100 + seed, self.model.layout).query_only()
-        prompts = drawn[: own.pop("prompts", None)]
-        vector, file = self.vectors[self.task.name], journal(self.args.resume, label, budget, seed)
-        shared = dict(budget=budget, held_out=self.held_out, seed=seed, vectors=self.vectors, resume=file)
-        return search.ALGORITHMS[name](self.model, vector, self.task, prompts, self.space, **shared, **own)
+    def prompts(self, seed: int) -> VisualPrompt:
+        """The prompts to train on."""
+        return self.task.prompts(self.images, self.args.prompts, 100 + seed, self.model.layout).query_only()
 
-    def run_published(self, seed: int, budget: int) -> tuple[search.SearchResult, list[dict]]:
+    def run(self, label: str, seed: int, budget: int, **own) -> Outcome:
+        """A search of its algorithm's own options; "prompts" of them says how many to train on, and "bank" and
+        "learned" what is done about vectors."""
+        name, prompts = label.split(",")[0], self.prompts(seed)[: own.pop("prompts", None)]
+        file = journal(self.args.resume, label, budget, seed)
+        if count := own.pop("bank", None):
+            return self.run_bank(search.ALGORITHMS[name], count, prompts, budget, seed, file)
+        learned = own.pop("learned", False)
+        vector = self.vectors[self.task.name]
+        shared = dict(held_out=self.held_out, seed=seed, vectors=self.vectors, resume=file)
+        shared["budget"] = budget // 2 if learned else budget
+        result = search.ALGORITHMS[name](self.model, vector, self.task, prompts, self.space, **shared, **own)
+        if learned:
+            return self.learn(result, prompts, budget - result.evaluations)
+        return self.outcome(result)
+
+    def outcome(self, result: search.SearchResult, vector: TaskVector | list | None = None) -> Outcome:
+        """That of a search, on the test prompts."""
+        test_loss = self.loss(result.patches.choices, vector=vector)
+        seconds = result.history[-1].seconds
+        return Outcome(test_loss, result.held_out_loss, result.evaluations, seconds, len(result.patches))
+
+    def run_bank(
+        self, algorithm: Any, count: int, prompts: VisualPrompt, budget: int, seed: int, file: Path | None
+    ) -> Outcome:
+        """A search that chooses from a bank of vectors of the prompts that were collected on."""
+        bank = cluster_vectors(Activations.collect(self.model, self.collected, progress=False), self.space, count)
+        objective = BankObjective(self.model, bank, self.task, prompts, self.space, held_out=self.held_out, seed=seed)
+        result = algorithm.on(objective, budget=budget, seed=seed, resume=file)
+        units = sum(map(len, objective.sets(result.patches)))
+        return self.outcome(result, bank)._replace(units=units)
+
+    def learn(self, result: search.SearchResult, prompts: VisualPrompt, budget: int) -> Outcome:
+        """A search, and then the vector that is learned at its units for what is left of the budget."""
+        start, steps = time.perf_counter(), steps_for(budget, len(self.held_out))
+        if not steps or not len(result.patches):
+            return self.outcome(result)
+        vector = learn_vector(
+            self.model, self.vectors[self.task.name], result.patches, prompts, steps=steps,
+            batch_size=LEARNED_AT_ONCE, held_out=self.held_out, seed=result.seed, progress=False,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        found = self.outcome(result, vector)
+        return found._replace(
+            held_out_loss=self.loss(result.patches.choices, self.held_out, vector),
+            evaluations=found.evaluations + cost_of(steps, len(self.held_out)),
+            seconds=found.seconds + seconds,
+        )
+
+    def run_published(self, seed: int, budget: int) -> tuple[Outcome, list[dict]]:
         """The published search, and its curve: at each set that it tried, the test losses of the best sample so far
         (by held-out loss) and of the units of probability over one half."""
-        prompts = self.task.prompts(self.images, self.args.prompts, 100 + seed, self.model.layout).query_only()
+        prompts = self.prompts(seed)
         objective = search.Objective(
             self.model, self.vectors[self.task.name], self.task, prompts, self.space, held_out=self.held_out, seed=seed
         )
@@ -97,14 +168,27 @@ class Bench:
                 held_out, best = step.held_out_loss, self.loss(chosen)
             likely = self.loss(probabilities > 0.5)
             curve.append({"evaluations": evaluations, "sample": best, "thresholded": likely})
-        return result, curve
+        return self.outcome(result), curve
+
+
+def cost_of(steps: int, held_out: int) -> int:
+    """Evaluations that learning a vector takes: a gradient as three, and looks at the held-out prompts."""
+    looks = 1 + (steps // (every := max(1, steps // 10))) + (steps % every > 0)
+    return GRADIENT_COST * LEARNED_AT_ONCE * steps + looks * held_out
+
+
+def steps_for(budget: int, held_out: int) -> int:
+    """The steps of learning that a budget allows."""
+    most = budget // (GRADIENT_COST * LEARNED_AT_ONCE)
+    return next((steps for steps in range(most, 0, -1) if cost_of(steps, held_out) <= budget), 0)
 
 
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, int, dict]]:
     """Label, budget and options of every search: the published one first."""
     rounds = -(-args.published_steps // PUBLISHED.validate_every)
     yield PAPER, args.published_steps * PUBLISHED.masks + rounds * args.held_out, dict(recipe="published")
-    labels = {name: {} for name in args.algorithms} | (ABLATIONS if args.ablations else {})
+    labels = {name: {} for name in args.algorithms} | (BEYOND if "gates" in args.algorithms else {})
+    labels |= ABLATIONS if args.ablations else {}
     for label, own in labels.items():
         for budget in args.budgets:
             yield label, budget, own
@@ -172,7 +256,9 @@ def draw(rows: list[dict], references: dict[str, float]) -> Figure:
 
 
 def main() -> None:
-    parser = options(__file__, __doc__, "three algorithms, one budget, one seed and 2 published steps")
+    parser = options(
+        __file__, __doc__, "three algorithms, a bank, a learned vector, one budget, one seed, 2 published steps"
+    )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--task", default="segmentation")
     parser.add_argument("--algorithms", nargs="+", default=list(search.ALGORITHMS), choices=search.ALGORITHMS)
@@ -203,18 +289,19 @@ def main() -> None:
     seeds, searches, rows = range(args.seed, args.seed + args.seeds), list(plan(args)), []
     for label, budget, own in progress_bar(searches, desc="searches"):
         if label == PAPER:
-            results, curves = zip(*(bench.run_published(seed, budget) for seed in seeds))
+            outcomes, curves = zip(*(bench.run_published(seed, budget) for seed in seeds))
         else:
-            results, curves = [bench.run(label, seed, budget, **own) for seed in seeds], ()
+            outcomes, curves = [bench.run(label, seed, budget, **own) for seed in seeds], ()
+        of_seeds = Outcome(*map(list, zip(*outcomes)))
         rows.append(
             {
                 "label": label,
                 "budget": budget,
-                "test loss": [bench.loss(result.patches.choices) for result in results],
-                "held-out loss": [result.held_out_loss for result in results],
-                "evaluations": [result.evaluations for result in results],
-                "seconds": [result.history[-1].seconds for result in results],
-                "units": [len(result.patches) for result in results],
+                "test loss": of_seeds.test_loss,
+                "held-out loss": of_seeds.held_out_loss,
+                "evaluations": of_seeds.evaluations,
+                "seconds": of_seeds.seconds,
+                "units": of_seeds.units,
             }
             | ({"curves": curves} if curves else {})
         )

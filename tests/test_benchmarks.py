@@ -4,15 +4,18 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_vectors import random_module, random_prompts
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, tasks
 from vtv_nnsight.experiment import leaderboard
+from vtv_nnsight.learning import learn_vector
 from vtv_nnsight.search import SearchResult
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -286,7 +289,11 @@ def test_search_efficiency(tmp_path):
     found, _ = quick("search_efficiency", tmp_path)
     paper, *others = found["searches"]
     assert paper["label"] == "reinforce, published" and paper["evaluations"] == [2 * 320 + 8]
-    assert [row["label"] for row in others] == ["reinforce", "gates", "ranking"]
+    names = ["reinforce", "gates", "ranking", "gates, bank of 3", "gates, learned vector"]
+    assert [row["label"] for row in others] == names
+    bank, learned = others[-2:]
+    assert all(row["evaluations"][0] > 300 and 0 < row["units"][0] <= 96 for row in (bank, learned))
+    assert learned["test loss"] != others[1]["test loss"] != bank["test loss"]
     assert all(spent <= row["budget"] for row in others for spent in row["evaluations"])
     assert found["references"]["one-shot"] < found["references"]["nothing patched"]
     (curve,) = paper["curves"]
@@ -295,6 +302,26 @@ def test_search_efficiency(tmp_path):
     assert found["reached by itself"]["sample"] == min(
         moment["evaluations"] for moment in curve if moment["sample"] <= paper["test loss"][0] + 1e-9
     )
+
+
+@pytest.mark.parametrize(("steps", "held_out"), [(1, 3), (12, 2), (25, 1)])
+def test_what_learning_a_vector_costs(script, monkeypatch, steps, held_out):
+    """The benchmark counts what is asked: a gradient as three evaluations, and looks at held-out prompts."""
+    efficiency, spent, model = script("search_efficiency"), [], MAEVQGAN(random_module())
+    (loss,) = model.losses
+
+    def counted(output, prompts, truth):
+        spent.append((3 if torch.is_grad_enabled() else 1) * len(prompts))
+        return loss.value(output, prompts, truth)
+
+    monkeypatch.setattr(MAEVQGAN, "losses", (replace(loss, value=counted),))
+    prompts = random_prompts(16 + held_out).query_only()
+    vector = TaskVectors.collect(model, {"a": prompts}, progress=False)["a"]
+    chosen, train, apart = PatchSet.random(PatchSpace(model), 4), prompts[held_out:], prompts[:held_out]
+    learn_vector(model, vector, chosen, train, steps=steps, held_out=apart, progress=False)
+    assert efficiency.cost_of(steps, held_out) == sum(spent)
+    assert efficiency.steps_for(sum(spent), held_out) == steps
+    assert efficiency.steps_for(sum(spent) - 1, held_out) == steps - 1
 
 
 def test_what_a_search_needs_to_reach_the_published_one(script):

@@ -123,6 +123,11 @@ def test_a_model_paints_the_output(vtv, tmp_path, checkpoint):
         (["run", "--folds", "a,b"], "--folds a,b are not numbers"),
         (["run", "--quick", "--published"], "give one"),
         (["run", "--tasks", "sing[/b]"], "'sing[/b]' is not a task"),
+        (["run", "--sites", "heads,mpl"], "sites='mpl' is unknown; choose from heads, attn, mlp, residual"),
+        (["collect", "tiny", "-o", "x", "--sites", ""], "sites='' is unknown; choose from heads, attn, mlp, residual"),
+        (["search", "tiny", "-o", "x", "--vectors", "tiny", "--sites", "neck"], "sites='neck' is unknown"),
+        (["clusters", "tiny", "-o", "x", "--dtype", "int7"], "dtype='int7' in the model's config; expected a floating"),
+        (["layouts", "tiny", "-o", "x", "--embedding-type", "semantic"], "embedding_type='semantic' is for SegGPT"),
     ],
 )
 def test_mistakes_are_one_sentence(vtv, tmp_path, monkeypatch, args, words):
@@ -153,6 +158,41 @@ def test_vectors_that_are_not_finite_are_named(vtv, tmp_path, small_config):
     vectors.save(tmp_path / "vectors.safetensors")
     code, _, complaint = vtv("score", tmp_path / "vectors.safetensors")
     assert code == 1 and "lowlight/decoder/mean holds numbers that are NaN or infinite" in complaint
+
+
+def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
+    """--sites from collecting to evaluating: what is collected is scored, searched and patched."""
+    model, vectors, units = tmp_path / "model", tmp_path / "vectors.safetensors", tmp_path / "units.json"
+    MAEVQGANModel(small_config()).save_pretrained(model)
+    own = ("--tasks", "segmentation,lowlight", "--prompts", 4, "--max-images", 10)
+    assert vtv("collect", model, *own, "--sites", "residual, mlp", "-o", vectors)[0] == 0
+    loaded = TaskVectors.load(vectors)
+    stages = [stage.name for stage in MAEVQGAN(model).stages]
+    sites = [f"{stage}.{site}" for stage in stages for site in ("mlp", "residual")]
+    assert list(loaded["lowlight"].mean) == sites and loaded["lowlight"].mean["encoder.mlp"].shape[2] == 1
+
+    code, out, _ = vtv("score", vectors, "--top", 3, "--plot", tmp_path / "scores.png")
+    assert code == 0 and (".mlp @ " in out or "blocks.0 @ " in out) and "heads" not in out
+
+    search = ("search", model, "--tasks", "lowlight", *own[2:], "--vectors", vectors, "--algorithm", "ranking")
+    search += ("--size", 3, "-o", units)
+    assert vtv(*search)[0] == 0
+    assert PatchSet.load(units).space.sites == ("mlp", "residual")  # all that the vectors have
+    assert vtv(*search, "--sites", "mlp", "--stacks", "decoder")[0] == 0
+    chosen = PatchSet.load(units)
+    assert chosen.space.sites == ("mlp",) and len(chosen) == 3 and all("decoder" in n and ".mlp @" in n for n in chosen)
+    code, out, complaint = vtv(*search, "--sites", "heads,mlp")
+    assert code == 1 and complaint == (
+        f"Error: {vectors} has vectors of mlp, residual and none of heads; collect with sites heads,mlp,residual.\n"
+    )
+
+    evaluate = ("evaluate", model, "--tasks", "lowlight", "--prompts", 2, "-o", tmp_path / "out")
+    assert vtv(*evaluate, "--vectors", vectors, "--patches", units)[0] == 0
+    assert "task vector" in (tmp_path / "out" / "table.md").read_text()
+    assert vtv("collect", model, *own, "-o", vectors)[0] == 0
+    code, _, complaint = vtv(*evaluate, "--vectors", vectors, "--patches", units)
+    assert code == 1 and complaint.count("\n") == 1 and "of the decoder, only heads" in complaint
+    assert "collect with sites=['heads', 'mlp']" in complaint
 
 
 def test_an_error_that_nobody_thought_of_is_one_sentence(vtv, monkeypatch):

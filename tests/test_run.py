@@ -421,6 +421,20 @@ def test_the_report_is_one_file_with_everything(finished):
     assert "Which heads tell the tasks apart" in page and '"budget": 200' in html.unescape(page)
 
 
+def test_a_run_over_other_sites_of_the_layers(tmp_path, model):
+    own = SMALL | {"prompts": 4, "budget": 60, "test_prompts": 4, "search": "mediation"}
+    page = run(tmp_path / "run", Settings(model=model, sites=("mlp", "heads"), **own), progress=False).read_text()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["sites"] == ["heads", "mlp"]
+    result = SearchResult.load(tmp_path / "run" / "search" / "lowlight.safetensors")
+    assert result.patches.space.sites == ("heads", "mlp")
+    names = (tmp_path / "run" / "scores.csv").read_text()
+    assert ".mlp @ query," in names and ".attn.heads[0] @ query," in names
+    assert "A <b>unit</b> is one attention head or one MLP at one place: cls, query or output." in page
+    assert "Which heads and MLPs tell the tasks apart" in page
+    with pytest.raises(ValueError, match="sites was heads, mlp and is heads. .* do collect, score, search, evaluate"):
+        run(tmp_path / "run", Settings(model=model, **own), progress=False)
+
+
 def test_runs_are_compared(finished, copy, model, tmp_path, done):
     run(copy, Settings(model=model, **SMALL | {"budget": 300}), redo=True, progress=False)
     page = report.compare([finished, copy], tmp_path / "comparison.html").read_text()

@@ -138,6 +138,18 @@ def objective(model, prompts, vectors, space):
     return make
 
 
+@pytest.mark.parametrize("ask", ["losses", "gradient"])
+def test_the_head_answers_where_the_loss_asks(objective, model, ask):
+    """No work that the loss does not need: of the decoded patches, only the output's are given logits."""
+    objective, seen, head = objective(), [], model._module.decoder.head
+    hook = head.register_forward_hook(lambda _, args, logits: seen.append(tuple(args[0].shape[:2])))
+    choices, rows = torch.ones(2, len(objective.space)), objective.train[:2]
+    objective(choices.bool(), rows) if ask == "losses" else objective.gradient(choices, rows)
+    hook.remove()
+    layout = objective.prompts.layout
+    assert seen == [(2, len(layout.regions["output"]))] and len(layout.regions["output"]) < len(layout.query_band)
+
+
 def some_pairs(objective, count=6, seed=0):
     """Sets and prompts: a row each."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,11 +5,13 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_vectors import random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, VisualPrompt, patch
+from vtv_nnsight.models import weights
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.search import SearchResult
 from vtv_nnsight.stages import ByStage, check_compatible, device_of, differences, fingerprint, stages_of
@@ -124,6 +126,71 @@ def test_a_patch_notices_weights_that_were_written_to(module):
     layer.weight = torch.nn.Parameter(2 * layer.weight.detach())
     with pytest.raises(ValueError, match="other weights"):
         run()
+
+
+WRITES = (lambda weight: weight.data.neg_(), lambda weight: np.negative(weight.numpy(), out=weight.numpy()))
+
+
+@pytest.mark.parametrize("write", WRITES, ids=["data", "numpy"])
+def test_writes_that_torch_does_not_count_are_noticed_when_collecting_and_not_when_patching(module, write):
+    model, prompts = MAEVQGAN(copy.deepcopy(module)), random_prompts(2).query_only()
+    weight = model._module.decoder.blocks[0].mlp.fc1.weight.requires_grad_(False)
+
+    def collect():
+        return TaskVectors.collect(model, {"a": prompts}, progress=False)["a"]
+
+    before = collect()
+    write(weight)
+    assert not differences(fingerprint(model, cached=True), before.fingerprint)  # as the docstring says
+    assert differences(collect().fingerprint, before.fingerprint) == ["other weights"]
+    assert differences(fingerprint(model, cached=True), before.fingerprint) == ["other weights"]
+    write(weight)
+    assert collect().fingerprint == before.fingerprint
+
+
+def test_weights_in_other_places_are_other_weights(module):
+    model = MAEVQGAN(copy.deepcopy(module))
+    before = fingerprint(model)
+    swap(model._module)
+    assert differences(fingerprint(model), before) == ["other weights"]
+    swap(model._module)
+    assert fingerprint(model) == before
+
+
+def test_digests_are_of_what_the_state_dict_holds(module):
+    """Also a buffer that it holds, and not one that it leaves out."""
+    own = copy.deepcopy(module)
+    before = fingerprint(MAEVQGAN(own))
+    own.encoder.register_buffer("fleeting", torch.ones(3), persistent=False)
+    assert fingerprint(MAEVQGAN(own)) == before
+    own.encoder.register_buffer("kept", torch.ones(3))
+    assert differences(with_buffer := fingerprint(MAEVQGAN(own)), before) == ["other weights"]
+    own.encoder.kept.data[1] = 2
+    assert differences(fingerprint(MAEVQGAN(own)), with_buffer) == ["other weights"]
+    found: dict = {}
+    weights._gather(own, "", found)
+    assert list(found) == list(own.state_dict())
+
+
+def test_weights_that_lie_in_strides_are_the_same_weights(module):
+    own = copy.deepcopy(module)
+    layer = own.decoder.blocks[0].mlp.fc1
+    layer.weight = torch.nn.Parameter(layer.weight.detach().t().contiguous().t())
+    assert not layer.weight.is_contiguous()
+    assert not differences(fingerprint(MAEVQGAN(own)), fingerprint(MAEVQGAN(module)))
+
+
+def test_a_collection_ends_with_the_last_activation_it_reads(module):
+    model, run = MAEVQGAN(module), []
+    last = module.decoder.blocks[-1]
+    parts = {"qkv": last.attn.qkv, "mlp": last.mlp, "head": module.decoder.head}
+    hooks = [part.register_forward_pre_hook(lambda *_, name=name: run.append(name)) for name, part in parts.items()]
+    for sites, expected in (("heads", ["qkv"]), ("mlp", ["qkv", "mlp"])):
+        TaskVectors.collect(model, {"a": random_prompts(2)}, sites=sites, progress=False)
+        assert run == expected
+        run.clear()
+    for hook in hooks:
+        hook.remove()
 
 
 def test_resuming_notices_other_weights(module, tmp_path):

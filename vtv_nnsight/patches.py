@@ -258,13 +258,14 @@ def _read_places(name: str, places: Any, layout: Layout) -> torch.Tensor:
 
 def _published_units(found: Mapping[str, Any]) -> dict[str, Any]:
     """The units of a space whose file names none, as version 0.1 wrote them: MAE-VQGAN's."""
-    layout = layout_of(found)
+    layout, modules = layout_of(found), {HEADS: ".attn", "attn": ".attn", "mlp": ".mlp", "residual": ""}
     return {
-        stage.name: {
-            "layers": [f"{stage.name}.blocks.{layer}.attn" for layer in range(stage.layers)],
+        stage_key(stage.name, site): {
+            "layers": [f"{stage.name}.blocks.{layer}{modules[site]}" for layer in range(stage.layers)],
             "groups": mae.groups(stage.name, found["granularity"], layout),
         }
         for stage in stages_of(found)
+        for site in found.get("sites", (HEADS,))
     }
 
 
@@ -448,7 +449,7 @@ def patch(
     known = {stage_key(stage, site) for stage in own["stages"] for site in SITES}
     if unknown := [name for mask in masks for name in mask if name not in known]:
         raise ValueError(f"a mask of {unknown[0]!r} was given; this model has {', '.join(own['stages'])}.")
-    for stage in model.stages:
+    for stage in stages_of(own):
         with unset_fake_temporarily():
             steps = [
                 _Step(stage, site, v, mask[stage_key(stage.name, site)], scale, mode)
@@ -523,7 +524,7 @@ class _Step:
                 f"{vector.label}: there is no {site} of the {stage.name}, only {', '.join(sites_in(vector.values))}; "
                 f"collect with sites={[*sites_in(vector.values), site]}."
             )
-        self.values, self.present = values, vector.present[name]
+        self.values, self.present, self.shown = values, vector.present[name], None
         self.mask = mask if mask.dtype == torch.bool and scale == 1 and mode == "replace" else mask * scale
 
     def check(self, seen: torch.Tensor, model: InContextModel) -> None:
@@ -554,7 +555,7 @@ class _Step:
         for given, what in ((self.mask, "a mask for"), (self.values, "activations of")):
             if given.ndim > 3 + (given is self.values) and len(given) != len(z):
                 raise ValueError(f"{what} {len(given)} rows was given; this batch has {len(z)}.")
-        mask = _at(self.mask.select(-3, layer)[..., None].to(z.device), seen)
+        mask = self._mask(layer, seen).to(z.device)[..., None]
         new = _at(self.values.select(-4, layer), seen).to(z)
         if mask.dtype == torch.bool and not torch.is_grad_enabled() and self.site == HEADS:
             torch.where(mask, new, z, out=z)
@@ -566,6 +567,14 @@ class _Step:
             step = new - z if self.mode == "replace" else new
             changed = z + mask.to(z.dtype) * torch.where(there, step, 0)
         write(model, self.stage, layer, self.site, changed)
+
+    def _mask(self, layer: int, seen: torch.Tensor) -> torch.Tensor:
+        """The mask of a layer at the positions `seen`, [token, head] or [row, token, head]."""
+        if seen.ndim == 2:
+            return _at(self.mask.select(-3, layer)[..., None], seen)[..., 0]
+        if self.shown is None:
+            self.shown = self.mask.index_select(-2, seen.to(self.mask.device))
+        return self.shown.select(-3, layer)
 
 
 def _at(values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

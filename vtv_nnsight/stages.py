@@ -11,16 +11,13 @@ the canvas, the kind of model and its weights. Two of them are compared in what 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import xxhash
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models import weights
 from vtv_nnsight.models.interface import InContextModel, Stage
 
 
@@ -56,18 +53,21 @@ def fingerprint(model: InContextModel, layout: Layout | None = None, *, cached: 
     Args:
         model: The model.
         layout: Also tell the order and the examples of this layout.
-        cached: Take the digests that were made before, unless a parameter has been written to, moved or dropped since.
-            Writes into `parameter.data` are not seen.
+        cached: Take the digests that were made before, unless PyTorch knows of a change since (see
+            `models.weights.digests`). It does not know of writes into `parameter.data` and NumPy's views: `patch`,
+            which must be quick, does not see these; collecting reads all weights, and does.
     """
-    return geometry(model, layout) | _weights(model, cached)
+    digests = weights.digests(model, cached=cached)
+    return geometry(model, layout) | ({"weights": digests} if digests else {})
 
 
 def geometry(model: InContextModel, layout: Layout | None = None) -> dict[str, Any]:
     """The fingerprint without the weights."""
-    found: dict[str, Any] = {"stages": [stage.name for stage in model.stages]}
-    for stage in model.stages:
+    stages, shown = model.stages, layout or model.layout
+    found: dict[str, Any] = {"stages": [stage.name for stage in stages]}
+    for stage in stages:
         found |= {f"{stage.name} {size}": getattr(stage, size) for size in _SIZES}
-    own = {name: getattr(layout or model.layout, name) for name in Layout.__dataclass_fields__}
+    own = {name: getattr(shown, name) for name in Layout.__dataclass_fields__}
     return found | (own if layout else {name: own[name] for name in ("canvas_size", "patch_size")}) | model.identity()
 
 
@@ -152,9 +152,9 @@ def _agree(name: str, found: Any, expected: Any) -> bool:
     if name != "weights":
         found, expected = (list(value) if isinstance(value, tuple) else value for value in (found, expected))
         return found == expected
-    if any(found[dtype] == expected[dtype] for dtype in _ROUNDED):
+    if any(found[dtype] == expected[dtype] for dtype in weights.ROUNDED):
         return True
-    if {found["dtype"], expected["dtype"]} == set(_ROUNDED):
+    if {found["dtype"], expected["dtype"]} == set(weights.ROUNDED):
         warnings.warn(
             "weights in bfloat16 are compared with weights in float16, and whether they were the same before they were "
             "rounded cannot be told; load one of the two models in float32 to be sure.",
@@ -162,55 +162,3 @@ def _agree(name: str, found: Any, expected: Any) -> bool:
         )
         return True
     return False
-
-
-_ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_known = WeakTensorKeyDictionary()
-"""A model's first parameter → its parameters, their state, and their digests."""
-
-
-def _weights(model: InContextModel, cached: bool) -> dict[str, Any]:
-    """{"weights": …}, or nothing while they are not loaded."""
-    first = next(model.parameters(), None)
-    if first is None or first.is_meta or isinstance(first, FakeTensor):
-        return {}
-    if cached and first in _known:
-        references, state, digests = _known[first]
-        if state == [_state(reference()) for reference in references]:
-            return {"weights": digests}
-    parameters = list(model.parameters())
-    if any(parameter.is_meta for parameter in parameters):
-        return {}
-    with torch.no_grad(), unset_fake_temporarily():
-        digests = {"dtype": str(first.dtype).removeprefix("torch."), **_digests(model.state_dict())}
-    _known[first] = [weakref.ref(p) for p in parameters], [_state(p) for p in parameters], digests
-    return {"weights": digests}
-
-
-def _state(parameter: torch.Tensor | None) -> tuple[int, int] | None:
-    if parameter is None:
-        return None
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
-
-
-def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Digests of tensors as each of the rounded dtypes holds them. Rounding takes most of the time, and is done once
-    for the same numbers."""
-    exact = _digest(tensors)
-    if exact not in _rounded:
-        _rounded[exact] = {name: _digest(tensors, dtype) for name, dtype in _ROUNDED.items()}
-    return _rounded[exact]
-
-
-_rounded: dict[str, dict[str, str]] = {}
-"""Digest of tensors as they are → `_digests` of them."""
-
-
-def _digest(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> str:
-    """A digest of tensors, their names and shapes; those that are floating point rounded to `dtype`."""
-    hasher = xxhash.xxh3_128()
-    for name, tensor in sorted(tensors.items()):
-        tensor = tensor.to(dtype) if tensor.is_floating_point() and dtype else tensor
-        hasher.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
-        hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return hasher.hexdigest()

@@ -497,14 +497,16 @@ def measure(model: InContextModel, prompts: VisualPrompt, sites: Sequence[str] =
 def _read_all(
     model: InContextModel, prompts: VisualPrompt, sites: Sequence[str], function: Callable[[torch.Tensor], Any]
 ) -> ByStage:
-    """`function` of the activations of every layer, in one trace: by stage and site, a list."""
-    with torch.no_grad(), model.trace(prompts):
+    """`function` of the activations of every layer, in one trace, which ends with the last of them: by stage and site,
+    a list."""
+    with torch.no_grad(), model.trace(prompts) as tracer:
         found = {
             (stage_key(stage.name, site), layer): function(read(model, stage, layer, site))
             for stage in model.stages
             for layer in range(stage.layers)
             for site in sites
         }.save()
+        tracer.stop()
     layers = ByStage()
     for (name, _), value in found.items():
         layers.setdefault(name, []).append(value)

@@ -180,6 +180,14 @@ Candidates = Annotated[
     ),
 ]  # fmt: skip
 Granularity = Annotated[str, typer.Option(help='What a unit is: a "head", a head in a "quadrant", or at a "token".')]
+Sites = Annotated[
+    str | None,
+    typer.Option(
+        help='What of a layer is collected and patched, with commas between them: "heads", "attn" (the attention\'s '
+        'output), "mlp" (the MLP\'s), "residual" (the layer\'s).',
+        show_default=",".join(Settings.sites),
+    ),
+]
 Loss = Annotated[
     str | None,
     typer.Option(
@@ -206,6 +214,11 @@ def settings_of(
 
         chosen["tasks"] = tuple(task.name for task in get_all(tasks))
     return Settings(**chosen)
+
+
+def listed(text: str | None) -> tuple[str, ...] | None:
+    """What an option names with commas between; None where it was not given."""
+    return None if text is None else tuple(part.strip() for part in text.split(","))
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -168,6 +168,8 @@ def layouts(
     ] = "softmax",
     seed: Seed = Settings.seed,
     vqgan: VQGAN = None,
+    embedding_type: EmbeddingType = None,
+    dtype: DType = None,
     device: Device = None,
 ) -> None:
     """Segment the same queries in both orders of a prompt, in several colours, and in both orders at once (VP §4.4).
@@ -188,7 +190,7 @@ def layouts(
     if others := [name for name, task in looks.items() if not isinstance(task, Segmentation)]:
         raise ValueError(f"--colours {others[0]} is not a segmentation task.")
     settings = settings_of(images, data, None, model=source, test_prompts=prompts, seed=seed)
-    model = steps.load_model(source, vqgan, device)
+    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
     rows = load(settings.data, split, 2 * prompts, seed)
     steps.servable(settings_of(images, data, "segmentation"), rows)
     scores = prompt_engineering.compare(model, rows, prompts, seed, tasks=looks, rule=ensemble)

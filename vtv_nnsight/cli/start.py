@@ -24,7 +24,9 @@ from vtv_nnsight.cli.app import (
     Loss,
     Order,
     Seed,
+    Sites,
     app,
+    listed,
     say,
     settings_of,
     wrote,
@@ -86,6 +88,7 @@ def run(
         ),
     ] = None,
     granularity: Granularity = Settings.granularity,
+    sites: Sites = None,
     search: Annotated[
         str | None,
         typer.Option(
@@ -162,6 +165,7 @@ def run(
         prompts=prompts,
         candidates=candidates,
         granularity=granularity,
+        sites=listed(sites),
         search=search,
         loss=loss,
         budget=budget,

@@ -31,10 +31,12 @@ from vtv_nnsight.cli.app import (
     Output,
     Prompts,
     Seed,
+    Sites,
     Source,
     Tasks,
     app,
     given,
+    listed,
     say,
     settings_of,
     wrote,
@@ -60,6 +62,7 @@ def collect(
     max_images: MaxImages = Settings.max_images,
     prompts: Prompts = Settings.prompts,
     candidates: Candidates = Settings.candidates,
+    sites: Sites = None,
     order: Order = Settings.order,
     seed: Seed = Settings.seed,
     batch_size: BatchSize = None,
@@ -69,13 +72,13 @@ def collect(
     dtype: DType = None,
     device: Device = None,
 ) -> None:
-    """Collect task vectors: the mean activation of every head at every position, task by task."""
+    """Collect task vectors: the mean activation of every head (or MLP, …: --sites) at every position, task by task."""
     from vtv_nnsight.data import load
     from vtv_nnsight.experiment import steps
 
     settings = settings_of(
         images, data, tasks, model=source, max_images=max_images, prompts=prompts, candidates=candidates, order=order,
-        seed=seed,
+        seed=seed, sites=listed(sites),
     )  # fmt: skip
     model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
     layout = steps.layout_for(model, settings)
@@ -84,7 +87,7 @@ def collect(
         task.name: steps.select(model, task, rows, settings, layout, batch_size)
         for task in steps.servable(settings, rows)
     }
-    steps.collect(model, chosen, batch_size, resume).save(output)
+    steps.collect(model, chosen, batch_size, resume, settings.sites).save(output)
     wrote(output)
 
 
@@ -136,6 +139,8 @@ def clusters(
     seed: Seed = Settings.seed,
     batch_size: BatchSize = None,
     vqgan: VQGAN = None,
+    embedding_type: EmbeddingType = None,
+    dtype: DType = None,
     device: Device = None,
 ) -> None:
     """Draw how prompts cluster by task in the heads that tell tasks apart best (by silhouette)."""
@@ -145,7 +150,7 @@ def clusters(
     from vtv_nnsight.experiment import steps
 
     settings = settings_of(images, data, tasks, model=source, prompts=prompts, order=order, seed=seed)
-    model = steps.load_model(source, vqgan, device)
+    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
     layout = steps.layout_for(model, settings)
     rows = load(settings.data, split, max_images, seed)
     asked = {task.name: task.prompts(rows, prompts, seed, layout) for task in steps.servable(settings, rows)}
@@ -209,6 +214,14 @@ def search(
         str | None,
         typer.Option(help="Stages to patch, with commas between them.", show_default="all of the model's"),
     ] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            help='What of a layer is patched, with commas between them: "heads", "attn", "mlp", "residual", of those '
+            "that were collected.",
+            show_default="all that the vectors have",
+        ),
+    ] = None,
     data: Data = Settings.data,
     images: Images = None,
     split: Split = "train",
@@ -232,6 +245,7 @@ def search(
     from vtv_nnsight.experiment import steps
     from vtv_nnsight.patches import PatchSpace
     from vtv_nnsight.search import ALGORITHMS, plots
+    from vtv_nnsight.sites import sites_in
 
     if algorithm not in (*ALGORITHMS, "published"):
         raise ValueError(f"{algorithm!r} is not an algorithm; choose from {', '.join(ALGORITHMS)}, or published.")
@@ -239,14 +253,15 @@ def search(
     settings = settings_of(
         images, data, task, {"budget": None} if published else None, model=source, max_images=max_images,
         prompts=prompts, candidates=candidates, order=order, seed=seed, loss=loss, granularity=granularity,
-        search=algorithm, budget=budget,
+        search=algorithm, budget=budget, sites=listed(sites),
     )  # fmt: skip
-    loaded = steps.read_vectors(vectors, settings.tasks)
+    loaded = steps.read_vectors(vectors, settings.tasks, settings.sites if sites else ())
     model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
     layout = steps.layout_for(model, settings)
     rows = load(settings.data, split, max_images, seed)
     chosen = steps.servable(settings, rows)
-    space = PatchSpace(model, layout, granularity, stacks.split(",") if stacks else None)
+    patched = settings.sites if sites else sites_in(next(iter(loaded.values())).mean)
+    space = PatchSpace(model, layout, granularity, listed(stacks), patched)
     result = steps.search(
         model,
         loaded,

@@ -41,6 +41,7 @@ from vtv_nnsight.progress import progress_bar, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report.pictures import plain_label
 from vtv_nnsight.search.algorithm import prefixes, sizes
+from vtv_nnsight.sites import HEADS
 from vtv_nnsight.stages import check_compatible, device_of, fingerprint, layout_of
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
@@ -181,7 +182,8 @@ def prepare(options: Leaderboard, found: Sets) -> tuple[Bench, Dataset]:
         )
     if not model.losses:
         raise ValueError(f"sets are compared by the model's own loss, and {options.model} has none; give it `losses`.")
-    vectors = read_vectors(options.vectors, options.tasks) if options.vectors else None
+    sites = {site for own in found.values() for (one,) in own.values() for site in patches(one).space.sites}
+    vectors = read_vectors(options.vectors, options.tasks, sorted(sites)) if options.vectors else None
     owners = {f"the set {name!r}": patches(one) for name, own in found.items() for (one,) in own.values()}
     owners |= {str(options.vectors): next(iter(vectors.values()))} if vectors else {}
     known = next((owner.fingerprint for owner in owners.values()), {})
@@ -201,7 +203,8 @@ def prepare(options: Leaderboard, found: Sets) -> tuple[Bench, Dataset]:
 
     if vectors is None:
         several = options.chosen | {task.name: task for task in tasks.VTV}
-        vectors = collect(model, ask(train, several, options.prompts), options.batch_size)
+        prompts = ask(train, several, options.prompts)
+        vectors = collect(model, prompts, options.batch_size, sites=sorted(sites | {HEADS}))
     if len(vectors) < 2:
         raise ValueError(f"there is a vector of {', '.join(vectors)} only; the mean over tasks needs two or more.")
     spec = options.transfer_data or (UNSEEN if options.data == "scenes" else None)

@@ -32,7 +32,7 @@ from vtv_nnsight.search.objective import processes
 STEPS = {
     "select": ("model", "vqgan", "embedding_type", "dtype", "weights", "data", "folds", "pictures", "tasks", "order")
     + ("max_images", "prompts", "candidates", "seed", "version", "protocol"),
-    "collect": (),
+    "collect": ("sites",),
     "score": ("granularity",),
     "search": ("search", "loss", "budget", "search_fold", "search pictures"),
     "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts"),

@@ -31,6 +31,7 @@ class Settings:
         candidates: Random prompts per task to select them from. With fewer than four pictures per prompt none are
             selected: prompts are drawn at random.
         granularity: "head", "quadrant" or "token".
+        sites: What of a layer is collected and patched, as for `PatchSpace`.
         search: One of `search.ALGORITHMS`, or "published" for the paper's own recipe.
         loss: The name of one of the model's `losses` or "pixels", the task's own; None is the model's first.
         budget: Evaluations (one mask on one prompt each) that a search may spend; None leaves it to the algorithm.
@@ -58,6 +59,7 @@ class Settings:
     prompts: int = 100
     candidates: int = 400
     granularity: str = "quadrant"
+    sites: tuple[str, ...] = ("heads",)
     search: str = "reinforce"
     loss: str | None = None
     budget: int | None = 8000
@@ -68,7 +70,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         from vtv_nnsight import tasks
-        from vtv_nnsight.models.interface import QUERY_ONLY
+        from vtv_nnsight.models.interface import QUERY_ONLY, SITES
         from vtv_nnsight.search import ALGORITHMS
 
         choices = {
@@ -83,6 +85,8 @@ class Settings:
             if getattr(self, name) not in known:
                 offered = ", ".join(str(choice) for choice in known if choice is not None)
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {offered}.")
+        if strange := [site for site in self.sites if site not in SITES] or [""] * (not self.sites):
+            raise ValueError(f"sites={strange[0]!r} is unknown; choose from {', '.join(SITES)}, or several of them.")
         for name in ("max_images", "prompts", "candidates", "budget", "test_prompts", "draws", "control_prompts"):
             value = getattr(self, name)
             if value is None and name == "budget":

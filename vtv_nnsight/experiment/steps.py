@@ -52,13 +52,14 @@ from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
 from vtv_nnsight.layouts import REASONING, Layout
 from vtv_nnsight.models.devices import resolve_device
-from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.interface import SITES, InContextModel
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
 from vtv_nnsight.search.holdout import held_out_count
 from vtv_nnsight.search.objective import check_gradient, choose_loss, processes
+from vtv_nnsight.sites import HEADS, known_sites, sites_in, split_key
 from vtv_nnsight.stages import device_of, fingerprint
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVector, TaskVectors
@@ -120,7 +121,7 @@ def run(
         folds, notes = load_folds(out, settings)
         tasks = servable(settings, folds[0].train)
         layout = layout_for(model, settings)
-        space = PatchSpace(model, layout, settings.granularity)
+        space = PatchSpace(model, layout, settings.granularity, sites=settings.sites)
         check(settings, folds, tasks, space, model)
         record = None
         if state.is_main_process:
@@ -147,7 +148,8 @@ def run(
                 with begin("collect") as step:
                     if step.lacks("vectors.safetensors"):
                         step.working_on("")
-                        vectors = collect(model, prompts, batch_size, fold.folder / "vectors.state")
+                        state_file = fold.folder / "vectors.state"
+                        vectors = collect(model, prompts, batch_size, state_file, settings.sites)
                         step.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
                         step.remove("vectors.state")
                     vectors = TaskVectors.load(step.path("vectors.safetensors"))
@@ -394,27 +396,36 @@ def collect(
     prompts: Mapping[str, VisualPrompt],
     batch_size: int | None = None,
     resume: str | os.PathLike | None = None,
+    sites: Sequence[str] = Settings.sites,
 ) -> TaskVectors:
-    """The mean activation of every head, by task (ECCV 2024, §4.1)."""
-    return TaskVectors.collect(model, prompts, batch_size=batch_size, resume=resume)
+    """The mean activation of every head (ECCV 2024, §4.1), or at other sites of the layers, by task."""
+    return TaskVectors.collect(model, prompts, sites=sites, batch_size=batch_size, resume=resume)
 
 
-def read_vectors(path: str | os.PathLike, tasks: Sequence[str] = ()) -> TaskVectors:
-    """Vectors in a file, which hold some tasks.
+def read_vectors(path: str | os.PathLike, tasks: Sequence[str] = (), sites: Sequence[str] = ()) -> TaskVectors:
+    """Vectors in a file, which hold some tasks and sites.
 
     Raises:
-        FileNotFoundError, ValueError: as `TaskVectors.load`; and naming the task that is missing.
+        FileNotFoundError, ValueError: as `TaskVectors.load`; and naming the task or the site that is missing.
     """
     vectors = TaskVectors.load(path)
     if missing := [task for task in tasks if task not in vectors]:
         raise ValueError(f"{path} has no vector of {', '.join(map(repr, missing))}; it has {', '.join(vectors)}.")
+    there = sites_in(next(iter(vectors.values())).mean)
+    if missing := [site for site in sites if site not in there]:
+        raise ValueError(
+            f"{path} has vectors of {', '.join(there)} and none of {', '.join(missing)}; collect with "
+            f"sites {','.join(site for site in SITES if site in {*there, *missing})}."
+        )
     return vectors
 
 
 def space_of(vectors: TaskVectors, granularity: str) -> PatchSpace:
     """The space of the model and layout that vectors were collected from."""
     found = next(iter(vectors.values()))
-    return PatchSpace.from_metadata(found.fingerprint | {"granularity": granularity, "stacks": list(found.mean)})
+    stacks, sites = list(dict.fromkeys(split_key(name)[0] for name in found.mean)), sites_in(found.mean)
+    own = {"granularity": granularity, "stacks": stacks} | ({} if sites == (HEADS,) else {"sites": list(sites)})
+    return PatchSpace.from_metadata(found.fingerprint | own)
 
 
 def score(vectors: TaskVectors, space: PatchSpace) -> torch.Tensor | None:
@@ -525,6 +536,7 @@ def identity(settings: Settings, model: InContextModel, folds: Sequence[Fold], t
     """What the numbers of a run depend on, as run.json has it: settings, weights, pictures and version."""
     return asdict(settings) | {
         "loss": choose_loss(model, settings.loss)[0],
+        "sites": known_sites(model, settings.sites),
         "tasks": [task.name for task in tasks],
         "folds": [fold.number for fold in folds if fold.name],
         "weights": _digest(fingerprint(model)),

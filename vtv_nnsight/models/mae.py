@@ -117,5 +117,7 @@ def paint_canvas(
 def token_loss(output: Any, prompts: VisualPrompt, codes: torch.Tensor) -> torch.Tensor:
     """Losses [batch] of an output's logits [batch, decoded patch, code] against the codes of the truth [batch, output
     patch]: their mean cross-entropy."""
-    patches = prompts.layout.regions["output"].to(prompts.device)
-    return metrics.token_loss(output.logits[:, token_index(prompts.decoded, patches) - 1], codes)
+    patches, logits = prompts.layout.regions["output"].to(prompts.device), output.logits
+    if prompts.decoded is not patches:  # as `narrow` leaves them
+        logits = logits[:, token_index(prompts.decoded, patches) - 1]
+    return metrics.token_loss(logits, codes)

@@ -67,13 +67,16 @@ def write(run: str | os.PathLike) -> Path:
         marked=[(1, 2)],
         units=len(_space(found)),
         places=_places(found),
+        parts=_joined(PARTS[site][0] for site in _space(found).sites),
+        unit=_unit(found),
         summary=_summary(found, lines),
         words=_words(condition for task in lines.values() for condition in task["score"]),
         tasks=[_task(found, task, lines[task.name]) for task in found.tasks],
         scores=[
             draw(
                 partial(plots.score_map, scores, found.layout),
-                f"{fold or 'Each cell is a head'}: the variance between tasks over that within a task, at each place.",
+                f"{fold or f'Each cell is {_unit(found)}'}: the variance between tasks over that within a task, at "
+                "each place.",
                 wide=True,
             )
             for fold, scores in found.scores.items()
@@ -149,7 +152,7 @@ def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
         draw(
             partial(search_plots.score_maps, result),
             f"{'Probability' if result.probabilistic else 'Score'} of every unit{f', {fold}' if fold else ''}: each "
-            "cell is a head, each panel a place. The ringed units are patched.",
+            f"cell is {_unit(found)}, each panel a place. The ringed units are patched.",
             wide=True,
         )
         for fold, result in results.items()
@@ -283,13 +286,31 @@ def _space(found: Found) -> Any:
     return next(iter(next(iter(found.results.values())).values())).patches.space
 
 
+def _unit(found: Found) -> str:
+    """What a unit is, in words, but for its place."""
+    return _joined((PARTS[site][1] for site in _space(found).sites), "or")
+
+
 def _places(found: Found) -> str:
     """Where a unit's head can be, in words."""
     space = _space(found)
     if space.granularity == "token":
         return "a single token"
-    *others, last = dict.fromkeys(name for groups in space.groups.values() for name in groups)
-    return f"{', '.join(others)} or {last}" if others else last
+    return _joined(dict.fromkeys(name for groups in space.groups.values() for name in groups), "or")
+
+
+PARTS = {
+    "heads": ("heads", "one attention head"),
+    "attn": ("attention layers", "one attention layer"),
+    "mlp": ("MLPs", "one MLP"),
+    "residual": ("residual streams", "one layer's residual stream"),
+}
+"""Site → what lies there, and what a unit is."""
+
+
+def _joined(words: Iterable[str], by: str = "and") -> str:
+    *others, last = words
+    return f"{', '.join(others)} {by} {last}" if others else last
 
 
 def _words(conditions: Iterable[str]) -> dict[str, str]:
