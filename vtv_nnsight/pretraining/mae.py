@@ -7,6 +7,7 @@ zero-shot runs it, and some hide patches at random over the whole canvas.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -38,6 +39,8 @@ SAMPLE = 256
 TOKENIZER = "tokenizer"
 """The folder beside a run's that holds its tokenizer."""
 MOST_DROPPED, LEAST_HIDDEN, MOST_HIDDEN = 0.75, 0.5, 0.8
+HIDDEN = 0.75
+"""Share of the patches that VP and MAE hide, anywhere on the canvas."""
 
 
 def draw_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +58,13 @@ def draw_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch
         shown = round(len(visible) * (1 - share * MOST_DROPPED))
         return _shuffled(visible, n, generator)[:, :shown], output.expand(n, -1)
     return visible, output
+
+
+def random_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Visible and hidden patch ids [n, patch] of canvases that are no prompts (VP §3)."""
+    order = _shuffled(layout.all_patches.to(generator.device), n, generator)
+    shown = round((1 - HIDDEN) * layout.num_patches)
+    return order[:, :shown], order[:, shown:]
 
 
 def masked_loss(
@@ -79,10 +89,13 @@ def train_mae(
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    canvases: Callable[[int, int], torch.Tensor] | None = None,
+    mask: Callable[[Layout, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]] = draw_mask,
 ) -> Path:
     """Train the transformer over the codes in a tokenizer's folder; `out` receives `checkpoint.pt`, `log.jsonl` and the
     averaged model as a folder for `from_pretrained`, whose path is returned. `start` is a smaller model, or one of the
-    same size, whose transformer it begins with."""
+    same size, whose transformer it begins with. `canvases(step, n)` are the pixels [n, 3, height, width] of a step, by
+    default those of the training stream's prompts, and `mask` says what they hide."""
     torch.manual_seed(seed)
     codes, layout = PatchCodes.load(config, tokenizer / CODES), config.layout
     model = MAEVQGANModel(config) if start is None else widen(start, config)
@@ -93,6 +106,7 @@ def train_mae(
     model.vqgan.requires_grad_(False)
     if torch.device(device).type == "cpu":
         model.set_attn_implementation("eager")  # twice as fast there: its fused kernel is slow on small heads
+    canvases = canvases or (lambda step, n: training_prompts(step, n, layout, seed, corpus).canvas)
     held_out = [
         (f"{task.name}, {source}", task, prompts.to(device))
         for task in tasks.VTV
@@ -100,12 +114,12 @@ def train_mae(
     ]
 
     def batches(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        canvas = training_prompts(step, recipe.batch_size, layout, seed, corpus).canvas
+        canvas = canvases(step, recipe.batch_size)
         return canvas, codes.encode(canvas)
 
     def loss(model: MAEVQGANModel, batch: tuple[torch.Tensor, ...], generator: torch.Generator):
         canvas, targets = batch
-        return masked_loss(model, canvas, targets, *draw_mask(layout, len(canvas), generator)), {}
+        return masked_loss(model, canvas, targets, *mask(layout, len(canvas), generator)), {}
 
     seen = deepcopy(codes).to(device)
     ceilings = {
