@@ -48,7 +48,7 @@ def test_figures_are_grids_on_white(kind, corpus):
     generator, separated = np.random.default_rng(0), 0
     for _ in range(20):
         figure = compose_figure(corpus, 160, generator, kind)
-        assert figure.mode == "RGB" and 0.8 * 160 <= max(figure.size) <= 1.4 * 160
+        assert figure.mode == "RGB" and 0.65 * 160 <= max(figure.size) <= 1.4 * 160
         white = (np.asarray(figure) == 255).all(-1)
         separated += white.all(0).any() or white.all(1).any()
     assert separated >= 15
