@@ -318,6 +318,38 @@ def test_what_a_search_needs_to_reach_the_published_one(script):
     assert (first["times fewer, sample"], first["times fewer, thresholded"]) == (9 / 2, 6 / 2)
 
 
+def test_data_size(tmp_path):
+    found, printed = quick("data_size", tmp_path)
+    rows = {(row["kind"], row["share"]): row for row in found["rows"]}
+    assert list(rows) == [(kind, share) for kind in ("prompts", "figures") for share in (0.1, 1.0)]
+    assert [row["canvases"] for row in rows.values()] == [8, 80, 8, 80]
+    for row in rows.values():
+        assert list(row["tasks"]) == [task.name for task in tasks.VTV]
+        for own in row["tasks"].values():
+            for measure in ("score", "loss"):
+                mean, low, high = own[measure]["one-shot"]
+                assert low <= mean <= high and own[measure]["zero-shot"] != own[measure]["one-shot"]
+    for kind in ("prompts", "figures"):
+        assert rows[kind, 0.1]["seen"] < rows[kind, 0.1]["unseen"]  # eight canvases, ten times
+        assert rows[kind, 0.1]["unseen"] != rows[kind, 1.0]["unseen"]
+    assert printed.count("\n| prompts ") == printed.count("\n| figures ") == 2
+    checkpoints = sorted((tmp_path / "data_size").rglob("checkpoint.pt"))
+    times = [path.stat().st_mtime_ns for path in checkpoints]
+    again, _ = quick("data_size", tmp_path)
+    assert again["rows"] == found["rows"] and [path.stat().st_mtime_ns for path in checkpoints] == times
+
+
+def test_attention(tmp_path):
+    found, printed = quick("attention", tmp_path)
+    one, zero = found["rows"]
+    assert (one["prompts"], zero["prompts"]) == ("one-shot", "zero-shot")
+    assert set(one["shares"]) - set(zero["shares"]) == {"example_input", "example_output"}
+    for row in (one, zero):
+        assert np.allclose(np.sum(list(row["shares"].values()), 0), 1, atol=1e-4)
+        assert sum(row["even"].values()) == pytest.approx(1)
+    assert printed.count("\n| example_output ") == 1
+
+
 def test_embedded_model(tmp_path):
     numbers = quick("embedded_model", tmp_path)[0]["numbers"]
     means = {name: value[0] for name, value in numbers.items() if name.startswith("scenes, segmentation, ")}
