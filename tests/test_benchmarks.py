@@ -299,7 +299,7 @@ def test_search_efficiency(tmp_path):
     (curve,) = paper["curves"]
     assert [moment["evaluations"] for moment in curve] == [320 + 8]
     assert curve[-1]["sample"] == pytest.approx(paper["test loss"][0], abs=1e-5)
-    assert found["reached by itself"]["sample"] == min(
+    assert found["reached by itself"]["sample"]["mean"] == min(
         moment["evaluations"] for moment in curve if moment["sample"] <= paper["test loss"][0] + 1e-9
     )
 
@@ -333,11 +333,48 @@ def test_what_a_search_needs_to_reach_the_published_one(script):
     first, second = efficiency.summarise(rows)
     assert (first["label"], first["needed by test loss"], first["needed by held-out loss"]) == ("a", 2, 2)
     assert first["area"] == pytest.approx(2.1) and second["area"] == pytest.approx(4.1)
-    assert second["needed by test loss"] is None and first["times fewer by test loss"] == 9 / 2
+    assert second["needed by test loss"] is None and first["times fewer, whole budget"] == 9 / 2
+    assert first["times fewer, sample"] is None and second["times fewer, whole budget"] is None
     curve = [{"evaluations": n, "sample": s, "thresholded": t} for n, s, t in ((2, 5, 3), (6, 3, 1), (9, 1, 1))]
-    rows[0]["curves"] = [curve, [moment | {"sample": moment["sample"] + 0.1} for moment in curve]]
-    assert efficiency.reached_by_itself(rows[0]) == {"sample": 9, "thresholded": 6}
-    assert efficiency.summarise(rows)[0]["times fewer by test loss"] == 6 / 2
+    rows[0]["curves"] = [curve, [moment | {"sample": moment["sample"] + 1.15} for moment in curve]]
+    assert efficiency.reached_by_itself(rows[0]) == {
+        "sample": {"mean": 9, "seeds": [9, None]},
+        "thresholded": {"mean": 6, "seeds": [6, 6]},
+    }
+    first = efficiency.summarise(rows)[0]
+    assert (first["times fewer, sample"], first["times fewer, thresholded"]) == (9 / 2, 6 / 2)
+
+
+def test_data_size(tmp_path):
+    found, printed = quick("data_size", tmp_path)
+    rows = {(row["kind"], row["share"]): row for row in found["rows"]}
+    assert list(rows) == [(kind, share) for kind in ("prompts", "figures") for share in (0.1, 1.0)]
+    assert [row["canvases"] for row in rows.values()] == [8, 80, 8, 80]
+    for row in rows.values():
+        assert list(row["tasks"]) == [task.name for task in tasks.VTV]
+        for own in row["tasks"].values():
+            for measure in ("score", "loss"):
+                mean, low, high = own[measure]["one-shot"]
+                assert low <= mean <= high and own[measure]["zero-shot"] != own[measure]["one-shot"]
+    for kind in ("prompts", "figures"):
+        assert rows[kind, 0.1]["seen"] < rows[kind, 0.1]["unseen"]  # eight canvases, ten times
+        assert rows[kind, 0.1]["unseen"] != rows[kind, 1.0]["unseen"]
+    assert printed.count("\n| prompts ") == printed.count("\n| figures ") == 2
+    checkpoints = sorted((tmp_path / "data_size").rglob("checkpoint.pt"))
+    times = [path.stat().st_mtime_ns for path in checkpoints]
+    again, _ = quick("data_size", tmp_path)
+    assert again["rows"] == found["rows"] and [path.stat().st_mtime_ns for path in checkpoints] == times
+
+
+def test_attention(tmp_path):
+    found, printed = quick("attention", tmp_path)
+    one, zero = found["rows"]
+    assert (one["prompts"], zero["prompts"]) == ("one-shot", "zero-shot")
+    assert set(one["shares"]) - set(zero["shares"]) == {"example_input", "example_output"}
+    for row in (one, zero):
+        assert np.allclose(np.sum(list(row["shares"].values()), 0), 1, atol=1e-4)
+        assert sum(row["even"].values()) == pytest.approx(1)
+    assert printed.count("\n| example_output ") == 1
 
 
 def test_embedded_model(tmp_path):

@@ -13,7 +13,8 @@ from vtv_nnsight.cli.app import TRAINING, Seed, app, wrote
 @app.command(
     rich_help_panel=TRAINING,
     epilog="Examples: vtv pretrain tokenizer --config tiny --out runs/tiny\n\n"
-    "vtv pretrain mae --config tiny --out runs/tiny --resume\n\nvtv pretrain corpus --out corpus",
+    "vtv pretrain mae --config tiny --out runs/tiny --resume\n\nvtv pretrain mae --data figures --out runs/tiny"
+    "\n\nvtv pretrain corpus --out corpus",
 )
 def pretrain(
     stage: Annotated[
@@ -32,7 +33,14 @@ def pretrain(
             show_default="the photographs that scikit-image and scikit-learn carry",
         ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="For corpus: a Hub data set to gather, as hf:NAME.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help='For mae: "figures", composed of --images as papers show them, or a folder of your own figures; parts '
+            "are hidden at random, as in VP. For corpus: a Hub data set to gather, as hf:NAME.",
+            show_default="prompts",
+        ),
+    ] = None,
     start: Annotated[
         str | None,
         typer.Option(help="For mae: a model to begin with, by its name or folder, of the same size or smaller."),
@@ -57,5 +65,7 @@ def pretrain(
         return wrote(gather(out, images=images, data=data))
     from vtv_nnsight.pretraining import pretrain as run
 
-    options = dict(images=images, start=start, steps=steps, decay=decay, resume=resume, seed=seed, device=device)
+    options = dict(
+        images=images, data=data, start=start, steps=steps, decay=decay, resume=resume, seed=seed, device=device
+    )
     wrote(run(stage, config, out, **options))

@@ -6,6 +6,7 @@ zero-shot runs it, and some hide patches at random over the whole canvas.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ VALIDATION = 32
 SAMPLE = 256
 """Prompts on which another model's codes are matched."""
 MOST_DROPPED, LEAST_HIDDEN, MOST_HIDDEN = 0.75, 0.5, 0.8
+HIDDEN = 0.75
+"""Share of the patches that VP and MAE hide, anywhere on the canvas."""
 
 
 def draw_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +51,13 @@ def draw_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch
         shown = round(len(visible) * (1 - share * MOST_DROPPED))
         return _shuffled(visible, n, generator)[:, :shown], output.expand(n, -1)
     return visible, output
+
+
+def random_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Visible and hidden patch ids [n, patch] of canvases that are no prompts (VP §3)."""
+    order = _shuffled(layout.all_patches.to(generator.device), n, generator)
+    shown = round((1 - HIDDEN) * layout.num_patches)
+    return order[:, :shown], order[:, shown:]
 
 
 def masked_loss(
@@ -72,10 +82,18 @@ def train_mae(
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    canvases: Callable[[int, int], torch.Tensor] | None = None,
+    mask: Callable[[Layout, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]] = draw_mask,
 ) -> Path:
     """Train the transformer over a trained tokenizer; `out` receives `checkpoint.pt`, `log.jsonl` and the averaged
-    model as a folder for `from_pretrained`, whose path is returned. `start` is a model whose transformer it begins
-    with."""
+    model as a folder for `from_pretrained`, whose path is returned.
+
+    Args:
+        start: A model whose transformer it begins with (`widen`).
+        canvases: A step and n → canvases, pixels [n, 3, height, width] in [0, 1]; by default the prompts of the
+            training stream.
+        mask: What they hide, as `draw_mask` says it.
+    """
     torch.manual_seed(seed)
     model = MAEVQGANModel(config) if start is None else widen(start, config)
     model.vqgan.load_state_dict(vqgan.state_dict())
@@ -89,6 +107,7 @@ def train_mae(
     if on_cpu:
         model.set_attn_implementation("eager")  # twice as fast there: its fused kernel is slow on small heads
     layout = config.layout
+    canvases = canvases or (lambda step, n: training_prompts(step, n, layout, seed, corpus).canvas)
     held_out = [
         (f"{task.name}, {source}", task, prompts.to(device))
         for task in tasks.VTV
@@ -98,7 +117,7 @@ def train_mae(
     ceilings = {f"{name}, ceiling": _ceiling(vqgan, task, prompts) for name, task, prompts in held_out}
 
     def batches(step: int) -> tuple[torch.Tensor, ...]:
-        canvas = training_prompts(step, recipe.batch_size, layout, seed, corpus).canvas
+        canvas = canvases(step, recipe.batch_size)
         if not on_cpu:
             return (canvas,)  # its codes are found on the GPU
         with torch.no_grad():
@@ -108,7 +127,7 @@ def train_mae(
         canvas = batch[0]
         with torch.no_grad(), torch.autocast(canvas.device.type, enabled=False):
             codes = batch[1] if on_cpu else model.vqgan.encode(canvas)
-        return masked_loss(model, canvas, codes, *draw_mask(layout, len(canvas), generator)), {}
+        return masked_loss(model, canvas, codes, *mask(layout, len(canvas), generator)), {}
 
     def validate(model: MAEVQGANModel) -> dict[str, float]:
         numbers = dict(ceilings)

@@ -1,0 +1,138 @@
+"""Figures to train on: composed ones and a person's own, and what they hide."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+pytest.importorskip("skimage")
+
+from vtv_nnsight import MAEVQGAN, Layout, tasks
+from vtv_nnsight.cli import app
+from vtv_nnsight.pretraining import figures, pretrain
+from vtv_nnsight.pretraining.corpus import CUTOUT, PHOTO, Corpus, Picture
+from vtv_nnsight.pretraining.curriculum import HELD_OUT
+from vtv_nnsight.pretraining.figures import KINDS, compose_figure, composed, cropped, fitted
+from vtv_nnsight.pretraining.mae import HIDDEN, random_mask
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """Photographs of noise and discs that are cut out."""
+    generator = np.random.default_rng(0)
+    pictures = []
+    for i in range(6):
+        image = Image.fromarray(generator.integers(0, 256, (90, 120, 3), dtype=np.uint8))
+        pictures.append(Picture(image, PHOTO, ""))
+        cutout = image.copy()
+        alpha = Image.new("L", image.size)
+        ImageDraw.Draw(alpha).ellipse((20, 10, 100, 80), fill=255)
+        cutout.putalpha(alpha)
+        pictures.append(Picture(cutout, CUTOUT, f"disc{i % 2}"))
+    return Corpus(pictures)
+
+
+@pytest.mark.parametrize("draw", [composed, cropped])
+def test_canvases_depend_on_seed_and_step_alone(draw, corpus):
+    first = draw(3, 5, 40, 0, corpus)
+    assert first.shape == (5, 3, 40, 40) and first.dtype == torch.float32 and first.min() >= 0 and first.max() <= 1
+    assert torch.equal(first, draw(3, 5, 40, 0, corpus))
+    for other in (draw(4, 5, 40, 0, corpus), draw(3, 5, 40, 1, corpus), draw(3, 5, 40, 0, corpus).flip(0)):
+        assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_figures_are_grids_on_white(kind, corpus):
+    """All are near the size asked for, and most have white rows or columns from side to side."""
+    generator, separated = np.random.default_rng(0), 0
+    for _ in range(20):
+        figure = compose_figure(corpus, 160, generator, kind)
+        assert figure.mode == "RGB" and 0.65 * 160 <= max(figure.size) <= 1.4 * 160
+        white = (np.asarray(figure) == 255).all(-1)
+        separated += white.all(0).any() or white.all(1).any()
+    assert separated >= 15
+
+
+def test_a_row_of_changes_shows_one_picture(corpus, monkeypatch):
+    """With tasks that leave the picture as it is, all of a row's pictures are the same, and rows differ."""
+    monkeypatch.setattr(figures, "draw_task", lambda generator, masks: tasks.identity + tasks.identity)
+    grid = figures._changed(corpus, 3, 4, 24, np.random.default_rng(1))
+    assert [len(line) for line in grid] == [4, 4, 4]
+    first = [np.asarray(line[0]) for line in grid]
+    for line in grid:
+        assert all(np.array_equal(np.asarray(line[0]), np.asarray(cell)) for cell in line)
+    assert not np.array_equal(first[0], first[1]) and not np.array_equal(first[1], first[2])
+
+
+def test_no_figure_holds_the_parts_of_a_task_that_is_held_out(corpus, monkeypatch):
+    drawn = []
+    own = figures.draw_task
+    monkeypatch.setattr(figures, "draw_task", lambda *a: drawn.append(own(*a)) or drawn[-1])
+    refused = []
+    whether = figures.is_held_out
+    monkeypatch.setattr(figures, "is_held_out", lambda task: refused.append((task, whether(task))) or refused[-1][1])
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        figures._changed(corpus, 1, 4, 16, generator)
+    assert any(held for _, held in refused)  # such figures were drawn, and drawn again
+    kept = [set(task.parts) for task, held in refused if not held]
+    assert not any(parts >= set(getattr(held, "parts", (held,))) for parts in kept for held in HELD_OUT)
+
+
+def test_parts_of_a_figure_keep_to_their_area_and_aspect():
+    """On a picture whose colours tell the place, the part's extent is read off."""
+    across, down = np.meshgrid(np.arange(256), np.arange(256))
+    figure = Image.fromarray(np.stack([across, down, 0 * down], -1).astype(np.uint8))
+    generator, mirrored = np.random.default_rng(0), 0
+    for _ in range(40):
+        part = np.asarray(fitted(figure, 32, generator)).astype(float)
+        width, height = (np.ptp(part[..., channel].mean(axis)) / 255 for channel, axis in ((0, 0), (1, 1)))
+        mirrored += part[0, 0, 0] > part[0, -1, 0]
+        assert 0.15 <= width * height <= 1.0 and 0.7 <= width / height <= 1.45
+    assert 10 <= mirrored <= 30
+
+
+def test_a_random_mask_hides_three_quarters_anywhere():
+    layout, generator = Layout(56, 4), torch.Generator().manual_seed(0)
+    visible, hidden = random_mask(layout, 64, generator)
+    assert hidden.shape == (64, round(HIDDEN * 196)) and visible.shape == (64, 49)
+    both = torch.cat([visible, hidden], 1).sort(1).values
+    assert torch.equal(both, layout.all_patches.expand(64, -1))
+    assert len(visible.unique()) == 196 and not torch.equal(visible[0], visible[1])
+
+
+def test_a_model_is_trained_on_composed_figures_and_on_ones_own(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for i in range(3):
+        Image.effect_noise((90, 60), 60 + i).save(mine / f"{i}.png")
+    pretrain("tokenizer", "smoke", tmp_path / "run", steps=3)
+    logs = []
+    for name, data in {"composed": "figures", "own": str(mine)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer").symlink_to(tmp_path / "run" / "tokenizer")
+        given = ["pretrain", "mae", "--config", "smoke", "--steps", "3", "--data", data, "--out", str(tmp_path / name)]
+        done = CliRunner().invoke(app, given)
+        assert done.exit_code == 0, done.output
+        logs.append(json.loads((tmp_path / name / "mae" / "log.jsonl").read_text())["loss"])
+        assert MAEVQGAN(tmp_path / name / "mae" / "model").config.image_size == 56
+    assert logs[0] != logs[1]
+
+
+def test_data_that_cannot_be_trained_on_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'figures' is for the stage 'mae'; the tokenizer"):
+        pretrain("tokenizer", "smoke", tmp_path, data="figures")
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        pretrain("mae", "smoke", tmp_path, data="nowhere")
+    with pytest.raises(ValueError, match="no picture"):
+        pretrain("mae", "smoke", tmp_path, data=tmp_path)
+
+
+def test_a_corpus_of_cutouts_alone_has_no_figures(tmp_path):
+    Image.new("RGBA", (40, 40), "red").save(tmp_path / "a.png")
+    (tmp_path / "manifest.csv").write_text("file,kind,package,source,split\na.png,cutout,some,a.png,train\n")
+    with pytest.raises(ValueError, match="lists no photographs; give a folder of figures"):
+        pretrain("mae", "smoke", tmp_path, data=tmp_path)
