@@ -88,12 +88,12 @@ def pretrain(
         raise ValueError(f"start={str(start)!r} is for the stage mae; {stage} begins with what {out} holds.")
     if stage == "tokenizer":
         return train_tokenizer(chosen.config, recipe, out / stage, **options)
+    if data is not None:
+        options |= {"canvases": _figures(data, options["corpus"], chosen.config.image_size, seed), "mask": random_mask}
     polished = stage == "mae" and (out / "decoder" / WEIGHTS).is_file()
     vqgan = load_tokenizer(chosen.config, out / ("decoder" if polished else "tokenizer"))
     if stage == "decoder":
         return train_decoder(chosen.config, vqgan, recipe, out / stage, **options)
-    if data is not None:
-        options |= {"canvases": _figures(data, options["corpus"], chosen.config.image_size, seed), "mask": random_mask}
     known = None if start is None else MAEVQGAN(start, dispatch=True)._module
     return train_mae(chosen.config, vqgan, recipe, out / stage, start=known, **options)
 
