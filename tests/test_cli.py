@@ -186,7 +186,7 @@ def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
         f"Error: {vectors} has vectors of mlp, residual and none of heads; collect with sites heads,mlp,residual.\n"
     )
 
-    evaluate = ("evaluate", model, "--tasks", "lowlight", "--prompts", 2, "-o", tmp_path / "out")
+    evaluate = ("evaluate", model, "--tasks", "lowlight", "--prompts", 6, "-o", tmp_path / "out")
     assert vtv(*evaluate, "--vectors", vectors, "--patches", units)[0] == 0
     assert "task vector" in (tmp_path / "out" / "table.md").read_text()
     assert vtv("collect", model, *own, "-o", vectors)[0] == 0
