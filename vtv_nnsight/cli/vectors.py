@@ -362,8 +362,9 @@ def evaluate(
         raise ValueError("--vectors are of one model; leave them out, or --beside.")
     preset = {name: PUBLISHED[name] for name in ("protocol", "test_prompts")} if published else None
     settings = settings_of(images, data, tasks, preset, model=source, test_prompts=prompts, order=order, seed=seed)
-    loaded = steps.read_vectors(vectors, settings.tasks) if vectors else None
     units = _patches(patches) if patches else None
+    sites = getattr(units.space, "sites", ()) if units else ()  # of a space that is no model's there are none
+    loaded = steps.read_vectors(vectors, settings.tasks, sites) if vectors else None
     folds = steps.folds_to_test(settings, split, max_images)
     chosen = [scored_by(task, metric) if metric else task for task in steps.servable(settings, folds[0][1])]
     tables = {}
