@@ -139,7 +139,7 @@ def draw(rows: list[dict], names: list[str]) -> Figure:
 
 
 def main() -> None:
-    parser = options(__file__, __doc__, "prompts and figures, 10 and 100 %, few steps")
+    parser = options(__file__, __doc__, "figures, 10 and 100 %, few steps")
     parser.add_argument("--size", default="smoke", help="one of vtv pretrain's: smoke, tiny, small, published")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.01, 0.1, 1.0], help="of the data")
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=64, help="test prompts of each task")
     args = parser.parse_args()
     if args.quick:
-        args.kinds, args.shares, args.steps, args.tokenizer_steps, args.test = list(KINDS)[:2], [0.1, 1.0], 10, 10, 8
+        args.kinds, args.shares, args.steps, args.tokenizer_steps, args.test = ["figures"], [0.1, 1.0], 10, 10, 4
     if not all(0 < share <= 1 for share in args.shares):
         parser.error(f"--shares {args.shares}: expected shares of the data, above 0 and up to 1.")
 
