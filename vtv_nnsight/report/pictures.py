@@ -4,49 +4,93 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from vtv_nnsight.evaluation.conditions import PATCHED
+from vtv_nnsight.files import replacing
 from vtv_nnsight.images import to_pil
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.report.reading import PICTURES, Found
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.search.result import SearchResult
 
+CELLS = {"example_input": "example", "example_output": "its answer", "output": "to be painted", "cls": "CLS"}
+"""Names of cells that a page calls otherwise."""
+
 INK = {"light": "#1c2126", "dark": "#e8e6e1"}
 
 
+Keep = Callable[[str, bytes | pd.DataFrame], str]
+"""Keeps a file beside a page: its name and content → its address, seen from the page."""
+
+
 class Drawn(NamedTuple):
-    """A figure as data URIs, on no background, in the ink of a light and of a dark page."""
+    """A figure as data URIs, on no background, in the ink of a light and of a dark page; and the kinds of files that it
+    was kept in → their addresses."""
 
     light: str
     dark: str
     width: int
     caption: str
     wide: bool
+    links: dict[str, str]
 
 
-def draw(figure: Callable[[], Figure], caption: str, wide: bool = False) -> Drawn:
+def draw(
+    figure: Callable[[], Figure],
+    caption: str,
+    wide: bool = False,
+    keep: Keep | None = None,
+    name: str = "",
+    numbers: pd.DataFrame | None = None,
+) -> Drawn:
     """A figure drawn twice, in light and in dark.
 
     Args:
         wide: Whether a phone should scroll it rather than make it small.
+        keep: Where it is kept, too, as `name`.png and `name`.svg.
+        numbers: What it shows, kept as `name`.csv.
     """
-    uris = {}
+    uris, links = {}, {}
     keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    same_bytes = {"svg.hashsalt": "vtv", "svg.fonttype": "none"}
     for theme, ink in INK.items():
-        with matplotlib.rc_context(dict.fromkeys(keys, ink) | {"legend.framealpha": 0.0, "font.size": 9}):
-            buffer, made = io.BytesIO(), figure()
-            made.savefig(buffer, format="png", dpi=144, transparent=True)
+        inks = dict.fromkeys(keys, ink) | {"legend.framealpha": 0.0, "font.size": 9}
+        with matplotlib.rc_context(inks | same_bytes):
+            made = figure()
+            buffer = _saved(made, "png", dpi=144, transparent=True)
             uris[theme] = _data_uri(_smaller(buffer))
-    return Drawn(uris["light"], uris["dark"], int(96 * made.get_figwidth()), caption, wide)
+            if keep and not links:
+                made.set_layout_engine("none")  # it stays as it lies
+                links = {
+                    "PNG": keep(f"{name}.png", _on_white(buffer)),
+                    "SVG": keep(f"{name}.svg", _saved(made, "svg", metadata={"Date": None}).getvalue()),
+                }
+                if numbers is not None:
+                    links = {"CSV": keep(f"{name}.csv", numbers)} | links
+    return Drawn(uris["light"], uris["dark"], int(96 * made.get_figwidth()), caption, wide, links)
+
+
+def keep_file(run: Path, name: str, content: bytes | pd.DataFrame) -> str:
+    """A `Keep` for the folder of a run: files lie in its folder figures."""
+    folder = run / "figures"
+    folder.mkdir(exist_ok=True)
+    if isinstance(content, pd.DataFrame):
+        content = content.to_csv(index=False, lineterminator="\n").encode()
+    with replacing(folder / name) as temporary:
+        temporary.write_bytes(content)
+    return f"{folder.name}/{quote(name)}"
 
 
 def searches(results: Mapping[str, Sequence[SearchResult]]) -> Figure:
@@ -96,7 +140,6 @@ def uri(pixels: torch.Tensor) -> str:
 
 def prompt_cells(found: Found, size: float = 92.0) -> list[dict[str, object]]:
     """The cells of the run's first prompt, where and how large the page's diagram of a prompt shows them."""
-    words = {"query": "query", "output": "to be painted"}
     across = sorted({columns.start for _, columns in found.layout.cells.values()})
     down = sorted({rows.start for rows, _ in found.layout.cells.values()})
     canvas = found.table.pictures[found.tasks[0].name]["prompt"][0]
@@ -107,10 +150,16 @@ def prompt_cells(found: Found, size: float = 92.0) -> list[dict[str, object]]:
             "x": 4 + across.index(columns.start) * (size + 16) * scale,
             "y": 2 + down.index(rows.start) * (size + 16) * scale,
             "size": size * scale,
-            "label": words.get(name) or ("example" if "input" in name else "its answer"),
+            "label": cell_label(name),
         }
         for name, (rows, columns) in found.layout.cells.items()
     ]
+
+
+def cell_label(name: str) -> str:
+    """What a page calls a cell of the layout, such as "example" or, of several, "example 2"."""
+    cell, number = re.fullmatch(r"(.*?)(?:_(\d+))?", name).groups()
+    return " ".join(filter(None, (CELLS.get(cell, cell), number)))
 
 
 def overview(found: Found, row: int = 0) -> Figure:
@@ -127,6 +176,25 @@ def overview(found: Found, row: int = 0) -> Figure:
                 panel.set_title(label, fontsize=8)
         across[0].set_ylabel(task.name, fontsize=8)
     return figure
+
+
+def _saved(figure: Figure, kind: str, **options: object) -> io.BytesIO:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, **options)
+    return buffer
+
+
+def _on_white(png: io.BytesIO) -> bytes:
+    """The same picture on white, for papers and slides."""
+    drawn = Image.open(png).convert("RGBA")
+    return png_of(Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB"))
+
+
+def png_of(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _smaller(png: io.BytesIO) -> io.BytesIO:
