@@ -195,8 +195,8 @@ class Layout:
         return values[..., 1:].unflatten(-1, (self.grid, self.grid))
 
     def shares(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Sums over the positions of CLS and of each of `own_regions`, NaN counting as nothing: [..., position] → name →
-        [...]."""
+        """Sums over the positions of CLS and of each of `own_regions`: [..., position] → name → [...]. NaN counts as
+        nothing."""
         places = {"cls": torch.tensor([CLS])}
         places |= {name: positions(patches)[1:] for name, patches in self.own_regions.items()}
         return {name: values[..., own].nansum(-1) for name, own in places.items()}

@@ -106,8 +106,12 @@ def run(
         ),
     ] = None,
     draws: Annotated[
-        int, typer.Option(min=1, help="Draws of random units, uniform and matched, to compare the found ones with.")
-    ] = Settings.draws,
+        int | None,
+        typer.Option(
+            min=1, help="Draws of random units, uniform and matched, to compare the found ones with.",
+            show_default=_default("draws"),
+        ),
+    ] = None,
     control_prompts: Annotated[
         int | None,
         typer.Option(

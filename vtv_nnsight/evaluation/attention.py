@@ -64,9 +64,7 @@ def _askers(model: InContextModel, stage: Stage, prompts: VisualPrompt) -> list[
     return [(tokens[theirs[tokens]], places) for tokens, places in streams if theirs[tokens].any()]
 
 
-def _spread(
-    pattern: torch.Tensor, askers: list[tuple[torch.Tensor, torch.Tensor]], positions: int
-) -> torch.Tensor:
+def _spread(pattern: torch.Tensor, askers: list[tuple[torch.Tensor, torch.Tensor]], positions: int) -> torch.Tensor:
     """Pattern [batch, head, query, key] → the mean of the askers' rows, by position: [head, position]."""
     heads = pattern.shape[1]
     looked = torch.full((heads, positions), torch.nan, device=pattern.device)

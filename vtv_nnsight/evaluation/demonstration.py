@@ -150,8 +150,8 @@ def demonstrate(
 
 
 def _looks(model: InContextModel, prompt: VisualPrompt, found: SearchResult) -> dict[str, torch.Tensor]:
-    """What looks → [position]: all heads of each stage that holds the answer, then the heads patched at the answer, those
-    of the highest scores first."""
+    """What looks → [position]: all heads of each stage that holds the answer, then the heads that are patched at the
+    answer, those of the highest scores first."""
     maps, space = attention_maps(model, prompt), found.patches.space
     looks = {f"{stage}, all heads": layers.mean((0, 1)) for stage, layers in maps.items()}
     stages = [stage.name for stage in space.stages]

@@ -108,7 +108,7 @@ PUBLISHED |= {"protocol": "published"}
 """The settings with which the paper's experiment differs from the defaults."""
 
 QUICK = {"tasks": ("segmentation", "lowlight"), "max_images": 160, "prompts": 32, "candidates": 64, "budget": 1000}
-QUICK |= {"test_prompts": 16, "control_prompts": 16}
+QUICK |= {"test_prompts": 16, "draws": 4, "control_prompts": 16}
 """The settings of a first look, which takes about half a minute."""
 
 RENAMED = {"images": "max_images", "evaluations": "test_prompts"}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vtv_nnsight.evaluation.demonstration import Demonstration
 from vtv_nnsight.images import luma, strip
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.report.pictures import Keep, cell_label, png_of
+from vtv_nnsight.report.pictures import Keep, png_of
 from vtv_nnsight.report.play import sprite
 
 GLOW = (0.95, 0.33, 0.0)
@@ -32,8 +32,8 @@ def overlays(shown: Demonstration, layout: Layout) -> torch.Tensor:
 
 
 def shares(shown: Demonstration, layout: Layout) -> pd.DataFrame:
-    """The share of attention that goes to each cell: a row for each `looks`."""
-    found = {cell_label(name): own.tolist() for name, own in layout.shares(shown.attention).items()}
+    """The share of attention that goes to CLS and to each cell: a row for each `looks`."""
+    found = {name: own.tolist() for name, own in layout.shares(shown.attention).items()}
     return pd.DataFrame({"attention of": shown.looks} | found)
 
 
@@ -47,7 +47,15 @@ def looks(shown: Demonstration, layout: Layout, keep: Keep) -> dict[str, Any] | 
     links = {"CSV": keep(f"{name}.csv", table), "PNG": keep(f"{name}.png", png_of(sheet))}
     rows = table.set_index("attention of").iterrows()
     shown_at = [
-        {"name": name, "uri": sprite(picture[None]), "most": row.idxmax(), "share": float(row.max())}
+        {"name": name, "uri": sprite(picture[None]), "most": _words(row.idxmax()), "share": float(row.max())}
         for picture, (name, row) in zip(pictures, rows)
     ]
     return {"prompt": sprite(shown.pictures["canvas"]), "maps": shown_at, "links": links}
+
+
+def _words(cell: str) -> str:
+    """A cell of the layout in a sentence."""
+    words = {"example_input": "the example", "example_output": "the example's answer", "query": "the query"}
+    words |= {"output": "the answer itself", "cls": "CLS", "background": "the background"}
+    name, _, number = cell.rpartition("_")
+    return f"{words[name]} ({number})" if number.isdecimal() else words[cell]

@@ -4,7 +4,8 @@
     >>> report.compare(["runs/a", "runs/b"], "comparison.html")       # or `vtv report runs/a runs/b`
 
 Beside report.html stand the same numbers (table.csv, table.md), a picture of the first answers (answers.png), and in
-figures/ each figure as PNG and SVG with its numbers as CSV, which the page links to. The pages are Jinja2 templates (templates/), which escape all that they are given.
+figures/ each figure as PNG and SVG with its numbers as CSV, which the page links to. The pages are Jinja2 templates
+(templates/), which escape all that they are given.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def write(run: str | os.PathLike) -> Path:
 
 
 def compare(runs: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
-    """Write a page that sets several runs side by side: their settings where they differ, the tasks that they share."""
+    """Write a page that sets several runs side by side: their settings where they differ; for each task that they share
+    their scores, their answers to the same queries, and how far the units agree that they found."""
     found = [read(run) for run in runs]
     if len({one.name for one in found}) < len(found):
         found = [one._replace(name=str(run)) for one, run in zip(found, runs)]
@@ -256,11 +258,48 @@ def _compared(found: list[Found], task: Task, scores: dict[str, dict[str, Line]]
             }
             for one in found
         ],
+        "answers": _answers(found, task),
+        "others": [one.name for one in found if _asked(one) != _asked(found[0])],
         "searches": draw(
             partial(searches, {one.name: list(one.results[task.name].values()) for one in found}),
             "The searches: best held-out loss so far; lower is better.",
         ),
+        "overlap": _agreement({one.name: _sets(one)[task.name] for one in found}),
     }
+
+
+def _asked(found: Found) -> list[Any]:
+    """What runs must have in common to have asked the same queries in the same order."""
+    names = ("data", "test pictures", "test_prompts", "protocol", "seed")
+    return [found.record["settings"].get(name) for name in names]
+
+
+def _answers(found: list[Found], task: Task) -> list[dict[str, Any]]:
+    """Rows of pictures: the first queries, their truths, and the answers of each run that asked them."""
+    same = [one for one in found if _asked(one) == _asked(found[0])]
+    cells = [one.cells(task) for one in same]
+    count = min(ROWS, *(len(own["truth"]) for own in cells))
+    rows = [
+        {"name": name, "cells": [{"uri": uri(cell), "score": None} for cell in cells[0][name][:count]]}
+        for name in ("query", "truth")
+    ]
+    for one, own in zip(same, cells):
+        scores = one.table.values(task.name, PATCHED)
+        answers = [{"uri": uri(cell), "score": float(score)} for cell, score in zip(own[PATCHED][:count], scores)]
+        rows.append({"name": one.name, "cells": answers})
+    return rows
+
+
+def _agreement(sets: dict[str, PatchSet]) -> dict[str, Any] | None:
+    """How far runs agree on units, which are compared by name, whatever the weights; None where names differ, or units
+    are too many to draw."""
+    space = next(iter(sets.values())).space
+    if space.granularity == "token" or any(own.space.names != space.names for own in sets.values()):
+        return None
+    own = {plain_label(name): PatchSet(space, patches.choices) for name, patches in sets.items()}
+    caption = "How alike the runs' sets are (Jaccard similarity), and how many runs patch each unit."
+    shared = list(reduce(lambda a, b: a & b, own.values()))
+    return {"figure": draw(partial(search_plots.overlap, own), caption, wide=True), "shared": shared}
 
 
 def _sets(found: Found) -> dict[str, PatchSet]:

@@ -14,7 +14,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import same_color
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.spines import Spine
+from matplotlib.text import Text
 from PIL import Image
 
 from vtv_nnsight.evaluation.conditions import PATCHED
@@ -25,10 +31,11 @@ from vtv_nnsight.report.reading import PICTURES, Found
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.search.result import SearchResult
 
-CELLS = {"example_input": "example", "example_output": "its answer", "output": "to be painted", "cls": "CLS"}
-"""Names of cells that a page calls otherwise."""
+CELLS = {"example_input": "example", "example_output": "its answer", "output": "to be painted"}
+"""What a page calls cells of the layout."""
 
 INK = {"light": "#1c2126", "dark": "#e8e6e1"}
+DPI = 144
 
 
 Keep = Callable[[str, bytes | pd.DataFrame], str]
@@ -62,24 +69,22 @@ def draw(
         keep: Where it is kept, too, as `name`.png and `name`.svg.
         numbers: What it shows, kept as `name`.csv.
     """
-    uris, links = {}, {}
     keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    same_bytes = {"svg.hashsalt": "vtv", "svg.fonttype": "none"}
-    for theme, ink in INK.items():
-        inks = dict.fromkeys(keys, ink) | {"legend.framealpha": 0.0, "font.size": 9}
-        with matplotlib.rc_context(inks | same_bytes):
-            made = figure()
-            buffer = _saved(made, "png", dpi=144, transparent=True)
-            uris[theme] = _data_uri(_smaller(buffer))
-            if keep and not links:
-                made.set_layout_engine("none")  # it stays as it lies
-                links = {
-                    "PNG": keep(f"{name}.png", _on_white(buffer)),
-                    "SVG": keep(f"{name}.svg", _saved(made, "svg", metadata={"Date": None}).getvalue()),
-                }
-                if numbers is not None:
-                    links = {"CSV": keep(f"{name}.csv", numbers)} | links
-    return Drawn(uris["light"], uris["dark"], int(96 * made.get_figwidth()), caption, wide, links)
+    inks = dict.fromkeys(keys, INK["light"]) | {"legend.framealpha": 0.0, "font.size": 9}
+    links = {} if keep is None or numbers is None else {"CSV": keep(f"{name}.csv", numbers)}
+    with matplotlib.rc_context(inks | {"svg.hashsalt": "vtv", "svg.fonttype": "none"}):
+        made = figure()
+        light = _drawn(made)
+        made.set_layout_engine("none")  # which takes most of the time; everything stays where it is
+        if keep:
+            links["PNG"] = keep(f"{name}.png", png_of(_on_white(light)))
+            buffer = io.StringIO()
+            FigureCanvasSVG(made).print_svg(buffer, metadata={"Date": None})
+            links["SVG"] = keep(f"{name}.svg", buffer.getvalue().encode())
+        _change_ink(made, INK["light"], INK["dark"])
+        dark = _drawn(made)
+    few = [drawn.quantize(128, method=Image.Quantize.FASTOCTREE) for drawn in (light, dark)]  # all that a figure needs
+    return Drawn(*map(_data_uri, map(png_of, few)), int(96 * made.get_figwidth()), caption, wide, links)
 
 
 def keep_file(run: Path, name: str, content: bytes | pd.DataFrame) -> str:
@@ -133,9 +138,7 @@ def plain_label(name: str) -> str:
 
 def uri(pixels: torch.Tensor) -> str:
     """A picture, uint8 [3, height, width], as a data URI."""
-    buffer = io.BytesIO()
-    to_pil(pixels.float() / 255).save(buffer, format="PNG")
-    return _data_uri(buffer)
+    return _data_uri(png_of(to_pil(pixels.float() / 255)))
 
 
 def prompt_cells(found: Found, size: float = 92.0) -> list[dict[str, object]]:
@@ -157,7 +160,7 @@ def prompt_cells(found: Found, size: float = 92.0) -> list[dict[str, object]]:
 
 
 def cell_label(name: str) -> str:
-    """What a page calls a cell of the layout, such as "example" or, of several, "example 2"."""
+    """What a page calls a cell of the layout: "example", or "example 2" of several."""
     cell, number = re.fullmatch(r"(.*?)(?:_(\d+))?", name).groups()
     return " ".join(filter(None, (CELLS.get(cell, cell), number)))
 
@@ -178,31 +181,39 @@ def overview(found: Found, row: int = 0) -> Figure:
     return figure
 
 
-def _saved(figure: Figure, kind: str, **options: object) -> io.BytesIO:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, **options)
-    return buffer
+def _drawn(figure: Figure) -> Image.Image:
+    """A figure on no background. (`savefig` would draw it twice.)"""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
+    papers = [figure.patch, *(axes.patch for axes in figure.axes)]
+    colours = [paper.get_facecolor() for paper in papers]
+    for paper in papers:
+        paper.set_facecolor("none")
+    canvas.draw()
+    for paper, colour in zip(papers, colours):
+        paper.set_facecolor(colour)
+    return Image.fromarray(np.asarray(canvas.buffer_rgba()).copy())
 
 
-def _on_white(png: io.BytesIO) -> bytes:
+def _change_ink(figure: Figure, ink: str, other: str) -> None:
+    """Give all that is drawn in one ink another."""
+    for artist in figure.findobj(lambda one: isinstance(one, (Text, Line2D, Spine))):
+        for part in ("color", "edgecolor", "markeredgecolor"):
+            if hasattr(artist, f"get_{part}") and same_color(getattr(artist, f"get_{part}")(), ink):
+                getattr(artist, f"set_{part}")(other)
+
+
+def _on_white(drawn: Image.Image) -> Image.Image:
     """The same picture on white, for papers and slides."""
-    drawn = Image.open(png).convert("RGBA")
-    return png_of(Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB"))
+    return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
 
 
 def png_of(picture: Image.Image) -> bytes:
     """A picture as a PNG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    picture.save(buffer, format="PNG", optimize=picture.mode == "P")
     return buffer.getvalue()
 
 
-def _smaller(png: io.BytesIO) -> io.BytesIO:
-    """The same picture in 128 colours, which are all that a figure needs."""
-    smaller = io.BytesIO()
-    Image.open(png).quantize(128, method=Image.Quantize.FASTOCTREE).save(smaller, format="PNG", optimize=True)
-    return smaller
-
-
-def _data_uri(png: io.BytesIO) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
