@@ -2,6 +2,7 @@
 and bundles."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,7 +84,8 @@ def test_a_demonstration(model, prompts, vectors, found, shown, tmp_path):
         1, 1, len(SCALES), len(patches), 2,
     ]  # fmt: skip
     assert shown.units == list(patches) and shown.vectors == list(vectors)
-    assert torch.equal(shown.pictures["scale"][-1], shown.pictures["vectors"][0])
+    one, other = shown.pictures["scale"][-1].int(), shown.pictures["vectors"][0].int()
+    assert (one - other).abs().max() <= 1  # a batch of another size may round otherwise
     row = prompts["segmentation"][2]
     left = (row.region("query") * 255).round().byte()
     assert torch.equal(shown.pictures["query"], left)
@@ -107,7 +109,8 @@ def test_attention_maps_are_the_rows_of_the_answer(model, prompts, query_only):
     patterns, module = [], model._module
     assert module.config._attn_implementation == "sdpa"
     module.set_attn_implementation("eager")
-    hooks = [b.attn.softmax.register_forward_hook(lambda *args: patterns.append(args[-1])) for b in module.decoder.blocks]
+    layers = [block.attn.softmax for block in module.decoder.blocks]
+    hooks = [layer.register_forward_hook(lambda *args: patterns.append(args[-1])) for layer in layers]
     with torch.no_grad():
         module(asked.canvas, asked.visible, asked.decoded)
     module.set_attn_implementation("sdpa")
@@ -126,14 +129,16 @@ def test_attention_maps_are_the_rows_of_the_answer(model, prompts, query_only):
     assert torch.equal(grid.flatten(-2)[..., seen[1:] - 1], maps["decoder"][..., seen[1:]])
 
 
-def test_a_demonstration_keeps_the_attention_of_the_heads_patched_at_the_answer(model, prompts, found, shown):
-    maps = attention_maps(model, prompts["segmentation"][2])["decoder"]
+def test_a_demonstration_keeps_the_attention_of_the_heads_patched_at_the_answer(model, prompts, vectors, found):
+    asked, space = prompts["segmentation"], found["segmentation"].patches.space
+    everything = replace(found["segmentation"], patches=PatchSet(space, torch.ones(len(space))))
+    shown = demonstrate(model, tasks.segmentation, asked, np.arange(5), vectors, found | {"segmentation": everything})
+    maps = attention_maps(model, asked[2])["decoder"]
     assert shown.looks[0] == "decoder, all heads"
     torch.testing.assert_close(shown.attention[0], maps.mean((0, 1)))
-    result = found["segmentation"]
-    order = sorted(result.patches, key=lambda name: -result.scores[result.patches.space.rank[name]])
+    order = sorted(space.names, key=lambda name: -everything.scores[space.rank[name]])
     heads = [name for name in order if name.startswith("decoder") and name.endswith("@ output")][:LOOKS]
-    assert heads and len(shown.looks) == 1 + len(heads)
+    assert len(heads) == len(shown.looks) - 1 == 2
     for name, look, own in zip(heads, shown.looks[1:], shown.attention[1:]):
         layer, head = int(name.split(".")[2]), int(name.split("[")[1].split("]")[0])
         assert look == f"decoder, layer {layer}, head {head}"
@@ -152,13 +157,13 @@ def test_attention_is_laid_over_the_prompt(model, shown):
     table = attention.shares(shown, layout).set_index("attention of")
     assert list(table.index) == shown.looks and list(table) == ["cls", *layout.own_regions]
     np.testing.assert_allclose(table.sum(1), 1, rtol=1e-5)
-    kept = {}
-    said = attention.looks(shown, layout, lambda name, content: kept.setdefault(name, content) and name)
+    kept = []
+    said = attention.looks(shown, layout, lambda name, content: kept.append(name))
     assert [own["share"] for own in said["maps"]] == table.max(1).tolist()
     assert {own["most"] for own in said["maps"]} <= {
         "CLS", "the example", "the example's answer", "the query", "the answer itself",
     }  # fmt: skip
-    assert set(kept) == {"segmentation-attention.csv", "segmentation-attention.png"}
+    assert kept == ["segmentation-attention.csv", "segmentation-attention.png"]
 
 
 def test_models_without_patterns_show_none(model, prompts, vectors, found, monkeypatch):
