@@ -122,7 +122,7 @@ def run(
     ] = None,
     order: Order = Settings.order,
     seed: Seed = Settings.seed,
-    quick: Annotated[bool, typer.Option("--quick", help="Take a first look: two tasks in less than half a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Take a first look: two tasks, a short search.")] = False,
     published: Annotated[
         bool,
         typer.Option(
