@@ -156,10 +156,10 @@ def test_attention_is_laid_over_the_prompt(model, shown):
     assert (red > 180).all() and (red > green + 60).all() and (green > blue).all()
     table = attention.shares(shown, layout).set_index("attention of")
     assert list(table.index) == shown.looks and list(table) == ["cls", *layout.own_regions]
-    np.testing.assert_allclose(table.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-5)
     kept = []
     said = attention.looks(shown, layout, lambda name, content: kept.append(name))
-    assert [own["share"] for own in said["maps"]] == table.max(1).tolist()
+    assert [own["share"] for own in said["maps"]] == table.max(axis=1).tolist()
     assert {own["most"] for own in said["maps"]} <= {
         "CLS", "the example", "the example's answer", "the query", "the answer itself",
     }  # fmt: skip
