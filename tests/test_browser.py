@@ -5,6 +5,7 @@ what the page computes is in test_demo.py, and what the report holds in test_run
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vtv_nnsight import PatchSet, TaskVectors, data
 from vtv_nnsight.experiment import run
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.report import compare
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -97,11 +99,25 @@ def test_a_report_can_be_read_by_everyone(report, visit, width, dark):
     assert complaints(page) == []
 
 
+@pytest.mark.parametrize(("width", "dark"), [(1280, True), (390, False)])
+def test_a_comparison_can_be_read_by_everyone(report, visit, tmp_path, width, dark):
+    run = Path(report.removeprefix("file://")).parent
+    other = shutil.copytree(run, tmp_path / "other")
+    page = visit(compare([run, other], tmp_path / "comparison.html").as_uri(), width, dark)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator(".answers img").first.is_visible()
+    assert complaints(page) == []
+
+
 def test_a_report_without_a_script_shows_its_strips(report, browser):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(report)
+    boxes = [picture.bounding_box() for picture in page.locator(".looks img").all()]
+    assert len({round(box[side]) for box in boxes for side in ("width", "height")}) == 1 and boxes[0]["width"] > 50
     assert page.locator(".strip img").first.is_visible() and not page.locator(".slide").first.is_visible()
+    page.emulate_media(media="print")
+    assert page.locator(".looks img").first.is_visible() and not page.locator("nav").is_visible()
     context.close()
 
 

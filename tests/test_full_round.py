@@ -5,6 +5,7 @@ import json
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import DATA
@@ -85,6 +86,9 @@ def test_a_run(runs, folders, kind):
     page = (out / "report.html").read_text()
     paper = {"SegGPT": "Segmenting Everything", "Painter": "Images Speak", "ViTMAE": "Scalable Vision"}[kind]
     assert paper in page and "Visual Prompting via Image Inpainting" not in page and "tokenizer" not in page
+    shares = pd.read_csv(out / "figures" / "segmentation-attention.csv")
+    assert "Where the answer looks" in page and len(shares) > 1
+    np.testing.assert_allclose(shares.iloc[:, 1:].sum(axis=1), 1, rtol=1e-2)
     places = "query+output" if kind != "ViTMAE" else "cls"
     assert places in page and result.patches.space.names[0] in (out / "scores.csv").read_text()
 

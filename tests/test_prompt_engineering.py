@@ -78,10 +78,14 @@ def test_attention_to_regions_is_the_pattern_summed(module, images, zero_shot):
     torch.testing.assert_close(sum(found.values()), torch.ones(2))
 
 
-def test_attention_needs_to_be_eager(module, images):
-    module.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match='attn_implementation="eager"'):
-        engineering.attention_to_regions(MAEVQGAN(module), tasks.identity.prompts(images, n=1, layout=Layout(64, 16)))
+def test_attention_is_read_however_the_model_was_loaded(module, images):
+    prompts = tasks.identity.prompts(images, n=2, layout=Layout(64, 16))
+    found = []
+    for implementation in ("sdpa", "eager"):
+        module.set_attn_implementation(implementation)
+        found.append(engineering.attention_to_regions(MAEVQGAN(module), prompts))
+        assert module.config._attn_implementation == implementation
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
 
 
 def test_the_command_line_compares_layouts(small_config, tmp_path):

@@ -1,5 +1,6 @@
 """`vtv run` and `vtv report`: what is written, what is done again, what is refused, and what the report says."""
 
+import base64
 import html
 import io
 import json
@@ -10,13 +11,17 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
-from vtv_nnsight import MAEVQGAN, cli, data, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, data, tasks
 from vtv_nnsight.cli import start
 from vtv_nnsight.evaluation import Table, standing, verdicts
 from vtv_nnsight.experiment import STEPS, run
@@ -387,10 +392,11 @@ def test_settings_that_lead_nowhere_are_refused_at_once(wrong):
 
 def test_the_report_is_one_file_with_everything(finished):
     page = (finished / "report.html").read_text()
-    links = re.findall(r"(?:src|href|srcset)\s*=\s*['\"]?([^'\">\s]{1,30})", page)
+    links = re.findall(r"(?:src|href|srcset)\s*=\s*['\"]?([^'\">\s]{1,60})", page)
     inside = ("data:image/png;base64,", "data:image/webp;base64,", "#")
     beside = {link for link in links if not link.startswith(inside)}
-    assert links and beside == {"table.csv", "table.md", "answers.png"}
+    figures = {str(path.relative_to(finished)) for path in (finished / "figures").iterdir()}
+    assert links and beside == {"table.csv", "table.md", "answers.png"} | figures
     assert all((finished / name).is_file() for name in beside)
     assert page.count("url(") == page.count("url(data:image/webp;base64,")
     assert "://" not in page and "prefers-color-scheme: dark" in page and "viewport" in page
@@ -435,12 +441,88 @@ def test_a_run_over_other_sites_of_the_layers(tmp_path, model):
         run(tmp_path / "run", Settings(model=model, **own), progress=False)
 
 
+def test_each_figure_is_kept_beside_the_report(finished):
+    folder = finished / "figures"
+    drawn = {"scores", "searches", "matrix", "overlap", *(f"{name}-units" for name in TASKS)}
+    pictures = {f"{name}-{what}" for name in TASKS for what in ("answers", "attention")}
+    assert {path.stem for path in folder.glob("*.svg")} == drawn
+    for kind in ("csv", "png"):
+        assert {path.stem for path in folder.glob(f"*.{kind}")} == drawn | pictures
+    for name in drawn:
+        svg = ElementTree.parse(folder / f"{name}.svg").getroot()
+        assert svg.tag.endswith("svg") and [text for text in svg.iter() if text.tag.endswith("text")]
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 255, 255)
+    found = SearchResult.load(finished / "search" / "lowlight.safetensors")
+    units = pd.read_csv(folder / "lowlight-units.csv")
+    assert units[units.patched].unit.tolist() == list(found.patches)
+    np.testing.assert_allclose(units.probability, found.scores)
+    shared = pd.read_csv(folder / "overlap.csv").set_index("unit")
+    assert shared.index[shared.lowlight].tolist() == list(found.patches)
+    own = pd.read_csv(folder / "searches.csv")
+    assert own["best held-out loss"][own.task == "lowlight"].iloc[-1] == pytest.approx(
+        min(step.held_out_loss for step in found.history)
+    )
+    scores = pd.read_csv(folder / "scores.csv")
+    assert len(scores) == 2 * 4 * 4 + 2 * 5  # heads of a stage, at the regions that it sees
+    pairs = pd.read_csv(folder / "matrix.csv")
+    assert set(zip(pairs.task, pairs.vector)) == {(a, b) for a in TASKS for b in TASKS}
+
+
+def test_the_same_figure_is_the_same_bytes_in_two_inks():
+    kept, made = {}, []
+
+    def figure():
+        made.append(Figure(figsize=(2, 1), layout="constrained"))
+        made[-1].subplots().set_title("unit_a")
+        return made[-1]
+
+    one, other = (
+        pictures.draw(figure, "", keep=lambda name, content: kept.setdefault((name, content), name), name="x")
+        for _ in range(2)
+    )
+    assert one == other and set(one.links) == {"PNG", "SVG"} and len(kept) == 2
+    inks = []
+    for drawn in (one.light, one.dark):
+        with Image.open(io.BytesIO(base64.b64decode(drawn.removeprefix("data:image/png;base64,")))) as picture:
+            pixels = np.asarray(picture.convert("RGBA"))
+            inks.append(pixels[pixels[..., 3] > 250][:, :3])
+    assert (inks[0] < 80).all() and (inks[1] > 180).all() and len(inks[0]) == len(inks[1])
+
+
 def test_runs_are_compared(finished, copy, model, tmp_path, done):
     run(copy, Settings(model=model, **SMALL | {"budget": 300}), redo=True, progress=False)
     page = report.compare([finished, copy], tmp_path / "comparison.html").read_text()
     assert '<th scope="col">budget' in page and "<td>200" in page and "<td>300" in page
     assert '<th scope="col">seed' not in page
-    assert page.count('<th scope="row">finished') == page.count('<th scope="row">copy') == 1 + len(TASKS)
+    assert page.count('<th scope="row">finished') == page.count('<th scope="row">copy') == 1 + 2 * len(TASKS)
+    found = [reading.read(folder) for folder in (finished, copy)]
+    for name in TASKS:
+        section = page[page.index(f'<section id="{name}">') :]
+        section = section[: section.index("</section>")]
+        assert section.count(f'alt="{name}, query ') == 4 * report.ROWS and "asked other queries" not in section
+        for one in found:
+            score = one.table.values(name, "task vector")[1]
+            assert f'alt="{name}, query 2: {one.name}, {score:.3f}"' in section.replace("\u2212", "-")
+        sets = [one.results[name][""].patches for one in found]
+        assert f"{len(sets[0] & sets[1])} unit" in section and "How alike the runs" in html.unescape(section)
+
+
+def test_runs_that_asked_other_queries_are_not_set_side_by_side(finished, copy, tmp_path):
+    record = json.loads((copy / "run.json").read_text())
+    record["settings"]["test pictures"] = "others"
+    (copy / "run.json").write_text(json.dumps(record))
+    page = report.compare([finished, copy], tmp_path / "comparison.html").read_text()
+    assert page.count("copy: asked other queries") == len(TASKS) and 'alt="segmentation, query' not in page
+
+
+def test_units_of_other_names_are_not_compared(finished):
+    found = reading.read(finished)
+    sets = report._sets(found)
+    space = sets["lowlight"].space
+    by_head = PatchSpace.from_metadata(space.fingerprint | {"granularity": "head"})
+    assert report._agreement({"a": sets["lowlight"], "b": PatchSet.random(by_head, 2)}) is None
+    assert report._agreement({"a": sets["lowlight"], "b": sets["lowlight"]})["shared"] == list(sets["lowlight"])
 
 
 def test_an_unfinished_run_has_no_report(copy, tmp_path):

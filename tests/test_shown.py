@@ -1,6 +1,8 @@
-"""What is shown of a run: answers under gates, the demonstration of one query, its animation, and bundles."""
+"""What is shown of a run: answers under gates, the demonstration of one query, its animation, where its answer looks,
+and bundles."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +11,12 @@ from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, data, patch, tasks
 from vtv_nnsight.evaluation.answers import answers
-from vtv_nnsight.evaluation.demonstration import SCALES, Demonstration, demonstrate, median
+from vtv_nnsight.evaluation.attention import attention_maps
+from vtv_nnsight.evaluation.demonstration import LOOKS, SCALES, Demonstration, demonstrate, median
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan.tracing import AttentionEnvoy
 from vtv_nnsight.prompts import crop
+from vtv_nnsight.report import attention
 from vtv_nnsight.report.hero import animation, save_animation
 from vtv_nnsight.search.result import SearchResult, Step
 
@@ -90,9 +95,83 @@ def test_a_demonstration(model, prompts, vectors, found, shown, tmp_path):
     shown.save(tmp_path / "shown.safetensors")
     again = Demonstration.load(tmp_path / "shown.safetensors")
     assert again.scores == shown.scores and torch.equal(again.pictures["scale"], shown.pictures["scale"])
+    assert again.looks == shown.looks and torch.equal(again.attention, shown.attention)
     with pytest.raises(ValueError, match="expected demonstration"):
         vectors.save(tmp_path / "vectors.safetensors")
         Demonstration.load(tmp_path / "vectors.safetensors")
+
+
+@pytest.mark.parametrize("query_only", [False, True])
+def test_attention_maps_are_the_rows_of_the_answer(model, prompts, query_only):
+    asked = prompts["segmentation"].query_only() if query_only else prompts["segmentation"]
+    maps, layout = attention_maps(model, asked), asked.layout
+    assert set(maps) == {"decoder"}  # the encoder holds no token of the answer
+    patterns, module = [], model._module
+    assert module.config._attn_implementation == "sdpa"
+    module.set_attn_implementation("eager")
+    layers = [block.attn.softmax for block in module.decoder.blocks]
+    hooks = [layer.register_forward_hook(lambda *args: patterns.append(args[-1])) for layer in layers]
+    with torch.no_grad():
+        module(asked.canvas, asked.visible, asked.decoded)
+    module.set_attn_implementation("sdpa")
+    for hook in hooks:
+        hook.remove()
+    rows = layout.index(asked.decoded, layout.regions["output"])
+    expected = torch.stack([pattern[:, :, rows].mean((0, 2)) for pattern in patterns])
+    seen = model.positions("decoder", asked)
+    torch.testing.assert_close(maps["decoder"][..., seen], expected)
+    unseen = torch.ones(layout.num_positions, dtype=torch.bool).index_fill(0, seen, False)
+    assert maps["decoder"][..., unseen].isnan().all() and bool(unseen.any()) == query_only
+    shares = layout.shares(maps["decoder"])
+    torch.testing.assert_close(sum(shares.values()), torch.ones(expected.shape[:2]))
+    assert bool(shares["example_output"].any()) != query_only
+    grid = layout.on_grid(maps["decoder"])
+    assert torch.equal(grid.flatten(-2)[..., seen[1:] - 1], maps["decoder"][..., seen[1:]])
+
+
+def test_a_demonstration_keeps_the_attention_of_the_heads_patched_at_the_answer(model, prompts, vectors, found):
+    asked, space = prompts["segmentation"], found["segmentation"].patches.space
+    everything = replace(found["segmentation"], patches=PatchSet(space, torch.ones(len(space))))
+    shown = demonstrate(model, tasks.segmentation, asked, np.arange(5), vectors, found | {"segmentation": everything})
+    maps = attention_maps(model, asked[2])["decoder"]
+    assert shown.looks[0] == "decoder, all heads"
+    torch.testing.assert_close(shown.attention[0], maps.mean((0, 1)))
+    order = sorted(space.names, key=lambda name: -everything.scores[space.rank[name]])
+    heads = [name for name in order if name.startswith("decoder") and name.endswith("@ output")][:LOOKS]
+    assert len(heads) == len(shown.looks) - 1 == 2
+    for name, look, own in zip(heads, shown.looks[1:], shown.attention[1:]):
+        layer, head = int(name.split(".")[2]), int(name.split("[")[1].split("]")[0])
+        assert look == f"decoder, layer {layer}, head {head}"
+        torch.testing.assert_close(own, maps[layer, head])
+
+
+def test_attention_is_laid_over_the_prompt(model, shown):
+    layout = model.layout
+    one = torch.zeros(layout.num_positions).index_fill(0, torch.tensor([6]), 0.25)  # patch 5: row 1, column 1
+    even = Demonstration(shown.task, shown.pictures, {}, [], [], [], 1, ["one", "none"], torch.stack([one, 0 * one]))
+    picture, plain = attention.overlays(even, layout).long()
+    covered = layout.pixels(torch.tensor([5]))
+    assert torch.equal(picture[:, ~covered], plain[:, ~covered]) and (plain[0] == plain[1]).all()
+    red, green, blue = picture[:, covered]
+    assert (red > 180).all() and (red > green + 60).all() and (green > blue).all()
+    table = attention.shares(shown, layout).set_index("attention of")
+    assert list(table.index) == shown.looks and list(table) == ["cls", *layout.own_regions]
+    np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-5)
+    kept = []
+    said = attention.looks(shown, layout, lambda name, content: kept.append(name))
+    assert [own["share"] for own in said["maps"]] == table.max(axis=1).tolist()
+    assert {own["most"] for own in said["maps"]} <= {
+        "CLS", "the example", "the example's answer", "the query", "the answer itself",
+    }  # fmt: skip
+    assert kept == ["segmentation-attention.csv", "segmentation-attention.png"]
+
+
+def test_models_without_patterns_show_none(model, prompts, vectors, found, monkeypatch):
+    monkeypatch.delattr(AttentionEnvoy, "pattern")
+    assert attention_maps(model, prompts["segmentation"]) == {}
+    scores = np.arange(5) / 5
+    plain = demonstrate(model, tasks.segmentation, prompts["segmentation"], scores, vectors, found)
+    assert plain.looks == [] and attention.looks(plain, model.layout, None) is None
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])

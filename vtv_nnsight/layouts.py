@@ -190,6 +190,17 @@ class Layout:
             raise ValueError(f"patches {absent} are not among the {len(seen)} patches that this stack sees.")
         return token_index(seen, patches)
 
+    def on_grid(self, values: torch.Tensor) -> torch.Tensor:
+        """One value for each position → those of the patches where they lie: [..., position] → [..., row, column]."""
+        return values[..., 1:].unflatten(-1, (self.grid, self.grid))
+
+    def shares(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Sums over the positions of CLS and of each of `own_regions`: [..., position] → name → [...]. NaN counts as
+        nothing."""
+        places = {"cls": torch.tensor([CLS])}
+        places |= {name: positions(patches)[1:] for name, patches in self.own_regions.items()}
+        return {name: values[..., own].nansum(-1) for name, own in places.items()}
+
     def pixels(self, patches: torch.Tensor) -> torch.Tensor:
         """Which pixels some patches cover: LongTensor [patch] → bool [height, width]."""
         covered = torch.zeros(self.num_patches, dtype=torch.bool, device=patches.device).index_fill(0, patches, True)

@@ -109,8 +109,12 @@ def run(
         ),
     ] = None,
     draws: Annotated[
-        int, typer.Option(min=1, help="Draws of random units, uniform and matched, to compare the found ones with.")
-    ] = Settings.draws,
+        int | None,
+        typer.Option(
+            min=1, help="Draws of random units, uniform and matched, to compare the found ones with.",
+            show_default=_default("draws"),
+        ),
+    ] = None,
     control_prompts: Annotated[
         int | None,
         typer.Option(
@@ -121,7 +125,7 @@ def run(
     ] = None,
     order: Order = Settings.order,
     seed: Seed = Settings.seed,
-    quick: Annotated[bool, typer.Option("--quick", help="Take a first look: two tasks in half a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Take a first look: two tasks, a short search.")] = False,
     published: Annotated[
         bool,
         typer.Option(

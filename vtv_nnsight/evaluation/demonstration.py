@@ -1,4 +1,5 @@
-"""One query, looked at closely: its answer as the vector comes in, without each unit, and through every task's vector.
+"""One query, looked at closely: its answer as the vector comes in, without each unit, and through every task's vector;
+and where the answer looks while an example is shown.
 
 The query has the median score of those that were evaluated. A report shows it, and lets its reader play with it, since
 all pictures were computed before.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from torch.nn import functional as F
 
 from vtv_nnsight.evaluation.answers import answers
+from vtv_nnsight.evaluation.attention import answer_positions, attention_maps
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.models.interface import InContextModel
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
@@ -27,8 +29,10 @@ SCALES = tuple(round(0.05 * step, 2) for step in range(21))
 """How far the vector goes: as the model's own activation, to the vector's."""
 UNITS = 60
 """Units that are left out one by one, at most: those of the highest scores."""
+LOOKS = 5
+"""Heads whose attention is kept, at most: those of the highest scores."""
 SIDE = 112
-"""Pictures are made no larger than this, in pixels."""
+"""Pictures are made no larger than this, in pixels; the whole canvas, twice that."""
 KIND = "demonstration"
 
 
@@ -39,12 +43,15 @@ class Demonstration:
     Args:
         task: Its name.
         pictures: "query", "truth" (one each), "scale" (one for each of `scales`), "without" (for each of `units`) and
-            "vectors" (for each of `vectors`).
-        scores: The same names but "query" and "truth" → a score for each picture.
+            "vectors" (for each of `vectors`); and "canvas", the one-shot prompt, the answer's cell grey.
+        scores: "scale", "without" and "vectors" → a score for each picture.
         scales: How far the vector goes.
         units: Names of the units that are left out, one in each picture.
         vectors: The tasks whose vectors answer, each at its own units.
         queries: Of how many different queries the one shown has the median score.
+        looks: What looks: all heads of a stage, or one head that is patched at the answer.
+        attention: [look, position]: how much the answer's patches look at every position of the one-shot prompt; see
+            `attention_maps`. None where attention has no patterns.
     """
 
     task: str
@@ -54,11 +61,14 @@ class Demonstration:
     units: list[str]
     vectors: list[str]
     queries: int
+    looks: list[str] = field(default_factory=list)
+    attention: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file."""
-        told = ("task", "scores", "scales", "units", "vectors", "queries")
-        write_tensors(path, KIND, self.pictures, {name: getattr(self, name) for name in told})
+        told = ("task", "scores", "scales", "units", "vectors", "queries", "looks")
+        tensors = self.pictures | {"attention": self.attention}
+        write_tensors(path, KIND, tensors, {name: getattr(self, name) for name in told})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Demonstration:
@@ -68,8 +78,9 @@ class Demonstration:
             FileNotFoundError, ValueError: when there is no such file, or it is damaged or something else.
         """
         tensors, told = read_tensors(path, KIND)
+        attention = tensors.pop("attention", torch.zeros(0, 0))
         try:
-            return cls(pictures=tensors, **told)
+            return cls(pictures=tensors, attention=attention, **told)
         except TypeError as error:
             raise ValueError(f"{path} is no whole demonstration: {error}; make it again.") from error
 
@@ -122,19 +133,45 @@ def demonstrate(
         for name, cells in painted.items()
     }
     painted |= {"query": shown.region("query"), "truth": truth}
+    canvas = shown.canvas.clone()
+    crop(canvas, "output", shown.layout)[:] = 0.5
+    looks = _looks(model, shown.one_shot(), found[task.name])
     return Demonstration(
         task.name,
-        {name: _small(cells) for name, cells in painted.items()},
+        {name: _small(cells) for name, cells in painted.items()} | {"canvas": _small(canvas, 2 * SIDE)},
         measured,
         list(SCALES),
         [space.names[i] for i in kept.tolist()],
         names,
         len(prompts.queries.unique()),
+        list(looks),
+        torch.stack(list(looks.values())) if looks else torch.zeros(0, 0),
     )
 
 
-def _small(cells: torch.Tensor) -> torch.Tensor:
-    """Pixels [n, 3, side, side] in [0, 1] as uint8, of at most `SIDE` pixels a side."""
-    if len(cells) and cells.shape[-1] > SIDE:
-        cells = F.interpolate(cells, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+def _looks(model: InContextModel, prompt: VisualPrompt, found: SearchResult) -> dict[str, torch.Tensor]:
+    """What looks → [position]: all heads of each stage that holds the answer, then the heads that are patched at the
+    answer, those of the highest scores first."""
+    maps, space = attention_maps(model, prompt), found.patches.space
+    looks = {f"{stage}, all heads": layers.mean((0, 1)) for stage, layers in maps.items()}
+    stages = [stage.name for stage in space.stages]
+    at_answer = {
+        name: [torch.isin(places, answer_positions(model, name, space.layout)).any() for places in groups.values()]
+        for name, groups in space.groups.items()
+        if name in maps
+    }
+    order = found.scores.argsort(descending=True, stable=True)
+    heads: dict[str, torch.Tensor] = {}
+    for i in order[found.patches.choices[order]].tolist():
+        stage, layer, head, group = (int(part[i]) for part in space.units)
+        name = stages[stage]
+        if name in maps and at_answer[name][group]:
+            heads.setdefault(f"{name}, layer {layer}, head {head}", maps[name][layer, head])
+    return looks | dict(list(heads.items())[:LOOKS])
+
+
+def _small(cells: torch.Tensor, side: int = SIDE) -> torch.Tensor:
+    """Pixels [n, 3, height, width] in [0, 1] as uint8, of at most `side` pixels a side."""
+    if len(cells) and cells.shape[-1] > side:
+        cells = F.interpolate(cells, (side, side), mode="bilinear", antialias=True, align_corners=False)
     return cells.clamp(0, 1).mul(255).round().byte().cpu()

@@ -111,9 +111,10 @@ PUBLISHED = {"candidates": 1000, "search": "published", "loss": "pixels", "budge
 PUBLISHED |= {"protocol": "published"}
 """The settings with which the paper's experiment differs from the defaults."""
 
-QUICK = {"tasks": ("segmentation", "lowlight"), "max_images": 160, "prompts": 32, "candidates": 64, "budget": 1000}
-QUICK |= {"test_prompts": 16, "control_prompts": 16}
-"""The settings of a first look, which takes about half a minute."""
+QUICK = {"tasks": ("segmentation", "lowlight"), "max_images": 160, "prompts": 32, "candidates": 64}
+QUICK |= {"search": "gates", "budget": 400, "test_prompts": 16, "draws": 4, "control_prompts": 16}
+"""The settings of a first look. Its search is the one that finds most with few evaluations: on the embedded model, sets
+of `gates` after 240 are about as good as those of `reinforce` after 1000, in a quarter of the time."""
 
 RENAMED = {"images": "max_images", "evaluations": "test_prompts"}
 """Names of 0.1, in run.json → today's."""

@@ -11,7 +11,7 @@ The folder, and what is written in it:
     search/TASK.safetensors      the units to patch (`SearchResult`)
     evaluation/TASK.parquet      scores of all conditions, image by image; the first answers beside them
     shown/TASK.safetensors       one query looked at closely (`Demonstration`)
-    report.html, table.csv, …    see `vtv_nnsight.report`
+    report.html, table.csv, …    see `vtv_nnsight.report`; figures/ has each of its figures as CSV, PNG and SVG
 
 Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`experiment.protocol`) these
 have the same vectors and sets. A step whose file is there is not done again, a search or a collection that was

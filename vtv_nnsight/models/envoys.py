@@ -8,6 +8,8 @@ A model says which of its modules get which envoy (`envoys={Attention: Attention
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,6 +85,20 @@ class EagerProperty(eproperty):
                 f"{attention.path}.{self.name} is not computed by attn_implementation={implementation!r}; "
                 'load the model with attn_implementation="eager".'
             )
+
+
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Let a model compute its attention eagerly for a while, so that there are patterns to read."""
+    configs = {id(module.config): module.config for module in model._module.modules() if hasattr(module, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
 
 
 class StackEnvoy(Envoy):

@@ -101,7 +101,8 @@ class InContextModel(ABC):
     def attention(self, stage: str, layer: int) -> Any:
         """The envoy of a layer's attention, 0 being the stage's first layer. Its `heads` are the outputs of the heads
         before the output projection, [batch, token, head, head_dim], readable and writable inside a trace, with tokens
-        at `positions`; its `path` names it for people."""
+        at `positions`; its `path` names it for people. Where its class has `pattern`, [batch, head, query token, key
+        token], reports show where the answer looks; keys are the tokens of the query token's own stream."""
 
     def outputs(self, stage: str, layer: int) -> dict[str, Any]:
         """The envoys whose `output` is what a layer has at the sites beside its heads: "attn", "mlp" and "residual" of

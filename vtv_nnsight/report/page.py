@@ -3,8 +3,9 @@
     >>> report.write("runs/scenes")                                   # runs/scenes/report.html
     >>> report.compare(["runs/a", "runs/b"], "comparison.html")       # or `vtv report runs/a runs/b`
 
-Beside report.html stand the same numbers (table.csv, table.md) and a picture of the first answers (answers.png). The
-pages are Jinja2 templates (templates/), which escape all that they are given.
+Beside report.html stand the same numbers (table.csv, table.md), a picture of the first answers (answers.png), and in
+figures/ each figure as PNG and SVG with its numbers as CSV, which the page links to. The pages are Jinja2 templates
+(templates/), which escape all that they are given.
 """
 
 from __future__ import annotations
@@ -27,7 +28,20 @@ from vtv_nnsight.files import replacing, write_text
 from vtv_nnsight.models import PAPERS
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.progress import duration
-from vtv_nnsight.report.pictures import all_searches, draw, overview, plain_label, prompt_cells, searches, uri
+from vtv_nnsight.report import numbers
+from vtv_nnsight.report.attention import looks
+from vtv_nnsight.report.pictures import (
+    Drawn,
+    Keep,
+    all_searches,
+    draw,
+    keep_file,
+    overview,
+    plain_label,
+    prompt_cells,
+    searches,
+    uri,
+)
 from vtv_nnsight.report.play import moving, playground, still
 from vtv_nnsight.report.reading import CONDITIONS, PICTURES, Found, read
 from vtv_nnsight.search import plots as search_plots
@@ -44,8 +58,9 @@ Lines = dict[str, dict[str, Line]]
 
 
 def write(run: str | os.PathLike) -> Path:
-    """Write report.html, table.csv, table.md and answers.png in a run's folder."""
+    """Write report.html, table.csv, table.md, answers.png and figures/ in a run's folder."""
     run, found = Path(run), read(run)
+    keep = partial(keep_file, run)
     found.table.csv(run / "table.csv")
     write_text(run / "table.md", "\n\n".join([found.table.markdown(), *verdicts(found.table)]) + "\n")
     with replacing(run / "answers.png") as temporary:
@@ -71,19 +86,22 @@ def write(run: str | os.PathLike) -> Path:
         unit=_unit(found),
         summary=_summary(found, lines),
         words=_words(condition for task in lines.values() for condition in task["score"]),
-        tasks=[_task(found, task, lines[task.name]) for task in found.tasks],
+        tasks=[_task(found, task, lines[task.name], keep) for task in found.tasks],
         scores=[
             draw(
                 partial(plots.score_map, scores, found.layout),
                 f"{fold or f'Each cell is {_unit(found)}'}: the variance between tasks over that within a task, at "
                 "each place.",
                 wide=True,
+                keep=keep,
+                name=_joined("scores", fold),
+                numbers=numbers.of_scores(scores, found.layout),
             )
             for fold, scores in found.scores.items()
         ],
-        searches=_searches(found, lines),
-        matrix=_matrix(found),
-        overlap=_overlap(found),
+        searches=_searches(found, lines, keep),
+        matrix=_matrix(found, keep),
+        overlap=_overlap(found, keep),
         shared=shared,
         hero=_hero(found),
         script=(files("vtv_nnsight.report") / "report.js").read_text(encoding="utf-8"),
@@ -93,7 +111,8 @@ def write(run: str | os.PathLike) -> Path:
 
 
 def compare(runs: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
-    """Write a page that sets several runs side by side: their settings where they differ, the tasks that they share."""
+    """Write a page that sets several runs side by side: their settings where they differ; for each task that they share
+    their scores, their answers to the same queries, and how far the units agree that they found."""
     found = [read(run) for run in runs]
     if len({one.name for one in found}) < len(found):
         found = [one._replace(name=str(run)) for one, run in zip(found, runs)]
@@ -143,8 +162,8 @@ def _summary(found: Found, lines: dict[str, Lines]) -> dict[str, Any]:
     return {"head": ["task", "metric", *shown, "units patched"], "rows": rows}
 
 
-def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
-    scores, results = lines["score"], found.results[task.name]
+def _task(found: Found, task: Task, lines: Lines, keep: Keep) -> dict[str, Any]:
+    scores, results, shown = lines["score"], found.results[task.name], found.shown.get(task.name)
     patched, copied = scores[PATCHED], scores.get(FLOOR)
     sure = patched.difference_low > 0 or patched.difference_high < 0
     better = (patched.difference > 0) == task.metric.higher_is_better
@@ -154,6 +173,9 @@ def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
             f"{'Probability' if result.probabilistic else 'Score'} of every unit{f', {fold}' if fold else ''}: each "
             f"cell is {_unit(found)}, each panel a place. The ringed units are patched.",
             wide=True,
+            keep=keep,
+            name=_joined(task.name, "units", fold),
+            numbers=numbers.of_units(result),
         )
         for fold, result in results.items()
         if result.patches.space.granularity != "token"
@@ -177,11 +199,12 @@ def _task(found: Found, task: Task, lines: Lines) -> dict[str, Any]:
         "low": min(line.low for line in scores.values()),
         "high": max(line.high for line in scores.values()),
         "figures": maps,
-        "play": playground(found.shown[task.name], task, _space(found)) if task.name in found.shown else None,
+        "play": playground(shown, task, _space(found), keep) if shown else None,
+        "looks": looks(shown, found.layout, keep) if shown else None,
     }  # fmt: skip
 
 
-def _searches(found: Found, lines: dict[str, Lines]) -> Any:
+def _searches(found: Found, lines: dict[str, Lines], keep: Keep) -> Drawn:
     """The searches of all tasks. Lines of other conditions stand beside them where they are of the same loss."""
     results = {name: list(folds.values()) for name, folds in found.results.items()}
     same = found.record["settings"].get("loss") == "tokens"
@@ -192,7 +215,8 @@ def _searches(found: Found, lines: dict[str, Lines]) -> Any:
     algorithm = next(iter(results.values()))[0].algorithm
     beside = " Lines: the loss without a vector, on the test prompts." if same else ""
     caption = f"The searches ({algorithm}): best held-out loss so far; lower is better.{beside}"
-    return draw(partial(all_searches, results, bounds), caption, wide=True)
+    curves, drawn = numbers.of_searches(results), partial(all_searches, results, bounds)
+    return draw(drawn, caption, wide=True, keep=keep, name="searches", numbers=curves)
 
 
 def _hero(found: Found) -> dict[str, Any] | None:
@@ -237,11 +261,48 @@ def _compared(found: list[Found], task: Task, scores: dict[str, dict[str, Line]]
             }
             for one in found
         ],
+        "answers": _answers(found, task),
+        "others": [one.name for one in found if _asked(one) != _asked(found[0])],
         "searches": draw(
             partial(searches, {one.name: list(one.results[task.name].values()) for one in found}),
             "The searches: best held-out loss so far; lower is better.",
         ),
+        "overlap": _agreement({one.name: _sets(one)[task.name] for one in found}),
     }
+
+
+def _asked(found: Found) -> list[Any]:
+    """What runs must have in common to have asked the same queries in the same order."""
+    names = ("data", "test pictures", "test_prompts", "protocol", "seed")
+    return [found.record["settings"].get(name) for name in names]
+
+
+def _answers(found: list[Found], task: Task) -> list[dict[str, Any]]:
+    """Rows of pictures: the first queries, their truths, and the answers of each run that asked them."""
+    same = [one for one in found if _asked(one) == _asked(found[0])]
+    cells = [one.cells(task) for one in same]
+    count = min(ROWS, *(len(own["truth"]) for own in cells))
+    rows = [
+        {"name": name, "cells": [{"uri": uri(cell), "score": None} for cell in cells[0][name][:count]]}
+        for name in ("query", "truth")
+    ]
+    for one, own in zip(same, cells):
+        scores = one.table.values(task.name, PATCHED)
+        answers = [{"uri": uri(cell), "score": float(score)} for cell, score in zip(own[PATCHED][:count], scores)]
+        rows.append({"name": one.name, "cells": answers})
+    return rows
+
+
+def _agreement(sets: dict[str, PatchSet]) -> dict[str, Any] | None:
+    """How far runs agree on units, which are compared by name, whatever the weights; None where names differ, or units
+    are too many to draw."""
+    space = next(iter(sets.values())).space
+    if space.granularity == "token" or any(own.space.names != space.names for own in sets.values()):
+        return None
+    own = {plain_label(name): PatchSet(space, patches.choices) for name, patches in sets.items()}
+    caption = "How alike the runs' sets are (Jaccard similarity), and how many runs patch each unit."
+    shared = list(reduce(lambda a, b: a & b, own.values()))
+    return {"figure": draw(partial(search_plots.overlap, own), caption, wide=True), "shared": shared}
 
 
 def _sets(found: Found) -> dict[str, PatchSet]:
@@ -257,15 +318,16 @@ def _shared(found: Found) -> list[str]:
     return list(reduce(lambda a, b: a & b, _sets(found).values()))
 
 
-def _overlap(found: Found) -> list[Any]:
-    sets = {plain_label(name): patches for name, patches in _sets(found).items()}
+def _overlap(found: Found, keep: Keep) -> list[Drawn]:
+    sets = _sets(found)
     if len(sets) < 2 or _space(found).granularity == "token":
         return []
     caption = "How alike the tasks' sets are (Jaccard similarity), and how many tasks patch each unit."
-    return [draw(partial(search_plots.overlap, sets), caption, wide=True)]
+    drawn = partial(search_plots.overlap, {plain_label(name): own for name, own in sets.items()})
+    return [draw(drawn, caption, wide=True, keep=keep, name="overlap", numbers=numbers.of_sets(sets))]
 
 
-def _matrix(found: Found) -> dict[str, Any]:
+def _matrix(found: Found, keep: Keep) -> dict[str, Any]:
     """Every task's vector at every task's units, and which tasks need their own."""
     if not found.table.frame.condition.str.startswith(OTHER).any():
         return {}
@@ -276,7 +338,7 @@ def _matrix(found: Found) -> dict[str, Any]:
     )
     best = {row.task: row for row in best_others(pairs).itertuples()}
     return {
-        "figure": draw(partial(plots.matrix, pairs), caption, wide=True),
+        "figure": draw(partial(plots.matrix, pairs), caption, wide=True, keep=keep, name="matrix", numbers=pairs),
         "specific": [name for name, row in best.items() if row.specific],
         "others": {name: specific_sentence(row) for name, row in best.items() if not row.specific},
     }
@@ -323,6 +385,11 @@ def _words(conditions: Iterable[str]) -> dict[str, str]:
 def _size(found: Found, task: Task) -> str:
     results = found.results[task.name].values()
     return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
+
+
+def _joined(*names: str) -> str:
+    """Names of what a figure shows, those that are not empty, as its file's name."""
+    return "-".join(filter(None, names))
 
 
 def _word(value: Any) -> str:

@@ -4,49 +4,98 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import same_color
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.spines import Spine
+from matplotlib.text import Text
 from PIL import Image
 
 from vtv_nnsight.evaluation.conditions import PATCHED
+from vtv_nnsight.files import replacing
 from vtv_nnsight.images import to_pil
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.report.reading import PICTURES, Found
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.search.result import SearchResult
 
+CELLS = {"example_input": "example", "example_output": "its answer", "output": "to be painted"}
+"""What a page calls cells of the layout."""
+
 INK = {"light": "#1c2126", "dark": "#e8e6e1"}
+DPI = 144
+
+
+Keep = Callable[[str, bytes | pd.DataFrame], str]
+"""Keeps a file beside a page: its name and content → its address, seen from the page."""
 
 
 class Drawn(NamedTuple):
-    """A figure as data URIs, on no background, in the ink of a light and of a dark page."""
+    """A figure as data URIs, on no background, in the ink of a light and of a dark page; and the kinds of files that it
+    was kept in → their addresses."""
 
     light: str
     dark: str
     width: int
     caption: str
     wide: bool
+    links: dict[str, str]
 
 
-def draw(figure: Callable[[], Figure], caption: str, wide: bool = False) -> Drawn:
+def draw(
+    figure: Callable[[], Figure],
+    caption: str,
+    wide: bool = False,
+    keep: Keep | None = None,
+    name: str = "",
+    numbers: pd.DataFrame | None = None,
+) -> Drawn:
     """A figure drawn twice, in light and in dark.
 
     Args:
         wide: Whether a phone should scroll it rather than make it small.
+        keep: Where it is kept, too, as `name`.png and `name`.svg.
+        numbers: What it shows, kept as `name`.csv.
     """
-    uris = {}
     keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    for theme, ink in INK.items():
-        with matplotlib.rc_context(dict.fromkeys(keys, ink) | {"legend.framealpha": 0.0, "font.size": 9}):
-            buffer, made = io.BytesIO(), figure()
-            made.savefig(buffer, format="png", dpi=144, transparent=True)
-            uris[theme] = _data_uri(_smaller(buffer))
-    return Drawn(uris["light"], uris["dark"], int(96 * made.get_figwidth()), caption, wide)
+    inks = dict.fromkeys(keys, INK["light"]) | {"legend.framealpha": 0.0, "font.size": 9}
+    links = {} if keep is None or numbers is None else {"CSV": keep(f"{name}.csv", numbers)}
+    with matplotlib.rc_context(inks | {"svg.hashsalt": "vtv", "svg.fonttype": "none"}):
+        made = figure()
+        light = _drawn(made)
+        made.set_layout_engine("none")  # which takes most of the time; everything stays where it is
+        if keep:
+            links["PNG"] = keep(f"{name}.png", png_of(_on_white(light)))
+            buffer = io.StringIO()
+            FigureCanvasSVG(made).print_svg(buffer, metadata={"Date": None})
+            links["SVG"] = keep(f"{name}.svg", buffer.getvalue().encode())
+        _change_ink(made, INK["light"], INK["dark"])
+        dark = _drawn(made)
+    few = [drawn.quantize(128, method=Image.Quantize.FASTOCTREE) for drawn in (light, dark)]  # all that a figure needs
+    return Drawn(*map(_data_uri, map(png_of, few)), int(96 * made.get_figwidth()), caption, wide, links)
+
+
+def keep_file(run: Path, name: str, content: bytes | pd.DataFrame) -> str:
+    """A `Keep` for the folder of a run: files lie in its folder figures."""
+    folder = run / "figures"
+    folder.mkdir(exist_ok=True)
+    if isinstance(content, pd.DataFrame):
+        content = content.to_csv(index=False, lineterminator="\n").encode()
+    with replacing(folder / name) as temporary:
+        temporary.write_bytes(content)
+    return f"{folder.name}/{quote(name)}"
 
 
 def searches(results: Mapping[str, Sequence[SearchResult]]) -> Figure:
@@ -89,14 +138,11 @@ def plain_label(name: str) -> str:
 
 def uri(pixels: torch.Tensor) -> str:
     """A picture, uint8 [3, height, width], as a data URI."""
-    buffer = io.BytesIO()
-    to_pil(pixels.float() / 255).save(buffer, format="PNG")
-    return _data_uri(buffer)
+    return _data_uri(png_of(to_pil(pixels.float() / 255)))
 
 
 def prompt_cells(found: Found, size: float = 92.0) -> list[dict[str, object]]:
     """The cells of the run's first prompt, where and how large the page's diagram of a prompt shows them."""
-    words = {"query": "query", "output": "to be painted"}
     across = sorted({columns.start for _, columns in found.layout.cells.values()})
     down = sorted({rows.start for rows, _ in found.layout.cells.values()})
     canvas = found.table.pictures[found.tasks[0].name]["prompt"][0]
@@ -107,10 +153,16 @@ def prompt_cells(found: Found, size: float = 92.0) -> list[dict[str, object]]:
             "x": 4 + across.index(columns.start) * (size + 16) * scale,
             "y": 2 + down.index(rows.start) * (size + 16) * scale,
             "size": size * scale,
-            "label": words.get(name) or ("example" if "input" in name else "its answer"),
+            "label": cell_label(name),
         }
         for name, (rows, columns) in found.layout.cells.items()
     ]
+
+
+def cell_label(name: str) -> str:
+    """What a page calls a cell of the layout: "example", or "example 2" of several."""
+    cell, number = re.fullmatch(r"(.*?)(?:_(\d+))?", name).groups()
+    return " ".join(filter(None, (CELLS.get(cell, cell), number)))
 
 
 def overview(found: Found, row: int = 0) -> Figure:
@@ -129,12 +181,39 @@ def overview(found: Found, row: int = 0) -> Figure:
     return figure
 
 
-def _smaller(png: io.BytesIO) -> io.BytesIO:
-    """The same picture in 128 colours, which are all that a figure needs."""
-    smaller = io.BytesIO()
-    Image.open(png).quantize(128, method=Image.Quantize.FASTOCTREE).save(smaller, format="PNG", optimize=True)
-    return smaller
+def _drawn(figure: Figure) -> Image.Image:
+    """A figure on no background. (`savefig` would draw it twice.)"""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
+    papers = [figure.patch, *(axes.patch for axes in figure.axes)]
+    colours = [paper.get_facecolor() for paper in papers]
+    for paper in papers:
+        paper.set_facecolor("none")
+    canvas.draw()
+    for paper, colour in zip(papers, colours):
+        paper.set_facecolor(colour)
+    return Image.fromarray(np.asarray(canvas.buffer_rgba()).copy())
 
 
-def _data_uri(png: io.BytesIO) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+def _change_ink(figure: Figure, ink: str, other: str) -> None:
+    """Give all that is drawn in one ink another."""
+    for artist in figure.findobj(lambda one: isinstance(one, (Text, Line2D, Spine))):
+        for part in ("color", "edgecolor", "markeredgecolor"):
+            if hasattr(artist, f"get_{part}") and same_color(getattr(artist, f"get_{part}")(), ink):
+                getattr(artist, f"set_{part}")(other)
+
+
+def _on_white(drawn: Image.Image) -> Image.Image:
+    """The same picture on white, for papers and slides."""
+    return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
+
+
+def png_of(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=picture.mode == "P")
+    return buffer.getvalue()
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from vtv_nnsight.evaluation.demonstration import Demonstration
-from vtv_nnsight.images import to_pil
+from vtv_nnsight.evaluation.demonstration import SIDE, Demonstration
+from vtv_nnsight.images import strip, to_pil
 from vtv_nnsight.patches import PatchSpace
 from vtv_nnsight.report.hero import animation, save_animation
+from vtv_nnsight.report.numbers import of_playground
+from vtv_nnsight.report.pictures import Keep, png_of
 from vtv_nnsight.tasks import Task
 
 
@@ -30,8 +32,12 @@ def still(shown: Demonstration) -> str:
     return _uri(buffer)
 
 
-def playground(shown: Demonstration, task: Task, space: PatchSpace) -> dict[str, Any]:
+def playground(shown: Demonstration, task: Task, space: PatchSpace, keep: Keep) -> dict[str, Any]:
     """What the templates show of a demonstration."""
+    scales = [picture.float() / 255 for picture in shown.pictures["scale"][::2]]
+    sheet = strip({f"{scale:.1f}": picture for scale, picture in zip(shown.scales[::2], scales)}, side=SIDE)
+    name = f"{shown.task}-answers"
+    links = {"CSV": keep(f"{name}.csv", of_playground(shown)), "PNG": keep(f"{name}.png", png_of(sheet))}
     best = shown.scores["scale"][-1]
     sign = 1 if task.higher_is_better else -1
     worse = [sign * (best - score) for score in shown.scores["without"]]
@@ -56,6 +62,7 @@ def playground(shown: Demonstration, task: Task, space: PatchSpace) -> dict[str,
         ],
         "queries": shown.queries,
         "best": best,
+        "links": links,
     }
 
 

@@ -89,7 +89,7 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     figure, panels = _panels(space, first="Jaccard similarity")
     axes = figure.axes[0]
     axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
-    axes.set_xticks(range(len(patches)), list(patches), rotation=90)
+    axes.set_xticks(range(len(patches)), list(patches), rotation=30, ha="right")
     axes.set_yticks(range(len(patches)), list(patches))
     for (row, column), value in np.ndenumerate(similarity):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")

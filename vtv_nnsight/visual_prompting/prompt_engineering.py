@@ -3,8 +3,8 @@ NeurIPS 2022, §4.4).
 
     >>> scores = prompt_engineering.compare(model, images, n=100)     # layout × colours → IoU of every prompt
     >>> print(prompt_engineering.table(scores))
-    >>> attention = prompt_engineering.attention_to_regions(MAEVQGAN(..., attn_implementation="eager"), prompts)
-    >>> attention["query"]                                            # [decoder layer]
+    >>> attention = prompt_engineering.attention_to_regions(model, prompts)
+    >>> attention["query"]                                            # [layer] of the decoder
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.layouts import ORDERS, positions
+from vtv_nnsight.evaluation.attention import attention_maps
+from vtv_nnsight.layouts import CLS, ORDERS, positions
+from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.tasks import PURPLE, YELLOW, Segmentation
 from vtv_nnsight.visual_prompting import ensembles
@@ -72,43 +74,26 @@ def table(scores: Mapping[tuple[str, str], torch.Tensor]) -> str:
     return "\n".join(lines)
 
 
-@torch.no_grad()
-def attention_to_regions(model: Any, prompts: VisualPrompt) -> dict[str, torch.Tensor]:
-    """How much of the decoder's attention goes from the output's patches to CLS and to each cell's patches.
+def attention_to_regions(model: InContextModel, prompts: VisualPrompt) -> dict[str, torch.Tensor]:
+    """How much of the attention goes from the output's patches to CLS and to each cell's patches.
 
     Args:
-        model: A MAEVQGAN or a ViTMAE loaded with attn_implementation="eager".
-        prompts: One-shot prompts, or zero-shot ones (`query_only`), whose decoder sees fewer cells.
+        model: A model whose attention has patterns, such as a MAEVQGAN.
+        prompts: One-shot prompts, or zero-shot ones (`query_only`), which show fewer cells.
 
     Returns:
-        "cls" and names of regions → [decoder layer]: the share of attention, averaged over prompts, heads and the
-        output's patches. Where cells share no patches the shares sum to 1.
+        "cls" and names of regions → [layer], of the last stage that holds the output, such as MAE-VQGAN's decoder: the
+        share of attention, averaged over prompts, heads and the output's patches. Where cells share no patches the
+        shares sum to 1.
 
     Raises:
-        ValueError: when the model has no decoder, or its attention is not eager.
+        ValueError: when there are no patterns.
     """
-    stages = {stage.name: stage for stage in model.stages}
-    if "decoder" not in stages:
-        raise ValueError(
-            f"this is the attention of a decoder, and {type(model).__name__} has the stages {', '.join(stages)}; "
-            "give a MAEVQGAN or a ViTMAE."
-        )
-    layout = prompts.layout
-    seen = prompts.decoded.cpu()
-    groups = {
-        name: layout.index(seen, patches) for name, patches in layout.regions.items() if torch.isin(patches, seen).all()
-    }
-    output = groups["output"]
-    groups = {"cls": positions(seen)[:1], **groups}
-    with model.trace(prompts):
-        layers = [
-            _shares(model.attention("decoder", layer).pattern, output, groups)
-            for layer in range(stages["decoder"].layers)
-        ].save()
-    return dict(zip(groups, torch.stack(layers, dim=1).cpu()))
-
-
-def _shares(pattern: torch.Tensor, queries: torch.Tensor, groups: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Pattern [batch, head, query, key] → mean share of each group of keys, [group]."""
-    mean = pattern.float().mean((0, 1))[queries.to(pattern.device)].mean(0)
-    return torch.stack([mean[keys.to(mean.device)].sum() for keys in groups.values()])
+    maps = attention_maps(model, prompts)
+    if not maps:
+        raise ValueError(f"the attention of {type(model).__name__} has no patterns to read; give such as a MAEVQGAN.")
+    *_, last = maps.values()
+    by_layer = last.mean(1)
+    groups = {"cls": torch.tensor([CLS])}
+    groups |= {name: positions(patches)[1:] for name, patches in prompts.layout.regions.items()}
+    return {name: by_layer[:, at].sum(-1) for name, at in groups.items() if not by_layer[:, at].isnan().any()}

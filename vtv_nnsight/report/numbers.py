@@ -1,0 +1,63 @@
+"""The numbers behind the figures of a page, one table a figure: what its CSV links hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from vtv_nnsight.clusters import region_positions
+from vtv_nnsight.evaluation.demonstration import Demonstration
+from vtv_nnsight.layouts import Layout
+from vtv_nnsight.patches import PatchSet
+from vtv_nnsight.search.plots import best_so_far
+from vtv_nnsight.search.result import SearchResult
+from vtv_nnsight.stages import ByStage
+
+
+def of_units(result: SearchResult) -> pd.DataFrame:
+    """Of `search.plots.score_maps`: a row for each unit."""
+    kind = "probability" if result.probabilistic else "score"
+    return pd.DataFrame(
+        {"unit": result.patches.space.names, kind: result.scores.tolist(), "patched": result.patches.choices.tolist()}
+    )
+
+
+def of_searches(results: Mapping[str, Sequence[SearchResult]]) -> pd.DataFrame:
+    """Of `pictures.all_searches`: a row for each time that a search looked at its held-out prompts."""
+    parts = []
+    for name, found in results.items():
+        for number, result in enumerate(found):
+            at = np.array([step.evaluations for step in result.history])
+            best = {"evaluations": at, "best held-out loss": best_so_far(result, at)}
+            parts.append(pd.DataFrame({"task": name, "search": number, **best}))
+    return pd.concat(parts)
+
+
+def of_sets(sets: Mapping[str, PatchSet]) -> pd.DataFrame:
+    """Of `search.plots.overlap`: a row for each unit, and which sets have it."""
+    first = next(iter(sets.values()))
+    return pd.DataFrame({"unit": first.space.names} | {name: own.choices.tolist() for name, own in sets.items()})
+
+
+def of_scores(scores: ByStage, layout: Layout) -> pd.DataFrame:
+    """Of `plots.score_map`: a row for each head and region."""
+    parts = []
+    for stage, values in scores.items():
+        for region, places in region_positions(layout).items():
+            layers, heads = np.indices(values.shape[:2])
+            means = values[..., places].nanmean(-1).numpy()
+            columns = {"layer": layers.ravel(), "head": heads.ravel(), "region": region, "score": means.ravel()}
+            parts.append(pd.DataFrame({"stage": stage, **columns}))
+    return pd.concat(parts).dropna()
+
+
+def of_playground(shown: Demonstration) -> pd.DataFrame:
+    """Of what can be played with: a row for each answer."""
+    kinds = {"scale": shown.scales, "without": shown.units, "vectors": shown.vectors}
+    parts = [
+        pd.DataFrame({"changed": {"vectors": "vector of"}.get(kind, kind), "to": own, "score": shown.scores[kind]})
+        for kind, own in kinds.items()
+    ]
+    return pd.concat(parts)
