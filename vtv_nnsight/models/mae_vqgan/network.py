@@ -145,7 +145,8 @@ class MAEVQGANModel(PreTrainedModel):
         mean, std = (canvas.new_tensor(v).view(3, 1, 1) for v in (self.config.image_mean, self.config.image_std))
         pixels = ((canvas - mean) / std).to(self.encoder.patch_embed.proj.weight.dtype)
         visible, decoded = visible.to(canvas.device), decoded.to(canvas.device)
-        return MAEVQGANOutput(logits=self.decoder(self.encoder(pixels, visible), visible, decoded, logits_to_keep))
+        encoded = self.encoder(pixels, visible)
+        return MAEVQGANOutput(logits=self.decoder(encoded, visible, decoded, logits_to_keep=logits_to_keep))
 
     @torch.no_grad()
     def generate(
