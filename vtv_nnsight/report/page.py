@@ -94,7 +94,7 @@ def write(run: str | os.PathLike) -> Path:
                 "each place.",
                 wide=True,
                 keep=keep,
-                name=_joined("scores", fold),
+                name=_file_name("scores", fold),
                 numbers=numbers.of_scores(scores, found.layout),
             )
             for fold, scores in found.scores.items()
@@ -174,7 +174,7 @@ def _task(found: Found, task: Task, lines: Lines, keep: Keep) -> dict[str, Any]:
             f"cell is {_unit(found)}, each panel a place. The ringed units are patched.",
             wide=True,
             keep=keep,
-            name=_joined(task.name, "units", fold),
+            name=_file_name(task.name, "units", fold),
             numbers=numbers.of_units(result),
         )
         for fold, result in results.items()
@@ -387,7 +387,7 @@ def _size(found: Found, task: Task) -> str:
     return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
 
 
-def _joined(*names: str) -> str:
+def _file_name(*names: str) -> str:
     """Names of what a figure shows, those that are not empty, as its file's name."""
     return "-".join(filter(None, names))
 
