@@ -96,7 +96,7 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     counts = space.split(sum(found.choices.int() for found in patches.values()))
     for (stage, group), axes in panels.items():
         image = axes.imshow(counts[stage][..., group].numpy(), vmin=0, vmax=len(patches), cmap="magma")
-    figure.colorbar(shown, ax=axes, label="shared units / units in either")
+    figure.colorbar(shown, ax=axes, location="left", shrink=0.8, label="shared / all, of two sets")
     figure.colorbar(image, ax=list(panels.values()), label="number of sets that have the unit")
     return figure
 
