@@ -43,7 +43,6 @@ from vtv_nnsight.pretraining.mae import averaged_model
 from vtv_nnsight.pretraining.stream import corpus_prompts
 from vtv_nnsight.pretraining.tokenizer import reconstruction
 from vtv_nnsight.pretraining.training import CHECKPOINT
-from vtv_nnsight.prompts import crop
 
 CONDITIONS = {"ceiling": "tokenizer", "one-shot": "one-shot", "zero-shot": "zero-shot", "floor": "copy"}
 CORRUPTIONS = (tasks.identity, tasks.lowlight, tasks.inpainting, tasks.colorization)
@@ -186,7 +185,7 @@ def composed(corpus: Corpus, kind: str, layout: Layout, seed: int) -> Source:
 
 def answers(model: MAEVQGAN, prompts: VisualPrompt) -> torch.Tensor:
     """The output cells that the model paints, [prompt, 3, cell, cell]."""
-    return torch.cat([crop(model.generate(some), "output", model.layout).cpu() for some in prompts.split(32)])
+    return torch.cat([model.generate(some).answer.cpu() for some in prompts.split(32)])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 visitors at once, a narrow screen, and what axe finds of access. Skipped where there is no Chromium or no Playwright;
 what the page computes is in test_demo.py, and what the report holds in test_run.py."""
 
+import io
 import json
 import re
 import shutil
@@ -10,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATA
+from PIL import Image
 from test_demo import player  # noqa: F401
 
 from vtv_nnsight import PatchSet, TaskVectors, data
+from vtv_nnsight.demo.playing import ONE_SHOT, VECTOR, enlarged
 from vtv_nnsight.experiment import run
 from vtv_nnsight.experiment.settings import Settings
+from vtv_nnsight.images import as_rgb
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.report import compare
+from vtv_nnsight.report.slides import Slides
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -121,6 +126,28 @@ def test_a_report_without_a_script_shows_its_strips(report, browser):
     context.close()
 
 
+def test_slides_move_and_leave_nothing_without_a_script(visit, browser, tmp_path):
+    slides = Slides({f"{i / 4}": torch.full((3, 16, 16), i / 4) for i in range(5)}, "scale of the vector")
+    (tmp_path / "page.html").write_text(f"<main>{slides.html()}{slides.html()}</main>", encoding="utf-8")
+    page = visit((tmp_path / "page.html").as_uri())
+    both, slider = page.locator(".vtv-slides"), page.get_by_label("scale of the vector", exact=True)
+    assert slider.count() == 2
+    said, view = both.first.locator("output"), both.first.locator("[role=img]")
+    assert said.inner_text() == "scale of the vector: 1.0"
+    slider.first.focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert said.inner_text() == "scale of the vector: 0.5" and both.last.locator("output").inner_text().endswith("1.0")
+    assert view.get_attribute("aria-label") == "scale of the vector: 0.5"
+    with Image.open(io.BytesIO(view.screenshot())) as shown:
+        assert shown.convert("L").getpixel((shown.width // 2, shown.height // 2)) == pytest.approx(128, abs=8)
+    context = browser.new_context(java_script_enabled=False)
+    still = context.new_page()
+    still.goto((tmp_path / "page.html").as_uri())
+    assert not still.locator("input").count() and still.locator("main").inner_text().strip() == ""
+    context.close()
+
+
 @pytest.fixture(scope="module")
 def demo(player):  # noqa: F811
     """The address of the page, over a small model."""
@@ -165,6 +192,92 @@ def test_every_control_changes_the_answer(demo, visit):
     before = page.locator("#asked img").get_attribute("src")
     page.locator("#queries button.thumbnail-item, #queries .grid-container button").nth(3).click()
     playwright.expect(page.locator("#asked img")).not_to_have_attribute("src", before, timeout=WAIT)
+
+
+def shows(page, expected):
+    """Wait until the page's answer is this one, [3, cell, cell], to the pixel."""
+    pixels = enlarged(expected).tobytes()
+    for _ in range(WAIT // 250):
+        src = page.locator("#answer img").get_attribute("src")
+        with Image.open(io.BytesIO(page.request.get(src).body())) as shown:
+            if shown.convert("RGB").tobytes() == pixels:
+                return
+        page.wait_for_timeout(250)
+    raise AssertionError("the page never showed the expected answer")
+
+
+def choose(page, button, file):
+    """Upload a file by a button."""
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name=button, exact=True).click()
+    chooser.value.set_files(file)
+
+
+def test_the_share_of_a_mixture_is_what_is_patched(demo, player, visit, tmp_path):  # noqa: F811
+    page = visit(demo)
+    says(page, "8 of 22 units")
+    page.locator("#other input").click()
+    page.get_by_role("option", name="lowlight").click()
+    says(page, "task vector, 0.5 of it lowlight's, scale 1")
+    page.locator("#share input[type=range]").focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowLeft")
+    says(page, "task vector, 0.25 of it lowlight's, scale 1")
+    mixed = player.vector("segmentation", "lowlight", 0.25)
+    prompt = player.prompt("segmentation", player.rows[0], player.rows[1])
+    shows(page, player.answer(prompt, VECTOR, mixed, player.found("segmentation", "lowlight")))
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the vector").click()
+    download.value.save_as(tmp_path / "vector.safetensors")
+    (written,) = TaskVectors.load(tmp_path / "vector.safetensors").values()
+    for stage, mean in mixed.mean.items():
+        torch.testing.assert_close(written.mean[stage], mean, equal_nan=True)
+
+
+def test_as_many_units_at_random(demo, visit):
+    page = visit(demo)
+    says(page, "8 of 22 units")
+    on = page.locator(".units input:checked")
+    playwright.expect(on).to_have_count(8, timeout=WAIT)
+    checked = "[...document.querySelectorAll('.units input')].map((box) => box.checked).join()"
+    before = page.evaluate(checked)
+    page.get_by_role("button", name="As many at random").click()
+    page.wait_for_function(f"before => {checked} != before", arg=before)
+    playwright.expect(on).to_have_count(8, timeout=WAIT)
+    says(page, "8 of 22 units")
+    page.get_by_role("button", name="Those that were found").click()
+    page.wait_for_function(f"before => {checked} == before", arg=before)
+
+
+def test_an_example_is_picked(demo, player, visit):  # noqa: F811
+    page = visit(demo)
+    says(page, "8 of 22 units")
+    page.get_by_label("one-shot").check()
+    first, fourth = (player.prompt("segmentation", player.rows[i], player.rows[1]) for i in (0, 3))
+    shows(page, player.answer(first, ONE_SHOT))
+    page.locator("#examples .grid-container button").nth(3).click()
+    shows(page, player.answer(fourth, ONE_SHOT))
+    assert not torch.equal(player.answer(first, ONE_SHOT), player.answer(fourth, ONE_SHOT))
+
+
+def test_an_example_pair_is_uploaded(demo, player, visit, tmp_path):  # noqa: F811
+    page = visit(demo)
+    says(page, "8 of 22 units")
+    page.get_by_label("one-shot").check()
+    says(page, "one-shot: mIoU")
+    shown = page.locator("#example-answer img")
+    before = shown.get_attribute("src")
+    choose(page, "Upload an example", DATA / "support_image.png")
+    playwright.expect(page.get_by_text("an example of segmentation has no 'mask'")).to_be_visible(timeout=WAIT)
+    choose(page, "Upload its answer", DATA / "support_mask.png")
+    left, right = (as_rgb(DATA / f"support_{name}.png") for name in ("image", "mask"))
+    prompt = player.prompt("segmentation", {"image": left, "answer": right}, player.rows[1])
+    shows(page, player.answer(prompt, ONE_SHOT))
+    playwright.expect(shown).not_to_have_attribute("src", before, timeout=WAIT)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((DATA / "support_mask.png").read_bytes()[:100])
+    choose(page, "Upload its answer", broken)
+    playwright.expect(page.get_by_text("cannot be read as a picture")).to_be_visible(timeout=WAIT)
 
 
 def test_what_is_downloaded_is_what_is_shown(demo, visit, tmp_path):

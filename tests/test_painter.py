@@ -453,6 +453,7 @@ def test_generate(model, prompts):
         model.encoder.layers[4].attention.heads[:, :, 1] = 0
         edited = tracer.result.save()
     assert torch.equal(traced, canvas) and not torch.equal(edited, canvas)
+    assert torch.equal(canvas.answer, canvas[:, :, rows, columns])
     with torch.no_grad(), model.trace(prompts):
         output = model.output.save()
     assert torch.equal(model.paint(output, prompts), canvas)

@@ -1,4 +1,6 @@
+import copy
 import inspect
+import io
 import json
 import runpy
 import subprocess
@@ -11,11 +13,13 @@ import pytest
 import torch
 from conftest import DATA, FINE, make_config
 from nnsight.intervention.envoy import Envoy, eproperty
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt
 from vtv_nnsight.models.devices import available_devices, resolve_device
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel, tracing
+from vtv_nnsight.prompts import Canvases, crop
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +419,43 @@ def test_generate(model, module, prompts):
     assert torch.equal(drawn, whole) and not torch.equal(whole, expected)
     zero_shot = model.generate(prompts.query_only())
     assert zero_shot.shape == expected.shape
+
+
+def test_what_is_generated_shows_itself(model, prompts, tmp_path):
+    canvases = model.generate(prompts)
+    assert isinstance(canvases, Canvases) and torch.equal(canvases.answer, crop(canvases, "output", prompts.layout))
+    with Image.open(io.BytesIO(canvases._repr_png_())) as picture:
+        assert picture.size == (3 * 120, 120)
+    with model.generate(prompts) as tracer:
+        traced = tracer.result.save()  # nnsight's `save`
+        answer = tracer.result.answer.save()
+        tracer.result.picture().save(tmp_path / "traced.png")  # the picture's own
+    assert isinstance(traced, Canvases) and torch.equal(answer, canvases.answer)
+    assert Image.open(tmp_path / "traced.png").size == (3 * 120, 120)
+    with model.generate() as tracer:
+        with tracer.invoke(prompts[:1]):
+            first = tracer.result.answer.save()
+        with tracer.invoke(prompts[1:]):
+            rest = tracer.result.save()
+    assert torch.equal(first, canvases.answer[:1]) and torch.equal(rest.answer, canvases.answer[1:])
+    horizontal = Layout(112, 8, order="horizontal")
+    sideways = model.generate(VisualPrompt.from_canvas(prompts.canvas, horizontal))
+    assert torch.equal(sideways.answer, crop(sideways, "output", horizontal))
+
+
+def test_what_is_generated_is_a_tensor_like_any_other(model, module, prompts, tmp_path):
+    canvases = model.generate(prompts)
+    expected = module.generate(prompts.canvas, prompts.visible, prompts.decoded)
+    for made in (canvases[:1], canvases * 1, canvases.clone(), torch.cat([canvases]), canvases.half(), canvases.answer):
+        assert type(made) is torch.Tensor
+    assert (canvases.numpy() == expected.numpy()).all() and float((canvases - expected).abs().max()) == 0
+    canvases[:, :, 0] = 0.5
+    copied = copy.deepcopy(canvases)
+    assert torch.equal(copied, canvases) and torch.equal(copied.answer, canvases.answer)
+    torch.save(canvases, tmp_path / "canvases.pt")
+    save_file({"canvases": canvases}, tmp_path / "canvases.safetensors")
+    for read in (torch.load(tmp_path / "canvases.pt"), load_file(tmp_path / "canvases.safetensors")["canvases"]):
+        assert type(read) is torch.Tensor and torch.equal(read, canvases)
 
 
 def test_generate_in_the_body_of_a_one_line_with(model, prompts):

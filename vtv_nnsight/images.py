@@ -176,12 +176,15 @@ def png(figure: Figure) -> bytes:
 
 
 def strip(pictures: Mapping[str, torch.Tensor], side: int = 224) -> Image.Image:
-    """Pictures beside one another, enlarged, with their names above: label → pixels [3, height, width] in [0, 1]."""
-    margin, above = side // 14, side // 8
-    sheet = Image.new("RGB", (margin + (side + margin) * len(pictures), side + above + margin), "white")
+    """Pictures of one size beside one another, `side` pixels wide, with their names above: label → pixels
+    [3, height, width] in [0, 1]."""
+    margin, above = side // 14, max(side // 8, 20)
+    *_, rows, columns = next(iter(pictures.values())).shape
+    size = side, round(side * rows / columns)
+    sheet = Image.new("RGB", (margin + (side + margin) * len(pictures), size[1] + above + margin), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(10, side // 15))
     for i, (label, pixels) in enumerate(pictures.items()):
         left = margin + i * (side + margin)
-        sheet.paste(to_pil(pixels).resize((side, side), Image.Resampling.BICUBIC), (left, above))
+        sheet.paste(to_pil(pixels).resize(size, Image.Resampling.BICUBIC), (left, above))
         pen.text((left + side // 2, above // 2), label, "#1c2126", font, anchor="mm")
     return sheet

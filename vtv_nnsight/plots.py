@@ -64,7 +64,7 @@ def _label_heads(panel: Any) -> None:
         axis.get_major_locator().set_params(integer=True)
 
 
-def head_map(values: ByStage, title: str = "silhouette by task") -> Figure:
+def head_map(values: ByStage, title: str = "silhouette by task, −1 to 1") -> Figure:
     """Layer × head heat maps of one value a head: by stage, [layer, head] (or None), such as `clusters.silhouettes`."""
     present = {stack: v for stack, v in values.items() if v is not None}
     low, high = (float(bound(torch.cat([v.flatten() for v in present.values()]))) for bound in (torch.min, torch.max))

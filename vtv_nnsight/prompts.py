@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,8 +162,7 @@ class VisualPrompt:
         """The first canvases side by side, patches that the encoder does not see dimmed."""
         hidden = (~self.layout.pixels(self.visible.cpu())).float()
         canvas = self.canvas[:most].float().cpu()
-        canvas = F.pad(canvas * (1 - 0.6 * hidden) + 0.3 * hidden, (4, 4, 4, 4), value=1.0)
-        return to_pil(rearrange(canvas, "b c h w -> c h (b w)"))
+        return _beside(canvas * (1 - 0.6 * hidden) + 0.3 * hidden)
 
     def __repr__(self) -> str:
         size = self.layout.canvas_size
@@ -172,9 +172,56 @@ class VisualPrompt:
         )
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.picture().save(buffer, format="PNG")
-        return buffer.getvalue()
+        return _png(self.picture())
+
+
+class Canvases(torch.Tensor):
+    """Canvases that a model has completed: a tensor [batch, 3, height, width] in [0, 1] like any other, which a
+    notebook shows as a picture. What is computed of it, or read from a file that it was written to, is a plain tensor.
+
+    >>> canvases = model.generate(prompts)
+    >>> canvases.answer                                  # [batch, 3, cell, cell]
+    >>> canvases.picture().save("answers.png")           # `save` itself is nnsight's, as of every value in a trace
+    """
+
+    cells_at: Layout  # a tensor's own `layout` is another thing
+    __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors
+
+    @classmethod
+    def of(cls, canvas: torch.Tensor, layout: Layout) -> Canvases:
+        """A tensor's own memory, as canvases of a layout."""
+        canvases = canvas.as_subclass(cls)
+        canvases.cells_at = layout
+        return canvases
+
+    @property
+    def answer(self) -> torch.Tensor:
+        """What was painted into the output cells: pixels [batch, 3, cell, cell]."""
+        return crop(self, "output", self.cells_at)
+
+    def picture(self, most: int = 8) -> Image.Image:
+        """The first canvases side by side."""
+        return _beside(self[:most].float().cpu())
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.picture())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Canvases:
+        return self.of(copy.deepcopy(self.as_subclass(torch.Tensor), memo), self.cells_at)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
+
+def _beside(canvas: torch.Tensor) -> Image.Image:
+    """Canvases [batch, 3, height, width] side by side, with white between them."""
+    return to_pil(rearrange(F.pad(canvas, (4, 4, 4, 4), value=1.0), "b c h w -> c h (b w)"))
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def crop(canvas: torch.Tensor, name: str, layout: Layout) -> torch.Tensor:

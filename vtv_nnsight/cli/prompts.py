@@ -206,7 +206,6 @@ def _strip(model: Any, bundle: Any, task: str, prompt: Any, scale: float, exampl
 
     from vtv_nnsight.evaluation.answers import answers
     from vtv_nnsight.images import strip
-    from vtv_nnsight.prompts import crop
 
     vector, patches = bundle[task]
     gates = torch.tensor([0.0, scale])[:, None] * patches.choices
@@ -214,9 +213,9 @@ def _strip(model: Any, bundle: Any, task: str, prompt: Any, scale: float, exampl
     shown = {"query": prompt.region("query")[0]}
     if example:
         with torch.no_grad():
-            canvas = model.generate(prompt)
+            one_shot = model.generate(prompt).answer[0].cpu()
         shown = {"example": prompt.region("example_input")[0], "its answer": prompt.region("example_output")[0]} | shown
-        shown["one-shot"] = crop(canvas, "output", prompt.layout)[0].cpu()
+        shown["one-shot"] = one_shot
     return strip(shown | {"nothing": nothing, f"task vector, scale {scale:g}": patched})
 
 

@@ -87,7 +87,10 @@ def make_page(player: Player) -> gr.Blocks:
         prompt = player.prompt(task, example, query)
         cell = player.answer(prompt, mode, vector, units, scale)
         seconds = time.perf_counter() - began
-        words = f"{mode}" + (f", scale {scale:g}, {len(units)} of {len(space)} units" if mode == VECTOR else "")
+        words = mode
+        if mode == VECTOR:
+            mixed = "" if other == NONE else f", {share:g} of it {other}'s"
+            words += f"{mixed}, scale {scale:g}, {len(units)} of {len(space)} units"
         if query.get("mask") is not None or tasks.get(task).needs == "image":
             score = float(tasks.get(task).score(cell[None], prompt.region("output"))[0])
             words += f": {tasks.get(task).metric.label} {score:.3f}"

@@ -20,7 +20,7 @@ from vtv_nnsight.evaluation.answers import answers
 from vtv_nnsight.images import as_rgb, read_picture, to_pil
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSet, PatchSpace
-from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search import gates
 from vtv_nnsight.stages import device_of
 from vtv_nnsight.tasks import Draw, Task
@@ -120,8 +120,7 @@ class Player:
             raise ValueError(f"mode={mode!r} is unknown; choose from {', '.join(MODES)}.")
         with self._lock, torch.no_grad():  # a model is traced by one visitor at a time
             if mode == ONE_SHOT:
-                canvas = self.model.generate(prompt.to(device_of(self.model)))
-                return crop(canvas, "output", prompt.layout)[0].float().cpu()
+                return self.model.generate(prompt.to(device_of(self.model))).answer[0].float().cpu()
             vector = vector if vector is not None else self.vector(next(iter(self.bundle)))
             on = units.choices if mode == VECTOR and units is not None else torch.zeros(len(self.space))
             return answers(self.model, prompt, vector, self.space, scale * on[None])[0]

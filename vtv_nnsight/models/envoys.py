@@ -18,6 +18,7 @@ from nnsight.intervention.envoy import Envoy, eproperty
 from nnsight.intervention.tracer import InterleavingTracer
 
 from vtv_nnsight.layouts import positions
+from vtv_nnsight.prompts import Canvases
 
 
 def heads_of(projection: str, count: str = "num_heads") -> eproperty:
@@ -128,7 +129,10 @@ class PromptBatcher(Batcher):
     rows."""
 
     def _narrow_tensor(self, tensor: torch.Tensor, group: list) -> torch.Tensor:
-        return tensor if _is_shared(tensor) else super()._narrow_tensor(tensor, group)
+        if _is_shared(tensor):
+            return tensor
+        own = super()._narrow_tensor(tensor, group)
+        return Canvases.of(own, tensor.cells_at) if isinstance(tensor, Canvases) else own
 
     def _widen_tensor(self, full: torch.Tensor, group: list, edited: torch.Tensor) -> torch.Tensor:
         if _is_shared(full):

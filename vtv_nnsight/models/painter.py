@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from huggingface_hub import hf_hub_download
-from nnsight.intervention.envoy import Envoy, eproperty, traceable
+from nnsight.intervention.envoy import Envoy, eproperty
 from nnsight.intervention.source import install_source
 from nnsight.modeling.mixins.meta import MetaDevice
 from torch import nn
@@ -351,19 +351,6 @@ class Painter(CanvasModel, InContextModel):
         if isinstance(envoys, dict):
             envoys = {SegGptAttention: AttentionEnvoy, **envoys}
         super().__init__(source, revision=revision, envoys=envoys, **kwargs)
-
-    @traceable
-    def generate(self, *inputs: Any, **kwargs: Any) -> torch.Tensor:
-        """Complete canvases: called as it is, or as `with model.generate(prompts) as tracer:`, where `tracer.result`
-        is the canvas.
-
-        Args:
-            *inputs: A VisualPrompt.
-
-        Returns:
-            [batch, 3, height, width] in [0, 1]: the prompts' own pixels, and the answer in the output cell.
-        """
-        return self._module.generate(*inputs, **kwargs)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

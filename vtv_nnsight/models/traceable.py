@@ -21,7 +21,7 @@ from vtv_nnsight.models.checkpoint_files import some
 from vtv_nnsight.models.devices import check_device_map, resolve_device
 from vtv_nnsight.models.envoys import PromptBatcher, PromptTracer
 from vtv_nnsight.models.folders import check_folder, read_model_type
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.prompts import Canvases, VisualPrompt
 
 EXPECTED = (
     "give a VisualPrompt, or canvas [batch, 3, height, width], visible [patch] and decoded [patch] as tensors "
@@ -78,19 +78,20 @@ class CanvasModel(HuggingFaceModel):
     trace.__doc__ = HuggingFaceModel.trace.__doc__
 
     @traceable
-    def generate(self, *inputs: Any, **kwargs: Any) -> torch.Tensor:
+    def generate(self, *inputs: Any, layout: Layout | None = None, **kwargs: Any) -> Canvases:
         """Complete canvases: called as it is, or as `with model.generate(prompts) as tracer:`, where `tracer.result`
         is the canvas.
 
         Args:
             *inputs: A VisualPrompt, or canvas, visible and decoded as tensors.
-            paste: Keep the canvas's own pixels at the visible patches (default); False gives the model's picture of
-                all of it.
+            layout: Where the cells lie; by default that of the prompts, and of tensors the model's.
+            **kwargs: Options of the network. `paste`, of those that paint the whole canvas: keep the canvas's own
+                pixels at the visible patches (default); False gives the model's picture of all of it.
 
         Returns:
-            [batch, 3, height, width] in [0, 1].
+            `Canvases`: a tensor [batch, 3, height, width] in [0, 1] that shows itself, with `.answer` and `.picture()`.
         """
-        return self._module.generate(*inputs, **kwargs)
+        return Canvases.of(self._module.generate(*inputs, **kwargs), layout or self.layout)
 
     def to(self, *args: Any, **kwargs: Any) -> CanvasModel:
         """Move or cast the model (device, dtype), in place, as `torch.nn.Module.to` does; loads the weights first.
@@ -172,7 +173,8 @@ class CanvasModel(HuggingFaceModel):
             parts, options = zip(*[self._prepare(*inputs, **kwargs) for inputs, kwargs in invokes])
             if any(other != options[0] for other in options):
                 raise ValueError(f"the invokes of a trace share one forward; {options} must not differ between them.")
-            return _join(parts), options[0]
+            own = {"layout": _layout(parts)} if getattr(fn, "__name__", fn) == "generate" else {}
+            return _join(parts), own | options[0]
 
     def _prepare(self, *inputs: Any, **kwargs: Any) -> tuple[VisualPrompt | Inputs, dict]:
         """One input set, checked against the model's grid of patches, and what is left: the options."""
@@ -216,6 +218,11 @@ def _join(parts: Sequence[VisualPrompt | Inputs]) -> Inputs:
         raise ValueError(f"prompts of different layouts {_APART}")
     canvas = torch.cat([part.canvas.to(device) for part in parts])
     return Inputs(canvas, *(_join_ids([getattr(part, name).to(device) for part in parts], parts) for name in _IDS))
+
+
+def _layout(parts: Sequence[VisualPrompt | Inputs]) -> Layout | None:
+    """The layout of input sets that say one."""
+    return next((part.layout for part in parts if isinstance(part, VisualPrompt)), None)
 
 
 def _join_ids(every: list[torch.Tensor], parts: Sequence[VisualPrompt | Inputs]) -> torch.Tensor:

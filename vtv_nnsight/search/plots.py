@@ -88,7 +88,8 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     similarity = np.array([[a.jaccard(b) for b in patches.values()] for a in patches.values()])
     figure, panels = _panels(space, first="Jaccard similarity")
     axes = figure.axes[0]
-    axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
+    image = axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(image, ax=axes, location="left", shrink=0.8, label="shared / all, of two sets")
     axes.set_xticks(range(len(patches)), list(patches), rotation=30, ha="right")
     axes.set_yticks(range(len(patches)), list(patches))
     for (row, column), value in np.ndenumerate(similarity):
@@ -96,7 +97,7 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     counts = space.split(sum(found.choices.int() for found in patches.values()))
     for (stage, group), axes in panels.items():
         image = axes.imshow(counts[stage][..., group].numpy(), vmin=0, vmax=len(patches), cmap="magma")
-    figure.colorbar(image, ax=list(panels.values()), label="sets that have the unit")
+    figure.colorbar(image, ax=list(panels.values()), label="number of sets that have the unit")
     return figure
 
 

@@ -1,0 +1,76 @@
+"""Pictures to slide through in a notebook, all of them computed before: without a kernel, and without widgets.
+
+>>> scales = [i / 10 for i in range(11)]
+>>> cells = answers(model, prompts[0], vector, space, torch.tensor(scales)[:, None] * patches.choices)
+>>> Slides(dict(zip(map(str, scales), cells)), "scale of the vector")
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from vtv_nnsight.images import strip
+from vtv_nnsight.report.play import sprite
+
+WIDTH, HEIGHT = 480, 320
+"""Pixels of the large picture, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slides:
+    """Pictures of one size that a slider goes through. A notebook shows them as a strip, which is there wherever no
+    script runs (a page of GitHub's, a print), and below it as one large picture with the slider.
+
+    Args:
+        pictures: Label → pixels [3, height, width] in [0, 1].
+        title: What the slider changes.
+
+    Raises:
+        ValueError: when there are fewer than two pictures, or they differ in size.
+    """
+
+    pictures: Mapping[str, torch.Tensor]
+    title: str
+
+    def __post_init__(self) -> None:
+        sizes = {tuple(pixels.shape) for pixels in self.pictures.values()}
+        if len(self.pictures) < 2 or len(sizes) > 1:
+            raise ValueError(
+                f"{len(self.pictures)} pictures of the sizes {sorted(sizes)} cannot be slid through; give two or more "
+                "[3, height, width] of one size."
+            )
+
+    def strip(self, side: int = 80) -> Image.Image:
+        """All of them side by side with their labels, each `side` pixels wide."""
+        return strip(self.pictures, side)
+
+    def html(self) -> str:
+        """The slider: nothing but what its own script makes."""
+        frames = torch.stack([pixels.detach().float().cpu() for pixels in self.pictures.values()])
+        height, width = frames.shape[-2:]
+        told = {
+            "title": self.title,
+            "labels": list(self.pictures),
+            "width": round(min(WIDTH, HEIGHT * width / height)),
+            "ratio": f"{width} / {height}",
+            "picture": sprite(frames.clamp(0, 1).mul(255).round().byte(), across=True),
+        }
+        environment = Environment(
+            loader=PackageLoader("vtv_nnsight.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        )
+        return environment.get_template("slides.html").render(told=told)
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import HTML, display
+        from IPython.display import Image as Shown
+
+        buffer = io.BytesIO()
+        self.strip().save(buffer, "PNG")
+        display(Shown(buffer.getvalue(), alt=f"{self.title}: {', '.join(self.pictures)}"))
+        display(HTML(self.html()))
