@@ -363,7 +363,7 @@ def evaluate(
     preset = {name: PUBLISHED[name] for name in ("protocol", "test_prompts")} if published else None
     settings = settings_of(images, data, tasks, preset, model=source, test_prompts=prompts, order=order, seed=seed)
     units = _patches(patches) if patches else None
-    sites = getattr(units.space, "sites", ()) if units else ()  # of a space that is no model's there are none
+    sites = () if units is None else getattr(units.space, "sites", ())  # of a space that is no model's there are none
     loaded = steps.read_vectors(vectors, settings.tasks, sites) if vectors else None
     folds = steps.folds_to_test(settings, split, max_images)
     chosen = [scored_by(task, metric) if metric else task for task in steps.servable(settings, folds[0][1])]
