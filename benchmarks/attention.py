@@ -70,7 +70,7 @@ def main() -> None:
     if args.quick:
         args.tasks, args.test = args.tasks[:1], 4
 
-    model = MAEVQGAN(args.model, attn_implementation="eager").to(args.device)
+    model = MAEVQGAN(args.model).to(args.device)
     rows = measured(args, model)
     for row in rows:
         print(f"\n{args.model}, {row['task']}, {row['prompts']}, {args.test} prompts")

@@ -175,6 +175,13 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def png_of(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=picture.mode == "P")
+    return buffer.getvalue()
+
+
 def strip(pictures: Mapping[str, torch.Tensor], side: int = 224) -> Image.Image:
     """Pictures of one size beside one another, `side` pixels wide, with their names above: label → pixels
     [3, height, width] in [0, 1]."""

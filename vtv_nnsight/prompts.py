@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 
-from vtv_nnsight.images import as_cell, digest, to_pil
+from vtv_nnsight.images import as_cell, digest, png_of, to_pil
 from vtv_nnsight.layouts import Layout
 
 
@@ -172,7 +171,7 @@ class VisualPrompt:
         )
 
     def _repr_png_(self) -> bytes:
-        return _png(self.picture())
+        return png_of(self.picture())
 
 
 class Canvases(torch.Tensor):
@@ -204,7 +203,7 @@ class Canvases(torch.Tensor):
         return _beside(self[:most].float().cpu())
 
     def _repr_png_(self) -> bytes:
-        return _png(self.picture())
+        return png_of(self.picture())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Canvases:
         return self.of(copy.deepcopy(self.as_subclass(torch.Tensor), memo), self.cells_at)
@@ -216,12 +215,6 @@ class Canvases(torch.Tensor):
 def _beside(canvas: torch.Tensor) -> Image.Image:
     """Canvases [batch, 3, height, width] side by side, with white between them."""
     return to_pil(rearrange(F.pad(canvas, (4, 4, 4, 4), value=1.0), "b c h w -> c h (b w)"))
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def crop(canvas: torch.Tensor, name: str, layout: Layout) -> torch.Tensor:

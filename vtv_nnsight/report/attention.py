@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from vtv_nnsight.evaluation.demonstration import Demonstration
-from vtv_nnsight.images import luma, strip
+from vtv_nnsight.images import luma, png_of, strip
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.report.pictures import Keep, png_of
+from vtv_nnsight.report.pictures import Keep
 from vtv_nnsight.report.play import sprite
 
 GLOW = (0.95, 0.33, 0.0)

@@ -25,7 +25,7 @@ from PIL import Image
 
 from vtv_nnsight.evaluation.conditions import PATCHED
 from vtv_nnsight.files import replacing
-from vtv_nnsight.images import to_pil
+from vtv_nnsight.images import png_of, to_pil
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.report.reading import PICTURES, Found
 from vtv_nnsight.search import plots as search_plots
@@ -206,13 +206,6 @@ def _change_ink(figure: Figure, ink: str, other: str) -> None:
 def _on_white(drawn: Image.Image) -> Image.Image:
     """The same picture on white, for papers and slides."""
     return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
-
-
-def png_of(picture: Image.Image) -> bytes:
-    """A picture as a PNG file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=picture.mode == "P")
-    return buffer.getvalue()
 
 
 def _data_uri(png: bytes) -> str:

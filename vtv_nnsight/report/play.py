@@ -10,11 +10,11 @@ import torch
 from einops import rearrange
 
 from vtv_nnsight.evaluation.demonstration import SIDE, Demonstration
-from vtv_nnsight.images import strip, to_pil
+from vtv_nnsight.images import png_of, strip, to_pil
 from vtv_nnsight.patches import PatchSpace
 from vtv_nnsight.report.hero import animation, save_animation
 from vtv_nnsight.report.numbers import of_playground
-from vtv_nnsight.report.pictures import Keep, png_of
+from vtv_nnsight.report.pictures import Keep
 from vtv_nnsight.tasks import Task
 
 

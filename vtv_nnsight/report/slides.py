@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from vtv_nnsight.images import strip
+from vtv_nnsight.images import png_of, strip
 from vtv_nnsight.report.play import sprite
 
 WIDTH, HEIGHT = 480, 320
@@ -70,7 +69,5 @@ class Slides:
         from IPython.display import HTML, display
         from IPython.display import Image as Shown
 
-        buffer = io.BytesIO()
-        self.strip().save(buffer, "PNG")
-        display(Shown(buffer.getvalue(), alt=f"{self.title}: {', '.join(self.pictures)}"))
+        display(Shown(png_of(self.strip()), alt=f"{self.title}: {', '.join(self.pictures)}"))
         display(HTML(self.html()))
