@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -32,6 +35,7 @@ from vtv_nnsight.pretraining.curriculum import (
 )
 from vtv_nnsight.pretraining.growth import recode, widen
 from vtv_nnsight.pretraining.mae import draw_mask
+from vtv_nnsight.pretraining.optimizers import Muon
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.pretraining.stream import training_prompts, validation_prompts
 
@@ -188,6 +192,64 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
     broken = training.train(module(), batches, loss, lambda m: {}, recipe, tmp_path / "broken", resume=True)
     assert not torch.equal(whole.weight, module().weight)
     assert torch.equal(whole.weight, broken.weight)
+
+
+def test_two_processes_learn_what_one_learns_of_both_batches(tmp_path):
+    """Each takes every second batch; the mean of their gradients is that of the batches together."""
+    script = tmp_path / "learn.py"
+    script.write_text(
+        """
+import sys, torch
+from pathlib import Path
+from vtv_nnsight.pretraining import training
+from vtv_nnsight.pretraining.recipes import Recipe
+
+together, out = int(sys.argv[1]), Path(sys.argv[2])
+
+def batch(i):
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(i))
+
+def batches(i):
+    return (torch.cat([batch(together * i + j) for j in range(together)]),)
+
+def loss(module, batch, generator):
+    return (module(batch[0]) - batch[0].flip(1)).square().mean(), {}
+
+torch.manual_seed(0)
+recipe = Recipe(steps=6, batch_size=4, learning_rate=0.1, warmup=2, ema=0.5, clip=0.1, validate=100)
+average = training.train(torch.nn.Linear(3, 3), batches, loss, lambda m: {}, recipe, out)
+torch.save(average.state_dict(), out / f"average{training.join()[0]}.pt")
+"""
+    )
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for start, together, name in (([], 2, "one"), (["-m", *torchrun], 1, "two")):
+        command = [sys.executable, *start, script, str(together), tmp_path / name]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=300)
+    one, *two = (
+        torch.load(tmp_path / name, weights_only=True)
+        for name in ("one/average0.pt", "two/average0.pt", "two/average1.pt")
+    )
+    for name, expected in one.items():
+        torch.testing.assert_close(two[0][name], expected)
+        assert torch.equal(two[0][name], two[1][name])
+
+
+def test_muon_takes_the_steps_of_pytorchs(monkeypatch):
+    """From the same saved state too; in float32 both, since bf16's digits are few for what is iterated."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    torch.manual_seed(0)
+    ours = [nn.Parameter(0.1 * torch.randn(shape)) for shape in ((48, 16), (16, 16), (16, 48), (16, 16))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    one, other = (optimizer(p, lr=0.01) for optimizer, p in ((Muon, ours), (torch.optim.Muon, theirs)))
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        one.step()
+        other.step()
+        one.load_state_dict(deepcopy(other.state_dict()))
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_names_its_step(tmp_path):

@@ -18,6 +18,7 @@ from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.pretraining.corpus import Corpus
 from vtv_nnsight.pretraining.growth import recode, widen
+from vtv_nnsight.pretraining.processes import join
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.pretraining.stream import SAMPLED_FROM, training_prompts, validation_prompts
 from vtv_nnsight.pretraining.training import CHECKPOINT, train
@@ -139,7 +140,8 @@ def train_mae(
     average = train(model, batches, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
     average.vqgan.load_state_dict(vqgan.state_dict())  # whose decoder may have learned on since the run began
     average.set_attn_implementation("sdpa")
-    average.cpu().save_pretrained(out / "model")
+    if join()[0] == 0:
+        average.cpu().save_pretrained(out / "model")
     return out / "model"
 
 

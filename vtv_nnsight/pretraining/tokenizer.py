@@ -36,6 +36,7 @@ from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.pretraining.corpus import PHOTO, Corpus
 from vtv_nnsight.pretraining.perceptual import PerceptualDistance
+from vtv_nnsight.pretraining.processes import join
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.pretraining.stream import SAMPLED_FROM, training_crops, training_prompts, validation_prompts
 from vtv_nnsight.pretraining.training import CHECKPOINT, train
@@ -190,7 +191,15 @@ def train_tokenizer(
 ) -> Path:
     """Train a tokenizer on the canvases of the training stream; `out` receives `checkpoint.pt`, `log.jsonl` and the
     averaged weights, `vqgan.safetensors`, whose path is returned. `validation` are the pictures to validate on, beside
-    scenes."""
+    scenes.
+
+    Raises:
+        ValueError: when several processes train (`processes`).
+    """
+    if join()[1] > 1:
+        raise ValueError(
+            f"{join()[1]} processes train a tokenizer, whose codebook follows one; start it without torchrun."
+        )
     torch.manual_seed(seed)
     batches = partial(_pictures, recipe.batch_size, config.layout, seed, corpus)
     module = TokenizerTraining(config, recipe.perceptual)
@@ -262,6 +271,8 @@ def _validation(layout: Layout, corpus: Corpus | None, device: str) -> Callable[
 
 def _save(vqgan: VQGAN, out: Path) -> Path:
     path = out / WEIGHTS
+    if join()[0] > 0:
+        return path
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in vqgan.cpu().state_dict().items()}, temporary)
     return path

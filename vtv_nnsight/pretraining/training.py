@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from vtv_nnsight.files import replacing
+from vtv_nnsight.pretraining.optimizers import build_optimizers, has_fast_bf16
+from vtv_nnsight.pretraining.processes import average_gradients, join
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.progress import progress_bar
 
@@ -49,11 +51,13 @@ def train(
     """Minimise `loss(module, batches(step), generator)` and return the moving average of the weights.
 
     What happens in a step depends on the seed and the step alone, so a run that is killed and resumed ends as one that
-    was not. `out` receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a
-    validation, with the mean loss since the last one.
+    was not. Where several processes train (`processes`), each takes a batch a step, and the first one writes. `out`
+    receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a validation, with the mean loss since
+    the last one.
 
     Args:
-        batches: The tensors that a step learns from; called in a process of its own, a few steps ahead.
+        batches: The tensors of a batch by its number, which is the step's where one process trains; called in a process
+            of its own, a few steps ahead.
         loss: Returns a scalar, and numbers for the progress bar. It runs under bf16 autocast where bf16 is fast.
         validate: Numbers about the averaged module, such as {"psnr": 23.1}.
 
@@ -61,6 +65,7 @@ def train(
         FileExistsError: when `out` already holds a run that `resume` does not continue.
         FloatingPointError: naming the step whose loss is not finite.
     """
+    rank, processes = join()
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / CHECKPOINT
     if checkpoint.exists() and not resume:
@@ -68,7 +73,7 @@ def train(
     device = torch.device(device)
     module.to(device).train()
     average = deepcopy(module).eval().requires_grad_(False)
-    optimizers = _optimizers(module, recipe)
+    optimizers = build_optimizers(module, recipe)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     step, seconds = 0, 0.0
     if resume and checkpoint.exists():
@@ -95,24 +100,25 @@ def train(
     ahead = DataLoader(
         _Steps(batches),
         batch_size=None,
-        sampler=range(step, recipe.steps),
+        sampler=range(step * processes + rank, recipe.steps * processes, processes),
         num_workers=1 if device.type == "cpu" else max(1, (os.cpu_count() or 1) - 2),
         prefetch_factor=AHEAD,
         worker_init_fn=_stand_aside,
     )
-    with progress_bar(total=recipe.steps, initial=step, desc=out.name, unit="step") as bar:
+    with progress_bar(total=recipe.steps, initial=step, desc=out.name, unit="step", disable=rank > 0) as bar:
         for batch in ahead:
             for optimizer, rates in zip(optimizers, peaks):
                 for group, peak in zip(optimizer.param_groups, rates):
                     group["lr"] = peak * _schedule(step, recipe)
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=_has_fast_bf16(device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
                 value, numbers = loss(module, tuple(tensor.to(device) for tensor in batch), generator)
             if not torch.isfinite(value):
                 raise FloatingPointError(f"the loss of step {step} is {value.item()}; lower the learning rate.")
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             value.backward()
+            average_gradients(module)
             nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -123,6 +129,8 @@ def train(
             bar.update()
             shown = {"loss": losses[-1], **numbers}
             bar.set_postfix_str(", ".join(f"{name} {number:.3g}" for name, number in shown.items()))
+            if rank > 0:
+                continue
             if step % recipe.validate == 0 or step == recipe.steps:
                 line = {"step": step, "seconds": round(seconds, 1), "loss": sum(losses) / len(losses)}
                 line |= {**numbers, **validate(average)}
@@ -134,11 +142,6 @@ def train(
                 save()
                 saved_at = time.monotonic()
     return average
-
-
-def _has_fast_bf16(device: torch.device) -> bool:
-    """Not on CPUs before AVX-512: they emulate it, and a step of the embedded size took 52 s in place of 6."""
-    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
 
 
 class _Steps(Dataset):
@@ -159,25 +162,6 @@ def _stand_aside(worker: int) -> None:
         if hasattr(os, "sched_setaffinity"):
             free = set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0)
             os.sched_setaffinity(0, free or os.sched_getaffinity(0))
-
-
-def _optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW; and Muon for the matrices of the transformer's blocks, where the recipe has a rate for it."""
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    matrices = {n for n, p in trained.items() if recipe.matrix_learning_rate and p.ndim == 2 and "blocks." in n}
-    decayed = [p for n, p in trained.items() if n not in matrices and p.ndim > 1]
-    plain = [p for n, p in trained.items() if n not in matrices and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(0.9, 0.95))
-    ]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                [trained[n] for n in sorted(matrices)], lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay
-            )
-        )
-    return optimizers
 
 
 def _schedule(step: int, recipe: Recipe) -> float:
