@@ -97,13 +97,19 @@ def score(
     granularity: Granularity = Settings.granularity,
     top: Annotated[int, typer.Option(min=1, help="How many units to print.")] = 10,
     plot: Annotated[Path | None, typer.Option(help="Write layer × head heat maps to this picture.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model that the vectors are of, where it is no MAE-VQGAN.", show_default=False),
+    ] = None,
+    embedding_type: EmbeddingType = None,
 ) -> None:
     """Rank heads by how well they tell tasks apart: variance between tasks over variance within a task."""
     from vtv_nnsight import plots
     from vtv_nnsight.experiment import steps
 
     loaded = steps.read_vectors(vectors)
-    space = steps.space_of(loaded, granularity)
+    known = None if model is None else steps.load_model(model, embedding_type=embedding_type)
+    space = steps.space_of(loaded, granularity, known)
     values = steps.score(loaded, space)
     if values is None:
         raise ValueError(f"a score compares tasks and {vectors} has only {', '.join(loaded)}; collect two or more.")

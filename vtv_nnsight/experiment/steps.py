@@ -60,7 +60,7 @@ from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
 from vtv_nnsight.search.holdout import held_out_count
 from vtv_nnsight.search.objective import check_gradient, choose_loss, processes
 from vtv_nnsight.sites import HEADS, known_sites, sites_in, split_key
-from vtv_nnsight.stages import device_of, fingerprint
+from vtv_nnsight.stages import device_of, fingerprint, layout_of
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 
@@ -420,10 +420,21 @@ def read_vectors(path: str | os.PathLike, tasks: Sequence[str] = (), sites: Sequ
     return vectors
 
 
-def space_of(vectors: TaskVectors, granularity: str) -> PatchSpace:
-    """The space of the model and layout that vectors were collected from."""
+def space_of(vectors: TaskVectors, granularity: str, model: InContextModel | None = None) -> PatchSpace:
+    """The space of the model and layout that vectors were collected from.
+
+    Args:
+        model: That model; vectors of MAE-VQGAN, whose units are the published ones, do without.
+
+    Raises:
+        ValueError: when vectors of another model come without it.
+    """
     found = next(iter(vectors.values()))
     stacks, sites = list(dict.fromkeys(split_key(name)[0] for name in found.mean)), sites_in(found.mean)
+    if model is not None:
+        return PatchSpace(model, layout_of(found.fingerprint), granularity, stacks, sites)
+    if (kind := found.fingerprint["model"]) != "MAEVQGAN":
+        raise ValueError(f"these vectors are of {kind}, which alone knows its units; say which one it was (--model).")
     own = {"granularity": granularity, "stacks": stacks} | ({} if sites == (HEADS,) else {"sites": list(sites)})
     return PatchSpace.from_metadata(found.fingerprint | own)
 
@@ -471,11 +482,7 @@ def _algorithm(name: str) -> tuple[Algorithm, dict[str, Any]]:
 
 
 def evaluate(
-    model: InContextModel,
-    task: Task,
-    rows: Dataset,
-    settings: Settings,
-    layout: Layout,
+    model: InContextModel, task: Task, rows: Dataset, settings: Settings, layout: Layout,
     vectors: TaskVectors | None = None,
     patches: PatchSet | None = None,
     fold: int = 0,
