@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight.evaluation.attention import attention_maps
-from vtv_nnsight.layouts import CLS, ORDERS, positions
+from vtv_nnsight.layouts import ORDERS
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.tasks import PURPLE, YELLOW, Segmentation
@@ -83,8 +83,7 @@ def attention_to_regions(model: InContextModel, prompts: VisualPrompt) -> dict[s
 
     Returns:
         "cls" and names of regions → [layer], of the last stage that holds the output, such as MAE-VQGAN's decoder: the
-        share of attention, averaged over prompts, heads and the output's patches. Where cells share no patches the
-        shares sum to 1.
+        share of attention, averaged over prompts, heads and the output's patches (`Layout.shares`).
 
     Raises:
         ValueError: when there are no patterns.
@@ -93,7 +92,4 @@ def attention_to_regions(model: InContextModel, prompts: VisualPrompt) -> dict[s
     if not maps:
         raise ValueError(f"the attention of {type(model).__name__} has no patterns to read; give such as a MAEVQGAN.")
     *_, last = maps.values()
-    by_layer = last.mean(1)
-    groups = {"cls": torch.tensor([CLS])}
-    groups |= {name: positions(patches)[1:] for name, patches in prompts.layout.regions.items()}
-    return {name: by_layer[:, at].sum(-1) for name, at in groups.items() if not by_layer[:, at].isnan().any()}
+    return {name: share for name, share in prompts.layout.shares(last.mean(1)).items() if share.any()}
