@@ -147,7 +147,7 @@ def draw(numbers: dict, sources: list[str]) -> Figure:
             panel.set_xticks(range(len(shown)), shown, rotation=30, ha="right")
             panel.set_yscale("linear" if masks else "log")
             panel.set_visible(bool(shown))
-        axes[0, column].set_title(source)
+        axes[1, column].set_title(source)
     axes[0, 0].set_ylabel("mIoU")
     axes[1, 0].set_ylabel("MSE")
     axes[0, 0].legend(fontsize=8)
@@ -242,8 +242,7 @@ def save_picture(model: MAEVQGAN, prompts: VisualPrompt, path: Path) -> None:
 
 
 def _title(task: tasks.Task) -> str:
-    colours = getattr(task, "foreground", "white")
-    return task.name if colours == "white" else f"{task.name} in {colours}"
+    return "segmentation in yellow" if task == PURPLE_MASK else task.name
 
 
 if __name__ == "__main__":
