@@ -123,9 +123,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def save(args: argparse.Namespace, results: Mapping[str, Any], figure: Figure) -> None:
-    """Write NAME.json, with the machine and the options, and NAME.png."""
+    """Write NAME.json, with the machine and the options (of paths the name alone), and NAME.png."""
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "out"}
+    settings = {name: v.name if isinstance(v, Path) else v for name, v in vars(args).items() if name != "out"}
     content = {"machine": machine(args.device), "settings": settings, **results}
     write_text(args.out / f"{args.name}.json", json.dumps(content, indent=1) + "\n")
     with replacing(args.out / f"{args.name}.png") as temporary:

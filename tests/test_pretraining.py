@@ -218,7 +218,7 @@ def loss(module, batch, generator):
 torch.manual_seed(0)
 recipe = Recipe(steps=6, batch_size=4, learning_rate=0.1, warmup=2, ema=0.5, clip=0.1, validate=100)
 average = training.train(torch.nn.Linear(3, 3), batches, loss, lambda m: {}, recipe, out)
-torch.save(average.state_dict(), out / f"average{training.join()[0]}.pt")
+torch.save(average.state_dict(), out / f"average{training.processes().process_index}.pt")
 """
     )
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -106,9 +106,10 @@ def score(
     """Rank heads by how well they tell tasks apart: variance between tasks over variance within a task."""
     from vtv_nnsight import plots
     from vtv_nnsight.experiment import steps
+    from vtv_nnsight.models import load_model
 
     loaded = steps.read_vectors(vectors)
-    known = None if model is None else steps.load_model(model, embedding_type=embedding_type)
+    known = None if model is None else load_model(model, embedding_type=embedding_type)  # its sizes are all it takes
     space = steps.space_of(loaded, granularity, known)
     values = steps.score(loaded, space)
     if values is None:

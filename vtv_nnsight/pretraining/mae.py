@@ -18,11 +18,11 @@ from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.pretraining.corpus import Corpus
 from vtv_nnsight.pretraining.growth import recode, widen
-from vtv_nnsight.pretraining.processes import join
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.pretraining.stream import SAMPLED_FROM, training_prompts, validation_prompts
 from vtv_nnsight.pretraining.training import CHECKPOINT, train
 from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.search.objective import processes
 
 QUERY_ONLY, RANDOM = 0.08, 0.10
 """Shares of the steps that show the query alone, and that hide patches all over the canvas."""
@@ -140,7 +140,7 @@ def train_mae(
     average = train(model, batches, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
     average.vqgan.load_state_dict(vqgan.state_dict())  # whose decoder may have learned on since the run began
     average.set_attn_implementation("sdpa")
-    if join()[0] == 0:
+    if processes().is_main_process:
         average.cpu().save_pretrained(out / "model")
     return out / "model"
 

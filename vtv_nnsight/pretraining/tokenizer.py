@@ -36,10 +36,10 @@ from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.pretraining.corpus import PHOTO, Corpus
 from vtv_nnsight.pretraining.perceptual import PerceptualDistance
-from vtv_nnsight.pretraining.processes import join
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.pretraining.stream import SAMPLED_FROM, training_crops, training_prompts, validation_prompts
 from vtv_nnsight.pretraining.training import CHECKPOINT, train
+from vtv_nnsight.search.objective import processes
 
 CODEBOOK_DECAY = 0.98
 DEAD = 0.1
@@ -196,10 +196,8 @@ def train_tokenizer(
     Raises:
         ValueError: when several processes train (`processes`).
     """
-    if join()[1] > 1:
-        raise ValueError(
-            f"{join()[1]} processes train a tokenizer, whose codebook follows one; start it without torchrun."
-        )
+    if (many := processes().num_processes) > 1:
+        raise ValueError(f"{many} processes train a tokenizer, whose codebook follows one; start it without torchrun.")
     torch.manual_seed(seed)
     batches = partial(_pictures, recipe.batch_size, config.layout, seed, corpus)
     module = TokenizerTraining(config, recipe.perceptual)
@@ -271,7 +269,7 @@ def _validation(layout: Layout, corpus: Corpus | None, device: str) -> Callable[
 
 def _save(vqgan: VQGAN, out: Path) -> Path:
     path = out / WEIGHTS
-    if join()[0] > 0:
+    if not processes().is_main_process:
         return path
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in vqgan.cpu().state_dict().items()}, temporary)

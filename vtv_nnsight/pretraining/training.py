@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from vtv_nnsight.files import replacing
 from vtv_nnsight.pretraining.optimizers import build_optimizers, has_fast_bf16
-from vtv_nnsight.pretraining.processes import average_gradients, join
+from vtv_nnsight.pretraining.processes import average_gradients
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.search.objective import processes
 
 SAVE_EVERY = 120.0
 """Seconds between checkpoints."""
@@ -51,9 +52,9 @@ def train(
     """Minimise `loss(module, batches(step), generator)` and return the moving average of the weights.
 
     What happens in a step depends on the seed and the step alone, so a run that is killed and resumed ends as one that
-    was not. Where several processes train (`processes`), each takes a batch a step, and the first one writes. `out`
-    receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a validation, with the mean loss since
-    the last one.
+    was not. Where several processes train (`pretraining.processes`), each takes a batch a step, and the first one
+    writes. `out` receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a validation, with the
+    mean loss since the last one.
 
     Args:
         batches: The tensors of a batch by its number, which is the step's where one process trains; called in a process
@@ -65,7 +66,7 @@ def train(
         FileExistsError: when `out` already holds a run that `resume` does not continue.
         FloatingPointError: naming the step whose loss is not finite.
     """
-    rank, processes = join()
+    own = processes()
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / CHECKPOINT
     if checkpoint.exists() and not resume:
@@ -100,12 +101,14 @@ def train(
     ahead = DataLoader(
         _Steps(batches),
         batch_size=None,
-        sampler=range(step * processes + rank, recipe.steps * processes, processes),
+        sampler=range(*(n * own.num_processes for n in (step, recipe.steps)))[own.process_index :: own.num_processes],
         num_workers=1 if device.type == "cpu" else max(1, (os.cpu_count() or 1) - 2),
         prefetch_factor=AHEAD,
         worker_init_fn=_stand_aside,
     )
-    with progress_bar(total=recipe.steps, initial=step, desc=out.name, unit="step", disable=rank > 0) as bar:
+    with progress_bar(
+        total=recipe.steps, initial=step, desc=out.name, unit="step", disable=not own.is_main_process
+    ) as bar:
         for batch in ahead:
             for optimizer, rates in zip(optimizers, peaks):
                 for group, peak in zip(optimizer.param_groups, rates):
@@ -129,7 +132,7 @@ def train(
             bar.update()
             shown = {"loss": losses[-1], **numbers}
             bar.set_postfix_str(", ".join(f"{name} {number:.3g}" for name, number in shown.items()))
-            if rank > 0:
+            if not own.is_main_process:
                 continue
             if step % recipe.validate == 0 or step == recipe.steps:
                 line = {"step": step, "seconds": round(seconds, 1), "loss": sum(losses) / len(losses)}
