@@ -426,6 +426,7 @@ def test_what_is_generated_shows_itself(model, prompts, tmp_path):
     assert isinstance(canvases, Canvases) and torch.equal(canvases.answer, crop(canvases, "output", prompts.layout))
     with Image.open(io.BytesIO(canvases._repr_png_())) as picture:
         assert picture.size == (3 * 120, 120)
+    assert repr(canvases) == "Canvases([3, 3, 112, 112], torch.float32, cpu)"
     with model.generate(prompts) as tracer:
         traced = tracer.result.save()  # nnsight's `save`
         answer = tracer.result.answer.save()

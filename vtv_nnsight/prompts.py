@@ -202,6 +202,9 @@ class Canvases(torch.Tensor):
         """The first canvases side by side."""
         return _beside(self[:most].float().cpu())
 
+    def __repr__(self) -> str:
+        return f"Canvases({list(self.shape)}, {self.dtype}, {self.device})"  # the values are a picture
+
     def _repr_png_(self) -> bytes:
         return png_of(self.picture())
 
