@@ -226,6 +226,9 @@ def test_ablating_by_another_tasks_example(model, prompts, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="answers.jsonl is of another search: its data is"):
         faithfulness(model, other, rows[[1, 0, 2]], space, scores, measures, resume=tmp_path / "answers.jsonl",
                      **options)  # fmt: skip
+    measures[0] = answer_loss(model, prompts["identity"])  # of the same name, and another truth
+    with pytest.raises(ValueError, match="answers.jsonl is of another search: its data is"):
+        faithfulness(model, other, rows, space, scores, measures, resume=tmp_path / "answers.jsonl", **options)
     with pytest.raises(ValueError, match="activations of 3 prompts were given for 2"):
         faithfulness(model, other, rows[:2], space, scores, measures[0], **options)
 

@@ -394,6 +394,8 @@ def test_verdicts_are_sentences(shift, words):
         f"to 0.875; 4 queries). {words}"
     )
     assert verdicts(Table(pd.concat(frames[1:3]))) == []
+    (other,) = verdicts(Table(table.frame.assign(task="identity", metric="lpips", label="LPIPS ↓")))
+    assert other.startswith("identity: LPIPS ↓ 0.500 with the task vector") and "beat 1 of 2 draws of random" in other
 
 
 def test_specificity_is_every_vector_on_every_task(model, images, vectors, patches):

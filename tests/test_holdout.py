@@ -88,6 +88,15 @@ def test_a_fixed_example_does_not_count():
     assert (len(train), len(held)) == (9, 3)
 
 
+def test_a_prompt_that_shows_no_picture_of_its_own_is_on_one_side():
+    prompts = made_of([(0, 0)] * 4 + [(0, i) for i in range(1, 9)])
+    ((train, held),) = split_prompts([prompts], 0.25, seed=0)
+    assert len(train) and len(held) and not set(train.tolist()) & set(held.tolist())
+    with pytest.warns(UserWarning, match="too few pictures to split them"):
+        ((train, held),) = split_prompts([made_of([(0, 0)] * 8)], 0.25, seed=0)
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(8))
+
+
 def test_too_few_pictures_are_told():
     prompts = made_of([(0, 1), (1, 2), (2, 0)])
     with pytest.warns(UserWarning, match="too few pictures to split them"):

@@ -1,6 +1,7 @@
 import io
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -78,6 +79,8 @@ def test_rows_are_taken_as_batches():
     prompt = VisualPrompt.from_canvas(canvases())
     assert torch.equal(prompt[-1].canvas, prompt.canvas[2:])
     assert torch.equal(prompt[1:].canvas, prompt.canvas[1:])
+    for one in (np.int64(1), np.array(1), torch.tensor(1)):
+        assert torch.equal(prompt[one].canvas, prompt.canvas[1:2])
     assert torch.equal(prompt[[2, 0]].canvas, prompt.canvas[[2, 0]])
     assert [len(part) for part in prompt.split(2)] == [2, 1]
     assert torch.equal(VisualPrompt.cat(list(prompt)).canvas, prompt.canvas)

@@ -430,6 +430,12 @@ def test_unknown_options_are_named(space):
             find("reinforce", Planted(space), **options)
     with pytest.raises(ValueError, match="size=99 is not a number of units"):
         find("mediation", Planted(space), size=99)
+    for name in ("random", "greedy", "gates", "reinforce"):
+        with pytest.raises(ValueError, match="images=0 asks no prompt"):
+            find(name, Planted(space), images=0)
+    with pytest.raises(ValueError, match="flips=0 is not a number of units"):
+        find("greedy", Planted(space), flips=0)
+    assert find("greedy", Planted(space), start=1.0, budget=1000).evaluations <= 1000
 
 
 def test_algorithms_share_a_signature():

@@ -207,6 +207,9 @@ def test_the_truth_is_in_the_output_cell_and_white_where_it_is_unknown():
     assert (unknown.region("output") == 1).all()
     with pytest.raises(ValueError, match="example of segmentation has no 'mask'"):
         tasks.segmentation.prompt({"image": photo()}, row())
+    same = {"image": photo()}
+    with pytest.raises(ValueError, match="example of segmentation has no 'mask'"):
+        tasks.segmentation.prompt(same, same)
 
 
 def test_several_examples():

@@ -149,6 +149,16 @@ def test_save_and_load(vectors, tmp_path):
                 assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
 
+def test_what_could_not_be_read_back_is_not_written(model, prompts, vectors, tmp_path):
+    more = TaskVectors.collect(model, {"b": prompts["b"]}, sites=("heads", "mlp"), progress=False)
+    for a, b in ((vectors["a"], more["b"]), (more["b"], vectors["a"])):
+        with pytest.raises(ValueError, match="has the sites heads.*; collect the same"):
+            TaskVectors({"a": a, "b": b})
+    with pytest.raises(ValueError, match="the mean of 'a' does not fit torch.float16; save it as torch.float32"):
+        TaskVectors({"a": 1e6 * vectors["a"]}).save(tmp_path / "v.safetensors", torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_task_of_vit_l_takes_less_than_20_megabytes(tmp_path):
     with torch.device("meta"):
         zero = zero_vector(MAEVQGAN(MAEVQGANModel(MAEVQGANConfig(vqgan_channels=32))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -109,8 +110,7 @@ class VisualPrompt:
 
     def __getitem__(self, rows: int | slice | Sequence[int] | torch.Tensor) -> VisualPrompt:
         """Some of the rows, always as a batch: an int gives a batch of one."""
-        if isinstance(rows, int):
-            rows = [range(len(self))[rows]]
+        rows = as_rows(rows, len(self))
         return self._with(canvas=self.canvas[rows], pictures=None if self.pictures is None else self.pictures[rows])
 
     def __iter__(self) -> Iterator[VisualPrompt]:
@@ -213,6 +213,13 @@ class Canvases(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
+
+def as_rows(rows: int | slice | Sequence[int] | torch.Tensor, n: int) -> slice | Sequence[int] | torch.Tensor:
+    """An index into a batch of `n` that keeps it a batch: one number, whatever holds it, becomes a list of one."""
+    if isinstance(rows, Integral) or getattr(rows, "ndim", None) == 0:
+        return [range(n)[int(rows)]]
+    return rows
 
 
 def _beside(canvas: torch.Tensor) -> Image.Image:

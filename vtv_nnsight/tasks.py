@@ -171,14 +171,14 @@ class Task:
             raise ValueError(f"{len(examples)} examples were given for a layout of {layout.examples}; give as many.")
         names = iter(layout.cells)
         cells, pictures = {}, []
-        for row in (*examples, query):
+        for number, row in enumerate((*examples, query)):
             clean, shown, target = self._cells(row, layout.cell_size, place)
             pictures.append(digest(clean))
             cells[next(names)] = shown
             answer = next(names)
             if target is not None:
                 cells[answer] = target
-            elif row is not query:
+            elif number < len(examples):
                 what = f"{_COLUMNS[self.needs]}" if self.needs in _COLUMNS else "as the task wants it"
                 raise ValueError(
                     f"an example of {self.name} has no {self.needs!r}; give a row with one: "

@@ -34,7 +34,7 @@ from vtv_nnsight.images import png
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.interface import SITES, InContextModel, Stage
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.prompts import VisualPrompt, as_rows
 from vtv_nnsight.sites import HEADS, at_sites, known_sites, module_path, read, sites_in, split_key, stage_key
 from vtv_nnsight.stages import (
     ByStage,
@@ -125,10 +125,7 @@ class TaskVector:
     def _combine(self, other: TaskVector, sign: str, function: Callable) -> TaskVector:
         if not isinstance(other, TaskVector):
             return NotImplemented
-        check_compatible(other.label, other.fingerprint, f"that of {self.task!r}", self.fingerprint)
-        if other.mean.keys() != self.mean.keys():
-            found, own = (", ".join(sites_in(vector.mean)) for vector in (other, self))
-            raise ValueError(f"{other.label} has the sites {found}, that of {self.task!r} {own}; collect the same.")
+        _check_alike(other, self)
         return TaskVector(
             f"{self.task} {sign} {other.task}",
             self.mean.map(function, other.mean),
@@ -136,6 +133,13 @@ class TaskVector:
             min(self.count, other.count),
             self.fingerprint | other.fingerprint,
         )
+
+
+def _check_alike(other: TaskVector, first: TaskVector) -> None:
+    check_compatible(other.label, other.fingerprint, f"that of {first.task!r}", first.fingerprint)
+    if other.mean.keys() != first.mean.keys():
+        found, own = (", ".join(sites_in(vector.mean)) for vector in (other, first))
+        raise ValueError(f"{other.label} has the sites {found}, that of {first.task!r} {own}; collect the same.")
 
 
 def zero_vector(model: InContextModel, sites: Sequence[str] = (HEADS,)) -> TaskVector:
@@ -207,7 +211,7 @@ class Activations:
 
     def __getitem__(self, rows: int | slice | Sequence[int] | torch.Tensor) -> Activations:
         """Those of some prompts, always several rows: an int gives one."""
-        rows = [rows] if isinstance(rows, int) else rows.cpu() if isinstance(rows, torch.Tensor) else rows
+        rows = as_rows(rows.cpu() if isinstance(rows, torch.Tensor) else rows, len(self))
         return replace(self, values=self.values.map(lambda values: values[rows]))
 
     def to(self, *args: Any, **kwargs: Any) -> Activations:
@@ -226,7 +230,8 @@ class TaskVectors(Mapping[str, TaskVector]):
         vectors: The vectors; their names are their tasks'.
 
     Raises:
-        ValueError: when there are none, or when one belongs to another model or layout than the first.
+        ValueError: when there are none, or when one belongs to another model or layout than the first, or has other
+            sites.
     """
 
     def __init__(self, vectors: Mapping[str, TaskVector]) -> None:
@@ -234,8 +239,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             raise ValueError("there are no task vectors; give at least one.")
         first, *others = vectors.values()
         for other in others:
-            owner = f"that of {first.task!r}"
-            check_compatible(other.label, other.fingerprint, owner, first.fingerprint)
+            _check_alike(other, first)
         self._vectors = dict(vectors)
 
     def __getitem__(self, task: str) -> TaskVector:
@@ -357,14 +361,20 @@ class TaskVectors(Mapping[str, TaskVector]):
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a safetensors file: the positions that are present, with counts and fingerprint. `load` gives float32,
-        whatever dtype the file has."""
+        whatever dtype the file has.
+
+        Raises:
+            ValueError: when a value is too large for the dtype.
+        """
         tensors = {}
         for name, vector in self.items():
             for stage, present in vector.present.items():
                 tensors[f"{name}/{stage}/present"] = present
                 for field in FIELDS:
                     if values := getattr(vector, field):
-                        tensors[f"{name}/{stage}/{field}"] = values[stage][:, present].to(dtype)
+                        kept = tensors[f"{name}/{stage}/{field}"] = values[stage][:, present].to(dtype)
+                        if not kept.isfinite().all():
+                            raise ValueError(f"the {field} of {name!r} does not fit {dtype}; save it as torch.float32.")
         counts = {name: vector.count for name, vector in self.items()}
         first = next(iter(self.values()))
         told = {"counts": counts, "fingerprint": first.fingerprint} | _told(sites_in(first.mean))

@@ -214,7 +214,8 @@ def _settings(
 ) -> dict[str, Any]:
     """What the answers depend on, in words and digests (JSON values)."""
     hasher = hashlib.blake2b(digest_size=8)
-    for tensor in (prompts.canvas, *vector.values.values()):
+    compared = (tensor for measure in measures for tensor in measure.truths)
+    for tensor in (prompts.canvas, prompts.visible, prompts.decoded, *vector.values.values(), *compared):
         hasher.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return {
         "algorithm": "faithfulness",

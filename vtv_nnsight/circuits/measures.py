@@ -10,6 +10,7 @@ import torch
 
 from vtv_nnsight.models.interface import InContextModel, Loss
 from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.stages import device_of
 from vtv_nnsight.tasks import Task
 
 
@@ -22,11 +23,13 @@ class Measure:
         value: `value(output, answered, rows)` → [row]: of the network's output, the prompts that it answers, and the
             numbers of these prompts among those that the measure was made of.
         narrows: Whether the part of the output that the model's losses read is enough (`InContextModel.narrow`).
+        truths: What `value` compares with: a measure of other truths is another, whatever its name.
     """
 
     name: str
     value: Callable[[Any, VisualPrompt, torch.Tensor], torch.Tensor]
     narrows: bool
+    truths: tuple[torch.Tensor, ...] = ()
 
 
 def answer_loss(model: InContextModel, prompts: VisualPrompt, loss: str | None = None) -> Measure:
@@ -35,18 +38,22 @@ def answer_loss(model: InContextModel, prompts: VisualPrompt, loss: str | None =
     Raises:
         ValueError: when the model has no such loss.
     """
-    own, truth = _loss(model, loss), model.truth(prompts)
-    return Measure(f"− {own.name} loss", lambda output, shown, rows: -own.value(output, shown, truth[rows]), True)
+    own, truth = _loss(model, loss), model.truth(prompts.to(device_of(model)))
+
+    def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
+        return -own.value(output, shown, truth[rows])
+
+    return Measure(f"− {own.name} loss", value, True, (truth,))
 
 
 def answer_metric(model: InContextModel, task: Task, prompts: VisualPrompt) -> Measure:
     """The task's own metric of the painted answers, signed so that higher is better."""
-    truth, layout = prompts.region("output"), prompts.layout
+    truth, layout = prompts.to(device_of(model)).region("output"), prompts.layout
 
     def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
         return -task.loss(crop(model.paint(output, shown), "output", layout), truth[rows])
 
-    return Measure(f"{task.name}'s metric", value, False)
+    return Measure(f"{task.name}'s metric", value, False, (truth,))
 
 
 def log_ratio(model: InContextModel, prompts: VisualPrompt, others: VisualPrompt, loss: str | None = None) -> Measure:
@@ -65,12 +72,13 @@ def log_ratio(model: InContextModel, prompts: VisualPrompt, others: VisualPrompt
             f"the {len(others)} other prompts are not of the queries of these {len(prompts)}; draw both from the same "
             "images with the same seed, of tasks that show the query alike."
         )
-    own, a, b = _loss(model, loss), model.truth(prompts), model.truth(others)
+    own = _loss(model, loss)
+    a, b = (model.truth(shown.to(device_of(model))) for shown in (prompts, others))
 
     def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
         return own.value(output, shown, b[rows]) - own.value(output, shown, a[rows])
 
-    return Measure("log p(answer) − log p(other task's answer)", value, True)
+    return Measure("log p(answer) − log p(other task's answer)", value, True, (a, b))
 
 
 def _loss(model: InContextModel, name: str | None) -> Loss:

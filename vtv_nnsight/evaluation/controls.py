@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
+from vtv_nnsight import metrics
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation.conditions import (
     CEILING,
@@ -134,7 +135,7 @@ def standing(table: Table, task: str, among: str = RANDOM, condition: str = PATC
     """
     drawn = table.draws(task, among)
     (own,) = table.draws(task, condition, same_images_as=among)
-    sign = 1 if registry.get(task).higher_is_better else -1
+    sign = 1 if _metric(table, task).higher_is_better else -1
     drawn = pd.Series(sign * drawn)
     return Standing(int((sign * own > drawn).sum()), len(drawn), sign * drawn.min(), sign * drawn.max())
 
@@ -168,19 +169,19 @@ def verdicts(table: Table) -> list[str]:
 
 def task_verdict(table: Table, task: str) -> list[str]:
     """The sentences of one task; see `verdicts`. What the table has not is left out."""
-    own = registry.get(task)
-    lines = {line.condition: line for line in table.lines() if line.task == task and line.measure == own.metric.name}
+    metric = _metric(table, task)
+    lines = {line.condition: line for line in table.lines() if line.task == task and line.measure == metric.name}
     if PATCHED not in lines:
         return []
     found = lines[PATCHED].mean
-    said = [f"{task}: {own.metric.label} {found:.3f} with the task vector"]
+    said = [f"{task}: {metric.label} {found:.3f} with the task vector"]
     bounds = [
         f"{name}, {'the floor' if name == FLOOR else 'the ceiling'}, has {lines[name].mean:.3f}"
         for name in (FLOOR, CEILING)
         if name in lines
     ]
     said[0] += f"; {' and '.join(bounds)}." if bounds else "."
-    if FLOOR in lines and own.metric.better(lines[FLOOR].mean, found):
+    if FLOOR in lines and metric.better(lines[FLOOR].mean, found):
         said.append("Copying the query scores better than the task vector does.")
     for name in (RANDOM, MATCHED):
         if name in lines and lines[name].draws > 1:
@@ -259,11 +260,17 @@ def _pairs(table: Table, vectors: Mapping[str, str], own: str) -> pd.DataFrame:
         vectors: Condition → the task whose vector it patches in.
         own: The condition of the task's own vector.
     """
-    metric = registry.get(table.tasks[0]).metric
+    metric = _metric(table, table.tasks[0])
     about = {"metric": metric.name, "label": metric.label, "higher_is_better": metric.higher_is_better}
     lines = {line.condition: line for line in table.lines(baseline=own) if line.measure == metric.name}
     rows = [{"task": table.tasks[0], "vector": name} | about | _numbers(lines[c]) for c, name in vectors.items()]
     return pd.DataFrame(rows)
+
+
+def _metric(table: Table, task: str) -> metrics.Metric:
+    """What a table scores a task by, which need not be the task's own metric (`tasks.scored_by`)."""
+    name = table.frame.metric[table.frame.task == task].iloc[0]
+    return metrics.METRICS.get(name) or registry.get(task).metric
 
 
 def _numbers(line: Line) -> dict[str, float]:

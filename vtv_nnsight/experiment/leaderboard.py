@@ -285,7 +285,9 @@ def bounds(bench: Bench, task: Task) -> dict[str, list[float]]:
         bench.model, task, bench.here[task.name], {name: name for name in names}, batch_size=bench.batch_size, keep=0,
         progress=False,
     )  # fmt: skip
-    return {names[one]: list(bootstrap(table.values(task.name, one))) for one in table.frame.condition.unique()}
+    queries = bench.here[task.name].queries.numpy()
+    found = table.frame.condition.unique()
+    return {names[one]: list(bootstrap(table.values(task.name, one), queries=queries)) for one in found}
 
 
 def measure_set(bench: Bench, task: Task, name: str, found: Sets, here: Measured, there: Measured) -> dict[str, Any]:
@@ -339,17 +341,18 @@ def measure(
         bench.model, task, prompts[task.name], conditions, batch_size=bench.batch_size, keep=0, progress=False
     )
     found: Measured = {}
+    queries = prompts[task.name].queries.numpy()
     scores: dict[Any, np.ndarray] = {}
     for what, several in plans.items():
         values = {
             label: np.mean([table.values(task.name, f"{what} {i}", column) for i in range(len(several))], axis=0)
             for label, column in (("metric", "score"), ("loss", "loss"))
         }
-        found[what] = {label: list(bootstrap(value)) for label, value in values.items()}
+        found[what] = {label: list(bootstrap(value, queries=queries)) for label, value in values.items()}
         found[what]["loss_name"] = table.frame.loss_name.iloc[0]
         scores[what] = values["metric"]
     for what in found if against else ():
-        found[what]["difference"] = list(bootstrap(scores[what] - scores[against]))
+        found[what]["difference"] = list(bootstrap(scores[what] - scores[against], queries=queries))
     for measured in found.values():
         measured["gap_closed"] = gap_closed(measured, references or found)
     return found
@@ -369,12 +372,13 @@ def measure_draws(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> dict[st
         plans[what] = [Condition("zero", vector, one) for draws in several for one in draws]
     table = evaluate(bench.model, task, prompts, plans, batch_size=bench.batch_size, keep=0, progress=False)
     found: Measured = {}
+    queries = prompts.queries.numpy()
     for what in plans:
         rows = table.frame[table.frame.condition == what]
-        found[what] = {
-            label: list(intervals([rows.pivot(index="image", columns="draw", values=column).to_numpy()])[0])
-            for label, column in (("metric", "score"), ("loss", "loss"))
-        }
+        found[what] = {}
+        for label, column in (("metric", "score"), ("loss", "loss")):
+            values = rows.pivot(index="image", columns="draw", values=column).to_numpy()
+            found[what][label] = list(intervals([values], queries=queries)[0])
     for what in names:
         found[what]["gap_closed"] = gap_closed(found[what], found)
         means = table.draws(task.name, what).tolist()

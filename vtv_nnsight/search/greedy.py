@@ -34,9 +34,12 @@ def greedy(
     Returns:
         Its scores are, for each unit, how much the loss fell when it was flipped to what it is in the end, summed.
     """
+    if not 1 <= flips <= search.units:
+        raise ValueError(f"flips={flips} is not a number of units from 1 to {search.units}.")
     rows, held_out = search.train[:images], len(search.held_out)
     search.require(len(rows) * (1 + candidates) + held_out, "one step")
-    sets = draw_sets(search, max(1, int(start * search.budget) // len(rows)))
+    most = min(int(start * search.budget), search.left - held_out) // len(rows)
+    sets = draw_sets(search, max(1, most))
     losses = search.mean(search.losses(sets, rows), rows)
     current, loss = sets[losses.argmin()], losses.min()
     gains, next_time = torch.zeros(search.units, dtype=torch.float64), 0.0

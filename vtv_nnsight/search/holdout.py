@@ -86,7 +86,7 @@ def split_prompts(
     known = all(own.pictures is not None for own in prompts)
     linked = _linked([shown for own in prompts for shown in (_named(own) if known else _looked_at(own))])
     held = _choose(linked, task, wanted, turns)
-    train = linked @ held.astype(np.int64) == 0
+    train = (linked @ held.astype(np.int64) == 0) & ~held  # a prompt that shows no picture is linked to none
     if not all(train[task == i].any() for i in range(len(counts))):
         warnings.warn(
             "the prompts have too few pictures to split them: held-out prompts share pictures with training prompts; "
@@ -127,9 +127,11 @@ def _looked_at(prompts: VisualPrompt) -> list[set[int]]:
 
 def _linked(digests: Sequence[set[int]]) -> csr_array:
     """Which prompts share a picture: bool [prompt, prompt]. A picture that all prompts show (a fixed example) does not
-    count, for no split could keep it apart."""
+    count, for no split could keep it apart, unless they show nothing else."""
+    shown = set().union(*digests)
     everywhere = set.intersection(*digests) if len(digests) > 1 else set()
-    number = {name: i for i, name in enumerate(sorted(set().union(*digests)))}
+    everywhere = set() if everywhere == shown else everywhere
+    number = {name: i for i, name in enumerate(sorted(shown))}
     pairs = [(row, number[name]) for row, own in enumerate(digests) for name in own - everywhere]
     rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     shows = csr_array((np.ones(len(rows), np.int64), (rows, columns)), shape=(len(digests), max(1, len(number))))
