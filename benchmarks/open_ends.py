@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from common import interval, options, save, table
@@ -142,7 +142,7 @@ def compared(bench: Bench, task: tasks.Task, own: TaskVector, vectors: Mapping[s
 
 def layouts(bench: Bench) -> list[dict]:
     task, rows = tasks.segmentation, []
-    orders = {order: Layout(**bench.model.layout.as_dict() | {"order": order}) for order in ("vertical", "horizontal")}
+    orders = {order: replace(bench.model.layout, order=order) for order in ("vertical", "horizontal")}
     spaces = {order: PatchSpace(bench.model, layout) for order, layout in orders.items()}
     vectors = {order: bench.vectors({task.name: task}, layout)[task.name] for order, layout in orders.items()}
     units = {order: bench.units(task, vectors[order], spaces[order]) for order in orders}

@@ -16,9 +16,8 @@ whatever order it sees them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from einops import repeat
@@ -150,10 +149,6 @@ class Layout:
             regions[name] = patches[~torch.isin(patches, seen)]
             seen = torch.cat([seen, patches])
         return {name: patches for name, patches in reversed(regions.items()) if len(patches)}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Its fields as files keep them; a gap of None is left out, as in the files of 0.1, which had no such field."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def canvas_colour(self) -> tuple[float, float, float]:

@@ -477,7 +477,7 @@ MODES = ("replace", "add")
 def ablate(
     model: InContextModel,
     patches: PatchSet | Mapping[str, torch.Tensor],
-    to: str | TaskVector | TaskVectors | Activations | None = "zero",
+    to: str | TaskVector | TaskVectors | Activations = "zero",
 ) -> None:
     """Silence units: `patch` with what says nothing of the task.
 
@@ -490,7 +490,7 @@ def ablate(
         ValueError: as `patch` does, and when `to` is something else.
     """
     with unset_fake_temporarily():
-        if to is None or isinstance(to, str) and to == "zero":
+        if isinstance(to, str) and to == "zero":
             to = zero_vector(model, SITES)
         elif isinstance(to, TaskVectors):
             to = to.mean()

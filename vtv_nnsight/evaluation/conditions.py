@@ -155,7 +155,7 @@ class Condition:
     def apply(self, model: Any) -> None:
         """Inside a trace: patch, silence, run."""
         if self.ablation is not None:
-            ablate(model, self.patches, None if self.ablation == "zero" else self.ablation)
+            ablate(model, self.patches, self.ablation)
         elif self.patches is not None:
             patch(model, self.vectors, self.patches, scale=self.scale, mode=self.mode)
         if self.run is not None:

@@ -64,14 +64,13 @@ def load_model(source: str | os.PathLike = "tiny", **kwargs: Any) -> InContextMo
 
 def family_of(source: str, **kwargs: Any) -> str:
     """Which of `FAMILIES` a source is of; arguments are those of `load_model`. No weights are read."""
+    from vtv_nnsight.models.checkpoint_files import is_checkpoint, read_tensors
     from vtv_nnsight.models.folders import holds_numbers, read_model_type
 
     path = Path(source)
     if source == "tiny":
         return "mae_vqgan"
-    if path.is_file() or path.suffix in (".pth", ".pt", ".ckpt"):
-        from vtv_nnsight.models.checkpoint_files import read_tensors
-
+    if is_checkpoint(source):
         names = read_tensors(path)
         if "transformer.tok_emb.weight" in names:
             return "net2net"

@@ -13,7 +13,6 @@ pixels, sees and paints 112×112. The weights and the modules are transformers' 
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from vtv_nnsight.models.dalle import DECODER, Tokenizer, can_encode, load_tokeni
 from vtv_nnsight.models.envoys import StackEnvoy
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage
 from vtv_nnsight.models.mae import groups, paint_canvas, token_loss
-from vtv_nnsight.models.traceable import CanvasModel, pick
+from vtv_nnsight.models.traceable import CanvasModel, changed, pick
 from vtv_nnsight.models.vit_mae import AttentionEnvoy
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -350,9 +349,7 @@ class BEiT(CanvasModel, InContextModel):
         """The network of a ready module, or of a copy of it when something about it is to differ."""
         check_config(module.config, f"this {type(module).__name__}")
         if chosen := pick(kwargs, *kwargs):
-            own = {"attn_implementation": module.config._attn_implementation, "dtype": module.dtype}
-            config, weights = copy.deepcopy(module.config), module.state_dict()
-            module = type(module).from_pretrained(None, config=config, state_dict=weights, **(own | chosen))
+            module = changed(module, **chosen)
         return BEiTNetwork(module.eval(), _on(_tokenizer(tokenizer, ""), module.device))
 
     def _read_config(self, source: str, **kwargs: Any) -> BeitConfig:

@@ -58,6 +58,11 @@ class StoredTensor:
         return self._load(dtype)
 
 
+def is_checkpoint(source: str | os.PathLike) -> bool:
+    """Whether a source names one file of weights, as the papers published them."""
+    return Path(source).suffix in (".pth", ".pt", ".ckpt") or Path(source).is_file()
+
+
 def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint file by name: those under "model" or "state_dict", or its own. Of a file that holds a
     whole module, as DALL-E's tokenizer, those of the module's parameters and buffers.

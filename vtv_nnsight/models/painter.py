@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ from transformers.utils import ModelOutput
 
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, positions
-from vtv_nnsight.models.checkpoint_files import StoredTensor, read_tensors, some
+from vtv_nnsight.models.checkpoint_files import StoredTensor, is_checkpoint, read_tensors, some
 from vtv_nnsight.models.envoys import PromptBatcher, editable
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage, group_positions
 from vtv_nnsight.models.traceable import HUB_OPTIONS, CanvasModel, Inputs, pick
@@ -426,10 +425,6 @@ class Painter(CanvasModel, InContextModel):
         """The prompts' canvases with the answer in the output cell, clipped: [batch, 3, height, width] in [0, 1]."""
         return self._module.paint(output.prediction.detach(), prompts.canvas)
 
-    def identity(self) -> dict[str, Any]:
-        """The kind of model."""
-        return {"model": type(self).__name__}
-
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
         """Write a safetensors folder that this class and transformers read."""
         self.dispatch()
@@ -445,7 +440,7 @@ class Painter(CanvasModel, InContextModel):
 
     def _load(self, source: str, **kwargs: Any) -> PainterNetwork:
         config = self._read_config(source, **kwargs)
-        if _is_file(source):
+        if is_checkpoint(source):
             dtype = kwargs.pop("dtype", None)
             if isinstance(dtype, str):
                 dtype = None if dtype == "auto" else getattr(torch, dtype)
@@ -468,7 +463,7 @@ class Painter(CanvasModel, InContextModel):
         return self._auto().from_pretrained(None, config=config, state_dict=weights, **kwargs)
 
     def _read_config(self, source: str, **kwargs: Any) -> SegGptConfig:
-        if not _is_file(source):
+        if not is_checkpoint(source):
             return super()._read_config(source, **kwargs)
         return config_of(read_tensors(source), source)
 
@@ -694,8 +689,3 @@ def config_of(tensors: Mapping[str, StoredTensor], source: str) -> SegGptConfig:
         decoder_hidden_size=shapes["decoder_pred.0.weight"][0],
         intermediate_hidden_state_indices=[depth // features * (i + 1) - 1 for i in range(features)],
     )
-
-
-def _is_file(source: str) -> bool:
-    """Whether a source names one file of weights, as the papers published them."""
-    return Path(source).suffix in (".pth", ".pt", ".ckpt") or Path(source).is_file()

@@ -3,6 +3,7 @@ read. MAE-VQGAN and ViT-MAE are such; a model with another input overrides `_pre
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -202,6 +203,13 @@ def _one_sentence(source: str) -> Iterator[None]:
     except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"no model can be built of the config of {source!r}: {reason}.") from error
+
+
+def changed(module: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """A copy of a ready module, loaded with other options of `from_pretrained`."""
+    own = {"attn_implementation": module.config._attn_implementation, "dtype": module.dtype}
+    config, weights = copy.deepcopy(module.config), module.state_dict()
+    return type(module).from_pretrained(None, config=config, state_dict=weights, **(own | options))
 
 
 def pick(options: dict[str, Any], *names: str) -> dict[str, Any]:

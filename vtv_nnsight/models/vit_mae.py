@@ -14,7 +14,6 @@ here the prompt says what is seen.
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,7 @@ from vtv_nnsight.layouts import Layout, decoder_sources, positions, take, token_
 from vtv_nnsight.models.envoys import EagerProperty, StackEnvoy, heads_of
 from vtv_nnsight.models.interface import Loss
 from vtv_nnsight.models.mae import MaskedAutoencoder, paint_canvas
-from vtv_nnsight.models.traceable import CanvasModel, pick
+from vtv_nnsight.models.traceable import CanvasModel, changed, pick
 from vtv_nnsight.prompts import VisualPrompt
 
 
@@ -297,9 +296,7 @@ class ViTMAE(CanvasModel, MaskedAutoencoder):
         """The network of a ready module, or of a copy of it when something about it is to differ."""
         check_config(module.config, f"this {type(module).__name__}")
         if chosen := pick(kwargs, *kwargs):
-            own = {"attn_implementation": module.config._attn_implementation, "dtype": module.dtype}
-            config, weights = copy.deepcopy(module.config), module.state_dict()
-            module = type(module).from_pretrained(None, config=config, state_dict=weights, **(own | chosen))
+            module = changed(module, **chosen)
         return ViTMAENetwork(module.eval())
 
     def _read_config(self, source: str, **kwargs: Any) -> ViTMAEConfig:

@@ -111,14 +111,19 @@ def convert(path: PathLike, out_dir: PathLike, vqgan: PathLike | None = None, **
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already and is not an empty folder; give a new name, or remove it.")
-    model = load_checkpoint(path, vqgan, **kwargs)
+    save_whole(load_checkpoint(path, vqgan, **kwargs), out)
+    return out
+
+
+def save_whole(model: MAEVQGANModel, out: Path) -> None:
+    """Write a model as a safetensors folder, in the place of what is there, which stays until the new one is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-        model.save_pretrained(Path(folder) / out.name)
+        new, old = Path(folder) / out.name, Path(folder) / "old"
+        model.save_pretrained(new)
         if out.exists():
-            out.rmdir()
-        (Path(folder) / out.name).rename(out)
-    return out
+            out.rename(old)
+        new.rename(out)
 
 
 def _published(name: str) -> str:

@@ -11,22 +11,21 @@ nnsight's own ways (`save`, `tracer.invoke`, `edit`, `session`, `cache`, `with l
 
 from __future__ import annotations
 
-import copy
 import os
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 from nnsight.intervention.envoy import Envoy, eproperty
 
+from vtv_nnsight.models.checkpoint_files import is_checkpoint
 from vtv_nnsight.models.envoys import EagerProperty, StackEnvoy, editable, heads_of
 from vtv_nnsight.models.interface import Loss
 from vtv_nnsight.models.mae import MaskedAutoencoder, token_loss
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.network import Decoder, Encoder, MAEVQGANModel, MAEVQGANOutput
 from vtv_nnsight.models.mae_vqgan.vit import Attention
-from vtv_nnsight.models.traceable import CanvasModel, pick
+from vtv_nnsight.models.traceable import CanvasModel, changed, pick
 from vtv_nnsight.prompts import VisualPrompt
 
 
@@ -158,7 +157,7 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
         return self._build(self._read_config(source, vqgan, **kwargs), source, **kwargs)
 
     def _load(self, source: str, vqgan: Any = None, **kwargs: Any) -> torch.nn.Module:
-        if _is_checkpoint(source):
+        if is_checkpoint(source):
             from vtv_nnsight.models.mae_vqgan.checkpoints import load_checkpoint
 
             own = pick(kwargs, *_HEAD_OPTIONS, "dtype", "attn_implementation")
@@ -172,14 +171,10 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
         chosen = pick(kwargs, *kwargs)
         if "vqgan" in chosen:
             raise ValueError(_STRAY_VQGAN.format(type(module).__name__))
-        if not chosen:
-            return module
-        own = {"attn_implementation": module.config._attn_implementation, "dtype": module.dtype}
-        config, weights = copy.deepcopy(module.config), module.state_dict()
-        return type(module).from_pretrained(None, config=config, state_dict=weights, **(own | chosen))
+        return changed(module, **chosen) if chosen else module
 
     def _read_config(self, source: str, vqgan: Any = None, **kwargs: Any) -> MAEVQGANConfig:
-        if _is_checkpoint(source):
+        if is_checkpoint(source):
             from vtv_nnsight.models.mae_vqgan.checkpoints import read_config
 
             return read_config(source, vqgan=vqgan, **pick(kwargs, *_HEAD_OPTIONS))
@@ -190,11 +185,6 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
 
 _STRAY_VQGAN = "vqgan= is the tokenizer of a published checkpoint file; {} has its own."
 _HEAD_OPTIONS = ("num_attention_heads", "decoder_num_attention_heads")
-
-
-def _is_checkpoint(source: str) -> bool:
-    """Whether a source names one file of weights, as the papers published them."""
-    return Path(source).suffix in (".pth", ".pt", ".ckpt") or Path(source).is_file()
 
 
 def _folder(source: str) -> str:
