@@ -1,12 +1,13 @@
 """What the embedded model can do: the numbers of its model card.
 
-    python benchmarks/embedded_model.py [--quick] [--corpus FOLDER] [--markdown card.md] [--pictures pictures/]
+    python benchmarks/embedded_model.py [--quick] [--corpus FOLDER] [--photographs FOLDER] [--markdown card.md]
 
 On scenes never seen, of classes seen and unseen in training, on the test pictures of a corpus (`vtv pretrain corpus`),
-and on photographs of packages not trained on: the tokenizer's PSNR; every task one-shot, between the floor (the query
-copied) and the ceiling (the tokenizer's own drawing of the truth); zero-shot with nothing patched; whether the example
-decides which task is done; the tasks held out of training; and two faults that are seen at once: lines across answers,
-and holes that stay dark. `--model` also takes a training run's folder with its checkpoint.
+and on crops of a folder of photographs, which should be of sources not trained on: the tokenizer's PSNR; every task
+one-shot, between the floor (the query copied) and the ceiling (the tokenizer's own drawing of the truth); zero-shot
+with nothing patched; whether the example decides which task is done; the tasks held out of training; and two faults that are
+seen at once: lines across answers, and holes that stay dark. `--model` also takes a training run's folder with its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ from common import options, save
 from datasets import Dataset
 from einops import rearrange
 from matplotlib.figure import Figure
-from PIL import Image
 from torch.nn import functional as F
 
 from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt, data, evaluate, tasks
-from vtv_nnsight.data.photographs import crops
 from vtv_nnsight.images import to_pil
 from vtv_nnsight.metrics import mse
 from vtv_nnsight.pretraining import recipes
@@ -61,6 +60,7 @@ def main() -> None:
     parser = options(__file__, __doc__, "4 prompts a task, of scenes only")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--corpus", type=Path, help="a corpus whose test pictures are asked about as well")
+    parser.add_argument("--photographs", type=Path, help="a folder of photographs that are asked about as well")
     parser.add_argument("-n", type=int, default=256, help="prompts a task")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--pictures", type=Path, help="write example answers to this folder")
@@ -77,7 +77,8 @@ def main() -> None:
     if not args.quick:
         unseen = data.scenes("test", n=2 * n, seed=seed, folds=(3,))
         sources["scenes of unseen classes"] = rows(unseen, layout, seed)
-        sources["photographs"] = rows(photograph_crops(2 * n, seed), layout, seed)
+    if args.photographs:
+        sources["photographs"] = composed(Corpus.read(args.photographs), PHOTO, layout, seed)
     lines, numbers = [f"{n} prompts a task, seed {seed}, `{args.model}`.", ""], {}
 
     lines += ["| data | tokenizer PSNR (dB) | codes in use |", "|---|---|---|"]
@@ -147,17 +148,11 @@ def draw(numbers: dict, sources: list[str]) -> Figure:
             panel.set_xticks(range(len(shown)), shown, rotation=30, ha="right")
             panel.set_yscale("linear" if masks else "log")
             panel.set_visible(bool(shown))
-        axes[1, column].set_title(source)
+        next(panel for panel in axes[:, column] if panel.get_visible()).set_title(source)
     axes[0, 0].set_ylabel("mIoU")
     axes[1, 0].set_ylabel("MSE")
     axes[0, 0].legend(fontsize=8)
     return figure
-
-
-def photograph_crops(n: int, seed: int) -> Dataset:
-    """Random crops of the photographs that were held out of training."""
-    pictures = [row["image"] for row in data.photographs("test")]
-    return Dataset.from_dict({"image": [Image.fromarray(c) for c in crops(pictures, range(n), seed=seed)]})
 
 
 def load(source: str) -> MAEVQGAN:
@@ -230,6 +225,8 @@ def filled(model: MAEVQGAN, prompts: VisualPrompt) -> tuple[float, float]:
     truth = prompts.region("output")
     hole = (prompts.region("query") != truth).any(1, keepdim=True)
     painted = answers(model, prompts)
+    shown = hole.flatten(1).any(1)  # a black square on black is no hole
+    hole, painted, truth = hole[shown], painted[shown], truth[shown]
     mean, wanted = ((hole * pixels).flatten(1).sum(1) / (3 * hole.flatten(1).sum(1)) for pixels in (painted, truth))
     return (mean.mean() / wanted.mean()).item(), ((mean / wanted - 1).abs() <= 0.1).double().mean().item()
 

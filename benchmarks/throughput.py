@@ -259,7 +259,7 @@ def draw(found: list[dict]) -> Figure:
             panel.set_ylabel({"a second": "evaluations or prompts a second", "peak MiB": "peak memory (MiB)"}[quantity])
         axes[0, column].set_title(size)
         axes[1, column].set_xlabel("batch size")
-    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=4)  # dashes show
     return figure
 
 

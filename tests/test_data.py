@@ -12,7 +12,7 @@ from PIL import Image
 from test_pascal import root  # noqa: F401
 
 from vtv_nnsight import data
-from vtv_nnsight.data.photographs import PHOTOGRAPHS, crops
+from vtv_nnsight.data.photographs import PHOTOGRAPHS
 from vtv_nnsight.data.scenes import GROUNDS, HUES, NAMES, SHAPES, SPLITS, TEXTURES, render
 
 ALL_FOLDS = (0, 1, 2, 3)
@@ -147,29 +147,6 @@ def test_photographs_say_which_extra_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(ImportError, match=r"scikit-image.*pip install vtv-nnsight\[pretraining\]"):
         data.photographs()
-
-
-def test_crops_are_deterministic_varied_and_of_the_picture():
-    red = Image.new("RGB", (90, 50), (200, 40, 40))
-    green = Image.new("RGB", (400, 700), (40, 200, 40))
-    cut = crops([red, green], range(20), seed=3, size=48)
-    assert cut.shape == (20, 48, 48, 3) and cut.dtype == np.uint8
-    assert np.array_equal(crops([red, green], [11, 4], seed=3, size=48), cut[[11, 4]])
-    assert not np.array_equal(crops([red, green], range(20), seed=4, size=48), cut)
-    strongest = cut.mean((1, 2)).argmax(1)
-    assert set(strongest) == {0, 1}
-    assert len(np.unique(cut.mean((1, 2)), axis=0)) == 20
-
-
-def test_crops_are_mirrored_half_of_the_time():
-    ramp = Image.fromarray(np.tile(np.linspace(20, 220, 128, dtype=np.uint8)[None, :, None], (128, 1, 3)))
-    rising = [cut[:, -1].mean() > cut[:, 0].mean() for cut in crops([ramp], range(60))]
-    assert 15 < sum(rising) < 45
-
-
-def test_crops_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="no images to crop"):
-        crops([], range(3))
 
 
 def test_a_folder_of_mixed_pictures_with_broken_ones(tmp_path):

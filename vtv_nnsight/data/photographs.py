@@ -4,21 +4,14 @@
 out, and so are photographs whose terms nobody states.
 """
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from datasets import Dataset, Features, Image, Value
-from einops import rearrange
-from PIL import Image as PILImage
-
-from vtv_nnsight.images import LUMA as LUMA_WEIGHTS
 
 SPLITS = ("train", "test")
 PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-LUMA = np.array(LUMA_WEIGHTS, np.float32)
 
 
 class Photograph(NamedTuple):
@@ -56,6 +49,7 @@ PHOTOGRAPHS = {
 def photographs(split: str | None = None, *, grey: bool = True) -> Dataset:
     """The photographs of a split ("train" or "test"; None is both), with columns image (RGB), name and source.
 
+    The embedded model has learned from those of scikit-image and scikit-learn, whichever split they are in.
     `grey=False` leaves out those that have no colour, from which colorization cannot be learned.
     """
     if split not in (None, *SPLITS):
@@ -71,22 +65,6 @@ def photographs(split: str | None = None, *, grey: bool = True) -> Dataset:
     return Dataset.from_dict({"image": files, "name": list(chosen), "source": sources}, features)
 
 
-def crops(
-    images: Sequence[PILImage.Image] | Dataset, indices: Sequence[int], seed: int = 0, size: int = 64
-) -> np.ndarray:
-    """Random resized crops, flipped and colour-jittered, for training: uint8 [n, size, size, 3].
-
-    Crop number `index` of the same images is the same for a seed, whatever others are asked for. Pass a list of RGB
-    pictures, such as `list(photographs("train")["image"])`: a Dataset decodes its files anew in every call.
-    """
-    pictures = images["image"] if isinstance(images, Dataset) else images
-    if not len(pictures):
-        raise ValueError("There are no images to crop and at least 1 was expected: pass a list of pictures.")
-    draws = np.array([np.random.default_rng((seed, index)).random(12, np.float32) for index in indices])
-    cut = [_crop(pictures[int(draw[0] * len(pictures))], draw[1:5], size) for draw in draws]
-    return _jitter(np.stack(cut), *draws[:, 5:].T)
-
-
 def _read(photograph: Photograph) -> bytes:
     spec = find_spec(photograph.module)
     if spec is None:
@@ -95,31 +73,3 @@ def _read(photograph: Photograph) -> bytes:
             "pip install vtv-nnsight[pretraining]"
         )
     return Path(spec.submodule_search_locations[0], photograph.file).read_bytes()
-
-
-def _crop(picture: PILImage.Image, draw: np.ndarray, size: int) -> np.ndarray:
-    """A part of the picture, 8 % to all of its area and 3:4 to 4:3 in shape: uint8 [size, size, 3]."""
-    area, ratio, left, top = draw.astype(float)
-    side = np.sqrt((0.08 + 0.92 * area) * picture.width * picture.height)
-    stretch = np.sqrt(4 / 3) ** (2 * ratio - 1)
-    width = min(max(side * stretch, size), picture.width)
-    height = min(max(side / stretch, size), picture.height)
-    left, top = left * (picture.width - width), top * (picture.height - height)
-    box = (left, top, min(left + width, picture.width), min(top + height, picture.height))
-    cut = picture.resize((size, size), PILImage.Resampling.BICUBIC, box, reducing_gap=2.0)
-    return np.asarray(cut.convert("RGB"))
-
-
-def _jitter(pictures, flip, brightness, contrast, saturation, *balance) -> np.ndarray:
-    """Pictures [n, y, x, 3] mirrored and recoloured a little by numbers in [0, 1), one of each a picture."""
-
-    def around_one(number, reach):
-        return (1 + reach * (2 * number - 1))[:, None, None, None]
-
-    pictures = np.where(flip[:, None, None, None] < 0.5, pictures[:, :, ::-1], pictures).astype(np.float32)
-    pictures *= around_one(brightness, 0.2) * (1 + 0.06 * (2 * rearrange(np.array(balance), "rgb n -> n 1 1 rgb") - 1))
-    grey = (pictures @ LUMA)[..., None]
-    pictures = grey + around_one(saturation, 0.25) * (pictures - grey)
-    mean = grey.mean((1, 2), keepdims=True)
-    pictures = mean + around_one(contrast, 0.2) * (pictures - mean)
-    return np.clip(pictures + 0.5, 0, 255).astype(np.uint8)
