@@ -2,6 +2,7 @@ import json
 import struct
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from conftest import DATA
 from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, cli, data, tasks
+from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.images import as_rgb, resize, to_tensor
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.checkpoints import load_checkpoint
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.result import SearchResult
+from vtv_nnsight.vectors import KIND
 
 SUPPORT, QUERY = DATA / "support_image.png", DATA / "query_image.png"
 
@@ -138,6 +141,55 @@ def test_mistakes_are_one_sentence(vtv, tmp_path, monkeypatch, args, words):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["collect", "nowhere.pth"],
+        ["clusters", "nowhere.pth"],
+        ["layouts", "nowhere.pth"],
+        ["search", "nowhere.pth", "--vectors", "nowhere.safetensors"],
+        ["prompt", "--query", "nowhere.png", "--example", "nowhere.png"],
+    ],
+)
+def test_a_place_for_the_output_is_seen_to_before_the_work(vtv, tmp_path, args):
+    code, _, complaint = vtv(*args, "-o", tmp_path / "new" / "folder" / "file.png")
+    assert code == 1 and "there is no file nowhere" in complaint and (tmp_path / "new" / "folder").is_dir()
+    assert "is a folder and a file was to be written there" in vtv(*args, "-o", tmp_path)[2]
+    for folder in (QUERY, QUERY / "deeper"):
+        expected = f"Error: there is no folder {folder} to write file.png in.\n"
+        assert vtv(*args, "-o", folder / "file.png")[2] == expected
+
+
+def test_a_picture_that_cannot_be_finished_leaves_the_one_before(vtv, tmp_path, monkeypatch):
+    def break_off(_, path, **options):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("PIL.Image.Image.save", break_off)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", break_off)
+    out, vectors = tmp_path / "out.png", bundles.load("tiny").folder / "vectors.safetensors"
+    out.write_text("before")
+    for args in (("prompt", "--example", SUPPORT, "--query", QUERY, "-o", out), ("score", vectors, "--plot", out)):
+        code, _, complaint = vtv(*args)
+        assert (code, complaint) == (1, "Error: no space left\n")
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_of_several_processes_the_first_prints(vtv, tmp_path, monkeypatch, capsys):
+    from vtv_nnsight.cli.start import summarise
+
+    empty = SimpleNamespace(tasks=[], lines=dict, table=SimpleNamespace(tasks=[]))
+    monkeypatch.setattr("vtv_nnsight.report.reading.read", lambda folder: empty)
+    score = ("score", bundles.load("tiny").folder / "vectors.safetensors")
+    for rank, prints in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        for args in (score, ("info", "tiny")):
+            code, out, _ = vtv(*args)
+            assert code == 0 and bool(out) == prints
+        summarise(tmp_path / "report.html")
+        assert bool(capsys.readouterr().out) == prints
+
+
 def test_a_picture_of_a_billion_pixels_is_not_opened(vtv, tmp_path):
     huge = bytearray(QUERY.read_bytes())
     huge[16:24] = struct.pack(">II", 30_000, 30_000)
@@ -154,8 +206,10 @@ def test_vectors_that_are_not_finite_are_named(vtv, tmp_path, small_config):
     vectors = TaskVectors.collect(
         model, {t.name: t.prompts(rows, 2, 0, model.layout) for t in (tasks.identity, tasks.lowlight)}, progress=False
     )
-    vectors["lowlight"].mean["decoder"][0, 5, 0, 1] = torch.nan
     vectors.save(tmp_path / "vectors.safetensors")
+    tensors, told = read_tensors(tmp_path / "vectors.safetensors", KIND)
+    tensors["lowlight/decoder/mean"][0, 0, 0, 1] = torch.nan
+    write_tensors(tmp_path / "vectors.safetensors", KIND, tensors, told)
     code, _, complaint = vtv("score", tmp_path / "vectors.safetensors")
     assert code == 1 and "lowlight/decoder/mean holds numbers that are NaN or infinite" in complaint
 
@@ -193,6 +247,20 @@ def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
     code, _, complaint = vtv(*evaluate, "--vectors", vectors, "--patches", units)
     expected = f"Error: {vectors} has vectors of heads and none of mlp; collect with sites heads,mlp.\n"
     assert (code, complaint) == (1, expected)
+
+
+def test_task_vectors_are_scored_by_another_metric(vtv, tmp_path, small_config):
+    """Which the name of a task tells, while vectors have the name that they were collected by."""
+    model, vectors, units = tmp_path / "model", tmp_path / "vectors.safetensors", tmp_path / "units.json"
+    MAEVQGANModel(small_config()).save_pretrained(model)
+    own = ("--prompts", 4, "--max-images", 10)
+    assert vtv("collect", model, "--tasks", "colorization,lowlight", *own, "-o", vectors)[0] == 0
+    PatchSet.random(PatchSpace(MAEVQGAN(str(model))), 3).save(units)
+    args = ("evaluate", model, "--tasks", "colorization", "--prompts", 6, "--vectors", vectors, "--patches", units)
+    code, out, complaint = vtv(*args, "--metric", "iou", "-o", tmp_path / "out")
+    assert code == 0 and (tmp_path / "out" / "colorization(iou).png").is_file(), complaint
+    assert "colorization(iou), 6 images" in out and "task vector" in out
+    assert "lowlight" in out and "of colorization" not in out  # the vectors of other tasks, of which this is none
 
 
 def test_an_error_that_nobody_thought_of_is_one_sentence(vtv, monkeypatch):

@@ -2,6 +2,7 @@
 test_browser.py."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,11 +106,71 @@ def test_the_map_has_every_unit_once(player):
 def test_a_search_on_ones_own_pictures(player):
     rows = [{"image": row["image"]} for row in player.rows[:8]]
     own = player.search("lowlight", rows, budget=120)
-    assert list(own) == ["lowlight"] and own["lowlight"][0].count == 8
+    assert list(own.bundle) == list(player.bundle) and own.vector("lowlight").count == 8
+    assert own.vector("segmentation") is player.vector("segmentation") and player.vector("lowlight").count == 3
     with pytest.raises(ValueError, match="3 pictures are too few"):
         player.search("lowlight", rows[:3])
     with pytest.raises(ValueError, match="segmentation needs a mask of every picture"):
         player.search("segmentation", rows)
+
+
+def page_of(player):
+    """The page, and the functions that it calls by name."""
+    pytest.importorskip("gradio")
+    from vtv_nnsight.demo.page import make_page
+
+    blocks = make_page(player)
+    return blocks, {function.fn.__name__: function for function in blocks.fns.values() if function.fn}
+
+
+def test_a_score_is_shown_where_the_truth_is_known(player):
+    _, called = page_of(player)
+    image, query = player.rows[0]["image"], player.rows[1]
+    uploaded, bare = {"image": image, "answer": image}, {"image": query["image"]}
+    for task, example, asked, known in (
+        ("lowlight", player.rows[0], query, True),
+        ("lowlight", player.rows[0], bare, True),
+        ("lowlight", uploaded, query, False),  # the pair tells the task, and nobody knows what it makes of the query
+        ("segmentation", player.rows[0], query, True),
+        ("segmentation", player.rows[0], bare, False),
+        ("segmentation", uploaded, query, False),
+    ):
+        _, _, words = called["respond"].fn(task, "none", 0.5, NOTHING, 1.0, example, asked, None)
+        assert (tasks.get(task).metric.label in words) == known, words
+
+
+def test_what_a_visitor_found_is_what_the_page_uses(player):
+    _, called = page_of(player)
+    own = player.search("lowlight", [{"image": row["image"]} for row in player.rows[:8]], budget=120)
+    ticked = called["found_units"].fn("lowlight", "none", own)
+    assert [name for names in ticked for name in names] == [
+        name for names in playing.panels(player.space).values() for name in names if name in own.found("lowlight")
+    ]
+    asked = ("lowlight", "none", 0.5, VECTOR, 100.0, *player.rows[:2])
+    units = PatchSet.random(player.space, 12, 0)
+    ticked = [[name for name in names if name in units] for names in playing.panels(player.space).values()]
+    answers = [called["respond"].fn(*asked, visitor, *ticked)[0] for visitor in (None, own)]
+    prompt = player.prompt("lowlight", *player.rows[:2])
+    for answer, used in zip(answers, (player, own)):
+        expected = playing.enlarged(player.answer(prompt, VECTOR, used.vector("lowlight"), units, 100.0))
+        assert answer.tobytes() == expected.tobytes()
+    assert answers[0].tobytes() != answers[1].tobytes()
+    (written,) = TaskVectors.load(called["write_vector"].fn("lowlight", "none", 0.5, own)).values()
+    assert written.count == 8
+    (kept,) = (block for block in called["search"].outputs if type(block).__name__ == "State")
+    for name in ("search", "respond", "found_units", "write_vector", "write_set"):
+        assert kept in called[name].inputs
+
+
+def test_the_page_of_a_bundle_with_a_unit_a_token(player):
+    space = PatchSpace(player.model, granularity="token")
+    units = PatchSet.random(space, 8, 0)
+    found = {name: replace(one, patches=units, scores=None) for name, one in player.bundle.found.items()}
+    blocks, called = page_of(Player(player.model, replace(player.bundle, found=found), player.rows))
+    assert PatchSet.load(called["write_set"].fn("lowlight", None)) == units
+    assert "search" not in called and not [
+        block for block in blocks.blocks.values() if getattr(block, "value", None) == "Search"
+    ]
 
 
 def test_a_player_of_other_vectors_is_refused(player, small_config):

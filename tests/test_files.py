@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from vtv_nnsight import files
-from vtv_nnsight.files import file_digest, read_tensors, replacing, write_tensors, write_text
+from vtv_nnsight.files import file_digest, read_tensors, replacing, write_picture, write_tensors, write_text
 
 TENSORS = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
 
@@ -47,6 +48,32 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         write_text(tmp_path / "nowhere" / "file", "")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_pictures_are_whole_and_of_the_kind_that_they_end_in(tmp_path):
+    from matplotlib.figure import Figure
+
+    image, figure = Image.new("RGB", (8, 8)), Figure()
+    for save in (image.save, figure.savefig):
+        for name, kind in (("a.png", "PNG"), ("a.JPG", "JPEG"), ("a.tif", "TIFF"), ("a", "PNG")):
+            write_picture(tmp_path / name, save)
+            with Image.open(tmp_path / name) as written:
+                assert written.format == kind
+    write_picture(tmp_path / "a.svg", figure.savefig, dpi=50)
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    for save in (image.save, figure.savefig):
+        with pytest.raises(ValueError, match="a.txt cannot be|Format 'txt' is not supported"):
+            write_picture(tmp_path / "a.txt", save)
+
+    def break_off(path, format):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(OSError, match="no space left"):
+        write_picture(tmp_path / "a.png", break_off)
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["a", "a.JPG", "a.png", "a.svg", "a.tif"]
 
 
 def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):

@@ -148,6 +148,21 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundle, model, tmp_path):
     again.check(model)
 
 
+def test_a_runs_model_is_read_with_its_tokenizer(hub, bundle, split_checkpoint, checkpoint, tmp_path):
+    path, vqgan = map(str, split_checkpoint)
+    settings = {"model": path, "vqgan": vqgan, "tasks": [], "folds": []}
+    bundle.save(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    found = bundles.load(tmp_path)
+    assert "vqgan" in found.load_model().parts
+    assert "vqgan" in found.load_model(str(checkpoint)).parts  # which has its own
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        found.load_model(path)
+    found.push_to_hub("me/vectors", token="hf_mine")
+    again = bundles.load("hub:me/vectors")
+    assert (again.model, again.vqgan) == (path, vqgan)
+
+
 def test_a_bundle_of_another_model_is_refused_by_name(hub, bundle, small_config):
     bundle.push_to_hub("me/vectors", token="hf_mine")
     torch.manual_seed(1)

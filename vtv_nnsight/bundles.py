@@ -28,6 +28,7 @@ import torch
 
 from vtv_nnsight.files import write_text
 from vtv_nnsight.layouts import positions
+from vtv_nnsight.models import load_model
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.search.result import SearchResult
@@ -79,6 +80,7 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         name: Where it is from, for messages.
         model: The source of its model, as `models.load_model` takes it, where that is known.
         folder: Where it was read, with the tables and pictures of a run beside it.
+        vqgan: The tokenizer's own checkpoint that `model` was read with, where there was one.
     """
 
     vectors: TaskVectors
@@ -86,6 +88,7 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
     name: str = "these vectors"
     model: str | None = None
     folder: Path | None = None
+    vqgan: str | None = None
 
     def __getitem__(self, task: str) -> tuple[TaskVector, PatchSet]:
         if task not in self.found:
@@ -98,14 +101,22 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `models.load_model` needs beside the model's source: SegGPT's `embedding_type`."""
-        owner = next(iter(self.vectors.values())).fingerprint
-        return {name: owner[name] for name in ("embedding_type",) if name in owner}
-
     def __repr__(self) -> str:
         return f"Bundle({self.name}: {', '.join(f'{task} at {len(self[task][1])} units' for task in self)})"
+
+    def load_model(self, source: str | None = None, **options: Any) -> InContextModel:
+        """The model that the vectors are of: SegGPT's with their `embedding_type`, the run's own with its tokenizer.
+
+        Args:
+            source: Where it is to be read; by default where the run read it.
+            **options: As for `models.load_model`.
+
+        Raises:
+            ValueError, OSError: as `models.load_model`; `check` says whether a model is theirs.
+        """
+        owner = next(iter(self.vectors.values())).fingerprint
+        known = {"embedding_type": owner.get("embedding_type"), "vqgan": None if source else self.vqgan}
+        return load_model(source or self.model or EMBEDDED, **known | options)
 
     def check(self, model: InContextModel) -> None:
         """Refuse a model that the vectors are not of, naming what differs.
@@ -177,7 +188,7 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
             folder = Path(temporary)
             self.save(folder, dtype)
             write_text(folder / CARD_NAME, self.card(licence))
-            write_text(folder / ABOUT, json.dumps({"model": self.model}) + "\n")
+            write_text(folder / ABOUT, json.dumps({"model": self.model, "vqgan": self.vqgan}) + "\n")
             for name in ("table.md", "table.csv", "answers.png"):
                 if self.folder and (self.folder / name).is_file():
                     shutil.copyfile(self.folder / name, folder / name)
@@ -224,21 +235,21 @@ def load(source: str | os.PathLike = EMBEDDED) -> Bundle:
     found = {task: SearchResult.load(path) for task, path in paths.items() if path.is_file()}
     if not found:
         raise FileNotFoundError(f"{folder} has no units in search/; let the same `vtv run` finish.")
-    model = EMBEDDED if str(source) == EMBEDDED else _model_of(folder)
-    return Bundle(vectors, found, str(source), model, folder)
+    known = {"model": EMBEDDED} if str(source) == EMBEDDED else _source_of(folder)
+    return Bundle(vectors, found, str(source), known.get("model"), folder, known.get("vqgan"))
 
 
-def _model_of(folder: Path) -> str | None:
-    """The model that a shared folder tells of, or of the run that a folder is of, or is a fold of."""
+def _source_of(folder: Path) -> dict[str, Any]:
+    """The "model" and the "vqgan" that a shared folder tells of, or the run that a folder is of, or is a fold of."""
     from vtv_nnsight.experiment.record import read_record  # which is further along, and imports this package's searches
 
     if (folder / ABOUT).is_file():
         told = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        return told.get("model") if isinstance(told, dict) else None
+        return told if isinstance(told, dict) else {}
     for place in (folder, folder.parent):
         if (place / "run.json").is_file():
-            return read_record(place)["settings"].get("model")
-    return None
+            return read_record(place)["settings"]
+    return {}
 
 
 def _keep(vector: TaskVector, kept: torch.Tensor) -> TaskVector:

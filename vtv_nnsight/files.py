@@ -7,13 +7,14 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -28,10 +29,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         FileNotFoundError, IsADirectoryError: when there is no folder to write in, or a folder has that name.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} in.")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder and a file was to be written there; name another, or remove it.")
+    check_place(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
@@ -43,9 +41,36 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_place(path: str | Path) -> None:
+    """Refuse a path where no file can be written, with the errors of `replacing`."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} in.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder and a file was to be written there; name another, or remove it.")
+
+
 def write_text(path: str | Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_picture(path: str | Path, save: Callable[..., Any], **options: Any) -> None:
+    """A picture, of the kind that the path's ending says; PNG where it has none.
+
+    Args:
+        save: What writes it, such as `Image.save` or `Figure.savefig`: called with a path, the format and the options.
+
+    Raises:
+        ValueError: when it writes no such kind.
+    """
+    ending = Path(path).suffix.lower()
+    kind = Image.registered_extensions().get(ending, ending[1:]) or "png"
+    try:
+        with replacing(path) as temporary:
+            save(temporary, format=kind, **options)
+    except KeyError as error:  # PIL's, of a format that it does not write
+        raise ValueError(f"{path} cannot be a picture of that ending; give it another, such as .png.") from error
 
 
 def write_tensors(

@@ -374,7 +374,7 @@ class TaskVectors(Mapping[str, TaskVector]):
                     if values := getattr(vector, field):
                         kept = tensors[f"{name}/{stage}/{field}"] = values[stage][:, present].to(dtype)
                         if not kept.isfinite().all():
-                            raise ValueError(f"the {field} of {name!r} does not fit {dtype}; save it as torch.float32.")
+                            raise ValueError(f"the {field} of {name!r} is not finite in {dtype}; look for NaN, or save float32.")
         counts = {name: vector.count for name, vector in self.items()}
         first = next(iter(self.values()))
         told = {"counts": counts, "fingerprint": first.fingerprint} | _told(sites_in(first.mean))

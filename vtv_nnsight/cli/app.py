@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from vtv_nnsight.experiment.settings import Settings
@@ -197,7 +199,21 @@ Loss = Annotated[
 ]
 Order = Annotated[str, typer.Option(help='"vertical", or "horizontal" for inputs above outputs.')]
 Seed = Annotated[int, typer.Option(min=0, help="The seed of all that is random.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+
+
+def place_for_file(ctx: typer.Context, path: Path) -> Path:
+    """A path to write a file at, before the work that goes into it: its folder is made, and what cannot be a file's
+    path is refused. (Completion in a shell, which parses, too, makes nothing.)"""
+    if not ctx.resilient_parsing:
+        from vtv_nnsight.files import check_place
+
+        with suppress(FileExistsError, NotADirectoryError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        check_place(path)
+    return path
+
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.", callback=place_for_file)]
 
 
 def settings_of(
@@ -226,10 +242,11 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def say(text: str) -> None:
-    """Print text as it is, whatever brackets are in it; of several processes the first prints."""
+def say(what: str | Table) -> None:
+    """Print text as it is, whatever brackets are in it, or a table; of several processes the first prints."""
+    plain: dict[str, Any] = dict(markup=False, highlight=False, soft_wrap=True) if isinstance(what, str) else {}
     if os.environ.get("RANK", "0") == "0":
-        Console().print(text, markup=False, highlight=False, soft_wrap=True)
+        Console().print(what, **plain)
 
 
 def wrote(path: Path) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from vtv_nnsight.cli.app import MODEL, VQGAN, Source, app, wrote
+from vtv_nnsight.cli.app import MODEL, VQGAN, Source, app, say, wrote
 
 if TYPE_CHECKING:
     from vtv_nnsight.models.interface import InContextModel
@@ -44,7 +43,7 @@ def info(source: Source, vqgan: VQGAN = None) -> None:
     if model.stages:
         table.add_row("units", f"{len(PatchSpace(model))} by quadrant")
         table.add_row("a task's vectors", f"{_vector_bytes(model) / 1e6:.3g} MB on disk")
-    Console().print(table)
+    say(table)
 
 
 @app.command(rich_help_panel=MODEL, epilog="Example: vtv convert checkpoint-3400.pth mae-vqgan --vqgan last.ckpt")

@@ -50,7 +50,7 @@ class ExampleCommand(TyperCommand):
 )
 def prompt(
     query: Annotated[Path, typer.Option(help="The picture to answer.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture is written.")],
+    output: Output,
     example: Annotated[
         list[Path] | None,
         typer.Option(
@@ -98,6 +98,7 @@ def prompt(
     from dataclasses import replace
 
     from vtv_nnsight import tasks
+    from vtv_nnsight.files import write_picture
     from vtv_nnsight.images import read_picture, to_pil
     from vtv_nnsight.layouts import Layout
     from vtv_nnsight.models import load_model
@@ -121,7 +122,7 @@ def prompt(
         layout = patches.space.layout
     chosen = tasks.get(task or "identity")
     if bundle:
-        painter = load_model(model or bundle.model or "tiny", **{**bundle.options, **options})
+        painter = bundle.load_model(model, **options)
         bundle.check(painter)
     else:
         painter = load_model(model, **options) if model else None
@@ -139,7 +140,7 @@ def prompt(
         image = _strip(painter, bundle, task, made, scale, bool(files))
     else:
         image = to_pil(painter.generate(made)[0]) if painter else made.picture()
-    image.save(output)
+    write_picture(output, image.save)
     wrote(output)
 
 

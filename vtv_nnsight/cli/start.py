@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -208,7 +207,7 @@ def summarise(page: Path) -> None:
         own = lines[task.name]["score"]
         scores = [f"{own[name].mean:.3f}" if name in own else "" for name in FLOOR_TO_CEILING]
         table.add_row(Text(task.name), *scores)
-    Console().print(table)
+    say(table)
     for sentence in verdicts(found.table):
         say(sentence)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +36,7 @@ from vtv_nnsight.cli.app import (
     app,
     given,
     listed,
+    place_for_file,
     say,
     settings_of,
     wrote,
@@ -106,6 +106,7 @@ def score(
     """Rank heads by how well they tell tasks apart: variance between tasks over variance within a task."""
     from vtv_nnsight import plots
     from vtv_nnsight.experiment import steps
+    from vtv_nnsight.files import write_picture
     from vtv_nnsight.models import load_model
 
     loaded = steps.read_vectors(vectors)
@@ -119,9 +120,9 @@ def score(
     table.add_column("score", justify="right")
     for i in values.nan_to_num(-1).argsort(descending=True)[:top].tolist():
         table.add_row(Text(space.names[i]), f"{values[i]:.3f}")
-    Console().print(table)
+    say(table)
     if plot:
-        plots.score_map(loaded.score(), space.layout).savefig(plot, dpi=150)
+        write_picture(plot, plots.score_map(loaded.score(), space.layout).savefig, dpi=150)
         wrote(plot)
 
 
@@ -155,6 +156,7 @@ def clusters(
     from vtv_nnsight import plots
     from vtv_nnsight.data import load
     from vtv_nnsight.experiment import steps
+    from vtv_nnsight.files import write_picture
 
     settings = settings_of(images, data, tasks, model=source, prompts=prompts, order=order, seed=seed)
     model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
@@ -170,10 +172,9 @@ def clusters(
     )[:top]  # fmt: skip
     for width, stage, layer, head in ranked:
         say(f"{stage} layer {layer}, head {head} at {region}: silhouette {width:.3f}")
-    output.parent.mkdir(parents=True, exist_ok=True)
     for i, (_, stage, layer, head) in enumerate(ranked):
         path = output if len(ranked) == 1 else output.with_stem(f"{output.stem}_{i + 1}")
-        plots.projection(heads, stage, layer, head, method).savefig(path, dpi=150)
+        write_picture(path, plots.projection(heads, stage, layer, head, method).savefig, dpi=150)
         wrote(path)
 
 
@@ -188,7 +189,11 @@ def search(
     source: Source,
     vectors: Vectors,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The result (.safetensors), or its patch set alone (.json).")
+        Path,
+        typer.Option(
+            "--output", "-o", callback=place_for_file,
+            help="The result (.safetensors), or its patch set alone (.json).",
+        ),
     ],
     algorithm: Annotated[
         str,
@@ -250,6 +255,7 @@ def search(
     """Search for the units to patch so that the model does a task with no examples."""
     from vtv_nnsight.data import load
     from vtv_nnsight.experiment import steps
+    from vtv_nnsight.files import write_picture
     from vtv_nnsight.patches import PatchSpace
     from vtv_nnsight.search import ALGORITHMS, plots
     from vtv_nnsight.sites import sites_in
@@ -289,7 +295,7 @@ def search(
         if granularity != "token":
             figures["units.png"] = plots.score_maps(result)
         for name, figure in figures.items():
-            figure.savefig(plot / name, dpi=150)
+            write_picture(plot / name, figure.savefig, dpi=150)
             wrote(plot / name)
 
 
@@ -357,10 +363,13 @@ def evaluate(
     Writes table.md, table.csv, values.parquet and a picture of the first answers for every task; of several models in a
     folder for each, and models.md with all of them.
     """
+    from dataclasses import replace
+
     from vtv_nnsight.evaluation import Table as Evaluations
     from vtv_nnsight.experiment import steps
     from vtv_nnsight.files import write_text
     from vtv_nnsight.tasks import scored_by
+    from vtv_nnsight.vectors import TaskVectors
 
     if (vectors is None) != (patches is None):
         raise ValueError("--vectors and --patches go together; give both or neither.")
@@ -373,7 +382,12 @@ def evaluate(
     sites = () if units is None else getattr(units.space, "sites", ())  # of a space that is no model's there are none
     loaded = steps.read_vectors(vectors, settings.tasks, sites) if vectors else None
     folds = steps.folds_to_test(settings, split, max_images)
-    chosen = [scored_by(task, metric) if metric else task for task in steps.servable(settings, folds[0][1])]
+    asked = steps.servable(settings, folds[0][1])
+    chosen = [scored_by(task, metric) if metric else task for task in asked]
+    if loaded and metric:  # they are named as the tasks were without it
+        names = {task.name: scored.name for task, scored in zip(asked, chosen)}
+        renamed = [replace(vector, task=names.get(name, name)) for name, vector in loaded.items()]
+        loaded = TaskVectors({vector.task: vector for vector in renamed})
     tables = {}
     for name in dict.fromkeys([source, *others]):
         own = dict(vqgan=vqgan, embedding_type=embedding_type) if name == source else {}
@@ -402,7 +416,7 @@ def _write_evaluation(table: Any, chosen: Sequence[Any], output: Path) -> None:
     """Print a table of evaluations and what it says, and write it in every form."""
     from vtv_nnsight import plots
     from vtv_nnsight.evaluation import verdicts
-    from vtv_nnsight.files import write_text
+    from vtv_nnsight.files import write_picture, write_text
 
     said = verdicts(table)
     say("\n".join([str(table), "", *said]).strip())
@@ -412,7 +426,7 @@ def _write_evaluation(table: Any, chosen: Sequence[Any], output: Path) -> None:
     table.parquet(output / "values.parquet")
     written = ["table.md", "table.csv", "values.parquet"]
     for task in chosen:
-        plots.answers(table, task.name).savefig(output / f"{task.name}.png", dpi=150)
+        write_picture(output / f"{task.name}.png", plots.answers(table, task.name).savefig, dpi=150)
         written.append(f"{task.name}.png")
     for name in written:
         wrote(output / name)

@@ -9,7 +9,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,18 @@ def make_page(player: Player) -> gr.Blocks:
         shown, answer = tasks.get(task).cells(row, layouts.cell_size)
         return enlarged(shown, 168), None if answer is None else enlarged(answer, 168)
 
+    def units_on(mine: Player, task: str, chosen: Iterable[list[str]]) -> PatchSet:
+        """The units that are ticked; those found for the task where the page has no boxes to tick."""
+        return PatchSet.named(space, [name for own in chosen for name in own]) if maps else mine.found(task)
+
     @told
-    def respond(task: str, other: str, share: float, mode: str, scale: float, example: Any, query: Any, *chosen: Any):
+    def respond(
+        task: str, other: str, share: float, mode: str, scale: float, example: Any, query: Any, visitor: Player | None,
+        *chosen: Any,
+    ):  # fmt: skip
         began = time.perf_counter()
-        units = PatchSet.named(space, [name for own in chosen for name in own]) if maps else player.found(task)
-        vector = player.vector(task, None if other == NONE else other, share)
+        units = units_on(visitor or player, task, chosen)
+        vector = (visitor or player).vector(task, None if other == NONE else other, share)
         prompt = player.prompt(task, example, query)
         cell = player.answer(prompt, mode, vector, units, scale)
         seconds = time.perf_counter() - began
@@ -91,13 +98,13 @@ def make_page(player: Player) -> gr.Blocks:
         if mode == VECTOR:
             mixed = "" if other == NONE else f", {share:g} of it {other}'s"
             words += f"{mixed}, scale {scale:g}, {len(units)} of {len(space)} units"
-        if query.get("mask") is not None or tasks.get(task).needs == "image":
+        if query.get(tasks.get(task).needs) is not None and (example or {}).get("answer") is None:
             score = float(tasks.get(task).score(cell[None], prompt.region("output"))[0])
             words += f": {tasks.get(task).metric.label} {score:.3f}"
         return enlarged(cell), enlarged(prompt.region("query")[0]), f"{words} ({seconds:.1f} s)"
 
-    def found_units(task: str, other: str) -> list[Any]:
-        on = player.found(task, None if other == NONE else other)
+    def found_units(task: str, other: str, visitor: Player | None) -> list[Any]:
+        on = (visitor or player).found(task, None if other == NONE else other)
         return [[name for name in own if name in on] for own in maps.values()]
 
     def pick(event: gr.SelectData):
@@ -111,20 +118,21 @@ def make_page(player: Player) -> gr.Blocks:
         return {"image": image, "mask": drawn_mask(image, drawn["layers"])}
 
     @told
-    def search(task: str, files: list[str] | None, progress: Any = gr.Progress()):  # noqa: B008  gradio's way
+    def search(task: str, files: list[str] | None, visitor: Player | None, progress: Any = gr.Progress()):  # noqa: B008
         progress(0.05, "reading")
         rows = [{"image": upload(path, Path(path).name)} for path in files or []]
         progress(0.2, f"collecting and searching on {len(rows)} pictures")
-        own = player.search(task, rows)
+        visitor = (visitor or player).search(task, rows)
         progress(1.0, "done")
-        _, units = own[task]
+        units = visitor.found(task)
         said = f"{len(units)} units found on your pictures: {', '.join(units)}"
-        return [*[[name for name in names if name in units] for names in maps.values()], said]
+        return [visitor, *[[name for name in names if name in units] for names in maps.values()], said]
 
     with gr.Blocks(title="Task vectors", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         gr.Markdown(ABOUT)
         example = gr.State(dict(player.rows[0]), time_to_live=3600)
         query = gr.State(dict(player.rows[1]), time_to_live=3600)
+        visitor = gr.State(None, time_to_live=3600)  # the player that a search on their own pictures made
         with gr.Row():
             with gr.Column(min_width=300):
                 task = gr.Dropdown(names, value=names[0], label="Task", elem_id="task")
@@ -185,21 +193,22 @@ def make_page(player: Player) -> gr.Blocks:
                                 [(labels[name], name) for name in own], label=title, elem_classes="units", min_width=210
                             )
                         )
-        with gr.Accordion("Search on my pictures", open=False):
-            gr.Markdown(
-                "Eight pictures or more, for a task that makes its own answer (lowlight, inpainting, …): its vector is "
-                "collected and its units are searched for, in a minute or so."
-            )
-            files = gr.File(file_count="multiple", file_types=["image"], label="Pictures", elem_id="pictures")
-            begin = gr.Button("Search")
-            searched = gr.Markdown()
+            with gr.Accordion("Search on my pictures", open=False):
+                gr.Markdown(
+                    "Eight pictures or more, for a task that makes its own answer (lowlight, inpainting, …): its "
+                    "vector is collected and its units are searched for, in a minute or so. They are used until the "
+                    "page is loaded again."
+                )
+                files = gr.File(file_count="multiple", file_types=["image"], label="Pictures", elem_id="pictures")
+                begin = gr.Button("Search")
+                searched = gr.Markdown()
         with gr.Row():
             get_vector = gr.Button("Download the vector", min_width=160)
             get_set = gr.Button("Download the set of units", min_width=160)
             vector_file = gr.DownloadButton("vector", elem_id="vector-file", visible="hidden")
             set_file = gr.DownloadButton("units", elem_id="set-file", visible="hidden")
 
-        controls = [task, other, share, mode, scale, example, query, *groups]
+        controls = [task, other, share, mode, scale, example, query, visitor, *groups]
         shown = [answer, asked, said]
         one = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden", "queue": True}
 
@@ -210,7 +219,7 @@ def make_page(player: Player) -> gr.Blocks:
             return answered(event.then(described, [example, task], [shown_input, shown_answer], show_progress="hidden"))
 
         def reset(event: Any) -> Any:
-            return depicted(event.then(found_units, [task, other], groups, show_progress="hidden") if groups else event)
+            return depicted(event.then(found_units, [task, other, visitor], groups, **quiet) if groups else event)
 
         quiet = {"show_progress": "hidden"}
         reset(blocks.load(lambda: None, **quiet))
@@ -232,7 +241,7 @@ def make_page(player: Player) -> gr.Blocks:
         )
         depicted(use_mask.click(paint_mask, editor, example, **quiet))
         if groups:
-            answered(all_found.click(found_units, [task, other], groups, **quiet))
+            answered(all_found.click(found_units, [task, other, visitor], groups, **quiet))
             answered(all_off.click(lambda: [[] for _ in groups], None, groups, **quiet))
 
             def at_random(*chosen: list[str]) -> list[list[str]]:
@@ -240,23 +249,26 @@ def make_page(player: Player) -> gr.Blocks:
                 return [[name for name in own if name in on] for own in maps.values()]
 
             answered(some.click(at_random, groups, groups, **quiet))
-            begun = begin.click(search, [task, files], [*groups, searched], concurrency_id="model", concurrency_limit=1)
+            begun = begin.click(
+                search, [task, files, visitor], [visitor, *groups, searched],
+                concurrency_id="model", concurrency_limit=1,
+            )  # fmt: skip
             answered(begun)
 
-        def write_vector(task: str, other: str, share: float) -> str:
-            mixed = player.vector(task, None if other == NONE else other, share)
+        def write_vector(task: str, other: str, share: float, visitor: Player | None) -> str:
+            mixed = (visitor or player).vector(task, None if other == NONE else other, share)
             path = Path(tempfile.mkdtemp(dir=folder)) / "vector.safetensors"
             TaskVectors({mixed.task: mixed}).save(path)
             return str(path)
 
-        def write_set(*chosen: list[str]) -> str:
+        def write_set(task: str, visitor: Player | None, *chosen: list[str]) -> str:
             path = Path(tempfile.mkdtemp(dir=folder)) / "units.json"
-            PatchSet.named(space, [name for own in chosen for name in own]).save(path)
+            units_on(visitor or player, task, chosen).save(path)
             return str(path)
 
-        written = get_vector.click(write_vector, [task, other, share], vector_file, **quiet)
+        written = get_vector.click(write_vector, [task, other, share, visitor], vector_file, **quiet)
         written.then(None, js="() => document.querySelector('#vector-file').click()")
-        written = get_set.click(write_set, groups, set_file, **quiet)
+        written = get_set.click(write_set, [task, visitor, *groups], set_file, **quiet)
         written.then(None, js="() => document.querySelector('#set-file').click()")
     heads = max(stage.heads for stage in space.stages)
     blocks.style = STYLE.replace("HEADS", str(heads))  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vtv_nnsight import bundles, data, models, tasks
+from vtv_nnsight import bundles, data, tasks
 from vtv_nnsight.bundles import Bundle
 from vtv_nnsight.evaluation.answers import answers
 from vtv_nnsight.images import as_rgb, read_picture, to_pil
@@ -22,6 +22,7 @@ from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSet, PatchSpace
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search import gates
+from vtv_nnsight.sites import sites_in
 from vtv_nnsight.stages import device_of
 from vtv_nnsight.tasks import Draw, Task
 from vtv_nnsight.vectors import TaskVector, TaskVectors
@@ -67,7 +68,7 @@ class Player:
             FileNotFoundError, ValueError: when there is no such bundle, or it is not of this model.
         """
         bundle = bundles.load(vectors)
-        found = models.load_model(model or bundle.model or "tiny", dispatch=True, **bundle.options)
+        found = bundle.load_model(model, dispatch=True)
         if device:
             found.to(device)
         return cls(found, bundle, list(data.scenes("test", n=12, seed=1)))
@@ -125,8 +126,8 @@ class Player:
             on = units.choices if mode == VECTOR and units is not None else torch.zeros(len(self.space))
             return answers(self.model, prompt, vector, self.space, scale * on[None])[0]
 
-    def search(self, task: str, rows: Sequence[Row], budget: int = BUDGET, seed: int = 0) -> Bundle:
-        """The vector and the units of a task from a visitor's own pictures.
+    def search(self, task: str, rows: Sequence[Row], budget: int = BUDGET, seed: int = 0) -> Player:
+        """The same player, whose vector and units of a task are those of a visitor's own pictures.
 
         Raises:
             ValueError: when there are too few, or they lack what the task's answer is made of.
@@ -138,12 +139,14 @@ class Player:
             raise ValueError(f"{task} needs a {chosen.needs} of every picture; choose a task that needs none.")
         prompts = chosen.compose(list(rows), _pairs(len(rows), seed), layout)
         with self._lock:
-            vectors = TaskVectors.collect(self.model, {task: prompts}, progress=False)
+            sites = sites_in(next(iter(self.bundle.vectors.values())).mean)
+            vectors = TaskVectors.collect(self.model, {task: prompts}, sites=sites, progress=False)
             result = gates(
                 self.model, vectors[task], chosen, prompts.query_only(), self.space, budget=budget, seed=seed,
                 progress=False,
             )  # fmt: skip
-        return Bundle(vectors, {task: result}, "your pictures")
+        vectors = TaskVectors({**self.bundle.vectors, **vectors})
+        return replace(self, bundle=replace(self.bundle, vectors=vectors, found={**self.bundle.found, task: result}))
 
 
 def _pairs(pictures: int, seed: int) -> Draw:
