@@ -215,6 +215,23 @@ def test_a_folder_of_ones_own(tmp_path):
         gather(tmp_path / "corpus", images=mine, data="hf:cifar10")
 
 
+def test_folders_are_told_apart_by_their_paths(tmp_path, monkeypatch):
+    for name, file in (("a/photos/1.jpg", "pictures/a.jpg"), ("b/photos/1.png", "pictures/b.png")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(FILES[file])
+    corpus = tmp_path / "corpus"
+    gather(corpus, images=tmp_path / "a/photos")
+    rows = rows_of(gather(corpus, images=tmp_path / "b/photos"))
+    assert sorted(row["source"] for row in rows) == ["1.jpg", "1.png"]
+    assert {Image.open(corpus / row["file"]).size for row in rows} == {(356, 320), (90, 700)}
+    (tmp_path / "a/photos/2.jpg").write_bytes(encoded(picture(7)))
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.warns(UserWarning, match="this source was read before, says .*folder-photos-.*csv, and is not read"):
+        assert rows_of(gather(corpus, images="../a/photos")) == rows
+    next(file for file in (corpus / ".read").iterdir() if "1.jpg" in file.read_text()).unlink()
+    assert {row["source"] for row in rows_of(gather(corpus, images="photos"))} == {"1.jpg", "1.png", "2.jpg"}
+
+
 def test_a_data_set(tmp_path):
     rows = rows_of(gather(tmp_path, data="reasoning:color"))
     assert {row["package"] for row in rows} == {"reasoning:color"} and len(rows) > 5

@@ -3,11 +3,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_net2net import HEADS, weights
+from test_painter import small
+from test_vit_mae import config
+from transformers import ViTMAEForPreTraining
 
-from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt, data, tasks
+from vtv_nnsight import MAEVQGAN, Layout, Net2Net, VisualPrompt, data, tasks
 from vtv_nnsight.layouts import REASONING
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.visual_prompting import ensembles
+from vtv_nnsight.models.painter import SegGPT
+from vtv_nnsight.models.vit_mae import ViTMAE
+from vtv_nnsight.visual_prompting import ensembles, prompt_engineering
 
 
 @pytest.fixture
@@ -83,6 +89,22 @@ def test_what_cannot_be_ensembled_is_refused(model, prompts):
         ensembles.combine([])
     with pytest.raises(ValueError, match="nothing to ensemble; give at least one VisualPrompt"):
         ensembles.generate(model, [])
+
+
+@pytest.mark.parametrize("kind", ["ViTMAE", "SegGPT", "Net2Net"])
+def test_models_that_score_no_codes_are_refused(kind, tmp_path):
+    """ViT-MAE's logits are pixels, SegGPT has none, and Net2Net paints the codes that it sampled."""
+    torch.save({"state_dict": weights()}, tmp_path / "last.ckpt")
+    model = {
+        "ViTMAE": lambda: ViTMAE(ViTMAEForPreTraining(config())),
+        "SegGPT": lambda: SegGPT(small(True)),
+        "Net2Net": lambda: Net2Net(tmp_path / "last.ckpt", num_attention_heads=HEADS),
+    }[kind]()
+    images = data.scenes("train", n=12, seed=0)
+    with pytest.raises(ValueError, match=f"{kind} has no loss 'tokens', .* give a MAEVQGAN, or a BEiT"):
+        ensembles.generate(model, [tasks.segmentation.prompts(images, n=1, seed=0, layout=model.layout)])
+    with pytest.raises(ValueError, match=f"{kind} has no loss 'tokens'"):
+        prompt_engineering.compare(model, images, n=1)
 
 
 def test_an_average_of_views(model):

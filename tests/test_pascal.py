@@ -166,6 +166,20 @@ def test_lists_of_ones_own_are_taken_where_they_are(load, splits, root):
     assert names(load(0, "trn", splits=root / "elsewhere")) == [("a2", 2), ("a3", 2)]
 
 
+@pytest.mark.filterwarnings("ignore:.*it has no example")
+def test_lists_beside_the_pictures_are_in_the_root_that_was_given(splits, root, tmp_path, monkeypatch):
+    """With ~ for the home, and in `VOCdevkit` itself, by a source's name and in a run."""
+    (splits / "trn" / "fold0.txt").write_text("a2__02\na3__02\n")
+    (splits / "val" / "fold0.txt").write_text("b1__01\nb2__01\n")
+    monkeypatch.setenv("HOME", str(root))
+    for own, into in (("~", splits), ("~/VOCdevkit", root / "VOCdevkit" / "splits")):
+        splits = splits.rename(into)
+        spec = f"pascal:{own}:0:splits"
+        ((fold,), _) = steps.load_folds(tmp_path / "run", Settings(data=spec))
+        assert names(fold.train) == names(data.load(spec, "train")) == [("a2", 2), ("a3", 2)]
+        assert names(fold.test) == names(data.load(spec, "test")) == [("b1", 1), ("b2", 1)]
+
+
 def test_published_lists_are_the_default(load, root, monkeypatch):
     """Those of OSLSM, by way of HSNet, as both papers' code has them."""
     lists = {(split, fold): published_list(split, fold) for split in ("trn", "val") for fold in range(4)}
@@ -359,7 +373,7 @@ def test_the_published_protocol(published, root, small_config, tmp_path, monkeyp
     monkeypatch.setattr(steps, "evaluate_conditions", evaluate)
     monkeypatch.setattr(report, "write", lambda out: out / "report.html")
     settings = Settings(
-        model=str(model), data=f"pascal:{root / 'VOCdevkit'}", folds=(0, 2), search_fold=3, tasks=("segmentation",),
+        model=str(model), data=f"pascal:{root / 'VOCdevkit'}", folds=(2, 0), search_fold=3, tasks=("segmentation",),
         prompts=6, candidates=16, test_prompts=7, draws=1, budget=60, search="random", loss="pixels",
         protocol="published",
     )  # fmt: skip
@@ -381,7 +395,11 @@ def test_the_published_protocol(published, root, small_config, tmp_path, monkeyp
         assert torch.equal(prompts.region("query"), torch.cat(queries))
     files = ("prompts.safetensors", "vectors.safetensors", "search/segmentation.safetensors")
     assert all((out / "fold0" / file).samefile(out / "fold2" / file) for file in files)
-    assert list(reading.read(out).results["segmentation"]) == ["fold0", "fold2"]
+    found, first = reading.read(out), Table.load(out / "fold0" / "evaluation" / "segmentation.parquet")
+    assert list(found.results["segmentation"]) == ["fold0", "fold2"]
+    assert (found.table.values("segmentation", "one-shot")[:7] == first.values("segmentation", "one-shot")).all()
+    queries = evaluated[0][1].region("query").mul(255).round().byte()  # of fold 0, as the scores beside them
+    assert torch.equal(found.cells(task)["query"], queries[: len(found.cells(task)["query"])])
     assert TaskVectors.load(out / "fold0" / "vectors.safetensors")["segmentation"].count == 6
     run(out, settings, progress=False)
     assert len(searched) == 1 and len(evaluated) == 2

@@ -91,7 +91,7 @@ def test_projection(heads, tmp_path):
     panels = figure.axes
     assert len(panels) == 2 and [len(c.get_offsets()) for c in panels[0].collections] == [5, 7]
     width = silhouettes(heads).encoder[1, 3]
-    assert panels[1].get_title() == f"encoder.blocks.1 head 3: silhouette {width:.2f}"
+    assert panels[1].get_title() == f"encoder layer 1, head 3: silhouette {width:.2f}"
     figure.savefig(tmp_path / "projection.png")
     line = torch.outer(torch.tensor([-3.0, -1.0, 1.0, 3.0]), torch.tensor([0.6, 0.8, 0.0]))
     flat = plots.project(line + torch.tensor([5.0, 5.0, 5.0]))

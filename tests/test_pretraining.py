@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,26 @@ def test_both_stages_improve_and_export_a_model(run):
     model = MAEVQGAN(run / "mae" / "model")
     prompts = training_prompts(5, 2, model.layout)
     assert model.generate(prompts).shape == prompts.canvas.shape
+
+
+def test_a_model_stays_until_the_next_one_is_written(run, tmp_path, monkeypatch):
+    out = shutil.copytree(run, tmp_path / "run") / "mae"
+
+    def state():
+        return {file.name: file.read_bytes() for file in (out / "model").iterdir()}
+
+    def write_half(self, folder):
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "config.json").write_text("half")
+        raise OSError("no space left")
+
+    before, step = state(), json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(MAEVQGANModel, "save_pretrained", write_half)
+        pretrain("mae", "smoke", out.parent, steps=step, resume=True)
+    assert state() == before
+    pretrain("mae", "smoke", out.parent, steps=step, resume=True)
+    assert state() == before and not list(out.glob(".model*"))
 
 
 def test_a_run_is_not_overwritten(run):

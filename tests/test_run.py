@@ -293,13 +293,6 @@ def test_settings_are_tried_before_the_first_step(model, tmp_path, done, change,
     assert done == [] and not (tmp_path / "run").exists()
 
 
-def test_pictures_to_test_on_are_never_searched_on(monkeypatch):
-    rows = data.scenes("train", 8)
-    monkeypatch.setattr(data, "split_data", lambda spec, *args: (rows.select(range(5)), rows.select([7, 4])))
-    with pytest.raises(ValueError, match="1 of the 2 pictures of x to test on are also among those to search on"):
-        runs.split_data("x", 5, 2, 0)
-
-
 def test_single_steps_are_those_of_a_run(finished, model, tmp_path):
     """`vtv collect` and `vtv search` write what `vtv run` writes."""
     args = ["--max-images", 40, "--prompts", 8, "--candidates", 30, "--tasks", ",".join(TASKS)]
@@ -425,6 +418,21 @@ def test_the_report_is_one_file_with_everything(finished):
     assert section.count("<picture>") == 1 and "The searches (reinforce)" in section
     assert "Which units tasks share" in page and "units serve both tasks" in page
     assert "Which heads tell the tasks apart" in page and '"budget": 200' in html.unescape(page)
+
+
+@pytest.mark.parametrize(
+    ("searched", "evaluated", "lines"),
+    [("tokens", "token loss", True), ("smooth_l1", "smooth l1 loss", True), ("pixels", "token loss", False)],
+)
+def test_searches_stand_beside_lines_of_the_same_loss(finished, monkeypatch, searched, evaluated, lines):
+    found, drawn = reading.read(finished), []
+    found.record["settings"]["loss"] = searched
+    found.table.frame["loss_name"] = evaluated
+    monkeypatch.setattr(report, "draw", lambda figure, caption, **kwargs: drawn.append((figure(), caption)))
+    report._searches(found, found.lines(), None)
+    ((figure, caption),) = drawn
+    assert ("Lines: the loss without a vector" in caption) == lines
+    assert [len(panel.lines) for panel in figure.axes] == [3 if lines else 1] * len(TASKS)
 
 
 def test_a_run_over_other_sites_of_the_layers(tmp_path, model):
@@ -620,12 +628,12 @@ def test_folds_have_folders_of_their_own(monkeypatch, tmp_path):
     asked = []
     rows = [data.scenes(split, 8) for split in ("train", "test")]
     monkeypatch.setattr(data, "split_data", lambda spec, *args: asked.append(spec) or rows)
-    folds, _ = runs.load_folds(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(1, 3)))
+    folds, _ = runs.load_folds(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(3, 1, 3)))
     assert [(fold.name, fold.folder, fold.number) for fold in folds] == [
         ("fold1", tmp_path / "fold1", 1),
         ("fold3", tmp_path / "fold3", 3),
     ]
-    assert asked == [f"pascal:data:{fold}" for fold in (1, 3)]
+    assert asked == [f"pascal:data/VOCdevkit:{fold}" for fold in (1, 3)]
 
 
 def test_a_quarter_is_set_aside_of_data_without_splits(photographs, tmp_path):

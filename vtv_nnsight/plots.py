@@ -104,7 +104,7 @@ def projection(heads: ByStage, stack: str, layer: int, head: int | Sequence[int]
         for i, task in enumerate(by_task):
             panel.scatter(*flat[labels == i].T, s=10, label=task, alpha=0.8)
         width = float(silhouette(points, labels)) if len(by_task) > 1 else float("nan")
-        panel.set_title(f"{stack}.blocks.{layer} head {one}: silhouette {width:.2f}", fontsize=8)
+        panel.set_title(f"{stack} layer {layer}, head {one}: silhouette {width:.2f}", fontsize=8)
         panel.set_xticks([])
         panel.set_yticks([])
     panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -119,8 +119,8 @@ def pascal(
         entries = [entry for f in folds for entry in published_list(split, f)]
         _all_in(voc, "the published list (the source pascal:ROOT:FOLD:masks lists what is there)", entries)
     else:
-        folder = Path(root) / "splits" if splits == "splits" else Path(splits)
-        entries = [entry for f in folds for entry in _listed(folder / split / f"fold{f}.txt", voc)]
+        folder = Path(root, "splits") if splits == "splits" else Path(splits)
+        entries = [entry for f in folds for entry in _listed(folder.expanduser() / split / f"fold{f}.txt", voc)]
     where = f"{split} of fold {fold}" if fold is not None else split
     if not entries:
         raise ValueError(f"{where} is empty: {voc} has no picture with a mask of these classes; check the files.")

@@ -33,7 +33,7 @@ from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, ZERO_SHO
 from vtv_nnsight.evaluation.controls import DRAWS
 from vtv_nnsight.evaluation.table import intervals
 from vtv_nnsight.experiment.settings import Settings
-from vtv_nnsight.experiment.steps import collect, load_model, read_vectors, split_data
+from vtv_nnsight.experiment.steps import collect, load_model, read_vectors
 from vtv_nnsight.experiment.steps import search as search_units
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSet, PatchSpace
@@ -192,7 +192,7 @@ def prepare(options: Leaderboard, found: Sets) -> tuple[Bench, Dataset]:
         expected = f"{options.model} and {next(iter(owners))}"
         check_compatible(name, owner.fingerprint, expected, fingerprint(model, layout))
 
-    train, test = split_data(options.data, MAX_IMAGES, 2 * options.test_prompts, options.seed)
+    train, test = data.split_data(options.data, MAX_IMAGES, 2 * options.test_prompts, options.seed)
     for task in options.chosen.values():
         if task.needs not in train.column_names:
             raise ValueError(f"{task.name!r} needs a column {task.needs!r} and {options.data} has none; omit the task.")

@@ -228,7 +228,7 @@ class RunRecord:
             return []
         steps = list(STEPS)[first:]
         if not redo:
-            changes = ", ".join(f"{n} was {_word(found.get(n))} and is {_word(settings[n])}" for n in differ)
+            changes = ", ".join(f"{n} was {in_words(found.get(n))} and is {in_words(settings[n])}" for n in differ)
             raise ValueError(
                 f"{self.out} was begun with other settings: {changes}. Name another folder, or do {', '.join(steps)} "
                 "again there with redo (--redo)."
@@ -340,7 +340,8 @@ def begin_step(
                 record.spent(name, time.perf_counter() - began)
 
 
-def _word(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A setting as run.json has it, for people."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

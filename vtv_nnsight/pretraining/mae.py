@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from vtv_nnsight import tasks
 from vtv_nnsight.layouts import Layout, take
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan.checkpoints import save_whole
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.pretraining.corpus import Corpus
 from vtv_nnsight.pretraining.growth import recode, widen
@@ -141,7 +142,7 @@ def train_mae(
     average.vqgan.load_state_dict(vqgan.state_dict())  # whose decoder may have learned on since the run began
     average.set_attn_implementation("sdpa")
     if processes().is_main_process:
-        average.cpu().save_pretrained(out / "model")
+        save_whole(average.cpu(), out / "model")
     return out / "model"
 
 

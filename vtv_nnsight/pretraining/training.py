@@ -3,6 +3,10 @@ weights, checkpoints to resume from.
 
 The rate does not depend on how long the run will be until its last `decay` steps, so a run can be stopped anywhere,
 gone on with, and ended later: with `steps` and `decay` that end it.
+
+Several processes train one model, as many as torchrun starts, each on canvases and on cores or a GPU of its own:
+
+    torchrun --nproc-per-node 2 -m vtv_nnsight pretrain mae --out runs/tiny
 """
 
 from __future__ import annotations
@@ -15,12 +19,12 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from accelerate.utils import reduce
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from vtv_nnsight.files import replacing
 from vtv_nnsight.pretraining.optimizers import build_optimizers, has_fast_bf16
-from vtv_nnsight.pretraining.processes import average_gradients
 from vtv_nnsight.pretraining.recipes import Recipe
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.search.objective import processes
@@ -52,9 +56,9 @@ def train(
     """Minimise `loss(module, batches(step), generator)` and return the moving average of the weights.
 
     What happens in a step depends on the seed and the step alone, so a run that is killed and resumed ends as one that
-    was not. Where several processes train (`pretraining.processes`), each takes a batch a step, and the first one
-    writes. `out` receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a validation, with the
-    mean loss since the last one.
+    was not. Where several processes train, each takes a batch a step, gradients are averaged, and the first one writes.
+    `out` receives `checkpoint.pt` every `SAVE_EVERY` seconds and `log.jsonl`, a line a validation, with the mean loss
+    since the last one.
 
     Args:
         batches: The tensors of a batch by its number, which is the step's where one process trains; called in a process
@@ -121,7 +125,7 @@ def train(
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             value.backward()
-            average_gradients(module)
+            _average_gradients(module)
             nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -165,6 +169,16 @@ def _stand_aside(worker: int) -> None:
         if hasattr(os, "sched_setaffinity"):
             free = set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0)
             os.sched_setaffinity(0, free or os.sched_getaffinity(0))
+
+
+def _average_gradients(module: nn.Module) -> None:
+    """Give every process the mean of all processes' gradients."""
+    if processes().num_processes == 1:
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    mean = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, own in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(own.view_as(gradient))
 
 
 def _schedule(step: int, recipe: Recipe) -> float:

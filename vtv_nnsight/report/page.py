@@ -24,6 +24,7 @@ from vtv_nnsight import plots
 from vtv_nnsight.evaluation import Line, best_others, vector_pairs, verdicts
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
 from vtv_nnsight.evaluation.controls import specific_sentence, task_verdict
+from vtv_nnsight.experiment.record import in_words
 from vtv_nnsight.files import replacing, write_text
 from vtv_nnsight.models import PAPERS
 from vtv_nnsight.patches import PatchSet
@@ -132,7 +133,7 @@ def compare(runs: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
         runs=[
             {
                 "name": one.name,
-                "settings": [_word(one.record["settings"].get(name)) for name in settings],
+                "settings": [in_words(one.record["settings"].get(name)) for name in settings],
                 "seconds": one.seconds,
             }
             for one in found
@@ -207,7 +208,8 @@ def _task(found: Found, task: Task, lines: Lines, keep: Keep) -> dict[str, Any]:
 def _searches(found: Found, lines: dict[str, Lines], keep: Keep) -> Drawn:
     """The searches of all tasks. Lines of other conditions stand beside them where they are of the same loss."""
     results = {name: list(folds.values()) for name, folds in found.results.items()}
-    same = found.record["settings"].get("loss") == "tokens"
+    searched = str(found.record["settings"].get("loss"))
+    same = f"{searched.removesuffix('s').replace('_', ' ')} loss" == found.table.frame.loss_name.iloc[0]
     bounds = {
         name: {condition: own["loss"][condition].mean for condition in (BASELINE, ZERO_SHOT)} if same else {}
         for name, own in lines.items()
@@ -378,7 +380,7 @@ def _joined(words: Iterable[str], by: str = "and") -> str:
 def _words(conditions: Iterable[str]) -> dict[str, str]:
     """What the conditions are that a page shows."""
     names = set(conditions)
-    others = any(name.startswith("vector of ") for name in names)
+    others = any(name.startswith(OTHER) for name in names)
     return {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
 
 
@@ -390,10 +392,6 @@ def _size(found: Found, task: Task) -> str:
 def _file_name(*names: str) -> str:
     """Names of what a figure shows, those that are not empty, as its file's name."""
     return "-".join(filter(None, names))
-
-
-def _word(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _number(value: float, sign: str = "") -> str:

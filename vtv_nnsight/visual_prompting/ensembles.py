@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight.layouts import ORDERS
+from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.prompts import VisualPrompt, crop
 
 RULES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -42,11 +43,14 @@ def combine(logits: Sequence[torch.Tensor], rule: str = "softmax") -> torch.Tens
 
 
 @torch.no_grad()
-def generate(model: Any, prompts: Sequence[VisualPrompt], rule: str = "softmax", paste: bool = True) -> torch.Tensor:
+def generate(
+    model: InContextModel, prompts: Sequence[VisualPrompt], rule: str = "softmax", paste: bool = True
+) -> torch.Tensor:
     """Complete the canvases of the first of `prompts` with the codes that all of them agree on.
 
     Args:
-        model: A MAEVQGAN.
+        model: One that scores the codes of each patch by itself and says so by its loss "tokens": a MAEVQGAN, or a BEiT
+            with its tokenizer's encoder.
         prompts: The same examples and queries in several layouts or colours, one VisualPrompt each. As in VP's released
             code, scores are combined patch by patch over the canvas, so the outputs must lie in the same place.
         rule: One of `RULES`.
@@ -56,9 +60,11 @@ def generate(model: Any, prompts: Sequence[VisualPrompt], rule: str = "softmax",
         [batch, 3, height, width] in [0, 1].
 
     Raises:
-        ValueError: when there are none, or they differ in number, in where their outputs lie, or in what the decoder
-            sees; or the rule is unknown.
+        ValueError: when the model has no such loss, as ViTMAE, SegGPT and Net2Net have none; when there are no prompts,
+            or they differ in number, in where their outputs lie, or in what the decoder sees; or when the rule is
+            unknown.
     """
+    _check_codes(model)
     if not prompts:
         raise ValueError("there is nothing to ensemble; give at least one VisualPrompt.")
     for prompt in prompts[1:]:
@@ -124,6 +130,15 @@ def view(prompts: VisualPrompt, name: str) -> tuple[VisualPrompt, str]:
     patches = layout.all_patches
     visible = patches[~torch.isin(patches, layout.regions[hidden])]
     return VisualPrompt(canvas, visible.to(canvas.device), patches.to(canvas.device), layout), hidden
+
+
+def _check_codes(model: InContextModel) -> None:
+    """Refuse a model whose logits are not scores of codes, as its losses tell."""
+    if not any(loss.name == "tokens" for loss in model.losses):
+        raise ValueError(
+            f"{type(model).__name__} has no loss 'tokens', so it gives no scores of codes to ensemble; give a "
+            "MAEVQGAN, or a BEiT with its tokenizer's encoder."
+        )
 
 
 def _check(first: VisualPrompt, other: VisualPrompt) -> None:

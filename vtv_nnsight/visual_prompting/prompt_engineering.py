@@ -30,7 +30,7 @@ ENSEMBLE = " + ".join(ORDERS)
 
 
 def compare(
-    model: Any,
+    model: InContextModel,
     images: Any,
     n: int = 100,
     seed: int = 0,
@@ -42,7 +42,7 @@ def compare(
     """Segment the same queries by the same examples in every layout and colour, and in all layouts at once.
 
     Args:
-        model: A MAEVQGAN.
+        model: As for `ensembles.generate`.
         images: Rows with image, mask and (where there are classes) label.
         n, seed: As for `Task.prompts`.
         tasks: Name → how a mask looks; edges or textures (`Segmentation(fill=...)`) can stand beside the colours.
@@ -50,6 +50,9 @@ def compare(
 
     Returns:
         (layout, colours) → scores [n], one a prompt: IoU. The layouts are "vertical", "horizontal" and their ensemble.
+
+    Raises:
+        ValueError: as `ensembles.generate`.
     """
     scores = {}
     for name, task in tasks.items():

@@ -116,7 +116,7 @@ def convert(path: PathLike, out_dir: PathLike, vqgan: PathLike | None = None, **
 
 
 def save_whole(model: MAEVQGANModel, out: Path) -> None:
-    """Write a model as a safetensors folder, in the place of what is there, which stays until the new one is complete."""
+    """Write a model as a safetensors folder in the place of what is there, which stays until the new one is whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         new, old = Path(folder) / out.name, Path(folder) / "old"
