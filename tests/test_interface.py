@@ -126,7 +126,9 @@ def test_what_is_missing_is_named():
         group_positions("region", torch.arange(3), {}, torch.arange(3))
 
 
-BEHIND = re.compile(r"(?<!import)_module\b|(?<!settings)(?<!options)(?<!self)\.vqgan\b|\.codebook\b|cls_token|\.(en|de)coder\b")
+BEHIND = re.compile(
+    r"(?<!import)_module\b|(?<!settings)(?<!options)(?<!self)\.vqgan\b|\.codebook\b|cls_token|\.(en|de)coder\b"
+)
 """A model's own parts. (`settings.vqgan`, and a bundle's own, is where a tokenizer's file is.)"""
 PACKAGE = ROOT / "vtv_nnsight"
 ITS_OWN = ("models/", "pretraining/", "_moved.py", "circuits/ground_truth.py")

@@ -135,6 +135,12 @@ class TaskVector:
         )
 
 
+def _finite(values: torch.Tensor, what: str) -> torch.Tensor:
+    if not values.isfinite().all():
+        raise ValueError(f"{what} is not finite in {values.dtype}; look for NaN, or save it as torch.float32.")
+    return values
+
+
 def _check_alike(other: TaskVector, first: TaskVector) -> None:
     check_compatible(other.label, other.fingerprint, f"that of {first.task!r}", first.fingerprint)
     if other.mean.keys() != first.mean.keys():
@@ -364,7 +370,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         whatever dtype the file has.
 
         Raises:
-            ValueError: when a value is too large for the dtype.
+            ValueError: when a value is NaN, or too large for the dtype.
         """
         tensors = {}
         for name, vector in self.items():
@@ -372,9 +378,8 @@ class TaskVectors(Mapping[str, TaskVector]):
                 tensors[f"{name}/{stage}/present"] = present
                 for field in FIELDS:
                     if values := getattr(vector, field):
-                        kept = tensors[f"{name}/{stage}/{field}"] = values[stage][:, present].to(dtype)
-                        if not kept.isfinite().all():
-                            raise ValueError(f"the {field} of {name!r} is not finite in {dtype}; look for NaN, or save float32.")
+                        kept = values[stage][:, present].to(dtype)
+                        tensors[f"{name}/{stage}/{field}"] = _finite(kept, f"the {field} of {name!r}")
         counts = {name: vector.count for name, vector in self.items()}
         first = next(iter(self.values()))
         told = {"counts": counts, "fingerprint": first.fingerprint} | _told(sites_in(first.mean))
