@@ -122,7 +122,7 @@ def test_fields_of_files_of_0_1_make_the_same_layout():
     assert Layout(**old) == Layout()
 
 
-def test_token_index_is_rank_plus_one():
+def test_an_index_is_the_rank_plus_one():
     layout = Layout()
     seen = layout.regions["query"]
     assert layout.index(seen, seen[[0, 5, 48]]).tolist() == [1, 6, 49]

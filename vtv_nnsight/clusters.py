@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
-from vtv_nnsight.layouts import Layout, positions
+from vtv_nnsight.layouts import Layout, named_positions
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
@@ -71,17 +71,10 @@ def activations(
 
 def _tokens(layout: Layout, seen: torch.Tensor, region: str) -> torch.Tensor:
     """Which of the tokens at the positions `seen` lie in a region."""
-    places = region_positions(layout).get(region)
+    places = named_positions(layout.regions).get(region)
     if places is None:
         raise ValueError(f"{region!r} is not a region; choose 'cls' or one of {', '.join(layout.regions)}.")
     return torch.isin(seen.cpu(), places).nonzero()[:, 0]
-
-
-def region_positions(layout: Layout) -> dict[str, torch.Tensor]:
-    """ "cls" and every region of a layout → LongTensor of absolute positions."""
-    return {"cls": positions(layout.all_patches)[:1]} | {
-        name: positions(ids)[1:] for name, ids in layout.regions.items()
-    }
 
 
 def silhouettes(heads: ByStage) -> ByStage:

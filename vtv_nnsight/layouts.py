@@ -16,6 +16,7 @@ whatever order it sees them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -183,7 +184,7 @@ class Layout:
         if not present.all():
             absent = patches[~present].tolist()
             raise ValueError(f"patches {absent} are not among the {len(seen)} patches that this stack sees.")
-        return token_index(seen, patches)
+        return 1 + rank(seen, patches)
 
     def on_grid(self, values: torch.Tensor) -> torch.Tensor:
         """One value for each position → those of the patches where they lie: [..., position] → [..., row, column]."""
@@ -192,9 +193,7 @@ class Layout:
     def shares(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Sums over the positions of CLS and of each of `own_regions`: [..., position] → name → [...]. NaN counts as
         nothing."""
-        places = {"cls": torch.tensor([CLS])}
-        places |= {name: positions(patches)[1:] for name, patches in self.own_regions.items()}
-        return {name: values[..., own].nansum(-1) for name, own in places.items()}
+        return {name: values[..., own].nansum(-1) for name, own in named_positions(self.own_regions).items()}
 
     def pixels(self, patches: torch.Tensor) -> torch.Tensor:
         """Which pixels some patches cover: LongTensor [patch] → bool [height, width]."""
@@ -219,9 +218,15 @@ def positions(seen: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.full_like(seen[..., :1], CLS), 1 + seen], dim=-1)
 
 
-def token_index(seen: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-    """`Layout.index` of patches that are known to be among those seen: to look whether they are waits for a GPU."""
-    return 1 + (patches[:, None] == seen.to(patches.device)[None, :]).int().argmax(1)
+def named_positions(patches: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Absolute positions of "cls" and of the patches of each name, such as `Layout.regions`: LongTensor [position]."""
+    return {"cls": torch.tensor([CLS])} | {name: positions(ids)[1:] for name, ids in patches.items()}
+
+
+def rank(seen: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """Where some patches stand among those seen, in their order: LongTensor [patch], in which the first is 0. That they
+    are among them is not looked at, which would wait for a GPU (`Layout.index` looks)."""
+    return (patches[:, None] == seen.to(patches.device)[None, :]).int().argmax(1)
 
 
 def place_names(places: torch.Tensor) -> list[str]:

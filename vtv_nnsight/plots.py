@@ -15,9 +15,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from vtv_nnsight.clusters import region_positions, silhouette
+from vtv_nnsight.clusters import silhouette
 from vtv_nnsight.evaluation.controls import best_others
-from vtv_nnsight.layouts import Layout
+from vtv_nnsight.layouts import Layout, named_positions
 from vtv_nnsight.stages import ByStage
 
 PANEL = 2.4
@@ -35,10 +35,10 @@ def score_map(scores: ByStage, layout: Layout, title: str = "between-task / with
     maps = {
         (stack, region): values[..., places].nanmean(-1)
         for stack, values in scores.items()
-        for region, places in region_positions(layout).items()
+        for region, places in named_positions(layout.regions).items()
         if not values[..., places].isnan().all()
     }
-    regions = [region for region in region_positions(layout) if any((stack, region) in maps for stack in scores)]
+    regions = [region for region in named_positions(layout.regions) if any((stack, region) in maps for stack in scores)]
     values = torch.cat([m.flatten() for m in maps.values()])
     values = values[values.isfinite()]
     positive = bool((values > 0).all()) and float(values.max()) > 20 * float(values.min())

@@ -28,7 +28,7 @@ from transformers import BeitConfig, BeitForMaskedImageModeling
 from transformers.models.beit.modeling_beit import BeitAttention
 from transformers.utils import ModelOutput
 
-from vtv_nnsight.layouts import Layout, positions, take, token_index
+from vtv_nnsight.layouts import Layout, positions, rank, take
 from vtv_nnsight.models.dalle import DECODER, Tokenizer, can_encode, load_tokenizer
 from vtv_nnsight.models.envoys import StackEnvoy
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage
@@ -324,8 +324,8 @@ class BEiT(CanvasModel, InContextModel):
     def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
         """Compute the predictions of the output's patches alone."""
         output = prompts.layout.regions["output"].to(prompts.device)
-        kept = token_index(prompts.decoded, output)
-        self.encoder.norm.output = self.encoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
+        kept = positions(rank(prompts.decoded, output))
+        self.encoder.norm.output = self.encoder.norm.output[:, kept]
         return prompts._with(decoded=output)
 
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight import metrics
-from vtv_nnsight.layouts import CLS, Layout, positions, take, tile, token_index
+from vtv_nnsight.layouts import Layout, named_positions, positions, rank, take, tile
 from vtv_nnsight.models.interface import InContextModel, Stage, group_positions
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -62,8 +62,8 @@ class MaskedAutoencoder(InContextModel):
     def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
         """Compute the predictions of the output's patches alone."""
         output = prompts.layout.regions["output"].to(prompts.device)
-        kept = token_index(prompts.decoded, output)
-        self.decoder.norm.output = self.decoder.norm.output[:, torch.cat([kept.new_zeros(1), kept])]
+        kept = positions(rank(prompts.decoded, output))
+        self.decoder.norm.output = self.decoder.norm.output[:, kept]
         return prompts._with(decoded=output)
 
 
@@ -73,9 +73,8 @@ def groups(stage: str, granularity: str, layout: Layout) -> dict[str, torch.Tens
         "encoder": (("query",), layout.regions["query"]),
         "decoder": (("query", "output"), layout.query_band),
     }[stage]
-    cls = {"cls": torch.tensor([CLS])}
-    regions = cls | {name: positions(layout.regions[name])[1:] for name in names}
-    cells = cls | {name: positions(patches)[1:] for name, patches in layout.own_regions.items()}
+    regions = named_positions({name: layout.regions[name] for name in names})
+    cells = named_positions(layout.own_regions)
     if stage == "encoder":
         cells.pop("output")
     return group_positions(granularity, positions(layout.all_patches), regions, positions(shown), cells)
@@ -119,5 +118,5 @@ def token_loss(output: Any, prompts: VisualPrompt, codes: torch.Tensor) -> torch
     patch]: their mean cross-entropy."""
     patches, logits = prompts.layout.regions["output"].to(prompts.device), output.logits
     if prompts.decoded is not patches:  # as `narrow` leaves them
-        logits = logits[:, token_index(prompts.decoded, patches) - 1]
+        logits = logits[:, rank(prompts.decoded, patches)]
     return metrics.token_loss(logits, codes)

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from vtv_nnsight.clusters import region_positions
 from vtv_nnsight.evaluation.demonstration import Demonstration
-from vtv_nnsight.layouts import Layout
+from vtv_nnsight.layouts import Layout, named_positions
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.search.plots import best_so_far
 from vtv_nnsight.search.result import SearchResult
@@ -45,7 +44,7 @@ def of_scores(scores: ByStage, layout: Layout) -> pd.DataFrame:
     """Of `plots.score_map`: a row for each head and region."""
     parts = []
     for stage, values in scores.items():
-        for region, places in region_positions(layout).items():
+        for region, places in named_positions(layout.regions).items():
             layers, heads = np.indices(values.shape[:2])
             means = values[..., places].nanmean(-1).numpy()
             columns = {"layer": layers.ravel(), "head": heads.ravel(), "region": region, "score": means.ravel()}
