@@ -22,7 +22,7 @@ from scipy.stats import t as student
 from tabulate import tabulate
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt
-from vtv_nnsight.files import replacing, write_text
+from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.pretraining import recipes
 
@@ -128,6 +128,5 @@ def save(args: argparse.Namespace, results: Mapping[str, Any], figure: Figure) -
     settings = {name: v.name if isinstance(v, Path) else v for name, v in vars(args).items() if name != "out"}
     content = {"machine": machine(args.device), "settings": settings, **results}
     write_text(args.out / f"{args.name}.json", json.dumps(content, indent=1) + "\n")
-    with replacing(args.out / f"{args.name}.png") as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    write_picture(args.out / f"{args.name}.png", figure.savefig, dpi=120)
     print(f"wrote {args.out / args.name}.json and .png")

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt, data, evaluate, tasks
+from vtv_nnsight.files import write_picture
 from vtv_nnsight.images import to_pil
 from vtv_nnsight.metrics import mse
 from vtv_nnsight.pretraining import recipes
@@ -235,7 +236,7 @@ def save_picture(model: MAEVQGAN, prompts: VisualPrompt, path: Path) -> None:
     """Rows: the prompts with their truth, the answers one-shot, and zero-shot."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [prompts.canvas, model.generate(prompts), model.generate(prompts.query_only())]
-    to_pil(rearrange(torch.stack(rows), "r b c h w -> c (r h) (b w)")).save(path)
+    write_picture(path, to_pil(rearrange(torch.stack(rows), "r b c h w -> c (r h) (b w)")).save)
 
 
 def _title(task: tasks.Task) -> str:

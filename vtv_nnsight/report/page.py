@@ -25,7 +25,7 @@ from vtv_nnsight.evaluation import Line, best_others, vector_pairs, verdicts
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
 from vtv_nnsight.evaluation.controls import specific_sentence, task_verdict
 from vtv_nnsight.experiment.record import in_words
-from vtv_nnsight.files import replacing, write_text
+from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
 from vtv_nnsight.patches import PatchSet
 from vtv_nnsight.progress import duration
@@ -64,8 +64,7 @@ def write(run: str | os.PathLike) -> Path:
     keep = partial(keep_file, run)
     found.table.csv(run / "table.csv")
     write_text(run / "table.md", "\n\n".join([found.table.markdown(), *verdicts(found.table)]) + "\n")
-    with replacing(run / "answers.png") as temporary:
-        overview(found).savefig(temporary, dpi=150, format="png")
+    write_picture(run / "answers.png", overview(found).savefig, dpi=150)
     lines, record = found.lines(), found.record
     shared = _shared(found)
     page = _render(
