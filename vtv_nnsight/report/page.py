@@ -3,7 +3,7 @@
     >>> report.write("runs/scenes")                                   # runs/scenes/report.html
     >>> report.compare(["runs/a", "runs/b"], "comparison.html")       # or `vtv report runs/a runs/b`
 
-Beside report.html stand the same numbers (table.csv, table.md), a picture of the first answers (answers.png), and in
+Beside report.html stand the same numbers (table.csv, table.md), a picture of some answers (answers.png), and in
 figures/ each figure as PNG and SVG with its numbers as CSV, which the page links to. The pages are Jinja2 templates
 (templates/), which escape all that they are given.
 """

@@ -165,8 +165,12 @@ def cell_label(name: str) -> str:
     return " ".join(filter(None, (CELLS.get(cell, cell), number)))
 
 
-def overview(found: Found, row: int = 0) -> Figure:
-    """A row of pictures for every task: example, query, answers, truth."""
+def overview(found: Found) -> Figure:
+    """A row of pictures for every task: example, query, answers, truth. Of the prompts whose answers are kept, the one
+    whose answer with the vector has the median score in the first task."""
+    first = found.tasks[0].name
+    kept = found.table.values(first, "task vector")[: len(found.cells(found.tasks[0])["truth"])]
+    row = np.argsort(kept)[(len(kept) - 1) // 2]
     figure = Figure(figsize=(1.5 * len(PICTURES), 1.65 * len(found.tasks)), layout="constrained")
     panels = figure.subplots(len(found.tasks), len(PICTURES), squeeze=False)
     for number, (task, across) in enumerate(zip(found.tasks, panels)):
