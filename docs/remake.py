@@ -2,7 +2,8 @@
 
     python docs/remake.py [--run runs/scenes]
 
-- the run itself, as `vtv run` does it (it goes on where it stopped, and is not done again when it is finished);
+- the run itself, as `vtv run --data scenes` does it (it goes on where it stopped, and is not done again when it is
+  finished);
 - vtv_nnsight/weights/tiny/: the task vectors and units that the package carries;
 - docs/hero.gif and docs/answers.png, the pictures of the README; docs/pictures/, those of "What a task vector is".
 
@@ -41,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.run or Path("runs/scenes")
     if args.run is None:
-        run(folder, Settings(), redo=True)
+        run(folder, Settings(data="scenes"), redo=True)
 
     shutil.rmtree(WEIGHTS / "search", ignore_errors=True)
     bundles.load(folder).compact().save(WEIGHTS, torch.float16)

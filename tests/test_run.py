@@ -533,6 +533,15 @@ def test_units_of_other_names_are_not_compared(finished):
     assert report._agreement({"a": sets["lowlight"], "b": sets["lowlight"]})["shared"] == list(sets["lowlight"])
 
 
+def test_answers_png_shows_the_prompt_of_the_median_score(finished):
+    found = reading.read(finished)
+    query = pictures.overview(found).axes[list(reading.PICTURES).index("query")].images[0].get_array()
+    shown = found.cells(found.tasks[0])["query"].permute(0, 2, 3, 1).numpy()
+    kept = found.table.values(TASKS[0], "task vector")[: len(shown)]
+    rows = [i for i, one in enumerate(shown) if np.array_equal(one, query)]  # prompts can share a query
+    assert np.sort(kept)[(len(kept) - 1) // 2] in kept[rows]
+
+
 def test_an_unfinished_run_has_no_report(copy, tmp_path):
     (copy / "evaluation" / "lowlight.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="is not finished: lowlight is not evaluated yet"):
@@ -557,7 +566,7 @@ def vtv(monkeypatch):
 
 def test_options_become_settings(vtv, tmp_path, monkeypatch):
     code, said, (out, settings, options) = vtv("run")
-    assert (code, settings, str(out)) == (0, Settings(), "runs/scenes") and "wrote runs/scenes" in said
+    assert (code, settings, str(out)) == (0, Settings(), "runs/pictures") and "wrote runs/pictures" in said
     assert options == {"redo": False, "device": None, "batch_size": None}
     args = ("--images", tmp_path, "--tasks", "lowlight,identity", "--redo", "--seed", 3)
     _, _, (out, settings, options) = vtv("run", *args)
@@ -570,7 +579,7 @@ def test_options_become_settings(vtv, tmp_path, monkeypatch):
     assert str(out) == "runs/pascal"
     assert vtv("run", "--quick", "--budget", 9)[2][1] == Settings(**QUICK | {"budget": 9})
     code, said, (out, settings, _) = vtv("run", "--quick", "--tasks", "identity")
-    assert settings == Settings(**QUICK | {"tasks": ("identity",)}) and str(out) == "runs/scenes-quick"
+    assert settings == Settings(**QUICK | {"tasks": ("identity",)}) and str(out) == "runs/pictures-quick"
     assert "Open it in a browser" in said and "Next: vtv run --images" in said
     opened = []
     monkeypatch.setattr(start.webbrowser, "open", opened.append)

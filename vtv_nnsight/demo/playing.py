@@ -71,7 +71,7 @@ class Player:
         found = bundle.load_model(model, dispatch=True)
         if device:
             found.to(device)
-        return cls(found, bundle, list(data.scenes("test", n=12, seed=1)))
+        return cls(found, bundle, [*data.scenes("test", n=8, seed=1), *data.pictures("test", n=8, seed=1)])
 
     @property
     def space(self) -> PatchSpace:

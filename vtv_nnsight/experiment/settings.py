@@ -19,7 +19,7 @@ class Settings:
     Args:
         model, vqgan, embedding_type: As for `models.load_model`.
         dtype: Precision of the weights, one of `DTYPES`; None is that of the source.
-        data: As for `data.load`: "scenes", a folder of pictures, "pascal:ROOT", …
+        data: As for `data.load`: "pictures" (those in the package), "scenes", a folder of pictures, "pascal:ROOT", …
         folds: Folds of Pascal-5i to test on, by their numbers, each once, in whatever order they are given; by default
             all four where the data are "pascal:ROOT".
         protocol: "own", or "published": what the released code does. On "pascal:ROOT" that is `experiment.protocol`,
@@ -50,7 +50,7 @@ class Settings:
     vqgan: str | None = None
     embedding_type: str | None = None
     dtype: str | None = None
-    data: str = "scenes"
+    data: str = "pictures"
     folds: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
     order: str = "vertical"

@@ -1,6 +1,6 @@
 """The paper from end to end, in a folder: *Finding Visual Task Vectors* (ECCV 2024), §4 and §5.
 
-    >>> run("runs/scenes", Settings(budget=20_000))          # or `vtv run --budget 20000`
+    >>> run("runs/pictures", Settings(budget=20_000))        # or `vtv run --budget 20000`
 
 The folder, and what is written in it:
 
