@@ -19,7 +19,7 @@ SMALLEST_CROP = 40
 """Crops are at least this wide in the kept picture, where it is larger: less would be magnified into a blur."""
 GROUNDS = {PHOTO: 0.62, TEXTURE: 0.28, "plain": 0.10}
 """How often objects stand on each kind of ground."""
-OBJECTS = (0.45, 0.33, 0.22)
+OBJECTS = (0.7, 0.2, 0.1)
 """How often a picture has one, two and three objects."""
 SAME = 0.4
 """Share of the prompts whose example and query show the very same object, not another of its class."""

@@ -229,7 +229,7 @@ INVERSE_MASK = Segmentation("black", "white")
 PURPLE_MASK = Segmentation(tasks.YELLOW, tasks.PURPLE)
 
 CORRUPTIONS: dict[Task, float] = {
-    tasks.identity: 0.24,
+    tasks.identity: 0.36,
     tasks.lowlight: 0.14,
     tasks.inpainting: 0.14,
     tasks.colorization: 0.14,

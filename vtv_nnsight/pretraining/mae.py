@@ -27,7 +27,7 @@ from vtv_nnsight.search.objective import processes
 
 QUERY_ONLY, RANDOM = 0.08, 0.10
 """Shares of the steps that show the query alone, and that hide patches all over the canvas."""
-DROPPING = 0.6
+DROPPING = 0.25
 """Share of the other steps that drop patches beside the output; they are also the cheaper ones."""
 VALIDATION = 32
 """Prompts of each task and source that a validation answers."""

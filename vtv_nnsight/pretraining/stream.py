@@ -17,9 +17,9 @@ from vtv_nnsight.pretraining.curriculum import draw_task
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.tasks import Row, Task
 
-SCENES = 0.18
+SCENES = 0.12
 """Share of the prompts that show scenes; all do where there is no corpus."""
-MIX = {CUTOUT: 0.55, PHOTO: 0.40, TEXTURE: 0.05}
+MIX = {CUTOUT: 0.66, PHOTO: 0.31, TEXTURE: 0.03}
 """What the other prompts show, where the corpus has it: composed pictures, crops of photographs, and of textures."""
 SAMPLED_FROM = 10**9
 """The step from which on samples are drawn that no training sees: no run trains that far."""
