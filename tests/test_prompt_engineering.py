@@ -90,7 +90,8 @@ def test_attention_is_read_however_the_model_was_loaded(module, images):
 
 def test_the_command_line_compares_layouts(small_config, tmp_path):
     MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
-    args = ["layouts", tmp_path / "model", "--n", 3, "--ensemble", "product", "-o", tmp_path / "layouts.csv"]
+    args = ["layouts", tmp_path / "model", "--data", "scenes", "--n", 3, "--ensemble", "product"]
+    args += ["-o", tmp_path / "layouts.csv"]
     result = CliRunner().invoke(cli.app, list(map(str, args)))
     assert result.exit_code == 0, result.output
     written = pd.read_csv(tmp_path / "layouts.csv")
@@ -112,7 +113,7 @@ def test_the_command_line_draws_clusters(small_config, tmp_path):
     result = CliRunner().invoke(cli.app, list(map(str, args)))
     assert result.exit_code == 0, result.output
     widths = [float(line.rsplit(" ", 1)[1]) for line in result.output.splitlines() if "silhouette" in line]
-    model, rows = MAEVQGAN(str(tmp_path / "model")), data.load("scenes", "train", 20)
+    model, rows = MAEVQGAN(str(tmp_path / "model")), data.load("pictures", "train", 20)
     prompts = {name: tasks.get(name).prompts(rows, 4, 0, model.layout) for name in ("lowlight", "colorization")}
     own = clusters.silhouettes(clusters.activations(model, prompts, progress=False))
     every = torch.cat([values.flatten() for values in own.values() if values is not None])

@@ -371,7 +371,7 @@ def test_what_pictures_cannot_serve(photographs, model, tmp_path):
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="'segmentation' needs a column 'mask', and .* has image"):
             run(tmp_path / "run", Settings(model=model, data=str(photographs), **SMALL), progress=False)
-    with pytest.raises(ValueError, match="'scenes' has no folds"):
+    with pytest.raises(ValueError, match="'pictures' has no folds"):
         run(tmp_path / "run", Settings(model=model, folds=(1,), **SMALL), progress=False)
     assert not (tmp_path / "run").exists()
 
