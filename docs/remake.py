@@ -7,7 +7,7 @@
 - vtv_nnsight/weights/tiny/: the task vectors and units that the package carries;
 - docs/hero.gif and docs/answers.png, the pictures of the README; docs/pictures/, those of "What a task vector is".
 
-It prints the rows of the README's table.
+It prints the rows of the README's table on scenes.
 """
 
 from __future__ import annotations

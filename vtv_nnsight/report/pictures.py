@@ -168,8 +168,8 @@ def cell_label(name: str) -> str:
 def overview(found: Found) -> Figure:
     """A row of pictures for every task: example, query, answers, truth. Of the prompts whose answers are kept, the one
     whose answer with the vector has the median score in the first task."""
-    first = found.tasks[0].name
-    kept = found.table.values(first, "task vector")[: len(found.cells(found.tasks[0])["truth"])]
+    first = found.tasks[0]
+    kept = found.table.values(first.name, PATCHED)[: len(found.cells(first)[PATCHED])]
     row = np.argsort(kept)[(len(kept) - 1) // 2]
     figure = Figure(figsize=(1.5 * len(PICTURES), 1.65 * len(found.tasks)), layout="constrained")
     panels = figure.subplots(len(found.tasks), len(PICTURES), squeeze=False)
