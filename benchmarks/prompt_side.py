@@ -1,6 +1,6 @@
 """What a better prompt does, beside the task vector: retrieved examples, a learned border, several examples.
 
-    python benchmarks/prompt_side.py [--quick] [--tasks segmentation lowlight] [--steps 200]
+    python benchmarks/prompt_side.py [--quick] [--tasks segmentation lowlight] [--steps 200] [--data pictures]
 
 one-shot, zero-shot     An example by chance, of the query's class; none.
 retrieved example       The most similar one by the model's own features (arXiv 2301.13670, unsupervised).
@@ -18,6 +18,7 @@ training split. Intervals are 95 % over query pictures (bootstrap), differences 
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import replace
 
 import torch
@@ -39,7 +40,7 @@ MEASURES = ("score", "score_difference", "loss", "loss_difference")
 def compared(args: argparse.Namespace, model: MAEVQGAN, task: tasks.Task) -> Table:
     """Every way to tell the model the task, on the same queries."""
     layout, k, learning = model.layout, args.examples, dict(steps=args.steps, seed=args.seed)
-    train, test = (data.scenes(split, n=args.images, seed=0) for split in ("train", "test"))
+    train, test = data.split_data(args.data, args.images, args.images)
     own = task.prompts(train, args.collected, args.seed, layout).to(args.device)
     vector = TaskVectors.collect(model, {task.name: own})[task.name]
     searched = dict(budget=args.budget, seed=args.seed)
@@ -107,6 +108,7 @@ def main() -> None:
     parser = options(__file__, __doc__, "segmentation alone, few prompts, steps and evaluations")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--tasks", nargs="+", default=["segmentation", "lowlight"], metavar="TASK")
+    parser.add_argument("--data", default="scenes", help="as for `vtv run`; other data have files of their own name")
     parser.add_argument("--images", type=int, default=400, help="pictures of each split")
     parser.add_argument("--examples", type=int, default=3, help="of the rows with several")
     parser.add_argument("--budget", type=int, default=2000, help="evaluations of the search for units")
@@ -119,11 +121,13 @@ def main() -> None:
         args.tasks, args.images, args.budget, args.steps = args.tasks[:1], 80, 300, 4
         args.collected, args.test, args.examples = 12, 8, 2
 
+    if args.data != "scenes":
+        args.name += "_" + re.sub(r"[^\w.]+", "-", args.data)
     model = MAEVQGAN(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
     rows = [row for name in args.tasks for row in summarise(compared(args, model, tasks.get(name)))]
     for name in args.tasks:
         own = [row for row in rows if row["task"] == tasks.get(name).name]
-        print(f"\n{args.model}, {name}, {own[0]['images']} queries")
+        print(f"\n{args.model}, {args.data}, {name}, {own[0]['images']} queries")
         head = ["prompts", own[0]["metric"], f"− {VECTOR}", "loss ↓", f"− {VECTOR}"]
         cells = [
             [row["prompts"]] + [written(row[key], sign) for key, sign in zip(MEASURES, ("", "+", "", "+"))]

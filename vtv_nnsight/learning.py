@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.interface import InContextModel, find_loss
 from vtv_nnsight.patches import PatchSet, patch
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
@@ -115,10 +115,7 @@ def descend(
     Raises:
         ValueError: when the model has no such loss with gradients.
     """
-    known = {own.name: own for own in model.losses if own.differentiable}
-    if not known or loss is not None and loss not in known:
-        raise ValueError(f"loss={loss!r} has no gradient here; this model has {', '.join(known) or 'no such loss'}.")
-    own, device = known[loss] if loss else next(iter(known.values())), device_of(model)
+    own, device = find_loss(model, loss, differentiable=True), device_of(model)
     ((train, held),) = hold_out([prompts], held_out if isinstance(held_out, (int, float)) else [held_out], seed)
     train, held = train.to(device), held.to(device)
     truths = [torch.cat([model.truth(batch) for batch in rows.split(batch_size)]) for rows in (train, held)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.models.interface import InContextModel, Loss
+from vtv_nnsight.models.interface import InContextModel, find_loss
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.stages import device_of
 from vtv_nnsight.tasks import Task
@@ -38,7 +38,7 @@ def answer_loss(model: InContextModel, prompts: VisualPrompt, loss: str | None =
     Raises:
         ValueError: when the model has no such loss.
     """
-    own, truth = _loss(model, loss), model.truth(prompts.to(device_of(model)))
+    own, truth = find_loss(model, loss), model.truth(prompts.to(device_of(model)))
 
     def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
         return -own.value(output, shown, truth[rows])
@@ -72,17 +72,10 @@ def log_ratio(model: InContextModel, prompts: VisualPrompt, others: VisualPrompt
             f"the {len(others)} other prompts are not of the queries of these {len(prompts)}; draw both from the same "
             "images with the same seed, of tasks that show the query alike."
         )
-    own = _loss(model, loss)
+    own = find_loss(model, loss)
     a, b = (model.truth(shown.to(device_of(model))) for shown in (prompts, others))
 
     def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
         return own.value(output, shown, b[rows]) - own.value(output, shown, a[rows])
 
     return Measure("log p(answer) − log p(other task's answer)", value, True, (a, b))
-
-
-def _loss(model: InContextModel, name: str | None) -> Loss:
-    known = {loss.name: loss for loss in model.losses}
-    if not known or name is not None and name not in known:
-        raise ValueError(f"loss={name!r} is not a loss of this model; it has {', '.join(known) or 'none'}.")
-    return known[name] if name else next(iter(known.values()))
