@@ -34,6 +34,7 @@ import torch
 from common import journal, options, save, table
 from datasets import Dataset
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from vtv_nnsight import (
     MAEVQGAN,
@@ -229,10 +230,12 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
         bounded = metrics.get(own[0]["metric"]).higher_is_better
         first = panels[i, 0]
         first.set_ylabel(f"{name}\n{label(own[0])}" + ("" if bounded else ", log scale"), color=f"C{i}")
-        first.set_yscale("linear" if bounded else "log")
-        for axis in (first.yaxis.set_major_formatter, first.yaxis.set_minor_formatter):
-            axis("{x:g}")
-        first.tick_params(axis="y", which="both", labelsize=8)
+        if not bounded:
+            first.set_yscale("log")
+            first.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            first.yaxis.set_minor_formatter(NullFormatter())
+        first.yaxis.set_major_formatter("{x:g}")
+        first.tick_params(axis="y", labelsize=8)
     panels[0, 0].plot([], [], "o", color="C0", label="the base")
     shown = dict(reversed(list(zip(*reversed(panels[0, 0].get_legend_handles_labels())))))
     drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize=9)
