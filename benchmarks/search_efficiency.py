@@ -256,7 +256,9 @@ def draw(rows: list[dict], references: dict[str, float]) -> Figure:
         axis.axhline(references["one-shot"], color="tab:gray", linewidth=0.8, linestyle="--", label="one-shot")
         axis.set_xscale("log")
         axis.set_xlabel({"evaluations": "patched evaluations spent", "seconds": "seconds"}[measure])
-    axes[0].set_ylabel("token loss on test prompts")
+    shown = [np.mean(row["test loss"]) for row in rows] + [references["one-shot"]]
+    pad = (max(shown) - min(shown)) / 10  # long intervals, and the curves' beginnings, run out of the picture
+    axes[0].set(ylabel="token loss on test prompts", ylim=(min(shown) - pad, max(shown) + pad))
     axes[1].legend(fontsize=8)
     return figure
 
