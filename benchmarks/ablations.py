@@ -34,7 +34,6 @@ import torch
 from common import journal, options, save, table
 from datasets import Dataset
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from vtv_nnsight import (
     MAEVQGAN,
@@ -49,6 +48,7 @@ from vtv_nnsight import (
     tasks,
 )
 from vtv_nnsight.evaluation import Table, bootstrap
+from vtv_nnsight.plots import label_decades
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.vectors import TaskVector
 
@@ -232,9 +232,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
         first.set_ylabel(f"{name}\n{label(own[0])}" + ("" if bounded else ", log scale"), color=f"C{i}")
         if not bounded:
             first.set_yscale("log")
-            first.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            first.yaxis.set_minor_formatter(NullFormatter())
-        first.yaxis.set_major_formatter("{x:g}")
+            label_decades(first.yaxis)
         first.tick_params(axis="y", labelsize=8)
     panels[0, 0].plot([], [], "o", color="C0", label="the base")
     shown = dict(reversed(list(zip(*reversed(panels[0, 0].get_legend_handles_labels())))))

@@ -24,7 +24,6 @@ puts a head of the circuit before another head (AUROC), direction "out, counterf
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
@@ -46,6 +45,7 @@ from vtv_nnsight.circuits import (
     write_nodes,
 )
 from vtv_nnsight.circuits.faithfulness import ORDERS
+from vtv_nnsight.files import file_name
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.vectors import zero_vector
 
@@ -222,11 +222,6 @@ def is_repeated(row: dict, rows: list[dict]) -> bool:
 def cell(row: dict, name: str) -> str:
     """A value with its interval."""
     return f"{row[name]:.3f} [{row[f'{name} low']:.3f}, {row[f'{name} high']:.3f}]"
-
-
-def file_name(*parts: str) -> str:
-    """Words with hyphens between them."""
-    return re.sub(r"\W+", "-", " ".join(parts))
 
 
 if __name__ == "__main__":

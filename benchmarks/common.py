@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from scipy.stats import t as student
 from tabulate import tabulate
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt
-from vtv_nnsight.files import write_picture, write_text
+from vtv_nnsight.files import file_name, write_picture, write_text
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.pretraining import recipes
 
@@ -50,7 +49,7 @@ def journal(folder: Path | None, *parts: Any) -> Path | None:
     if folder is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / (re.sub(r"[^\w.]+", "-", "-".join(map(str, parts))) + ".jsonl")
+    return folder / f"{file_name(*parts)}.jsonl"
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ training split. Intervals are 95 % over query pictures (bootstrap), differences 
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import replace
 
 import torch
@@ -27,6 +26,7 @@ from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, Condition, PatchSpace, TaskVectors, data, evaluate, search, tasks
 from vtv_nnsight.evaluation import Table
+from vtv_nnsight.files import file_name
 from vtv_nnsight.learning import learn_vector
 from vtv_nnsight.tasks import Draw
 from vtv_nnsight.visual_prompting.border import learn_border
@@ -122,7 +122,7 @@ def main() -> None:
         args.collected, args.test, args.examples = 12, 8, 2
 
     if args.data != "scenes":
-        args.name += "_" + re.sub(r"[^\w.]+", "-", args.data)
+        args.name += f"_{file_name(args.data)}"
     model = MAEVQGAN(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
     rows = [row for name in args.tasks for row in summarise(compared(args, model, tasks.get(name)))]
     for name in args.tasks:

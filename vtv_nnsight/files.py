@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +49,11 @@ def check_place(path: str | Path) -> None:
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} in.")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder and a file was to be written there; name another, or remove it.")
+
+
+def file_name(*parts: Any) -> str:
+    """Words with hyphens between them, of letters, digits, dots and underscores."""
+    return re.sub(r"[^\w.]+", "-", "-".join(map(str, parts)))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator
 
 from vtv_nnsight.clusters import silhouette
 from vtv_nnsight.evaluation.controls import best_others
@@ -55,6 +57,13 @@ def score_map(scores: ByStage, layout: Layout, title: str = "between-task / with
             _label_heads(panel)
     figure.colorbar(picture, ax=panels, label=title)
     return figure
+
+
+def label_decades(axis: Axis) -> None:
+    """Labels of a logarithmic axis at 1, 2 and 5 of every decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _label_heads(panel: Any) -> None:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -25,7 +24,6 @@ import torch
 from datasets import Dataset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from vtv_nnsight import data, metrics, search, tasks
 from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap, evaluate, random_units
@@ -35,8 +33,10 @@ from vtv_nnsight.evaluation.table import intervals
 from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.experiment.steps import collect, load_model, read_vectors
 from vtv_nnsight.experiment.steps import search as search_units
+from vtv_nnsight.files import file_name
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patches import PatchSet, PatchSpace
+from vtv_nnsight.plots import label_decades
 from vtv_nnsight.progress import progress_bar, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report.pictures import plain_label
@@ -243,8 +243,7 @@ def journal(options: Leaderboard, task: Task, algorithm: str, seed: int) -> Path
     if options.resume is None:
         return None
     options.resume.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^\w.]+", "-", f"{task.name}-{algorithm}-{options.budget}-{seed}")
-    return options.resume / f"{name}.jsonl"
+    return options.resume / f"{file_name(task.name, algorithm, options.budget, seed)}.jsonl"
 
 
 def measure_all(bench: Bench, chosen: Mapping[str, Task], found: Sets) -> list[dict[str, Any]]:
@@ -584,9 +583,7 @@ def draw_task(top: Axes, bottom: Axes, rows: Sequence[Mapping[str, Any]], found:
         top.set_xscale("log")
         bottom.set_yscale("log")
         for axis in (top.xaxis, bottom.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
+            label_decades(axis)
 
 
 def draw_transfer(panel: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
