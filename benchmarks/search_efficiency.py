@@ -265,7 +265,7 @@ def draw(rows: list[dict], references: dict[str, float]) -> Figure:
 
 def main() -> None:
     parser = options(
-        __file__, __doc__, "three algorithms, a bank, a learned vector, one budget, one seed, 1 published step"
+        __file__, __doc__, "three algorithms, a bank, a learned vector, one budget, one seed, 2 published steps"
     )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--task", default="segmentation")
@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="keep every search's journal there")
     args = parser.parse_args()
     if args.quick:
-        args.algorithms, args.budgets, args.seeds, args.published_steps = ["reinforce", "gates", "ranking"], [240], 1, 1
+        args.algorithms, args.budgets, args.seeds, args.published_steps = ["reinforce", "gates", "ranking"], [240], 1, 2
         args.collected, args.prompts, args.held_out, args.test = 16, 16, 8, 16
 
     args.name += "_ablations" if args.ablations else ""
