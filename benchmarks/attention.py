@@ -17,7 +17,7 @@ from einops import einsum
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, data, tasks
-from vtv_nnsight.visual_prompting.prompt_engineering import attention_to_regions
+from vtv_nnsight.studies.prompting.prompt_engineering import attention_to_regions
 
 
 def looked_at(model: MAEVQGAN, prompts: VisualPrompt) -> tuple[dict[str, list[float]], dict[str, float]]:

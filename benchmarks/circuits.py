@@ -2,8 +2,8 @@
 
     python benchmarks/circuits.py [--quick] [--task segmentation] [--other identity] [--resume FOLDER]
 
-For every ranking of `vtv_nnsight.circuits.RANKINGS` and every seed (which draws the prompts that are searched on), the
-first share k of the units is kept, at MIB's ten sizes (arXiv 2504.13151): f(k) is (m_k - m_nothing) over
+For every ranking of `vtv_nnsight.studies.circuits.RANKINGS` and every seed (which draws the prompts that are searched
+on), the first share k of the units is kept, at MIB's ten sizes (arXiv 2504.13151): f(k) is (m_k - m_nothing) over
 (m_whole - m_nothing).
 
 in                   The query alone; the task vector at the first units of the "quadrant" space.
@@ -30,7 +30,9 @@ import torch
 from common import interval, journal, options, save, table
 
 from vtv_nnsight import MAEVQGAN, Activations, PatchSpace, TaskVectors, data, search, tasks
-from vtv_nnsight.circuits import (
+from vtv_nnsight.files import file_name
+from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.studies.circuits import (
     RANKINGS,
     KnownCircuit,
     answer_loss,
@@ -44,9 +46,7 @@ from vtv_nnsight.circuits import (
     rank,
     write_nodes,
 )
-from vtv_nnsight.circuits.faithfulness import ORDERS
-from vtv_nnsight.files import file_name
-from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.studies.circuits.faithfulness_curves import ORDERS
 from vtv_nnsight.vectors import zero_vector
 
 ABLATIONS = ("zero", "mean", "counterfactual")

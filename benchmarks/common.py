@@ -23,7 +23,7 @@ from tabulate import tabulate
 from vtv_nnsight import MAEVQGAN, VisualPrompt
 from vtv_nnsight.files import file_name, write_picture, write_text
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.pretraining import recipes
+from vtv_nnsight.training import recipes
 
 SIZES = {
     "embedded": lambda: MAEVQGAN("tiny").config,

@@ -29,14 +29,14 @@ from common import options, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, Condition, Layout, VisualPrompt, data, evaluate, tasks
-from vtv_nnsight.pretraining import recipes
-from vtv_nnsight.pretraining.corpus import Corpus
-from vtv_nnsight.pretraining.figures import composed, cropped
-from vtv_nnsight.pretraining.mae import averaged_model, draw_mask, masked_loss, random_mask, train_mae
-from vtv_nnsight.pretraining.recipes import Recipe
-from vtv_nnsight.pretraining.stream import training_prompts
-from vtv_nnsight.pretraining.tokenizer import load_tokenizer, train_tokenizer
 from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.training import recipes
+from vtv_nnsight.training.corpus import Corpus
+from vtv_nnsight.training.figures import composed, cropped
+from vtv_nnsight.training.mae import averaged_model, draw_mask, masked_loss, random_mask, train_mae
+from vtv_nnsight.training.recipes import Recipe
+from vtv_nnsight.training.stream import training_prompts
+from vtv_nnsight.training.tokenizer import load_tokenizer, train_tokenizer
 
 JUDGED = 8
 """Steps whose canvases a model is judged on."""

@@ -27,9 +27,9 @@ from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt, data, evaluate, tasks
 from vtv_nnsight.files import write_picture
 from vtv_nnsight.images import to_pil
 from vtv_nnsight.metrics import mse
-from vtv_nnsight.pretraining import recipes
-from vtv_nnsight.pretraining.corpus import CUTOUT, PHOTO, Corpus
-from vtv_nnsight.pretraining.curriculum import (
+from vtv_nnsight.training import recipes
+from vtv_nnsight.training.corpus import CUTOUT, PHOTO, Corpus
+from vtv_nnsight.training.curriculum import (
     HELD_OUT,
     INVERSE_MASK,
     PURPLE_MASK,
@@ -39,10 +39,10 @@ from vtv_nnsight.pretraining.curriculum import (
     Swapped,
     UpsideDown,
 )
-from vtv_nnsight.pretraining.mae import averaged_model
-from vtv_nnsight.pretraining.stream import corpus_prompts
-from vtv_nnsight.pretraining.tokenizer import reconstruction
-from vtv_nnsight.pretraining.training import CHECKPOINT
+from vtv_nnsight.training.mae import averaged_model
+from vtv_nnsight.training.stream import corpus_prompts
+from vtv_nnsight.training.tokenizer import reconstruction
+from vtv_nnsight.training.training import CHECKPOINT
 
 CONDITIONS = {"ceiling": "tokenizer", "one-shot": "one-shot", "zero-shot": "zero-shot", "floor": "copy"}
 CORRUPTIONS = (tasks.identity, tasks.lowlight, tasks.inpainting, tasks.colorization)

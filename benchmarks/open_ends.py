@@ -26,7 +26,7 @@ from common import interval, options, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, data, search, tasks
-from vtv_nnsight.stages import ByStage
+from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.vectors import TaskVector
 
 

@@ -26,7 +26,7 @@ more random draws each set beats by metric, uniform and matched by stage and reg
 whether its own vector is surely better there than the best of another task.
 
 In JSON and picture only: sufficiency, the k best-scored units of an algorithm's first seed for several k. The work is
-done by `vtv_nnsight.experiment.leaderboard`.
+done by `leaderboard.py`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import common
+from leaderboard import UNSEEN, Leaderboard, draw, markdown, measure_sets
 
 from vtv_nnsight import search, tasks
-from vtv_nnsight.experiment.leaderboard import UNSEEN, Leaderboard, draw, markdown, measure_sets
 
 QUICK = dict(tasks="segmentation,lowlight", budget=80, seeds=2, prompts=16, test_prompts=4)
 

@@ -27,10 +27,10 @@ from matplotlib.figure import Figure
 from vtv_nnsight import MAEVQGAN, Condition, PatchSpace, TaskVectors, data, evaluate, search, tasks
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.files import file_name
-from vtv_nnsight.learning import learn_vector
+from vtv_nnsight.studies.learning import learn_vector
+from vtv_nnsight.studies.prompting.border import learn_border
+from vtv_nnsight.studies.prompting.retrieval import retrieve
 from vtv_nnsight.tasks import Draw
-from vtv_nnsight.visual_prompting.border import learn_border
-from vtv_nnsight.visual_prompting.retrieval import retrieve
 
 VECTOR = "task vector"
 """The row that the others are compared with."""

@@ -37,12 +37,12 @@ from common import interval, journal, options, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, data, search, tasks
-from vtv_nnsight.learning import learn_vector
-from vtv_nnsight.patches import PatchSet, PatchSpace
+from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.search.algorithm import GRADIENT_COST, Search
-from vtv_nnsight.search.bank import BankObjective, cluster_vectors
+from vtv_nnsight.search.budget import GRADIENT_COST, Search
 from vtv_nnsight.search.published import PUBLISHED, published
+from vtv_nnsight.studies.bank import BankObjective, cluster_vectors
+from vtv_nnsight.studies.learning import learn_vector
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors
 
 PAPER = "reinforce, published"

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from vtv_nnsight import MAEVQGAN, VisualPrompt, search, tasks
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.patches import PatchSpace
+from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.vectors import TaskVectors

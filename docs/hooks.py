@@ -82,7 +82,7 @@ def benchmarks() -> str:
     """Every benchmark with the first line of its script."""
     lines = ["| benchmark | what it tells |", "|---|---|"]
     for path in sorted(BENCHMARKS.glob("*.py")):
-        if path.stem not in ("common", "__init__"):
+        if path.stem not in ("common", "leaderboard"):
             title = path.read_text(encoding="utf-8").removeprefix('"""').partition("\n")[0]
             lines.append(f"| `{path.stem}` | {_cell(title)} |")
     return "\n".join(lines)
@@ -90,7 +90,7 @@ def benchmarks() -> str:
 
 def rankings() -> str:
     """The table of rankings of units."""
-    from vtv_nnsight.circuits import RANKINGS
+    from vtv_nnsight.studies.circuits import RANKINGS
 
     lines = ["| ranking | search | a unit's score |", "|---|---|---|"]
     for name, ranking in RANKINGS.items():

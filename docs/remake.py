@@ -23,13 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pictures
 
-from vtv_nnsight import bundles
-from vtv_nnsight.evaluation.demonstration import Demonstration
-from vtv_nnsight.experiment import run
-from vtv_nnsight.experiment.settings import Settings
+from vtv_nnsight.evaluation.explorer import Demonstration
 from vtv_nnsight.report import read
 from vtv_nnsight.report.hero import animation, save_animation
 from vtv_nnsight.report.reading import FLOOR_TO_CEILING
+from vtv_nnsight.runs import bundles, run
+from vtv_nnsight.runs.settings import Settings
 
 DOCS = Path(__file__).parent
 WEIGHTS = DOCS.parent / "vtv_nnsight" / "weights" / "tiny"

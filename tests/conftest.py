@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
-from vtv_nnsight.models.mae_vqgan.checkpoints import load_checkpoint
+from vtv_nnsight.models.mae_vqgan.published import load_checkpoint
 from vtv_nnsight.progress import progress_bar
 
 DATA = Path(__file__).parent / "data"

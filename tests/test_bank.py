@@ -7,7 +7,7 @@ import torch
 from test_vectors import random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, Condition, PatchSet, PatchSpace, patch, search, tasks
-from vtv_nnsight.search.bank import BankObjective, cluster_vectors
+from vtv_nnsight.studies.bank import BankObjective, cluster_vectors
 from vtv_nnsight.vectors import Activations
 
 

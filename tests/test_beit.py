@@ -12,8 +12,8 @@ from transformers import BeitConfig, BeitForMaskedImageModeling
 
 from vtv_nnsight import BEiT, Layout, PatchSet, PatchSpace, TaskVectors, data, evaluate, patch, search, tasks
 from vtv_nnsight.models import load_model
-from vtv_nnsight.models.checkpoint_files import read_tensors
-from vtv_nnsight.models.dalle import load_tokenizer
+from vtv_nnsight.models.baselines.dalle import load_tokenizer
+from vtv_nnsight.models.torch_files import read_tensors
 
 CODES = 32
 

@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import leaderboard
 import numpy as np
 import pytest
 import torch
 from test_vectors import random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, tasks
-from vtv_nnsight.experiment import leaderboard
-from vtv_nnsight.learning import learn_vector
 from vtv_nnsight.search import SearchResult
+from vtv_nnsight.studies.learning import learn_vector
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -92,9 +92,7 @@ def test_patch_sets(tmp_path, space):
         assert sum(ranking["loss_by_seed"]) / 2 == pytest.approx(ranking["loss"][0], rel=1e-4)
         assert all(0 <= value <= 1 for value in ranking["jaccard_over_seeds"].values())
         assert [point["units"] for point in ranking["sufficiency"]][:2] == [1, 2]
-        gap = (zero_shot["loss"][0] - ranking["loss"][0]) / (
-            zero_shot["loss"][0] - one_shot["loss"][0]
-        )
+        gap = (zero_shot["loss"][0] - ranking["loss"][0]) / (zero_shot["loss"][0] - one_shot["loss"][0])
         assert ranking["gap_closed"] == pytest.approx(gap)
         assert one_shot["floor"] != one_shot["ceiling"] and f"\n{task} (" in printed
         for name in ("random_units", "matched_random_units"):

@@ -16,12 +16,12 @@ from test_demo import player  # noqa: F401
 
 from vtv_nnsight import PatchSet, TaskVectors, data
 from vtv_nnsight.demo.playing import ONE_SHOT, VECTOR, enlarged
-from vtv_nnsight.experiment import run
-from vtv_nnsight.experiment.settings import Settings
 from vtv_nnsight.images import as_rgb
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.report import compare
 from vtv_nnsight.report.slides import Slides
+from vtv_nnsight.runs import run
+from vtv_nnsight.runs.settings import Settings
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

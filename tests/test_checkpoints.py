@@ -17,7 +17,7 @@ import torch
 from conftest import DATA
 
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
-from vtv_nnsight.models.mae_vqgan.checkpoints import convert, load_checkpoint, read_config
+from vtv_nnsight.models.mae_vqgan.published import convert, load_checkpoint, read_config
 
 
 def published(checkpoint):

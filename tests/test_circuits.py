@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, search, tasks
-from vtv_nnsight.circuits import (
+from vtv_nnsight.search import NamedUnits, Objective
+from vtv_nnsight.studies.circuits import (
     RANKINGS,
     Curves,
     Kept,
@@ -21,7 +22,6 @@ from vtv_nnsight.circuits import (
     rank,
     write_nodes,
 )
-from vtv_nnsight.search import NamedUnits, Objective
 from vtv_nnsight.vectors import Activations, zero_vector
 
 
@@ -133,7 +133,7 @@ def test_measures_are_higher_where_the_task_is_done(model, prompts):
 def test_an_order_by_absolute_scores_puts_harmful_units_first(model, vectors, prompts, space):
     scores = torch.zeros(len(space), dtype=torch.float64)
     scores[3], scores[5] = -2.0, 1.0
-    from vtv_nnsight.circuits.faithfulness import _orders
+    from vtv_nnsight.studies.circuits.faithfulness_curves import _orders
 
     orders = _orders({"a": scores}, ("signed", "absolute"), len(space))
     assert orders["a", "signed", 0][0] == 5 and orders["a", "signed", 0][-1] == 3

@@ -10,15 +10,16 @@ import torch
 from conftest import DATA
 from PIL import Image
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, cli, data, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, data, tasks
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.images import as_rgb, resize, to_tensor
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.models.mae_vqgan.checkpoints import load_checkpoint
+from vtv_nnsight.models.mae_vqgan.published import load_checkpoint
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.runs import bundles
 from vtv_nnsight.search.result import SearchResult
-from vtv_nnsight.vectors import KIND
+from vtv_nnsight.vectors.values import KIND
 
 SUPPORT, QUERY = DATA / "support_image.png", DATA / "query_image.png"
 

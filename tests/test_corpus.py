@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vtv_nnsight.data.pictures import credits
-from vtv_nnsight.pretraining import archives
-from vtv_nnsight.pretraining.gather import COLUMNS, NEVER, Package, gather, listed, split_of
+from vtv_nnsight.data.embedded_pictures import credits
+from vtv_nnsight.training import archives
+from vtv_nnsight.training.gather import COLUMNS, NEVER, Package, gather, listed, split_of
 
 
 def picture(seed, size=(400, 360), mode="RGB"):

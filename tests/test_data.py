@@ -12,8 +12,8 @@ from PIL import Image
 from test_pascal import root  # noqa: F401
 
 from vtv_nnsight import data
-from vtv_nnsight.data.photographs import PHOTOGRAPHS
-from vtv_nnsight.data.scenes import GROUNDS, HUES, NAMES, SHAPES, SPLITS, TEXTURES, render
+from vtv_nnsight.data.drawn_scenes import GROUNDS, HUES, NAMES, SHAPES, SPLITS, TEXTURES, render
+from vtv_nnsight.data.package_photographs import PHOTOGRAPHS
 
 ALL_FOLDS = (0, 1, 2, 3)
 

@@ -10,11 +10,12 @@ import torch
 from conftest import DATA
 from PIL import Image
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, data, patch, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
 from vtv_nnsight.demo import playing
 from vtv_nnsight.demo.playing import NOTHING, ONE_SHOT, VECTOR, Player
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
+from vtv_nnsight.runs import bundles
 from vtv_nnsight.search.result import SearchResult
 
 

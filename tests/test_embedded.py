@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtv_nnsight import MAEVQGAN, Layout, bundles, data, evaluate, tasks
+from vtv_nnsight import MAEVQGAN, Layout, data, evaluate, tasks
 from vtv_nnsight.prompts import crop
+from vtv_nnsight.runs import bundles
 
 FOLDER = files("vtv_nnsight") / "weights" / "tiny"
 

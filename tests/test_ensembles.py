@@ -13,7 +13,7 @@ from vtv_nnsight.layouts import REASONING
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.painter import SegGPT
 from vtv_nnsight.models.vit_mae import ViTMAE
-from vtv_nnsight.visual_prompting import ensembles, prompt_engineering
+from vtv_nnsight.studies.prompting import ensembles, prompt_engineering
 
 
 @pytest.fixture

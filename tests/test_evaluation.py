@@ -218,29 +218,6 @@ def test_a_table_of_five_tasks_is_shown_at_once(monkeypatch):
     assert calls == [16] * 5 and "LPIPS ↓" in repr(table)
 
 
-def test_files_of_0_1_are_read(tmp_path):
-    rows = [
-        {"task": "t", "metric": "iou", "condition": name, "fold": 0, "image": i, "score": s + i, "token_loss": 3.0 + s}
-        for name, s in (("one-shot", 0.0), ("other", 0.25))
-        for i in range(3)
-    ]
-    Dataset.from_list(rows).to_parquet(tmp_path / "old.parquet")
-    table = Table.load(tmp_path / "old.parquet")
-    assert table.values("t", "other").tolist() == [0.25, 1.25, 2.25]
-    for name in ("token_loss", "token loss", "loss"):
-        assert table.values("t", "other", name).tolist() == [3.25] * 3
-    assert "mIoU ↑" in repr(table) and "token loss ↓" in repr(table)
-    with pytest.warns(DeprecationWarning, match="Table.rows"):
-        assert table.rows["condition"][:] == [row["condition"] for row in rows]
-    with pytest.raises(ValueError, match="no 'speed' of 't'; choose from score, loss, token loss"):
-        table.values("t", "other", "speed")
-    (tmp_path / "cut.parquet").write_bytes((tmp_path / "old.parquet").read_bytes()[:-20])
-    Dataset.from_list([{"a": 1}]).to_parquet(tmp_path / "else.parquet")
-    for name in ("cut", "else"):
-        with pytest.raises(ValueError, match=f"{name}.parquet does not hold the values of an evaluation"):
-            Table.load(tmp_path / f"{name}.parquet")
-
-
 def test_conditions_are_values(model, prompts, vectors, patches, table):
     own, other = vectors["segmentation"], vectors["lowlight"]
     zero_shot, found = prompts.query_only(), SimpleNamespace(patches=patches)

@@ -12,11 +12,11 @@ pytest.importorskip("skimage")
 
 from vtv_nnsight import MAEVQGAN, Layout, tasks
 from vtv_nnsight.cli import app
-from vtv_nnsight.pretraining import figures, pretrain
-from vtv_nnsight.pretraining.corpus import CUTOUT, PHOTO, Corpus, Picture
-from vtv_nnsight.pretraining.curriculum import HELD_OUT
-from vtv_nnsight.pretraining.figures import KINDS, compose_figure, composed, cropped, fitted
-from vtv_nnsight.pretraining.mae import HIDDEN, random_mask
+from vtv_nnsight.training import figures, pretrain
+from vtv_nnsight.training.corpus import CUTOUT, PHOTO, Corpus, Picture
+from vtv_nnsight.training.curriculum import HELD_OUT
+from vtv_nnsight.training.figures import KINDS, compose_figure, composed, cropped, fitted
+from vtv_nnsight.training.mae import HIDDEN, random_mask
 
 
 @pytest.fixture(scope="module")

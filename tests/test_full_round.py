@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import DATA
+from leaderboard import Leaderboard, markdown, measure_sets
 from PIL import Image
 from test_painter import small
 from test_vit_mae import config
@@ -17,9 +18,8 @@ from transformers import ViTMAEForPreTraining
 from vtv_nnsight import PatchSet, TaskVectors, cli
 from vtv_nnsight.demo.playing import Player
 from vtv_nnsight.evaluation import Table
-from vtv_nnsight.experiment.leaderboard import Leaderboard, markdown, measure_sets
-from vtv_nnsight.experiment.steps import space_of
 from vtv_nnsight.report import reading
+from vtv_nnsight.runs.steps import space_of
 from vtv_nnsight.search import SearchResult
 
 pytestmark = pytest.mark.timeout(900)

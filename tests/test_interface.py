@@ -131,7 +131,7 @@ BEHIND = re.compile(
 )
 """A model's own parts. (`settings.vqgan`, and a bundle's own, is where a tokenizer's file is.)"""
 PACKAGE = ROOT / "vtv_nnsight"
-ITS_OWN = ("models/", "pretraining/", "_moved.py", "circuits/ground_truth.py")
+ITS_OWN = ("models/", "training/", "studies/circuits/known_circuit.py")
 """Pretraining trains MAE-VQGANs, `_moved` names modules, and `ground_truth` builds a model."""
 FILES = [str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")]
 FILES = [name for name in FILES if not name.startswith(ITS_OWN)] + ["models/interface.py"]

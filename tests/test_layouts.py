@@ -117,11 +117,6 @@ def test_no_gap_given_is_the_papers(examples, gap):
     assert default.cells == Layout(examples=examples, gap=gap).cells
 
 
-def test_fields_of_files_of_0_1_make_the_same_layout():
-    old = {"canvas_size": 224, "patch_size": 16, "examples": 1, "order": "vertical", "background": "white"}
-    assert Layout(**old) == Layout()
-
-
 def test_an_index_is_the_rank_plus_one():
     layout = Layout()
     seen = layout.regions["query"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
-from vtv_nnsight.learning import learn_vector
+from vtv_nnsight.studies.learning import learn_vector
 
 
 @pytest.fixture(scope="module")

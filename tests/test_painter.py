@@ -245,10 +245,7 @@ def test_hub_ids_of_released_files(released, monkeypatch):
     monkeypatch.setattr(painter, "hf_hub_download", download)
     Painter("BAAI/Painter")
     SegGPT("BAAI/SegGPT", revision="main")
-    assert asked == [
-        ("BAAI/Painter", "painter_vit_large.pth", None),
-        ("BAAI/SegGPT", "seggpt_vit_large.pth", "main"),
-    ]
+    assert asked == [("BAAI/Painter", "painter_vit_large.pth", None), ("BAAI/SegGPT", "seggpt_vit_large.pth", "main")]
 
 
 def test_sizes_are_read_off_the_file(tensors, released):

@@ -10,12 +10,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vtv_nnsight import MAEVQGAN, cli, data, tasks
-from vtv_nnsight.data.pascal import CLASSES, Entry, detection, pascal, published_list
+from vtv_nnsight.data.pascal_voc import CLASSES, Entry, detection, pascal, published_list
 from vtv_nnsight.evaluation import Table
-from vtv_nnsight.experiment import Settings, protocol, run, steps
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.report import page as report
 from vtv_nnsight.report import reading
+from vtv_nnsight.runs import Settings, protocol, run, steps
 from vtv_nnsight.vectors import TaskVectors
 
 SIZE = (48, 36)

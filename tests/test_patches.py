@@ -7,8 +7,7 @@ from test_vectors import LAYOUT, all_heads, random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, ablate, patch
 from vtv_nnsight.layouts import CLS, positions
-from vtv_nnsight.models.interface import GRANULARITIES, QUERY_ONLY
-from vtv_nnsight.stages import ByStage
+from vtv_nnsight.models.interface import GRANULARITIES, QUERY_ONLY, ByStage
 from vtv_nnsight.vectors import zero_vector
 
 
@@ -230,7 +229,7 @@ def test_only_layers_with_something_to_do_are_touched(model, prompts, vectors, m
     chosen = PatchSet.named(
         space, ["encoder.blocks.1.attn.heads[2] @ query", "decoder.blocks.1.attn.heads[0] @ output"]
     )
-    from vtv_nnsight import patches
+    from vtv_nnsight import patching as patches
 
     touched, apply = [], patches._Step.apply
     monkeypatch.setattr(

@@ -9,8 +9,8 @@ from sklearn.metrics import silhouette_samples
 from test_vectors import FAST, LAYOUT, all_heads, random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, TaskVectors, evaluate, plots, tasks
-from vtv_nnsight.clusters import activations, silhouette, silhouettes
-from vtv_nnsight.stages import ByStage
+from vtv_nnsight.models.interface import ByStage
+from vtv_nnsight.studies.clusters import activations, silhouette, silhouettes
 
 
 @pytest.fixture(scope="module")

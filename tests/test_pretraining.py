@@ -19,10 +19,10 @@ pytest.importorskip("skimage")
 
 from vtv_nnsight import MAEVQGAN, Layout, tasks
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.pretraining import pretrain, recipes, training
-from vtv_nnsight.pretraining.composition import LEAST_SHOWN, compose, crop
-from vtv_nnsight.pretraining.corpus import CUTOUT, PHOTO, TEXTURE, Corpus, Picture
-from vtv_nnsight.pretraining.curriculum import (
+from vtv_nnsight.training import pretrain, recipes, training
+from vtv_nnsight.training.composition import LEAST_SHOWN, compose, crop
+from vtv_nnsight.training.corpus import CUTOUT, PHOTO, TEXTURE, Corpus, Picture
+from vtv_nnsight.training.curriculum import (
     CORRUPTIONS,
     HELD_OUT,
     INVERSE_MASK,
@@ -34,11 +34,11 @@ from vtv_nnsight.pretraining.curriculum import (
     draw_task,
     is_held_out,
 )
-from vtv_nnsight.pretraining.growth import recode, widen
-from vtv_nnsight.pretraining.mae import draw_mask
-from vtv_nnsight.pretraining.optimizers import Muon
-from vtv_nnsight.pretraining.recipes import Recipe
-from vtv_nnsight.pretraining.stream import training_prompts, validation_prompts
+from vtv_nnsight.training.growth import recode, widen
+from vtv_nnsight.training.mae import draw_mask
+from vtv_nnsight.training.optimizers import Muon
+from vtv_nnsight.training.recipes import Recipe
+from vtv_nnsight.training.stream import training_prompts, validation_prompts
 
 LAYOUT = Layout(56, 4)
 
@@ -222,8 +222,8 @@ def test_two_processes_learn_what_one_learns_of_both_batches(tmp_path):
         """
 import sys, torch
 from pathlib import Path
-from vtv_nnsight.pretraining import training
-from vtv_nnsight.pretraining.recipes import Recipe
+from vtv_nnsight.training import training
+from vtv_nnsight.training.recipes import Recipe
 
 together, out = int(sys.argv[1]), Path(sys.argv[2])
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vtv_nnsight import MAEVQGAN, Layout, cli, clusters, data, tasks
+from vtv_nnsight import MAEVQGAN, Layout, cli, data, tasks
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
-from vtv_nnsight.visual_prompting import ensembles
-from vtv_nnsight.visual_prompting import prompt_engineering as engineering
+from vtv_nnsight.studies import clusters
+from vtv_nnsight.studies.prompting import ensembles
+from vtv_nnsight.studies.prompting import prompt_engineering as engineering
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import MAEVQGAN, Condition, PatchSet, PatchSpace, TaskVectors, data, evaluate, metrics, tasks
 from vtv_nnsight.models.vit_mae import ViTMAE
+from vtv_nnsight.studies.prompting.border import Border, learn_border
+from vtv_nnsight.studies.prompting.retrieval import encoder_features, retrieve
 from vtv_nnsight.tasks import Draw
-from vtv_nnsight.visual_prompting.border import Border, learn_border
-from vtv_nnsight.visual_prompting.retrieval import encoder_features, retrieve
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vtv_nnsight import cli, data, metrics, tasks
-from vtv_nnsight.data.reasoning import draw
-from vtv_nnsight.experiment import steps
+from vtv_nnsight.data.reasoning_shapes import draw
 from vtv_nnsight.layouts import REASONING, Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
-from vtv_nnsight.stages import differences
+from vtv_nnsight.runs import steps
+from vtv_nnsight.vectors.compatibility import differences
 
 NAMES = ["color", "shape", "size", "color+shape", "color+size", "shape+size"]
 WHITE, BLACK, GREEN, BLUE = (255, 255, 255), (0, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import make_config
 
-from vtv_nnsight import MAEVQGAN, Layout, cli, released, tasks
+from vtv_nnsight import MAEVQGAN, Layout, cli, tasks
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
-from vtv_nnsight.patches import PatchSet, PatchSpace, patch
+from vtv_nnsight.patching import PatchSet, PatchSpace, patch
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.studies import released
 from vtv_nnsight.vectors import TaskVectors
 
 

@@ -24,13 +24,13 @@ from typer.testing import CliRunner
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, data, tasks
 from vtv_nnsight.cli import start
 from vtv_nnsight.evaluation import Table, standing, verdicts
-from vtv_nnsight.experiment import STEPS, run
-from vtv_nnsight.experiment import steps as runs
-from vtv_nnsight.experiment.settings import PUBLISHED, QUICK, Settings
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import display, progress_bar
 from vtv_nnsight.report import page as report
 from vtv_nnsight.report import pictures, reading
+from vtv_nnsight.runs import STEPS, run
+from vtv_nnsight.runs import steps as runs
+from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
 from vtv_nnsight.search import Objective, SearchResult
 from vtv_nnsight.vectors import TaskVectors
 
@@ -263,8 +263,7 @@ def test_two_processes_write_what_one_writes(finished, model, tmp_path):
     script = tmp_path / "run.py"
     settings = f"Settings(model={model!r}, **{SMALL!r})"
     script.write_text(
-        "from vtv_nnsight.experiment import Settings, run\n"
-        f"run({str(tmp_path / 'run')!r}, {settings}, progress=False)\n"
+        f"from vtv_nnsight.runs import Settings, run\nrun({str(tmp_path / 'run')!r}, {settings}, progress=False)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
     package = str(Path(__file__).parents[1])

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from vtv_nnsight import MAEVQGAN, VisualPrompt, cli, search, tasks
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.patches import PatchSet, PatchSpace, patch
+from vtv_nnsight.parallel import processes
+from vtv_nnsight.patching import PatchSet, PatchSpace, patch
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.search import plots
-from vtv_nnsight.search.algorithm import GRADIENT_COST, Search
-from vtv_nnsight.search.objective import processes
+from vtv_nnsight.search.budget import GRADIENT_COST, Search
 from vtv_nnsight.search.published import PUBLISHED
 from vtv_nnsight.search.reinforce import _prune, gradient, sample
 from vtv_nnsight.vectors import TaskVectors
@@ -569,7 +569,7 @@ def test_a_killed_search_resumes(space, tmp_path):
         import sys, time
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         import test_search
-        from vtv_nnsight.patches import PatchSpace
+        from vtv_nnsight.patching import PatchSpace
         from vtv_nnsight import search
         space = PatchSpace.from_metadata({space.metadata!r})
         class Slow(test_search.Planted):

@@ -12,8 +12,9 @@ from urllib.parse import unquote
 import pytest
 import torch
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, data, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, tasks
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.runs import bundles
 from vtv_nnsight.search.result import SearchResult
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -9,15 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, bundles, data, patch, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
 from vtv_nnsight.evaluation.answers import answers
 from vtv_nnsight.evaluation.attention import attention_maps
-from vtv_nnsight.evaluation.demonstration import LOOKS, SCALES, Demonstration, demonstrate, median
+from vtv_nnsight.evaluation.explorer import LOOKS, SCALES, Demonstration, demonstrate, median
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.models.mae_vqgan.tracing import AttentionEnvoy
+from vtv_nnsight.models.mae_vqgan.traced import AttentionEnvoy
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.report import attention
 from vtv_nnsight.report.hero import animation, save_animation
+from vtv_nnsight.runs import bundles
 from vtv_nnsight.search.result import SearchResult, Step
 
 

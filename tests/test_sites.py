@@ -7,7 +7,7 @@ from test_vectors import LAYOUT, random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, ablate, patch
 from vtv_nnsight.layouts import positions
-from vtv_nnsight.sites import SITES, at_sites
+from vtv_nnsight.models.sites import SITES, at_sites
 from vtv_nnsight.vectors import Activations, zero_vector
 
 LAYERS = ("attn", "mlp", "residual")

@@ -1,7 +1,6 @@
-"""Values by stage, fingerprints, and files of version 0.1."""
+"""Values by stage, and fingerprints."""
 
 import copy
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 from test_vectors import random_module, random_prompts
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, VisualPrompt, patch
-from vtv_nnsight.models import weights
-from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
-from vtv_nnsight.search import SearchResult
-from vtv_nnsight.stages import ByStage, check_compatible, device_of, differences, fingerprint, stages_of
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, patch
+from vtv_nnsight.models import digests as weights
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.interface import ByStage
+from vtv_nnsight.vectors.compatibility import check_compatible, differences, fingerprint, stages_of
 
 DATA = Path(__file__).parent / "data"
 
@@ -111,10 +110,7 @@ def test_a_patch_notices_weights_that_were_written_to(module):
         return logits
 
     expected, layer = run(), model._module.decoder.blocks[0].mlp.fc1
-    changes = (
-        lambda: layer.weight.neg_(),
-        lambda: setattr(layer.weight, "data", layer.weight.data.neg()),
-    )
+    changes = (lambda: layer.weight.neg_(), lambda: setattr(layer.weight, "data", layer.weight.data.neg()))
     for change in changes:
         with torch.no_grad():
             change()
@@ -204,57 +200,4 @@ def test_resuming_notices_other_weights(module, tmp_path):
 def test_values_by_stage():
     values = ByStage(encoder=2, decoder=3)
     assert values.map(lambda a, b: a * b, {"encoder": 5, "decoder": 7}) == {"encoder": 10, "decoder": 21}
-    with pytest.warns(DeprecationWarning, match=r'write \["encoder"\]'):
-        assert values.encoder == 2
-    with pytest.raises(AttributeError, match="no stage 'merged'; there is encoder, decoder"):
-        values.merged  # noqa: B018
     assert copy.deepcopy(values) == values and list(values) == ["encoder", "decoder"]
-
-
-@pytest.fixture(scope="module")
-def v0_1():
-    """The code that wrote the files of version 0.1, and its model."""
-    spec = importlib.util.spec_from_file_location("make_v0_1", DATA / "make_v0_1.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script, MAEVQGAN(script.filled(MAEVQGANModel(MAEVQGANConfig(**script.SIZES))))
-
-
-def test_vectors_of_version_0_1_load_with_a_warning(v0_1):
-    script, model = v0_1
-    with pytest.warns(UserWarning, match="written by version 0.1 .* cannot be checked"):
-        vectors = TaskVectors.load(DATA / "v0_1" / "vectors.safetensors")
-    prompts = {name: VisualPrompt.from_canvas(script.canvases(i), model.layout) for i, name in enumerate(vectors)}
-    again = TaskVectors.collect(model, prompts, progress=False)
-    for name, vector in again.items():
-        for field in ("mean", "variance"):
-            for stage, values in getattr(vector, field).items():
-                torch.testing.assert_close(getattr(vectors[name], field)[stage], values, equal_nan=True)
-        assert not differences(vectors[name].fingerprint, vector.fingerprint)
-    with torch.no_grad(), model.trace(prompts["a"].query_only()):
-        patch(model, vectors["b"], PatchSet.load(DATA / "v0_1" / "patches.json"))
-        logits = model.output.logits.save()
-    assert logits.isfinite().all()
-    other = script.filled(MAEVQGANModel(MAEVQGANConfig(**script.SIZES)))
-    with torch.no_grad():
-        other.decoder.mask_token.neg_()
-    assert differences(vectors["b"].fingerprint, fingerprint(MAEVQGAN(other))) == ["other weights"]
-
-
-def test_sets_and_results_of_version_0_1_load(v0_1):
-    _, model = v0_1
-    space = PatchSpace(model)
-    chosen = PatchSet.load(DATA / "v0_1" / "patches.json")
-    assert chosen == PatchSet.random(space, 7) and hash(chosen) == hash(PatchSet.random(space, 7))
-    assert chosen.space.names == space.names and chosen.space.metadata == space.metadata
-    result = SearchResult.load(DATA / "v0_1" / "result.safetensors")
-    assert result.algorithm == "random" and result.patches.space.names == space.names and len(result.history)
-
-
-def test_names_of_version_0_1_work_and_say_what_to_use():
-    with pytest.warns(DeprecationWarning, match="use stages.ByStage"):
-        from vtv_nnsight.vectors import Stacks
-    assert Stacks(1, 2) == {"encoder": 1, "decoder": 2}
-    with pytest.warns(DeprecationWarning, match="use stages.device_of"):
-        from vtv_nnsight.vectors import ready
-    assert ready is device_of

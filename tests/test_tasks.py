@@ -397,19 +397,6 @@ def test_a_metric_where_more_is_better_is_turned_for_searches(registry):
     assert tasks.get("colorization(closeness)") == tasks.Colorization(closeness)
 
 
-def test_metrics_of_0_1_were_strings(registry):
-    with pytest.warns(DeprecationWarning, match="Old.metric is a metrics.Metric since 0.2"):
-
-        class Old(tasks.Task):
-            metric = "iou"
-
-    assert Old().metric is metrics.IOU and Old().higher_is_better
-    with pytest.warns(DeprecationWarning, match='metric.name == "iou"'):
-        assert tasks.segmentation.metric == "iou"
-    with pytest.warns(DeprecationWarning):
-        assert tasks.segmentation.metric != "mse"
-
-
 def test_pictures_and_paths_are_rows(tmp_path):
     photo().save(tmp_path / "a.png")
     mask().save(tmp_path / "mask.png")

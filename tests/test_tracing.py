@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt
 from vtv_nnsight.models.devices import available_devices, resolve_device
-from vtv_nnsight.models.mae_vqgan import MAEVQGANModel, tracing
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.models.mae_vqgan import traced as tracing
 from vtv_nnsight.prompts import Canvases, crop
 
 

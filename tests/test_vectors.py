@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 import vtv_nnsight.vectors as code
 from vtv_nnsight import MAEVQGAN, Layout, TaskVectors, VisualPrompt
 from vtv_nnsight.layouts import positions
+from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
-from vtv_nnsight.stages import ByStage, fingerprint
 from vtv_nnsight.vectors import TaskVector, zero_vector
+from vtv_nnsight.vectors.compatibility import fingerprint
 
 LAYOUT = Layout(112, 8)
 FAST = dict(vqgan_fold=4, vqgan_channel_multipliers=(1, 1), vqgan_attention_levels=())

@@ -4,40 +4,47 @@ The public names are imported when they are first used, so that `vtv --help` doe
 """
 
 from importlib import import_module
+from typing import Any
 
-from vtv_nnsight import _moved
-
-_moved.install()
-
-_MODULES = ("bundles", "circuits", "data", "metrics", "search", "tasks")
-_HOMES = {
-    "BEiT": "models.beit",
-    "MAEVQGAN": "models.mae_vqgan.tracing",
+_MODULES = {
+    "bundles": "runs.bundles",
+    "circuits": "studies.circuits",
+    "data": "data",
+    "learning": "studies.learning",
+    "metrics": "metrics",
+    "plots": "plots",
+    "search": "search",
+    "tasks": "tasks",
+}
+_NAMES = {
+    "BEiT": "models.baselines.beit",
+    "MAEVQGAN": "models.mae_vqgan.traced",
     "Activations": "vectors",
     "Condition": "evaluation",
     "Layout": "layouts",
-    "Net2Net": "models.net2net",
+    "Net2Net": "models.baselines.net2net",
     "Painter": "models.painter",
-    "PatchSet": "patches",
-    "PatchSpace": "patches",
+    "PatchSet": "patching",
+    "PatchSpace": "patching",
     "SegGPT": "models.painter",
     "TaskVector": "vectors",
     "TaskVectors": "vectors",
     "ViTMAE": "models.vit_mae",
     "VisualPrompt": "prompts",
-    "ablate": "patches",
+    "ablate": "patching",
     "evaluate": "evaluation",
-    "patch": "patches",
+    "patch": "patching",
 }
+"""Public name → the module, or the module of the name, under this package."""
 
-__all__ = sorted([*_MODULES, *_HOMES])
+__all__ = sorted([*_MODULES, *_NAMES])
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return import_module(f"{__name__}.{_MODULES[name]}")
+    if name in _NAMES:
+        return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -107,10 +107,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if on_its_side else image.size
 
 
-FITS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
+FITS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 """How pictures are resized."""
 
 

@@ -11,7 +11,6 @@ A `Metric` is such a function with a name, a direction and a label. One of your 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -52,11 +51,6 @@ class Metric:
         return self.name
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, str):
-            warnings.warn(
-                f'a metric is a Metric since 0.2; write metric.name == "{other}".', DeprecationWarning, stacklevel=2
-            )
-            return self.name == other
         if not isinstance(other, Metric):
             return NotImplemented
         return (self.name, self.function) == (other.name, other.function)
@@ -66,10 +60,7 @@ class Metric:
 
 
 def iou(
-    prediction: torch.Tensor,
-    target: torch.Tensor,
-    foreground: Colour = WHITE,
-    background: Colour = BLACK,
+    prediction: torch.Tensor, target: torch.Tensor, foreground: Colour = WHITE, background: Colour = BLACK
 ) -> torch.Tensor:
     """Intersection over union of the foregrounds, after every pixel of both went to the nearer of the two colours
     (squared RGB distance, ties to the foreground). As in ECCV 2024's released code, but for two empty foregrounds: they
@@ -138,18 +129,6 @@ def _squares(inside: torch.Tensor) -> torch.Tensor:
         fits = [(shape & row).sum() / (shape | row).sum() for shape in (circle, square)]
         found.append(int(fits[1] > fits[0]))
     return torch.tensor(found, device=inside.device)
-
-
-def accuracy(
-    prediction: torch.Tensor,
-    target: torch.Tensor,
-    foreground: Colour = WHITE,
-    background: Colour = BLACK,
-) -> torch.Tensor:
-    """Deprecated, used by nothing: the share of the pixels on the right side of the two colours."""
-    warnings.warn("metrics.accuracy goes in 0.3: the papers report IoU.", DeprecationWarning, stacklevel=2)
-    a, b = (_nearest(pixels, (foreground, background)) for pixels in _pair(prediction, target))
-    return (a == b).flatten(1).double().mean(1)
 
 
 def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

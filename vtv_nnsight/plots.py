@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
-from vtv_nnsight.clusters import silhouette
-from vtv_nnsight.evaluation.controls import best_others
+from vtv_nnsight.evaluation.random_controls import best_others
 from vtv_nnsight.layouts import Layout, named_positions
-from vtv_nnsight.stages import ByStage
+from vtv_nnsight.models.interface import ByStage
+from vtv_nnsight.studies.clusters import silhouette
 
 PANEL = 2.4
 """Inches of a panel's side."""

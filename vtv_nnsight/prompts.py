@@ -136,8 +136,7 @@ class VisualPrompt:
         """The zero-shot form: the encoder sees the query alone, the decoder the query's band of the canvas, with the
         output hidden (ECCV 2024, §4)."""
         return self._with(
-            visible=self.layout.regions["query"].to(self.device),
-            decoded=self.layout.query_band.to(self.device),
+            visible=self.layout.regions["query"].to(self.device), decoded=self.layout.query_band.to(self.device)
         )
 
     def one_shot(self) -> VisualPrompt:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
-from vtv_nnsight.experiment.settings import Settings
+from vtv_nnsight.runs.settings import Settings
 
 START, MODEL, PROMPTS, VECTORS = "From end to end", "Model", "Prompts", "Task vectors"
 TRAINING, BENCHMARKS = "Training", "Benchmarks"
@@ -69,7 +69,7 @@ class ListingCommand(TyperCommand):
 
                 text = text.replace("{algorithms}", ", ".join(ALGORITHMS))
             if "{sources}" in text:
-                from vtv_nnsight.data.source import SOURCES
+                from vtv_nnsight.data.sources import SOURCES
 
                 text = text.replace("{sources}", ", ".join(source.usage for source in SOURCES.values()))
             if text:
@@ -160,12 +160,7 @@ BatchSize = Annotated[
         show_default="32, fewer of large canvases; for searches what fits the device",
     ),
 ]
-Data = Annotated[
-    str,
-    typer.Option(
-        help="The data: {sources}, or a folder by its path alone."
-    ),
-]
+Data = Annotated[str, typer.Option(help="The data: {sources}, or a folder by its path alone.")]
 Images = Annotated[Path | None, typer.Option(help="A folder of your own pictures, in place of --data.")]
 MaxImages = Annotated[int, typer.Option(min=1, help="The most pictures to draw prompts from.")]
 Tasks = Annotated[

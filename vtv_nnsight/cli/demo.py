@@ -14,7 +14,7 @@ def demo(
     vectors: Annotated[
         str,
         typer.Option(
-            help="Task vectors and units: \"tiny\" for those in the package, or a run's folder.", metavar="RUN"
+            help='Task vectors and units: "tiny" for those in the package, or a run\'s folder.', metavar="RUN"
         ),
     ] = "tiny",
     model: Annotated[

@@ -23,7 +23,7 @@ def info(source: Source, vqgan: VQGAN = None) -> None:
     from rich.table import Table
 
     from vtv_nnsight.models import load_model
-    from vtv_nnsight.patches import PatchSpace
+    from vtv_nnsight.patching import PatchSpace
     from vtv_nnsight.search import PIXELS
 
     model = load_model(source, vqgan=vqgan)
@@ -55,7 +55,7 @@ def convert(
     decoder_heads: Annotated[int, typer.Option(min=1, help="Attention heads of the decoder.")] = 16,
 ) -> None:
     """Write a published checkpoint as a safetensors folder, for from_pretrained and MAEVQGAN."""
-    from vtv_nnsight.models.mae_vqgan import checkpoints
+    from vtv_nnsight.models.mae_vqgan import published as checkpoints
 
     checkpoints.convert(
         checkpoint, out_dir, vqgan, num_attention_heads=heads, decoder_num_attention_heads=decoder_heads

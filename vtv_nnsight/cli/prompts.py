@@ -27,7 +27,7 @@ from vtv_nnsight.cli.app import (
     settings_of,
     wrote,
 )
-from vtv_nnsight.experiment.settings import Settings
+from vtv_nnsight.runs.settings import Settings
 
 
 class ExampleCommand(TyperCommand):
@@ -114,7 +114,7 @@ def prompt(
     options = given(vqgan=vqgan, embedding_type=embedding_type, dtype=dtype)
     bundle = None
     if vectors:
-        from vtv_nnsight import bundles
+        from vtv_nnsight.runs import bundles
 
         bundle = bundles.load(vectors)
         task = task or next(iter(bundle))
@@ -180,10 +180,10 @@ def layouts(
     import pandas as pd
 
     from vtv_nnsight.data import load
-    from vtv_nnsight.experiment import steps
     from vtv_nnsight.files import write_text
+    from vtv_nnsight.runs import steps
+    from vtv_nnsight.studies.prompting import ensembles, prompt_engineering
     from vtv_nnsight.tasks import Segmentation, get_all
-    from vtv_nnsight.visual_prompting import ensembles, prompt_engineering
 
     if ensemble not in ensembles.RULES:
         raise ValueError(f"--ensemble {ensemble} is unknown; choose from {', '.join(ensembles.RULES)}.")

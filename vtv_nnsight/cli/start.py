@@ -30,7 +30,7 @@ from vtv_nnsight.cli.app import (
     settings_of,
     wrote,
 )
-from vtv_nnsight.experiment.settings import PUBLISHED, QUICK, Settings
+from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
 
 
 def _default(name: str) -> str:
@@ -150,7 +150,7 @@ def run(
 
     The same command goes on where it stopped.
     """
-    from vtv_nnsight.experiment import steps
+    from vtv_nnsight.runs import steps
 
     if quick and published:
         raise ValueError("--quick and --published are opposites; give one.")

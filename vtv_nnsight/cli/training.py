@@ -60,10 +60,10 @@ def pretrain(
 ) -> None:
     """Train a MAE-VQGAN of your own: its tokenizer, then its transformer."""
     if stage == "corpus":
-        from vtv_nnsight.pretraining.gather import gather
+        from vtv_nnsight.training.gather import gather
 
         return wrote(gather(out, images=images, data=data))
-    from vtv_nnsight.pretraining import pretrain as run
+    from vtv_nnsight.training import pretrain as run
 
     options = dict(
         images=images, data=data, start=start, steps=steps, decay=decay, resume=resume, seed=seed, device=device

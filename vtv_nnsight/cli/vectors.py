@@ -41,7 +41,7 @@ from vtv_nnsight.cli.app import (
     settings_of,
     wrote,
 )
-from vtv_nnsight.experiment.settings import PUBLISHED, Settings
+from vtv_nnsight.runs.settings import PUBLISHED, Settings
 
 Split = Annotated[str, typer.Option(help='The split of the data: "train", "validation" or "test".')]
 Vectors = Annotated[Path, typer.Option(help="The vectors that `vtv collect` wrote.")]
@@ -74,7 +74,7 @@ def collect(
 ) -> None:
     """Collect task vectors: the mean activation of every head (or MLP, …: --sites) at every position, task by task."""
     from vtv_nnsight.data import load
-    from vtv_nnsight.experiment import steps
+    from vtv_nnsight.runs import steps
 
     settings = settings_of(
         images, data, tasks, model=source, max_images=max_images, prompts=prompts, candidates=candidates, order=order,
@@ -105,9 +105,9 @@ def score(
 ) -> None:
     """Rank heads by how well they tell tasks apart: variance between tasks over variance within a task."""
     from vtv_nnsight import plots
-    from vtv_nnsight.experiment import steps
     from vtv_nnsight.files import write_picture
     from vtv_nnsight.models import load_model
+    from vtv_nnsight.runs import steps
 
     loaded = steps.read_vectors(vectors)
     known = None if model is None else load_model(model, embedding_type=embedding_type)  # its sizes are all it takes
@@ -152,11 +152,11 @@ def clusters(
     device: Device = None,
 ) -> None:
     """Draw how prompts cluster by task in the heads that tell tasks apart best (by silhouette)."""
-    from vtv_nnsight import clusters as found
     from vtv_nnsight import plots
     from vtv_nnsight.data import load
-    from vtv_nnsight.experiment import steps
     from vtv_nnsight.files import write_picture
+    from vtv_nnsight.runs import steps
+    from vtv_nnsight.studies import clusters as found
 
     settings = settings_of(images, data, tasks, model=source, prompts=prompts, order=order, seed=seed)
     model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
@@ -254,11 +254,11 @@ def search(
 ) -> None:  # fmt: skip
     """Search for the units to patch so that the model does a task with no examples."""
     from vtv_nnsight.data import load
-    from vtv_nnsight.experiment import steps
     from vtv_nnsight.files import write_picture
-    from vtv_nnsight.patches import PatchSpace
+    from vtv_nnsight.models.sites import sites_in
+    from vtv_nnsight.patching import PatchSpace
+    from vtv_nnsight.runs import steps
     from vtv_nnsight.search import ALGORITHMS, plots
-    from vtv_nnsight.sites import sites_in
 
     if algorithm not in (*ALGORITHMS, "published"):
         raise ValueError(f"{algorithm!r} is not an algorithm; choose from {', '.join(ALGORITHMS)}, or published.")
@@ -366,8 +366,8 @@ def evaluate(
     from dataclasses import replace
 
     from vtv_nnsight.evaluation import Table as Evaluations
-    from vtv_nnsight.experiment import steps
     from vtv_nnsight.files import write_text
+    from vtv_nnsight.runs import steps
     from vtv_nnsight.tasks import scored_by
     from vtv_nnsight.vectors import TaskVectors
 
@@ -452,7 +452,7 @@ def _models(tables: Mapping[str, Any]) -> str:
 
 def _patches(path: Path) -> Any:
     """The patch set in a file of its own, or in a search result."""
-    from vtv_nnsight.patches import PatchSet
+    from vtv_nnsight.patching import PatchSet
 
     if path.suffix != ".safetensors":
         return PatchSet.load(path)
@@ -469,8 +469,7 @@ def _patches(path: Path) -> Any:
 def import_released(
     source: Source,
     files: Annotated[
-        list[Path],
-        typer.Argument(help="{task}_mean_activations.pkl and bernoullis_*.pkl, or folders that hold them."),
+        list[Path], typer.Argument(help="{task}_mean_activations.pkl and bernoullis_*.pkl, or folders that hold them.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write in.")],
     vqgan: VQGAN = None,
@@ -485,8 +484,8 @@ def import_released(
 
     The files are pickles; only tensors and arrays are read from them, and nothing in them is run.
     """
-    from vtv_nnsight import released
-    from vtv_nnsight.models.mae_vqgan.tracing import MAEVQGAN
+    from vtv_nnsight.models.mae_vqgan.traced import MAEVQGAN
+    from vtv_nnsight.studies import released
 
     activations, bernoullis = released.find(files)
     model = MAEVQGAN(source, **given(vqgan=vqgan))

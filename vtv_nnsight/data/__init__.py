@@ -1,14 +1,14 @@
 """Where pictures come from; each function returns a `datasets.Dataset`."""
 
-from vtv_nnsight.data.folder import folder
-from vtv_nnsight.data.hub import hub
-from vtv_nnsight.data.pairs import pairs
-from vtv_nnsight.data.pascal import detection, pascal
-from vtv_nnsight.data.photographs import photographs
-from vtv_nnsight.data.pictures import pictures
-from vtv_nnsight.data.reasoning import reasoning
-from vtv_nnsight.data.scenes import scenes
-from vtv_nnsight.data.source import SOURCES, identities, load, pascal_argument, split_data
+from vtv_nnsight.data.drawn_scenes import scenes
+from vtv_nnsight.data.embedded_pictures import pictures
+from vtv_nnsight.data.folders import folder
+from vtv_nnsight.data.hub_datasets import hub
+from vtv_nnsight.data.package_photographs import photographs
+from vtv_nnsight.data.pair_folders import pairs
+from vtv_nnsight.data.pascal_voc import detection, pascal
+from vtv_nnsight.data.reasoning_shapes import reasoning
+from vtv_nnsight.data.sources import SOURCES, identities, load, pascal_argument, split_data
 
 __all__ = [
     "SOURCES",

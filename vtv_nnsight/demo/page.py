@@ -21,7 +21,7 @@ except ImportError as error:
 
 from vtv_nnsight import tasks
 from vtv_nnsight.demo.playing import LARGEST, MODES, VECTOR, Player, drawn_mask, enlarged, panels, unit_labels, upload
-from vtv_nnsight.patches import PatchSet
+from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.vectors import TaskVectors
 
 
@@ -235,7 +235,9 @@ def make_page(player: Player) -> gr.Blocks:
         to_paint.then(lambda row: on_easel(row["image"]), example, editor, **quiet)
         depicted(
             own_answer.upload(
-                told(lambda path, row: {"image": row["image"], "answer": upload(path)}), [own_answer, example], example,
+                told(lambda path, row: {"image": row["image"], "answer": upload(path)}),
+                [own_answer, example],
+                example,
                 **quiet,
             )  # fmt: skip
         )

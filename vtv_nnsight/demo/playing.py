@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vtv_nnsight import bundles, data, tasks
-from vtv_nnsight.bundles import Bundle
+from vtv_nnsight import data, tasks
 from vtv_nnsight.evaluation.answers import answers
 from vtv_nnsight.images import as_rgb, read_picture, to_pil
+from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
-from vtv_nnsight.patches import PatchSet, PatchSpace
+from vtv_nnsight.models.sites import sites_in
+from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.runs import bundles
+from vtv_nnsight.runs.bundles import Bundle
 from vtv_nnsight.search import gates
-from vtv_nnsight.sites import sites_in
-from vtv_nnsight.stages import device_of
 from vtv_nnsight.tasks import Draw, Task
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 

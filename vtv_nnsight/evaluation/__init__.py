@@ -1,7 +1,8 @@
 """Conditions side by side on the same prompts, with intervals."""
 
 from vtv_nnsight.evaluation.conditions import BASELINE, CONTROL, Condition, comparison
-from vtv_nnsight.evaluation.controls import (
+from vtv_nnsight.evaluation.evaluation import evaluate
+from vtv_nnsight.evaluation.random_controls import (
     Standing,
     best_others,
     controls,
@@ -11,7 +12,6 @@ from vtv_nnsight.evaluation.controls import (
     vector_pairs,
     verdicts,
 )
-from vtv_nnsight.evaluation.evaluate import evaluate
 from vtv_nnsight.evaluation.selection import select_prompts
 from vtv_nnsight.evaluation.table import Line, Table, bootstrap
 

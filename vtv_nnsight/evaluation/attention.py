@@ -1,7 +1,7 @@
 """Where the answer looks: the attention of its patches, as maps over the canvas.
 
-    >>> maps = attention_maps(model, prompts)                       # stage → [layer, head, position]
-    >>> prompts.layout.on_grid(maps["decoder"][0, 3])               # [row, column], to lay over a picture
+>>> maps = attention_maps(model, prompts)                       # stage → [layer, head, position]
+>>> prompts.layout.on_grid(maps["decoder"][0, 3])               # [row, column], to lay over a picture
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.envoys import eager_attention
+from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, Stage
+from vtv_nnsight.models.nnsight_compat import eager_attention
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.stages import device_of
 
 
 @torch.no_grad()

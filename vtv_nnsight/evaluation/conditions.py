@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.patches import MODES, PatchSet, ablate, patch
+from vtv_nnsight.patching import MODES, PatchSet, ablate, patch
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.vectors import TaskVector
 

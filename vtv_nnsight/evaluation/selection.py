@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.interface import InContextModel, default_batch_size
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt, crop
-from vtv_nnsight.stages import device_of, fitting_rows
 from vtv_nnsight.tasks import Draw, Task, draw
 
 DUPLICATES = ("apart", "published")
@@ -42,7 +42,7 @@ def select_prompts(
         candidates: Random prompts to try.
         seed: Of the candidates, which are those of `task.prompts(images, candidates, seed)`.
         layout: The model's own by default.
-        batch_size: Prompts in a forward; None is `stages.fitting_rows`, 32 for MAE-VQGAN.
+        batch_size: Prompts in a forward; None is `stages.default_batch_size`, 32 for MAE-VQGAN.
         progress: Show a progress bar.
         drawn: Candidates of your own (see `tasks.draw`), in the place of random ones.
         duplicates: "apart": of the best prompts first, each that shares no image with those before it, as the paper
@@ -54,7 +54,7 @@ def select_prompts(
         ValueError: when the candidates leave fewer than `n` prompts, or duplicates is neither.
     """
     layout = layout or model.layout
-    device, batch_size = device_of(model), batch_size or fitting_rows(model)
+    device, batch_size = device_of(model), batch_size or default_batch_size(model)
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates={duplicates!r} is unknown; choose from {', '.join(DUPLICATES)}.")
     drawn = drawn if drawn is not None else draw(images, candidates, layout.examples, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 
 from vtv_nnsight import metrics
 from vtv_nnsight.evaluation.conditions import BASELINE
@@ -52,7 +50,7 @@ class Table:
     Args:
         frame: One row for each image and condition: task, metric (its name), label (of the metric, for people),
             condition, draw (0, or the number of a condition's draw), fold, image, query (a number; images of one number
-            ask about the same picture), score, loss (the model's own), loss_name. Files and data sets of 0.1 are taken.
+            ask about the same picture), score, loss (the model's own), loss_name.
         pictures: Task → name → uint8 [image, 3, height, width]: "prompt" (canvases, their outputs grey), "truth" and
             every condition's answers for the first images.
     """
@@ -61,11 +59,9 @@ class Table:
     pictures: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        frame = self.frame.to_pandas() if isinstance(self.frame, Dataset) else self.frame
+        frame = self.frame
         if missing := [name for name in COLUMNS if name not in frame]:
             raise ValueError(f"these values have no column {missing[0]!r}; expected {', '.join(COLUMNS)}, ….")
-        if "token_loss" in frame:
-            frame = frame.rename(columns={"token_loss": "loss"}).assign(loss_name="token loss")
         known = {name: metrics.METRICS[name].label for name in set(frame.metric) & set(metrics.METRICS)}
         for name, values in (
             ("label", frame.metric.replace(known)),
@@ -97,12 +93,6 @@ class Table:
             return cls(pd.read_parquet(path))
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} does not hold the values of an evaluation ({error}); evaluate again.") from error
-
-    @property
-    def rows(self) -> Dataset:
-        """Deprecated: `frame` as a datasets.Dataset."""
-        warnings.warn("Table.rows is Table.frame, a pandas frame, since 0.2.", DeprecationWarning, stacklevel=2)
-        return Dataset.from_pandas(self.frame, preserve_index=False)
 
     @property
     def tasks(self) -> list[str]:

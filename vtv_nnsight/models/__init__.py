@@ -1,6 +1,6 @@
 """The models, one family each: plain torch first, then its traceable model.
 
-    >>> model = load_model("BAAI/seggpt-vit-large")     # of whichever family the source is
+>>> model = load_model("BAAI/seggpt-vit-large")     # of whichever family the source is
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from vtv_nnsight.models.interface import InContextModel
 
 FAMILIES = {
-    "mae_vqgan": ("mae_vqgan.tracing", "MAEVQGAN"),
+    "mae_vqgan": ("mae_vqgan.traced", "MAEVQGAN"),
     "vit_mae": ("vit_mae", "ViTMAE"),
     "seggpt": ("painter", "SegGPT"),
     "painter": ("painter", "Painter"),
-    "beit": ("beit", "BEiT"),
-    "net2net": ("net2net", "Net2Net"),
+    "beit": ("baselines.beit", "BEiT"),
+    "net2net": ("baselines.net2net", "Net2Net"),
 }
 """Kind of model → the module of its class, and its name. Kinds are transformers' `model_type`; Painter is a SegGPT
 without type tokens, and Net2Net is not transformers' at all."""
@@ -64,8 +64,8 @@ def load_model(source: str | os.PathLike = "tiny", **kwargs: Any) -> InContextMo
 
 def family_of(source: str, **kwargs: Any) -> str:
     """Which of `FAMILIES` a source is of; arguments are those of `load_model`. No weights are read."""
-    from vtv_nnsight.models.checkpoint_files import is_checkpoint, read_tensors
-    from vtv_nnsight.models.folders import holds_numbers, read_model_type
+    from vtv_nnsight.models.sources import holds_numbers, read_model_type
+    from vtv_nnsight.models.torch_files import is_checkpoint, read_tensors
 
     path = Path(source)
     if source == "tiny":
@@ -86,9 +86,9 @@ def family_of(source: str, **kwargs: Any) -> str:
     else:
         from transformers import AutoConfig
 
-        from vtv_nnsight.models.traceable import HUB_OPTIONS, pick
+        from vtv_nnsight.models.canvas import HUB_OPTIONS, drop_none
 
-        family = AutoConfig.from_pretrained(source, **pick(kwargs, "revision", *HUB_OPTIONS)).model_type
+        family = AutoConfig.from_pretrained(source, **drop_none(kwargs, "revision", *HUB_OPTIONS)).model_type
     if family not in FAMILIES:
         raise ValueError(f"{source!r} is a {family} model; expected one of {', '.join(FAMILIES)}.")
     return family

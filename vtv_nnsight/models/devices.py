@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from vtv_nnsight.models.interface import InContextModel
+
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """What transformers takes for a `device_map` besides devices."""
 
@@ -53,3 +55,10 @@ def check_device_map(device_map: Any) -> None:
 
 def _first(device: torch.device) -> str:
     return device.type if device.type == "cpu" else f"{device.type}:0"
+
+
+def device_of(model: InContextModel) -> torch.device:
+    """Where prompts must go. Loads the weights if they are not loaded yet."""
+    if hasattr(model, "dispatch"):
+        model.dispatch()
+    return model.device

@@ -32,6 +32,17 @@ SITES = ("heads", "attn", "mlp", "residual")
 heads, of its attention, of its MLP, and the residual stream that it leaves (see `sites`)."""
 
 
+HEADS = SITES[0]
+
+
+class ByStage(dict[str, Any]):
+    """Name of a stage → its value."""
+
+    def map(self, function: Callable, *others: Mapping[str, Any]) -> ByStage:
+        """`function` of each stage's value, beside those of `others`."""
+        return ByStage({name: function(value, *(other[name] for other in others)) for name, value in self.items()})
+
+
 @dataclass(frozen=True)
 class Stage:
     """Layers that have the same heads and see the same positions.
@@ -230,3 +241,12 @@ def group_positions(
         return dict(cells)
     known = GRANULARITIES if cells else QUERY_ONLY
     raise ValueError(f"granularity={granularity!r} is unknown; choose from {', '.join(known)}.")
+
+
+PAPERS_PATCHES = 14 * 14
+
+
+def default_batch_size(model: InContextModel, rows: int = 32) -> int:
+    """Prompts per forward, where a user does not say: `rows` on a canvas of 14×14 patches, as the papers' are, and
+    fewer on one of more patches, such as Painter's of 56×56."""
+    return max(1, rows * PAPERS_PATCHES // max(PAPERS_PATCHES, model.layout.num_patches))

@@ -38,11 +38,12 @@ from transformers.utils import ModelOutput
 
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, positions
-from vtv_nnsight.models.checkpoint_files import StoredTensor, is_checkpoint, read_tensors, some
-from vtv_nnsight.models.envoys import PromptBatcher, editable
+from vtv_nnsight.models.canvas import HUB_OPTIONS, CanvasModel, Inputs, drop_none
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage, group_positions
-from vtv_nnsight.models.traceable import HUB_OPTIONS, CanvasModel, Inputs, pick
+from vtv_nnsight.models.nnsight_compat import PromptBatcher, editable
+from vtv_nnsight.models.torch_files import StoredTensor, is_checkpoint, read_tensors
 from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.text import join_names
 
 EMBEDDING_TYPES = ("semantic", "instance")
 
@@ -345,7 +346,9 @@ class Painter(CanvasModel, InContextModel):
                 "checkpoint file or a SegGptForImageSegmentation."
             )
         if isinstance(source, str) and source in self.released:
-            source = hf_hub_download(source, self.released[source], revision=revision, **pick(kwargs, *HUB_OPTIONS))
+            source = hf_hub_download(
+                source, self.released[source], revision=revision, **drop_none(kwargs, *HUB_OPTIONS)
+            )
         envoys = kwargs.pop("envoys", None) or {}
         if isinstance(envoys, dict):
             envoys = {SegGptAttention: AttentionEnvoy, **envoys}
@@ -451,7 +454,7 @@ class Painter(CanvasModel, InContextModel):
 
     def _wrap(self, module: SegGptForImageSegmentation, **kwargs: Any) -> PainterNetwork:
         """The network of a ready module, or of a copy of it when something about it is to differ."""
-        if chosen := pick(kwargs, *kwargs):
+        if chosen := drop_none(kwargs, *kwargs):
             module = self._with_weights(copy.deepcopy(module.config), module.state_dict(), **chosen)
         return PainterNetwork(self._checked(module.eval(), f"this {type(module).__name__}"))
 
@@ -459,7 +462,7 @@ class Painter(CanvasModel, InContextModel):
         self, config: SegGptConfig, weights: dict[str, torch.Tensor], **kwargs: Any
     ) -> SegGptForImageSegmentation:
         """The module of these sizes and weights; in their dtype, where none is asked for."""
-        kwargs = {"dtype": next(iter(weights.values())).dtype} | pick(kwargs, *kwargs)
+        kwargs = {"dtype": next(iter(weights.values())).dtype} | drop_none(kwargs, *kwargs)
         return self._auto().from_pretrained(None, config=config, state_dict=weights, **kwargs)
 
     def _read_config(self, source: str, **kwargs: Any) -> SegGptConfig:
@@ -478,10 +481,10 @@ class Painter(CanvasModel, InContextModel):
         names = {released_name(name): name for name in expected}
         absent = () if typed else TYPE_TOKENS
         if missing := [name for name in names if name not in tensors and name not in absent]:
-            raise ValueError(f"{source} has no {some(missing)}; the file is incomplete, or of another model.")
+            raise ValueError(f"{source} has no {join_names(missing)}; the file is incomplete, or of another model.")
         if strange := [name for name in tensors if name not in names]:
             raise ValueError(
-                f"{source} has {some(strange)}, unknown to {type(self).__name__}; the file is of another model."
+                f"{source} has {join_names(strange)}, unknown to {type(self).__name__}; the file is of another model."
             )
         for released, tensor in tensors.items():
             shape = expected[names[released]].shape
@@ -581,11 +584,7 @@ class SegGPT(Painter):
     typed = True
 
     def __init__(
-        self,
-        source: str | os.PathLike | SegGptForImageSegmentation,
-        *,
-        embedding_type: str = "instance",
-        **kwargs: Any,
+        self, source: str | os.PathLike | SegGptForImageSegmentation, *, embedding_type: str = "instance", **kwargs: Any
     ) -> None:
         if embedding_type not in EMBEDDING_TYPES:
             raise ValueError(f"embedding_type={embedding_type!r} is unknown; choose from {', '.join(EMBEDDING_TYPES)}.")
@@ -663,7 +662,9 @@ def config_of(tensors: Mapping[str, StoredTensor], source: str) -> SegGptConfig:
         ValueError: naming the tensors that are missing or of another shape.
     """
     if missing := [name for name in _SIZES if name not in tensors]:
-        raise ValueError(f"{source} is no Painter and no SegGPT: it has no {some(missing)}, but {some(tensors)}.")
+        raise ValueError(
+            f"{source} is no Painter and no SegGPT: it has no {join_names(missing)}, but {join_names(tensors)}."
+        )
     shapes = {name: list(tensors[name].shape) for name in _SIZES}
     for name, rank in _SIZES.items():
         if len(shapes[name]) != rank:

@@ -28,10 +28,10 @@ from transformers.utils import ModelOutput
 
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, decoder_sources, positions, rank, take
-from vtv_nnsight.models.envoys import EagerProperty, StackEnvoy, heads_of
+from vtv_nnsight.models.canvas import CanvasModel, copy_with, drop_none
 from vtv_nnsight.models.interface import Loss
 from vtv_nnsight.models.mae import MaskedAutoencoder, paint_canvas
-from vtv_nnsight.models.traceable import CanvasModel, changed, pick
+from vtv_nnsight.models.nnsight_compat import EagerProperty, StackEnvoy, heads_of
 from vtv_nnsight.prompts import VisualPrompt
 
 
@@ -295,8 +295,8 @@ class ViTMAE(CanvasModel, MaskedAutoencoder):
     def _wrap(self, module: ViTMAEForPreTraining, **kwargs: Any) -> ViTMAENetwork:
         """The network of a ready module, or of a copy of it when something about it is to differ."""
         check_config(module.config, f"this {type(module).__name__}")
-        if chosen := pick(kwargs, *kwargs):
-            module = changed(module, **chosen)
+        if chosen := drop_none(kwargs, *kwargs):
+            module = copy_with(module, **chosen)
         return ViTMAENetwork(module.eval())
 
     def _read_config(self, source: str, **kwargs: Any) -> ViTMAEConfig:

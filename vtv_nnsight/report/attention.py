@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from vtv_nnsight.evaluation.demonstration import Demonstration
+from vtv_nnsight.evaluation.explorer import Demonstration
 from vtv_nnsight.images import luma, png_of, strip
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.report.pictures import Keep

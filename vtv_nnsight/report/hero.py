@@ -1,7 +1,7 @@
 """A moving picture of what a task vector does: a query, and its answer as the vector comes in.
 
-    >>> frames = animation(Demonstration.load("runs/scenes/shown/segmentation.safetensors"))
-    >>> save_animation(frames, "hero.gif")
+>>> frames = animation(Demonstration.load("runs/scenes/shown/segmentation.safetensors"))
+>>> save_animation(frames, "hero.gif")
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from vtv_nnsight.evaluation.demonstration import Demonstration
+from vtv_nnsight.evaluation.explorer import Demonstration
 from vtv_nnsight.files import replacing
 from vtv_nnsight.images import to_pil
 

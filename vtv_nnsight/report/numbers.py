@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from vtv_nnsight.evaluation.demonstration import Demonstration
+from vtv_nnsight.evaluation.explorer import Demonstration
 from vtv_nnsight.layouts import Layout, named_positions
-from vtv_nnsight.patches import PatchSet
+from vtv_nnsight.models.interface import ByStage
+from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.search.plots import best_so_far
 from vtv_nnsight.search.result import SearchResult
-from vtv_nnsight.stages import ByStage
 
 
 def of_units(result: SearchResult) -> pd.DataFrame:

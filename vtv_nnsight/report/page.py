@@ -23,11 +23,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from vtv_nnsight import plots
 from vtv_nnsight.evaluation import Line, best_others, vector_pairs, verdicts
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
-from vtv_nnsight.evaluation.controls import specific_sentence, task_verdict
-from vtv_nnsight.experiment.record import in_words
+from vtv_nnsight.evaluation.random_controls import specific_sentence, task_verdict
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
-from vtv_nnsight.patches import PatchSet
+from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.progress import duration
 from vtv_nnsight.report import numbers
 from vtv_nnsight.report.attention import looks
@@ -45,6 +44,7 @@ from vtv_nnsight.report.pictures import (
 )
 from vtv_nnsight.report.play import moving, playground, still
 from vtv_nnsight.report.reading import CONDITIONS, PICTURES, Found, read
+from vtv_nnsight.runs.record import in_words
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.tasks import Task
 

@@ -103,9 +103,7 @@ def searches(results: Mapping[str, Sequence[SearchResult]]) -> Figure:
     return search_plots.curves({plain_label(name): found for name, found in results.items()})
 
 
-def all_searches(
-    results: Mapping[str, Sequence[SearchResult]], bounds: Mapping[str, Mapping[str, float]]
-) -> Figure:
+def all_searches(results: Mapping[str, Sequence[SearchResult]], bounds: Mapping[str, Mapping[str, float]]) -> Figure:
     """The searches of several tasks, a small panel each, with lines for conditions without a vector.
 
     Args:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from vtv_nnsight.evaluation.demonstration import SIDE, Demonstration
+from vtv_nnsight.evaluation.explorer import SIDE, Demonstration
 from vtv_nnsight.images import png_of, strip, to_pil
-from vtv_nnsight.patches import PatchSpace
+from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.report.hero import animation, save_animation
 from vtv_nnsight.report.numbers import of_playground
 from vtv_nnsight.report.pictures import Keep

@@ -11,12 +11,12 @@ import torch
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Line, Table
 from vtv_nnsight.evaluation.conditions import BASELINE, BOTH, CEILING, FLOOR, MATCHED, OTHER, PATCHED, RANDOM, ZERO_SHOT
-from vtv_nnsight.evaluation.demonstration import Demonstration
-from vtv_nnsight.experiment.record import changed_files, read_record
+from vtv_nnsight.evaluation.explorer import Demonstration
 from vtv_nnsight.files import read_tensors
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import crop
+from vtv_nnsight.runs.record import changed_files, read_record
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
@@ -55,7 +55,7 @@ class Found(NamedTuple):
         record: run.json.
         results: Task → name of the fold ("" where there are none) → what its search found.
         scores: Name of the fold → `TaskVectors.score()`; none of a single task.
-        shown: Task → what was looked at closely, in the first fold; empty of runs of 0.1.
+        shown: Task → what was looked at closely, in the first fold.
     """
 
     name: str

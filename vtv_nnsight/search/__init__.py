@@ -22,17 +22,16 @@ Arguments that all of them share:
 - progress: Show a progress bar with the held-out loss.
 
 An algorithm proposes masks and reads losses and nothing else: `search.reinforce.on(objective, budget=…)` runs it on any
-`SearchObjective`, of a model or not. To write a new one, see `vtv_nnsight.search.algorithm`; a file of this folder is
+`SearchObjective`, of a model or not. To write a new one, see `vtv_nnsight.search.budget`; a file of this folder is
 all it takes. (It is also a name of `search` at once; the imports below tell editors so.)
 """
 
-import warnings
 from importlib import import_module
 from pkgutil import iter_modules
 
 from vtv_nnsight.search import plots
-from vtv_nnsight.search.algorithm import Search, SearchObjective
 from vtv_nnsight.search.attribution import attribution
+from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.gates import gates
 from vtv_nnsight.search.greedy import greedy
 from vtv_nnsight.search.mediation import mediation
@@ -47,13 +46,6 @@ for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
 ALGORITHMS.update({name: ALGORITHMS.pop(name) for name in sorted(ALGORITHMS)})
 globals().update(ALGORITHMS)
-
-
-def __getattr__(name: str) -> tuple[str, str]:
-    if name != "LOSSES":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn("search.LOSSES is deprecated; a model's are its `losses` and PIXELS.", DeprecationWarning, 2)
-    return "tokens", PIXELS
 
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vtv_nnsight.search.algorithm import GRADIENT_COST, Search
+from vtv_nnsight.search.budget import GRADIENT_COST, Search
 from vtv_nnsight.search.registry import algorithm
 
 

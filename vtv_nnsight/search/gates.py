@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vtv_nnsight.search.algorithm import GRADIENT_COST, Search
 from vtv_nnsight.search.attribution import estimated_falls
+from vtv_nnsight.search.budget import GRADIENT_COST, Search
 from vtv_nnsight.search.registry import algorithm
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1

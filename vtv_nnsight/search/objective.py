@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
+from accelerate.utils import reduce
 
-from vtv_nnsight.models.interface import InContextModel, Loss
-from vtv_nnsight.patches import PatchSpace, patch
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
+from vtv_nnsight.models.sites import stop_gradient
+from vtv_nnsight.parallel import processes
+from vtv_nnsight.patching import PatchSpace, patch
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.search.holdout import hold_out
-from vtv_nnsight.sites import stop_gradient
-from vtv_nnsight.stages import device_of, fingerprint, fitting_rows
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import Activations, TaskVector
+from vtv_nnsight.vectors.compatibility import fingerprint
 
 PIXELS = "pixels"
 """The name of the task's own loss of the painted answer, which every model has beside its `losses`."""
@@ -69,7 +69,7 @@ class Objective:
             cross-entropy of the output's logits against the tokenizer's codes of the truth); or "pixels", the task's
             own loss of the painted answer, as published.
         batch_size: Rows of a trace; halved when memory runs out. None: 16 on a CPU, 256 elsewhere, and fewer where the
-            canvas has more patches than MAE-VQGAN's (`stages.fitting_rows`).
+            canvas has more patches than MAE-VQGAN's (`stages.default_batch_size`).
         held_out: The share of the prompts that is held out, so that they share no picture with the others (see
             `holdout.split_prompts`), or prompts of their own (a list, for several tasks).
         seed: Of the split.
@@ -114,7 +114,7 @@ class Objective:
         self.model, self.space, self.loss = model, space, loss
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
-        self.batch_size = batch_size or fitting_rows(model, 16 if device.type == "cpu" else 256)
+        self.batch_size = batch_size or default_batch_size(model, 16 if device.type == "cpu" else 256)
         self._fits = self.batch_size
         self.vectors = [v.to(device) for v in vectors]
         parts = hold_out(groups, held_out if isinstance(held_out, (int, float)) else apart, seed)
@@ -272,12 +272,6 @@ class Objective:
         if self._loss:
             return self._loss.value(output, answered, truth)
         return self.tasks[task].loss(crop(self.model.paint(output, prompts), "output", prompts.layout), truth)
-
-
-def processes() -> PartialState:
-    """The processes that a launcher started, and which this is. Accelerate looks for CPU processes only if told to."""
-    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=cpu, timeout=timedelta(hours=12))  # one may wait long for what another does alone
 
 
 def _listed(value: Any) -> list:

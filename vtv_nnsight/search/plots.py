@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from vtv_nnsight.patches import PatchSet, PatchSpace
+from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.search.result import SearchResult
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from vtv_nnsight.search.algorithm import Search
+from vtv_nnsight.search.budget import Search
 
 
 class Recipe(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from vtv_nnsight.search.algorithm import Search
+from vtv_nnsight.search.budget import Search
 from vtv_nnsight.search.registry import algorithm
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec
 
 import torch
 
-from vtv_nnsight.search.algorithm import Search, SearchObjective
+from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.journal import digest
 from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.search.result import SearchResult
 
 if TYPE_CHECKING:
     from vtv_nnsight.models.interface import InContextModel
-    from vtv_nnsight.patches import PatchSpace
+    from vtv_nnsight.patching import PatchSpace
     from vtv_nnsight.prompts import VisualPrompt
     from vtv_nnsight.tasks import Task
     from vtv_nnsight.vectors import TaskVector, TaskVectors

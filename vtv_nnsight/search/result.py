@@ -12,7 +12,7 @@ import torch
 
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.images import png
-from vtv_nnsight.patches import PatchSet, PatchSpace
+from vtv_nnsight.patching import PatchSet, PatchSpace
 
 
 class Step(NamedTuple):

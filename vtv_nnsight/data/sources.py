@@ -1,0 +1,255 @@
+"""Data by a short name, as the command line takes it, and their division into pictures to learn from and to test on.
+
+    >>> images = data.load("pascal:/data:0", "train")
+    >>> train, test = data.split_data("photos/holiday", train=500, test=100)
+
+A source is declared once, in `SOURCES`; the command line, its help and the tests read it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, get_dataset_split_names
+
+from vtv_nnsight.data.drawn_scenes import scenes
+from vtv_nnsight.data.embedded_pictures import pictures
+from vtv_nnsight.data.folders import folder
+from vtv_nnsight.data.hub_datasets import hub
+from vtv_nnsight.data.package_photographs import photographs
+from vtv_nnsight.data.pair_folders import pairs
+from vtv_nnsight.data.pascal_voc import LISTS, detection, pascal
+from vtv_nnsight.data.reasoning_shapes import reasoning
+from vtv_nnsight.progress import progress_bar
+
+SPLITS = ("train", "validation", "test")
+DRAWN = 500
+"""Rows of a generated source, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where pictures come from.
+
+    Args:
+        name: Its name.
+        argument: What stands after the name and a colon, as people read it: "ROOT[:FOLD]"; "" where nothing does.
+        help: What it is, in a sentence without a full stop.
+        load: `load(argument, split, n, seed)` → rows of a split ("train", "validation", "test", or None for all rows of
+            a source that is not divided and else for "train"). No picture of "train" is in the others.
+        generated: Whether `n` rows are drawn (500 where it is None); else `load` returns all that there are.
+    """
+
+    name: str
+    argument: str
+    help: str
+    load: Callable[[str, str | None, int | None, int], Dataset]
+    generated: bool = False
+
+    @property
+    def usage(self) -> str:
+        """How it is written: "pascal:ROOT[:FOLD]"."""
+        return f"{self.name}:{self.argument}" if self.argument else self.name
+
+
+def _scenes(_: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    return scenes(split or "train", DRAWN if n is None else n, seed)
+
+
+def _reasoning(task: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    return reasoning(task, DRAWN if n is None else n, seed, split or "train")
+
+
+def _pictures(_: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    return pictures("test" if _checked(split) == "validation" else split or "train")
+
+
+def _photographs(_: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    return photographs("test" if _checked(split) == "validation" else split)
+
+
+def _pascal(argument: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    root, fold, splits = pascal_argument(argument)
+    return pascal(root, fold, _VOC.get(split, split), splits=splits)
+
+
+def pascal_argument(argument: str) -> tuple[str, int | None, str]:
+    """Root, fold (None for all) and lists of "ROOT[:FOLD][:LISTS]"."""
+    rest, colon, last = argument.rpartition(":")
+    argument, splits = (rest, last) if colon and last in LISTS else (argument, "published")
+    root, _, fold = argument.rpartition(":")
+    return (root, int(fold), splits) if root and fold.isdecimal() else (argument, None, splits)
+
+
+def _detection(argument: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    root, _, share = argument.rpartition(":")
+    try:
+        root, largest = (root, float(share)) if root else (argument, 0.5)
+    except ValueError:
+        root, largest = argument, 0.5
+    return detection(root, _VOC.get(split, split), largest=largest)
+
+
+def _hub(argument: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    name, _, own = argument.partition(":")
+    if own:
+        return _part(hub(name, own), split, argument)
+    there = get_dataset_split_names(name)
+    first = "train" if "train" in there else there[0]
+    if split not in (None, *SPLITS):
+        return hub(name, split)
+    held = [other for other in (split, "test", "validation") if other in there and other not in (None, first)]
+    if not held:
+        return _part(hub(name, first), split, name)
+    return hub(name, first if split in (None, "train") else held[0])
+
+
+def _folder(path: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    return _part(folder(path), split, path)
+
+
+def _pairs(path: str, split: str | None, n: int | None, seed: int) -> Dataset:
+    return _part(pairs(path), split, path)
+
+
+_VOC = {None: "trn", "train": "trn", "validation": "val", "test": "val"}
+
+SOURCES = {
+    source.name: source
+    for source in (
+        Source("scenes", "", "generated scenes with masks and classes", _scenes, generated=True),
+        Source("pictures", "", "real things that the package carries, with masks and classes", _pictures),
+        Source(
+            "reasoning",
+            "TASK",
+            "generated figures for color, shape, size or two of them joined by '+'",
+            _reasoning,
+            generated=True,
+        ),
+        Source("photographs", "", "sixteen photographs of the 'pretraining' extra", _photographs),
+        Source(
+            "pascal",
+            "ROOT[:FOLD][:LISTS]",
+            "Pascal VOC with masks, all classes or one fold of Pascal-5i; LISTS says which pictures make it: "
+            "published (in the package, the default), masks (made of them) or splits (ROOT/splits)",
+            _pascal,
+        ),
+        Source(
+            "detection",
+            "ROOT[:LARGEST]",
+            "single objects of Pascal VOC whose boxes cover at most LARGEST of the picture: 0.5 (the paper's, the "
+            "default) or 0.2 (the released code's)",
+            _detection,
+        ),
+        Source("hf", "NAME[:SPLIT]", "a data set of the Hub, divided as it is or one split of it divided here", _hub),
+        Source("pairs", "PATH", "pictures in PATH/inputs and what becomes of them in PATH/answers", _pairs),
+        Source("folder", "PATH", "a folder of pictures; its path alone will do, unless it is a source's name", _folder),
+    )
+}
+"""What `load` takes: name → Source."""
+
+
+def load(spec: str, split: str | None = None, n: int | None = None, seed: int = 0) -> Dataset:
+    """Rows for tasks.
+
+    No picture of "train" is in "validation" or "test", whatever the seeds. Where a source has two parts, these two are
+    the same part. A source that is not divided (a folder; one split of a Hub data set) keeps a quarter of its pictures
+    for them, always the same ones, told by their contents.
+
+    Args:
+        spec: "scenes", "pascal:ROOT:0", … (see `SOURCES`), or the path of a folder of pictures. The names of sources
+            come first: a folder called scenes is "./scenes".
+        split: "train", "validation" or "test". None is every row of a source that is not divided, else "train".
+        n: Rows wanted: as many generated ones (500 by default), or at most as many of the others, drawn at random.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError, FileNotFoundError: when it is none of those, or what it names cannot be read.
+    """
+    source, argument = _find(spec)
+    rows = source.load(argument, split, n, seed)
+    if source.generated or n is None or n >= len(rows):
+        return rows
+    return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False)))
+
+
+def split_data(spec: str, train: int | None = None, test: int | None = None, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Rows to learn from and rows to test on, which share no picture.
+
+    Args:
+        spec: As for `load`.
+        train, test: The most rows of each, or as many generated ones.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError: also when fewer than two pictures are left on a side: a prompt needs an example and a query.
+
+    Warns:
+        UserWarning: when a data set has pictures in both of its own splits; they are not tested on.
+    """
+    parts = load(spec, "train", train, seed), load(spec, "test", test, seed)
+    known = set(identities(parts[0]))
+    new = [i for i, identity in enumerate(identities(parts[1])) if identity not in known]
+    if (repeated := len(parts[1]) - len(new)) > 0:
+        warnings.warn(
+            f"{repeated} test pictures of {spec} are among its training pictures, too; they are left out.", stacklevel=2
+        )
+        parts = parts[0], parts[1].select(new)
+    if min(map(len, parts)) < 2:
+        raise ValueError(
+            f"{spec} leaves {len(parts[0])} pictures to learn from and {len(parts[1])} to test on; give data with 2 or "
+            "more of each."
+        )
+    return parts
+
+
+def identities(rows: Dataset) -> list[str]:
+    """A digest of each row's picture, of the bytes of its file: equal pictures have equal ones, wherever they lie."""
+    digests = []
+    with progress_bar(total=len(rows), desc="telling pictures apart", unit="picture", disable=len(rows) < 2000) as bar:
+        for batch in rows.select_columns("image").with_format("arrow").iter(100):
+            for cell in batch["image"].to_pylist():
+                content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+                digests.append(hashlib.blake2b(content, digest_size=16).hexdigest())
+            bar.update(len(batch))
+    return digests
+
+
+def _find(spec: str) -> tuple[Source, str]:
+    """The source that a user means, and its argument."""
+    name, _, argument = spec.partition(":")
+    source = SOURCES.get(name)
+    if source and bool(argument) == bool(source.argument):
+        return source, argument
+    if not source and Path(spec).expanduser().is_dir():
+        return SOURCES["folder"], spec
+    known = ", ".join(source.usage for source in SOURCES.values())
+    raise ValueError(
+        f"{spec!r} is not a source of data; give {known}, or the path of a folder of pictures (./scenes is a folder, "
+        "scenes is not)."
+    )
+
+
+def _part(rows: Dataset, split: str | None, name: str) -> Dataset:
+    """A split of rows that have none: a quarter of the pictures, at least two, is for "validation" and "test"."""
+    if _checked(split) is None:
+        return rows
+    keys = np.array(identities(rows))
+    pictures = np.unique(keys)
+    if len(pictures) < 4:
+        raise ValueError(
+            f"{name} holds {len(pictures)} different pictures and some are set aside to be tested on; give 4 or more."
+        )
+    held = np.random.default_rng(0).permutation(pictures)[: max(2, len(pictures) // 4)]
+    return rows.select(np.flatnonzero(np.isin(keys, held) == (split != "train")))
+
+
+def _checked(split: str | None) -> str | None:
+    if split not in (None, *SPLITS):
+        raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}.")
+    return split

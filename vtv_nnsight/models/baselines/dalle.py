@@ -1,0 +1,211 @@
+"""DALL-E's tokenizer, a discrete VAE of 8192 codes (Ramesh et al., *Zero-Shot Text-to-Image Generation*, ICML 2021,
+§2.1 and appendix A), which BEiT predicts the codes of: a code stands for 8×8 pixels.
+
+    >>> tokenizer = load_tokenizer("dall-e")              # a folder with decoder.pkl and, if it is there, encoder.pkl
+    >>> pixels = tokenizer.decode(codes)                  # [batch, patch] → [batch, 3, height, width] in [0, 1]
+
+The published `decoder.pkl` and `encoder.pkl` are pickles of whole modules. Only the tensors in them are read, and
+nothing of them is run (see `models.checkpoint_files`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from vtv_nnsight.models.torch_files import StoredTensor, check_tensors, read_tensors
+from vtv_nnsight.text import join_names
+
+DECODER, ENCODER = "decoder.pkl", "encoder.pkl"
+"""Names of the published files."""
+GROUPS = 4
+EPSILON = 0.1
+"""Pixels in [0, 1] are [0.1, 0.9] to the tokenizer (appendix A.3, the logit-Laplace distribution)."""
+MOST_BLOCKS = 64
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What paints codes. It may also have `encode(pixels)`, pixels [batch, 3, height, width] in [0, 1] → codes
+    [batch, patch], `patch_size`, the pixels along a code that `encode` is given (8 where it says nothing), and
+    `num_codes`."""
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [batch, patch] of a square grid, row by row → pixels [batch, 3, height, width] in [0, 1]."""
+
+
+class Block(nn.Module):
+    """A bottleneck with a shortcut; `sizes` are those of its four kernels."""
+
+    def __init__(self, in_channels: int, out_channels: int, sizes: tuple[int, ...], gain: float) -> None:
+        super().__init__()
+        hidden = out_channels // 4
+        widths = (in_channels, hidden, hidden, hidden, out_channels)
+        self.gain = gain
+        self.id_path = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        path = OrderedDict()
+        for i, (size, a, b) in enumerate(zip(sizes, widths, widths[1:]), 1):
+            path |= {f"relu_{i}": nn.ReLU(), f"conv_{i}": nn.Conv2d(a, b, size, padding=size // 2)}
+        self.res_path = nn.Sequential(path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+def stack(
+    first: nn.Module,
+    widths: list[int],
+    blocks: int,
+    sizes: tuple[int, ...],
+    resample: Callable[[], nn.Module],
+    channels: int,
+) -> nn.Sequential:
+    """`first`, groups of blocks from width to width with a change of resolution between them, and a last layer."""
+    gain = 1 / (GROUPS * blocks) ** 2
+    parts = OrderedDict(first=first)
+    for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
+        group = OrderedDict((f"block_{n + 1}", Block(b if n else a, b, sizes, gain)) for n in range(blocks))
+        if i < GROUPS:
+            group["resample"] = resample()
+        parts[f"group_{i}"] = nn.Sequential(group)
+    parts["last"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=nn.Conv2d(widths[-1], channels, 1)))
+    return nn.Sequential(parts)
+
+
+class DVAE(nn.Module):
+    """Codes to pixels, and back where there is an encoder.
+
+    Args:
+        num_codes: Entries of its vocabulary.
+        width: Channels of the decoder's last group; those before have 2, 4 and 8 times as many.
+        first_width: Channels of a code.
+        blocks: Blocks of each of the four groups.
+        encoder: (width, blocks) of the encoder; None for a tokenizer that only decodes.
+    """
+
+    patch_size = 2 ** (GROUPS - 1)
+
+    def __init__(
+        self,
+        num_codes: int = 8192,
+        width: int = 256,
+        first_width: int = 128,
+        blocks: int = 2,
+        encoder: tuple[int, int] | None = (256, 2),
+    ) -> None:
+        super().__init__()
+        self.num_codes = num_codes
+        widths = [first_width, 8 * width, 4 * width, 2 * width, width]
+        first = nn.Conv2d(num_codes, first_width, 1)
+        self.decoder = stack(first, widths, blocks, (1, 3, 3, 3), partial(nn.Upsample, scale_factor=2), 6)
+        self.encoder = None
+        if encoder is not None:
+            width, blocks = encoder
+            first = nn.Conv2d(3, width, 7, padding=3)
+            widths = [width, width, 2 * width, 4 * width, 8 * width]
+            self.encoder = stack(first, widths, blocks, (3, 3, 3, 1), partial(nn.MaxPool2d, 2), num_codes)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [batch, patch] of a square grid, row by row → pixels [batch, 3, 8 * grid, 8 * grid] in [0, 1]: the
+        means of what it decodes to."""
+        first, *rest = self.decoder
+        x = F.embedding(codes, first.weight[:, :, 0, 0].T) + first.bias  # a 1x1 convolution of one-hot codes
+        x = rearrange(x, "b (h w) c -> b c h w", h=math.isqrt(codes.shape[1]))
+        for part in rest:
+            x = part(x)
+        return ((x[:, :3].float().sigmoid() - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [batch, 3, 8 * grid, 8 * grid] in [0, 1] → codes [batch, patch], row by row.
+
+        Raises:
+            ValueError: when there is no encoder.
+        """
+        if self.encoder is None:
+            raise ValueError(f"this tokenizer has no encoder; put the published {ENCODER} beside its {DECODER}.")
+        pixels = ((1 - 2 * EPSILON) * pixels + EPSILON).to(self.encoder.first.weight.dtype)
+        return self.encoder(pixels).argmax(1).flatten(1)
+
+
+def can_encode(tokenizer: Tokenizer | None) -> bool:
+    """Whether a tokenizer makes codes of pixels, too."""
+    return tokenizer.encoder is not None if isinstance(tokenizer, DVAE) else hasattr(tokenizer, "encode")
+
+
+def load_tokenizer(source: Tokenizer | str | os.PathLike, *, weights: bool = True) -> Tokenizer:
+    """A tokenizer, on the CPU in float32.
+
+    Args:
+        source: The published `decoder.pkl`, or the folder that it is in; an `encoder.pkl` beside it is read, too. Or
+            something that decodes by itself, which is returned.
+        weights: Read the weights; False builds it on the meta device, of the shapes alone.
+
+    Raises:
+        TypeError: when it is no path and has no `decode`.
+        FileNotFoundError, ValueError: naming the file, and the tensors that are missing, unknown or of other shapes.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        if not isinstance(source, Tokenizer):
+            raise TypeError(
+                f"{type(source).__name__} is not a tokenizer: it has no decode(codes); give one that has, or the path "
+                f"of DALL-E's {DECODER}."
+            )
+        return source
+    path = Path(source)
+    path = path / DECODER if path.is_dir() else path
+    files = {"decoder": path}
+    if (path.parent / ENCODER).exists():
+        files["encoder"] = path.parent / ENCODER
+    tensors = {part: read_tensors(file) for part, file in files.items()}
+    blocks = {part: _count_blocks(tensors[part], files[part]) for part in files}
+    ends = {part: (own["blocks.input.w"].shape, own["blocks.output.conv.w"].shape) for part, own in tensors.items()}
+    (first_width, num_codes, *_), (_, width, *_) = ends["decoder"]
+    encoder = (ends["encoder"][0][0], blocks["encoder"]) if "encoder" in files else None
+    with torch.device("meta"):
+        tokenizer = DVAE(num_codes, width, first_width, blocks["decoder"], encoder)
+    state = {}
+    for part, file in files.items():
+        own = getattr(tokenizer, part).state_dict()
+        published = {name: _published(name) for name in own}
+        shapes = {published[name]: value.shape for name, value in own.items()}
+        check_tensors(shapes, tensors[part], file, "DALL-E's tokenizer")
+        if weights:
+            state |= {f"{part}.{name}": tensors[part][published[name]].read(torch.float32) for name in own}
+    if weights:
+        tokenizer.load_state_dict(state, assign=True)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def _published(name: str) -> str:
+    """The published name of a parameter. `input` and `output` have other names here, which nnsight does not need."""
+    first, rest = name.removesuffix("weight").removesuffix("bias"), "w" if name.endswith("weight") else "b"
+    group, *path = first.split(".")
+    return ".".join(["blocks", {"first": "input", "last": "output"}.get(group, group), *path]) + rest
+
+
+def _count_blocks(tensors: Mapping[str, StoredTensor], file: Path) -> int:
+    """How many blocks its groups have, of a file that has what sizes are read off."""
+    needed = ("blocks.input.w", "blocks.output.conv.w", "blocks.group_1.block_1.res_path.conv_1.w")
+    if missing := [name for name in needed if name not in tensors]:
+        raise ValueError(
+            f"{file} is no part of DALL-E's tokenizer: it has no {join_names(missing)}, but {join_names(tensors)}."
+        )
+    for name in needed:
+        if len(shape := tensors[name].shape) != 4 or 0 in shape:
+            raise ValueError(f"{file}: {name} has shape {list(shape)}; expected that of a convolution.")
+    first = "blocks.group_1.block_"
+    numbers = (name.removeprefix(first).split(".")[0] for name in tensors if name.startswith(first))
+    blocks = max(int(number) for number in numbers if number.isdecimal() and len(number) < 9)
+    if blocks > MOST_BLOCKS:
+        raise ValueError(f"{file} declares {blocks} blocks in a group; expected at most {MOST_BLOCKS}.")
+    return blocks

@@ -1,0 +1,187 @@
+"""MAE-VQGAN (Bar et al., *Visual Prompting via Image Inpainting*, NeurIPS 2022, §3): a masked autoencoder that predicts
+a VQGAN's codes at the hidden patches of a canvas.
+
+    >>> model = MAEVQGANModel(MAEVQGANConfig())
+    >>> logits = model(canvas, layout.visible, layout.all_patches).logits     # [batch, decoded patch, code]
+    >>> completed = model.generate(canvas, layout.visible, layout.all_patches)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from vtv_nnsight.layouts import Layout, decoder_sources, positions, take
+from vtv_nnsight.models.mae import paint_canvas
+from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan.layers import Block, PatchEmbed, sincos_positions
+from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
+
+
+@dataclass
+class MAEVQGANOutput(ModelOutput):
+    """
+    Args:
+        logits: Scores of the codebook's entries, [batch, decoded patch, code].
+    """
+
+    logits: torch.FloatTensor | None = None
+
+
+class Encoder(nn.Module):
+    """CLS and the visible patches → [batch, 1 + visible patch, hidden_size]."""
+
+    def __init__(self, config: MAEVQGANConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.layout.num_positions, width), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(config, width, config.num_attention_heads) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, canvas: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        cls = self.cls_token.expand(len(canvas), -1, -1)
+        x = torch.cat([cls, self.patch_embed(canvas, visible)], dim=1)
+        x = x + _positions(self.pos_embed, visible)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """The encoder's tokens, with a mask token at every hidden patch → logits [batch, decoded patch, code]."""
+
+    def __init__(self, config: MAEVQGANConfig) -> None:
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.layout.num_positions, width), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(config, width, config.decoder_num_attention_heads) for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.head = nn.Linear(width, config.num_codes)
+
+    def forward(
+        self, encoded: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor, logits_to_keep: int = 0
+    ) -> torch.Tensor:
+        mask = self.mask_token.expand(len(encoded), -1, -1).to(encoded.dtype)
+        x = torch.cat([self.embed(encoded), mask], dim=1)
+        x = take(x, decoder_sources(visible, decoded)) + _positions(self.pos_embed, decoded)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, -logits_to_keep or 1 :])
+
+
+def _positions(embedding: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    if seen.ndim == 2:
+        embedding = embedding.expand(len(seen), -1, -1)
+    return take(embedding, positions(seen))
+
+
+class MAEVQGANModel(PreTrainedModel):
+    """Encoder, decoder and tokenizer.
+
+    Canvases are pixels in [0, 1]; the model normalises them. Patch ids are shared by the batch ([n]) or given for each
+    row ([batch, n], for training with a mask of its own for every canvas).
+    """
+
+    config_class = MAEVQGANConfig
+    base_model_prefix = ""
+    main_input_name = "canvas"
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]
+
+    def __init__(self, config: MAEVQGANConfig) -> None:
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.vqgan = VQGAN(config)
+        self.post_init()
+
+    @property
+    def layout(self) -> Layout:
+        """The canvas with one example."""
+        return self.config.layout
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """MAE's initialisation of the transformer; the tokenizer keeps torch's own."""
+        if isinstance(module, (Encoder, Decoder)):
+            for name, parameter in module.named_parameters():
+                if name in ("cls_token", "mask_token"):
+                    init.normal_(parameter, std=0.02)
+                elif name == "pos_embed":
+                    init.copy_(parameter, sincos_positions(self.config.layout.grid, parameter.shape[-1]))
+                elif parameter.ndim == 2:
+                    init.xavier_uniform_(parameter)
+                elif name.endswith("bias"):
+                    init.zeros_(parameter)
+
+    def forward(
+        self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor, logits_to_keep: int = 0
+    ) -> MAEVQGANOutput:
+        """Run the transformer.
+
+        Args:
+            canvas: [batch, 3, height, width] in [0, 1].
+            visible: Ids of the patches that the encoder sees, [n] or [batch, n].
+            decoded: Ids of the patches that the decoder sees, [m] or [batch, m]; those that are not visible get the
+                mask token.
+            logits_to_keep: Predict the last so many of the decoded patches alone, as in transformers; 0 is all.
+
+        Returns:
+            logits [batch, m, code].
+        """
+        mean, std = (canvas.new_tensor(v).view(3, 1, 1) for v in (self.config.image_mean, self.config.image_std))
+        pixels = ((canvas - mean) / std).to(self.encoder.patch_embed.proj.weight.dtype)
+        visible, decoded = visible.to(canvas.device), decoded.to(canvas.device)
+        encoded = self.encoder(pixels, visible)
+        return MAEVQGANOutput(logits=self.decoder(encoded, visible, decoded, logits_to_keep=logits_to_keep))
+
+    @torch.no_grad()
+    def generate(
+        self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor, paste: bool = True
+    ) -> torch.Tensor:
+        """Complete the canvas: arg-max code of every decoded patch, the VQGAN's picture of them, and the canvas's own
+        pixels at the visible patches.
+
+        When only some rows or columns are decoded, they are repeated over the canvas before the VQGAN draws it, as the
+        released code does zero-shot.
+
+        Args:
+            canvas: [batch, 3, height, width] in [0, 1].
+            visible: LongTensor [visible patch], shared by the batch.
+            decoded: LongTensor [decoded patch], shared by the batch, a block of whole rows and columns.
+            paste: Keep the canvas's own pixels at the visible patches; False gives the VQGAN's picture of all of it.
+
+        Returns:
+            [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated, as published).
+        """
+        logits = self.forward(canvas, visible, decoded).logits
+        return self.paint(logits.argmax(-1), canvas, visible, decoded, paste)
+
+    @torch.no_grad()
+    def paint(
+        self,
+        codes: torch.Tensor,
+        canvas: torch.Tensor,
+        visible: torch.Tensor,
+        decoded: torch.Tensor,
+        paste: bool = True,
+    ) -> torch.Tensor:
+        """The canvas with its hidden patches drawn from codes [batch, decoded patch]; the second half of `generate`."""
+        return paint_canvas(self.vqgan.decode, codes, canvas, visible, decoded, self.layout, paste)
+
+
+AutoConfig.register(MAEVQGANConfig.model_type, MAEVQGANConfig)
+AutoModel.register(MAEVQGANConfig, MAEVQGANModel)

@@ -1,0 +1,259 @@
+"""What a run found, in one folder that others can use: task vectors, and the units that take them.
+
+    >>> bundle = bundles.load("runs/scenes")               # or "tiny": the one that the package carries
+    >>> with model.generate(prompts.query_only()) as tracer:
+    ...     patch(model, *bundle["segmentation"])
+    ...     answers = tracer.result.save()
+
+A folder has `vectors.safetensors` (`TaskVectors`) and `search/TASK.safetensors` (`SearchResult`), as `vtv run` writes
+them. It can be shared on the Hugging Face Hub, with a card:
+
+    >>> bundle.push_to_hub("me/scenes-vectors", licence="mit")
+    >>> bundles.load("hub:me/scenes-vectors")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtv_nnsight.files import write_text
+from vtv_nnsight.layouts import positions
+from vtv_nnsight.models import load_model
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.search.result import SearchResult
+from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.vectors import TaskVector, TaskVectors
+
+EMBEDDED = "tiny"
+"""The bundle that the package carries, of the model of that name."""
+VECTORS, ABOUT, CARD_NAME = "vectors.safetensors", "bundle.json", "README.md"
+CARD = """---
+{licence}library_name: vtv-nnsight
+tags: [task-vectors, interpretability, nnsight]
+---
+
+# Task vectors: {name}
+
+Mean activations of attention heads, task by task, and the units at which they make a model do the task with no example,
+as in *Finding Visual Task Vectors* (ECCV 2024), for [nnsight](https://nnsight.net) by vtv-nnsight. Model: `{model}`.
+
+```python
+from vtv_nnsight import bundles, patch
+
+bundle = bundles.load("hub:OWNER/NAME")
+bundle.check(model)  # refuses another model, naming what differs
+with model.generate(prompts.query_only()) as tracer:
+    patch(model, *bundle["TASK"])
+    answers = tracer.result.save()
+```
+
+| task | prompts | units |
+|---|---|---|
+{rows}
+{picture}{measured}
+## The model's fingerprint
+
+```json
+{fingerprint}
+```
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
+    """Task → its vector and the units that take it, as `patch` wants them.
+
+    Args:
+        vectors: The vectors; some may be of tasks without units.
+        found: Task → what a search found for it.
+        name: Where it is from, for messages.
+        model: The source of its model, as `models.load_model` takes it, where that is known.
+        folder: Where it was read, with the tables and pictures of a run beside it.
+        vqgan: The tokenizer's own checkpoint that `model` was read with, where there was one.
+    """
+
+    vectors: TaskVectors
+    found: Mapping[str, SearchResult]
+    name: str = "these vectors"
+    model: str | None = None
+    folder: Path | None = None
+    vqgan: str | None = None
+
+    def __getitem__(self, task: str) -> tuple[TaskVector, PatchSet]:
+        if task not in self.found:
+            raise KeyError(f"the bundle of {self.name} has nothing of {task!r}; choose from {', '.join(self)}.")
+        return self.vectors[task], self.found[task].patches
+
+    def __iter__(self) -> Iterator[str]:
+        return (task for task in self.vectors if task in self.found)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"Bundle({self.name}: {', '.join(f'{task} at {len(self[task][1])} units' for task in self)})"
+
+    def load_model(self, source: str | None = None, **options: Any) -> InContextModel:
+        """The model that the vectors are of: SegGPT's with their `embedding_type`, the run's own with its tokenizer.
+
+        Args:
+            source: Where it is to be read; by default where the run read it.
+            **options: As for `models.load_model`.
+
+        Raises:
+            ValueError, OSError: as `models.load_model`; `check` says whether a model is theirs.
+        """
+        owner = next(iter(self.vectors.values())).fingerprint
+        known = {"embedding_type": owner.get("embedding_type"), "vqgan": None if source else self.vqgan}
+        return load_model(source or self.model or EMBEDDED, **known | options)
+
+    def check(self, model: InContextModel) -> None:
+        """Refuse a model that the vectors are not of, naming what differs.
+
+        Raises:
+            ValueError: so.
+        """
+        device_of(model)
+        owner = next(iter(self.vectors.values())).fingerprint
+        check_compatible(f"the bundle of {self.name}", owner, "this model", fingerprint(model, cached=True))
+
+    def compact(self) -> Bundle:
+        """The same, of the positions that a query-only prompt shows: all that patching without an example needs."""
+        layout = next(iter(self.found.values())).patches.space.layout
+        kept = torch.zeros(layout.num_positions, dtype=torch.bool).index_fill(0, positions(layout.query_band), True)
+        return replace(self, vectors=TaskVectors({name: _keep(v, kept) for name, v in self.vectors.items()}))
+
+    def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+        """Write a folder, which is made; vectors in float16 take half the room, and lose a part in two thousand."""
+        folder = Path(folder)
+        (folder / "search").mkdir(parents=True, exist_ok=True)
+        self.vectors.save(folder / VECTORS, dtype)
+        for task in self:
+            self.found[task].save(folder / "search" / f"{task}.safetensors")
+
+    def card(self, licence: str | None = None) -> str:
+        """What a folder's README.md says: what it is of, how to use it, what was measured, and its model."""
+        owner = next(iter(self.vectors.values())).fingerprint
+        units = len(next(iter(self.found.values())).patches.space)
+        rows = [f"| {task} | {self[task][0].count} | {len(self[task][1])} of {units} |" for task in self]
+        table = self.folder / "table.md" if self.folder else None
+        measured = table.read_text(encoding="utf-8") if table and table.is_file() else ""
+        return CARD.format(
+            licence=f"license: {licence}\n" if licence else "",
+            name=self.name,
+            model=self.model or owner["model"],
+            rows="\n".join(rows),
+            measured=f"\n## Measured\n\n{measured}" if measured else "",
+            picture="\n![example, query, answers, truth](answers.png)\n" if self._picture() else "",
+            fingerprint=json.dumps(owner, indent=1),
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        licence: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> str:
+        """Share it on the Hugging Face Hub: vectors, units, the tables and the picture of its run, and a card.
+
+        Args:
+            repo_id: "owner/name"; it is made where it is not there.
+            licence: As the Hub writes it, such as "mit".
+            private: Whether a new repository is private.
+            token: Of the Hub; the one that `hf auth login` kept by default.
+            dtype: Of the vectors in the file.
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            self.save(folder, dtype)
+            write_text(folder / CARD_NAME, self.card(licence))
+            write_text(folder / ABOUT, json.dumps({"model": self.model, "vqgan": self.vqgan}) + "\n")
+            for name in ("table.md", "table.csv", "answers.png"):
+                if self.folder and (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, folder / name)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Task vectors").commit_url)
+
+    def _picture(self) -> bool:
+        return self.folder is not None and (self.folder / "answers.png").is_file()
+
+
+def from_hub(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Bundle:
+    """The bundle of a repository on the Hugging Face Hub. Tensors and JSON are read, and nothing is run.
+
+    Raises:
+        ValueError, OSError: when there is no such repository, or it holds no bundle.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = [VECTORS, "search/*.safetensors", ABOUT, "table.md", "table.csv", "answers.png"]
+    folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
+    if not (folder / VECTORS).is_file():
+        raise FileNotFoundError(f"{repo_id} on the Hub has no {VECTORS}; expected what Bundle.push_to_hub writes.")
+    return replace(load(folder), name=repo_id)
+
+
+def load(source: str | os.PathLike = EMBEDDED) -> Bundle:
+    """A bundle: of a folder that `vtv run` or `Bundle.save` wrote, of the Hub ("hub:OWNER/NAME"), or "tiny", that of
+    the embedded model.
+
+    Raises:
+        FileNotFoundError: when there is no such folder, or it has no vectors or no units.
+        ValueError: when a file in it is damaged or something else.
+    """
+    if str(source).startswith("hub:"):
+        return from_hub(str(source).removeprefix("hub:"))
+    folder = Path(str(files("vtv_nnsight") / "weights" / "tiny")) if str(source) == EMBEDDED else Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; give one that `vtv run` wrote, or {EMBEDDED!r}.")
+    if not (folder / VECTORS).is_file():
+        folds = sorted(path.name for path in folder.glob("fold*") if (path / VECTORS).is_file())
+        instead = f"give one of its folds ({', '.join(folds)})" if folds else "give a folder that `vtv run` wrote"
+        raise FileNotFoundError(f"{folder} has no {VECTORS}; {instead}.")
+    vectors = TaskVectors.load(folder / VECTORS)
+    paths = {task: folder / "search" / f"{task}.safetensors" for task in vectors}
+    found = {task: SearchResult.load(path) for task, path in paths.items() if path.is_file()}
+    if not found:
+        raise FileNotFoundError(f"{folder} has no units in search/; let the same `vtv run` finish.")
+    known = {"model": EMBEDDED} if str(source) == EMBEDDED else _source_of(folder)
+    return Bundle(vectors, found, str(source), known.get("model"), folder, known.get("vqgan"))
+
+
+def _source_of(folder: Path) -> dict[str, Any]:
+    """The "model" and the "vqgan" that a shared folder tells of, or the run that a folder is of, or is a fold of."""
+    from vtv_nnsight.runs.record import read_record  # which is further along, and imports this package's searches
+
+    if (folder / ABOUT).is_file():
+        told = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        return told if isinstance(told, dict) else {}
+    for place in (folder, folder.parent):
+        if (place / "run.json").is_file():
+            return read_record(place)["settings"]
+    return {}
+
+
+def _keep(vector: TaskVector, kept: torch.Tensor) -> TaskVector:
+    mean = vector.mean.map(lambda values: values.masked_fill(~kept[:, None, None], torch.nan))
+    variance = vector.variance and vector.variance.map(lambda values: values.masked_fill(~kept[:, None], torch.nan))
+    return replace(vector, mean=mean, variance=variance)

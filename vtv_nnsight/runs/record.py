@@ -1,0 +1,353 @@
+"""run.json: what a run was begun with, the digest of every file that it wrote, and how long its steps took.
+
+A run goes on only with files that are as it wrote them. One that was changed, or put there by somebody else, is named,
+and what it spoils is done again if the user says so (`--redo`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from vtv_nnsight.files import file_digest, replacing, write_text
+from vtv_nnsight.parallel import processes
+
+STEPS = {
+    "select": ("model", "vqgan", "embedding_type", "dtype", "weights", "data", "folds", "pictures", "tasks", "order")
+    + ("max_images", "prompts", "candidates", "seed", "version", "protocol"),
+    "collect": ("sites",),
+    "score": ("granularity",),
+    "search": ("search", "loss", "budget", "search_fold", "search pictures"),
+    "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts"),
+    "demonstrate": (),
+}
+"""Step → the settings that matter from there on."""
+
+FILES = {
+    "select": ("prompts.safetensors",),
+    "collect": ("vectors.safetensors", "vectors.state"),
+    "score": ("scores.csv",),
+    "search": ("search/*.safetensors", "search/*.journal"),
+    "evaluate": ("evaluation/*.parquet", "evaluation/*.safetensors"),
+    "demonstrate": ("shown/*.safetensors",),
+}
+"""Step → what it writes."""
+
+READERS = {
+    "select": ("collect", "score", "search", "evaluate", "demonstrate"),
+    "collect": ("score", "search", "evaluate", "demonstrate"),
+    "score": (),
+    "search": ("evaluate", "demonstrate"),
+    "evaluate": ("demonstrate",),
+    "demonstrate": (),
+}
+"""Step → the steps that depend on what it wrote."""
+
+
+def read_record(run: str | os.PathLike) -> dict[str, Any]:
+    """run.json of a run's folder.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it is not what a run writes.
+    """
+    path = Path(run) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} holds no run.json; make it with `vtv run --out {run}`.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); name another folder, or remove this one.") from error
+    settings = record.get("settings") if isinstance(record, dict) else None
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(n), list) for n in ("tasks", "folds")):
+        raise ValueError(f"{path} lacks the settings of a run; name another folder, or remove this one.")
+    files = record.setdefault("files", {})
+    if not isinstance(files, dict) or not all(isinstance(d, str) and step_of(n) for n, d in files.items()):
+        raise ValueError(f"{path} names files that no run writes; name another folder, or remove this one.")
+    return {"notes": [], "versions": {}, "machine": {}, "seconds": {}} | record
+
+
+def step_of(name: str) -> str | None:
+    """The step that writes a file of this name, relative to the run's folder; None where none does."""
+    inside = Path(name).relative_to(fold_of(name))
+    for step, patterns in FILES.items():
+        if any(len(inside.parts) == len(Path(p).parts) and fnmatch(str(inside), p) for p in patterns):
+            return step
+    return None
+
+
+def fold_of(name: str) -> Path:
+    """The folder of the fold that a file is of, relative to the run's folder; "." where there are no folds."""
+    first = "".join(Path(name).parts[:1])
+    return Path(first if re.fullmatch(r"fold\d+", first) else ".")
+
+
+def changed_files(run: str | os.PathLike, record: dict[str, Any]) -> list[str]:
+    """Files, relative to the run's folder, that are there and not as the run wrote them. (0.1 kept no digests.)
+
+    Raises:
+        ValueError: when one of them is a folder.
+    """
+    changed = []
+    for name, digest in record["files"].items():
+        path = Path(run) / name
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder where a run keeps a file; remove the folder.")
+        if path.exists() and file_digest(path) != digest:
+            changed.append(name)
+    return changed
+
+
+@dataclass
+class RunRecord:
+    """run.json of a run under way.
+
+    Args:
+        out: The run's folder.
+        content: What is written; `content["files"]` has the digests.
+    """
+
+    out: Path
+    content: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, out: Path, settings: dict[str, Any], folders: Iterable[Path], notes: list[str], device: torch.device,
+        redo: bool = False,
+    ) -> RunRecord:  # fmt: skip
+        """Begin a run, or go on with one.
+
+        Args:
+            settings: What its numbers depend on, as `STEPS` names them.
+            folders: Where its steps write: `out` itself, or a folder for each fold.
+            notes: What there is to be told.
+            redo: Remove what differing settings or changed files have spoilt, instead of refusing.
+
+        Raises:
+            ValueError: naming the settings or files that differ and the steps that depend on them, or saying that the
+                folder holds something else.
+        """
+        settings, found = json.loads(json.dumps(settings)), {}
+        if (out / "run.json").exists():
+            found = read_record(out)
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} is not empty and holds no run; name a new folder.")
+        packages = ("torch", "nnsight", "transformers", "datasets", "numpy")
+        self = cls(out)
+        self.content = {
+            "kind": "vtv run",
+            "settings": settings,
+            "notes": list(dict.fromkeys([*notes, *found.get("notes", [])])),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+            "machine": {
+                "processors": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            },
+            "seconds": found.get("seconds", {}),
+            "files": found.get("files", {}),
+        }
+        if found:
+            spoilt = self._spoilt_by_settings(found["settings"], redo)
+            changed = changed_files(out, found)
+            changed = [name for name in changed if step_of(name) not in spoilt]
+            if changed and not redo:
+                own = {step_of(name) for name in changed}
+                steps = own.union(*(READERS[step] for step in own))
+                raise ValueError(
+                    f"{', '.join(str(out / name) for name in changed)}: not as this run wrote it; put it back, or do "
+                    f"{', '.join(step for step in STEPS if step in steps)} again with redo (--redo)."
+                )
+            if spoilt:
+                self.content["notes"] = notes
+            for step in spoilt:
+                self.content["seconds"].pop(step, None)
+                for folder in folders:
+                    self._remove(folder, step)
+            for name in changed:
+                (out / name).unlink()
+                del self.content["files"][name]
+                self._forget_readers(step_of(name), self.out / fold_of(name))
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+        return self
+
+    def has(self, path: Path) -> bool:
+        """Whether a file is there, as this run wrote it."""
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder where a run keeps a file; remove the folder.")
+        return path.is_file() and str(path.relative_to(self.out)) in self.content["files"]
+
+    def wrote(self, path: Path) -> None:
+        """Note a file that was written. What was made of an earlier one that differs is removed."""
+        name, digest = str(path.relative_to(self.out)), file_digest(path)
+        before = self.content["files"].get(name)
+        self.content["files"][name] = digest
+        if before not in (None, digest):
+            self._forget_readers(step_of(name), self.out / fold_of(name))
+        self.write()
+
+    def note(self, texts: Iterable[str]) -> None:
+        """Keep what there is to be told, once."""
+        self.content["notes"] = list(dict.fromkeys([*self.content["notes"], *texts]))
+
+    def spent(self, step: str, seconds: float) -> None:
+        """Add to the seconds that a step took in earlier attempts."""
+        self.content["seconds"][step] = round(self.content["seconds"].get(step, 0) + seconds, 2)
+        self.write()
+
+    def write(self) -> None:
+        self.content["peak memory (MiB)"] = _peak_memory()
+        write_text(self.out / "run.json", json.dumps(self.content, indent=1) + "\n")
+
+    def _spoilt_by_settings(self, found: dict[str, Any], redo: bool) -> list[str]:
+        """The steps that depend on settings that differ from those found."""
+        settings = self.content["settings"]
+        differ = [name for name in settings if found.get(name) != settings[name]]
+        first = next((i for i, names in enumerate(STEPS.values()) if set(names) & set(differ)), None)
+        if first is None:
+            return []
+        steps = list(STEPS)[first:]
+        if not redo:
+            changes = ", ".join(f"{n} was {in_words(found.get(n))} and is {in_words(settings[n])}" for n in differ)
+            raise ValueError(
+                f"{self.out} was begun with other settings: {changes}. Name another folder, or do {', '.join(steps)} "
+                "again there with redo (--redo)."
+            )
+        return steps
+
+    def _forget_readers(self, step: str, folder: Path) -> None:
+        for reader in READERS[step]:
+            self._remove(folder, reader)
+
+    def _remove(self, folder: Path, step: str) -> None:
+        for file in (file for pattern in FILES[step] for file in folder.glob(pattern)):
+            self.content["files"].pop(str(file.relative_to(self.out)), None)
+            file.unlink()
+
+
+@dataclass
+class StepFiles:
+    """What a step reads and writes, in one process or one of several, of which the first alone writes.
+
+    Args:
+        record: In the first process.
+        folder: Where the step writes.
+        show: Called with what is being done.
+        shares: Another folder of the run, whose files of this step are this one's, too.
+    """
+
+    record: RunRecord | None
+    folder: Path
+    show: Callable[[str], None]
+    shares: Path | None = None
+    worked: bool = False
+
+    def lacks(self, name: str) -> bool:
+        """Whether the first process, which this is, has to make a file; one that `shares` has is taken from there."""
+        if self.record is None or self.record.has(self.folder / name):
+            return False
+        if self.shares:
+            self.save(name, lambda path, other: replace_by_link(other, path), self.shares / name)
+        return self.shares is None
+
+    def everyone_lacks(self, name: str) -> bool:
+        """The same in all processes, which make it together."""
+        answer = [self.lacks(name)]
+        if processes().num_processes > 1:
+            broadcast_object_list(answer)
+        return answer[0]
+
+    def working_on(self, what: str) -> None:
+        self.worked = True
+        self.show(what)
+
+    def each(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """Tasks, one after the other, each shown as what is being done."""
+        for task in tasks:
+            self.working_on(task.name)
+            yield task
+
+    def save(self, name: str, write: Callable[[Path, Any], None], content: Any) -> None:
+        """Write a file and note its digest."""
+        if self.record is not None:
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            write(self.folder / name, content)
+            self.record.wrote(self.folder / name)
+
+    def remove(self, name: str) -> None:
+        """Remove what kept the state of a long job."""
+        if self.record is not None:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        processes().wait_for_everyone()
+
+    def path(self, name: str) -> Path:
+        """The path of a file, when the first process has written it."""
+        self.wait()
+        return self.folder / name
+
+
+def replace_by_link(source: Path, path: Path) -> None:
+    """One file under a second path, in the place of what is there; a copy where the system cannot."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:
+        with replacing(path) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def begin_step(
+    record: RunRecord | None,
+    folder: Path,
+    name: str,
+    shown: AbstractContextManager[Callable[[str], None]],
+    shares: Path | None = None,
+) -> Iterator[StepFiles]:
+    """A step of a display, whose time is noted, and what it warns of."""
+    began = time.perf_counter()
+    with shown as show:
+        step = StepFiles(record, folder, show, shares)
+        try:
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always", UserWarning)
+                yield step
+        finally:
+            if step.worked and record is not None:
+                record.note(str(warning.message) for warning in heard if warning.category is UserWarning)
+                record.spent(name, time.perf_counter() - began)
+
+
+def in_words(value: Any) -> str:
+    """A setting as run.json has it, for people."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _peak_memory() -> int | None:
+    """Of this process, in MiB, where the system tells."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)

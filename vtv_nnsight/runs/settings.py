@@ -1,0 +1,119 @@
+"""What `vtv run` can be told. Apart from the steps, so that `vtv --help` need not import what they need."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+MOST = 10_000_000
+"""No count of prompts or pictures may be larger."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the numbers of a run depend on.
+
+    Args:
+        model, vqgan, embedding_type: As for `models.load_model`.
+        dtype: Precision of the weights, one of `DTYPES`; None is that of the source.
+        data: As for `data.load`: "pictures" (those in the package), "scenes", a folder of pictures, "pascal:ROOT", …
+        folds: Folds of Pascal-5i to test on, by their numbers, each once, in whatever order they are given; by default
+            all four where the data are "pascal:ROOT".
+        protocol: "own", or "published": what the released code does. On "pascal:ROOT" that is `experiment.protocol`,
+            whose vectors and sets serve all folds; elsewhere it removes duplicates among selected prompts as released.
+        search_fold: With the published protocol, the fold of the training half that is searched on.
+        tasks: Names; by default those of VTV's five that the data can serve.
+        order: "vertical" or "horizontal" prompts.
+        max_images: The most pictures to draw prompts from.
+        prompts: Prompts per task to collect and to search on.
+        candidates: Random prompts per task to select them from. With fewer than four pictures per prompt none are
+            selected: prompts are drawn at random.
+        granularity: "head", "quadrant" or "token".
+        sites: What of a layer is collected and patched, as for `PatchSpace`.
+        search: One of `search.ALGORITHMS`, or "published" for the paper's own recipe.
+        loss: The name of one of the model's `losses` or "pixels", the task's own; None is the model's first.
+        budget: Evaluations (one mask on one prompt each) that a search may spend; None leaves it to the algorithm.
+        test_prompts: Prompts per task to evaluate on, of pictures that were neither collected nor searched on.
+        draws: Times that random units are drawn to compare with: uniform, and matched by stage and region.
+        control_prompts: Of the test prompts, those that the vectors of other tasks are tried on; each draw of random
+            units is tried on a quarter of them.
+        seed: Of all that is random.
+
+    Raises:
+        ValueError: naming the setting that cannot be, and what it can be.
+    """
+
+    model: str = "tiny"
+    vqgan: str | None = None
+    embedding_type: str | None = None
+    dtype: str | None = None
+    data: str = "pictures"
+    folds: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()
+    order: str = "vertical"
+    protocol: str = "own"
+    search_fold: int = 0
+    max_images: int = 1000
+    prompts: int = 100
+    candidates: int = 400
+    granularity: str = "quadrant"
+    sites: tuple[str, ...] = ("heads",)
+    search: str = "reinforce"
+    loss: str | None = None
+    budget: int | None = 8000
+    test_prompts: int = 128
+    draws: int = 16
+    control_prompts: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        from vtv_nnsight import tasks
+        from vtv_nnsight.models.interface import QUERY_ONLY, SITES
+        from vtv_nnsight.search import ALGORITHMS
+
+        choices = {
+            "search": (*ALGORITHMS, "published"),
+            "dtype": (None, *DTYPES),
+            "granularity": QUERY_ONLY,
+            "order": ("vertical", "horizontal"),
+            "protocol": ("own", "published"),
+            "search_fold": (0, 1, 2, 3),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                offered = ", ".join(str(choice) for choice in known if choice is not None)
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {offered}.")
+        if strange := [site for site in self.sites if site not in SITES] or [""] * (not self.sites):
+            raise ValueError(f"sites={strange[0]!r} is unknown; choose from {', '.join(SITES)}, or several of them.")
+        for name in ("max_images", "prompts", "candidates", "budget", "test_prompts", "draws", "control_prompts"):
+            value = getattr(self, name)
+            if value is None and name == "budget":
+                continue
+            if value < 1:
+                raise ValueError(f"{name}={value} leaves nothing to do; give 1 or more.")
+            if value > MOST and name != "budget":
+                raise ValueError(f"{name}={value} is more than can be done; give {MOST:,} or fewer.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} is not a seed; give a number from 0 to {2**32 - 1}.")
+        for name in self.tasks:
+            tasks.get(name)
+        object.__setattr__(self, "folds", tuple(sorted(set(self.folds))))
+
+    @property
+    def name(self) -> str:
+        """Of the data, for a folder."""
+        kind, _, rest = self.data.partition(":")
+        return Path(self.data).name if Path(self.data).is_dir() else re.sub(r"\W+", "-", kind if rest else self.data)
+
+
+PUBLISHED = {"candidates": 1000, "search": "published", "loss": "pixels", "budget": None, "test_prompts": 1000}
+PUBLISHED |= {"protocol": "published"}
+"""The settings with which the paper's experiment differs from the defaults."""
+
+QUICK = {"tasks": ("segmentation", "lowlight"), "max_images": 160, "prompts": 32, "candidates": 64}
+QUICK |= {"search": "gates", "budget": 400, "test_prompts": 16, "draws": 4, "control_prompts": 16}
+"""The settings of a first look. Its search is the one that finds most with few evaluations: on the embedded model, sets
+of `gates` after 240 are about as good as those of `reinforce` after 1000, in a quarter of the time."""

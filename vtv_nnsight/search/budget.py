@@ -1,0 +1,412 @@
+"""What an algorithm is given: a `Search`, through which it proposes sets of units and reads their losses.
+
+An algorithm is a function of a `Search` that returns a set of units and a score for each of them. `registry.algorithm`
+makes it public and puts it into `ALGORITHMS`, where the command line, the benchmarks and the docs find it. A file in
+this folder is all that a new one takes:
+
+    >>> from vtv_nnsight.search.registry import algorithm
+    >>> @algorithm("the toss of a coin")
+    ... def coin(search):
+    ...     "One set by the toss of a coin."
+    ...     choices = torch.rand(search.units, generator=search.generator) < 0.5
+    ...     search.validate(choices)
+    ...     return choices, choices.double()
+    >>> result = coin(model, vector, task, prompts, space, budget=1000, seed=0)
+    >>> result = coin.on(objective, budget=1000, seed=0)           # any SearchObjective: no model is needed
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from vtv_nnsight.parallel import processes
+from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.search.journal import Answer, Journal, digest
+from vtv_nnsight.search.result import SearchResult, Step
+
+if TYPE_CHECKING:
+    from vtv_nnsight.vectors import TaskVectors
+
+BUDGET = 8000
+"""Patched evaluations that a search may spend unless told otherwise."""
+
+GRADIENT_COST = 3
+"""Evaluations that a forward and a backward of one prompt count as: a backward is the work of two forwards."""
+
+
+class Space(Protocol):
+    """The units that a search chooses from: a `PatchSpace`, or the `NamedUnits` of an objective without a model."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One for each unit."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells the space from others, as JSON can hold it."""
+
+    def __len__(self) -> int: ...
+
+
+class SearchObjective(Protocol):
+    """The loss of sets of units on prompts: all that an algorithm needs to know of a model. `Objective` is the one of
+    task vectors; `search.greedy.on(objective)` takes any object that has these members.
+
+    It may also have
+
+    - `gradient(gates, rows)`: losses [row] and their gradients [row, unit] at gates [row, unit] between 0 (as it is)
+      and 1 (patched), which `gates` and `attribution` read;
+    - `layers`, a number, and `gradient(gates, rows, drop=layer)` without what flows through that layer, which
+      `attribution(drop=True)` reads;
+    - `stride`: how many rows to ask for at once (all of them, without it);
+    - `fingerprint`: a dict of what its losses depend on, as JSON can hold it. A search is not resumed on an objective
+      of another fingerprint.
+    """
+
+    space: Space
+    """The units."""
+    train: torch.Tensor
+    """LongTensor [training prompt] of prompt numbers, tasks taking turns."""
+    held_out: torch.Tensor
+    """LongTensor [held-out prompt] of prompt numbers."""
+    group: torch.Tensor
+    """LongTensor [prompt]: the number of each prompt's task, 0 for all when there is one."""
+
+    def __call__(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Losses [row] of the sets [row, unit] (bool), each on the prompt of its number `rows` [row]."""
+        ...
+
+
+class Search:
+    """One search under way, as its algorithm sees it: masks to propose, losses to read, a budget to spend, chance, and
+    held-out prompts to be judged by. It counts, keeps the journal and draws the progress bar.
+
+    Args:
+        name: The algorithm's.
+        objective: The loss of sets of units on prompts.
+        budget: Evaluations that may be spent; None is `BUDGET`, or what the algorithm sets.
+        seed: Of the generator.
+        settings: The algorithm's own options.
+        vectors: The vectors of all tasks, for algorithms that compare tasks.
+        resume: The journal's file, if one is kept.
+        progress: Show a progress bar.
+
+    Attributes:
+        units: Number of choosable units.
+        train, held_out: LongTensors of prompt numbers; consecutive training prompts are of different tasks.
+        generator: The only source of chance.
+        budget, evaluations: What may be spent and what has been.
+        step: The algorithm's own count of its steps, for errors.
+        history: A Step for every set tried on the held-out prompts.
+        trail: What an algorithm leaves for those who follow it: `published` leaves (evaluations, set [unit],
+            probabilities [unit]) each time that it tries a set.
+
+    Raises:
+        TypeError: when the objective lacks a member of `SearchObjective`.
+        ValueError: when the budget pays for nothing, or the journal is of another search or damaged.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        objective: SearchObjective,
+        budget: int | None = None,
+        seed: int = 0,
+        settings: dict[str, Any] | None = None,
+        vectors: TaskVectors | None = None,
+        resume: str | os.PathLike | None = None,
+        progress: bool = True,
+    ) -> None:
+        if budget is not None and budget < 1:
+            raise ValueError(f"budget={budget} pays for nothing; give the evaluations that the search may spend.")
+        if (images := (settings or {}).get("images", 1)) < 1:
+            raise ValueError(f"images={images} asks no prompt; give the prompts that each set is tried on, 1 or more.")
+        _check_objective(objective)
+        self.name, self.objective, self.seed = name, objective, seed
+        self.settings, self.vectors = settings or {}, vectors
+        self.limited = budget is not None
+        self.budget = budget if budget is not None else BUDGET
+        self.units = len(objective.space)
+        self.train, self.held_out = objective.train, objective.held_out
+        self.generator = torch.Generator().manual_seed(seed)
+        self.evaluations, self.step, self.history, self.trail = 0, 0, [], []
+        self._next_prompt, self._held_out_losses = 0, {}
+        self._journal = self._open(resume)
+        self._started = time.perf_counter()
+        self._bar = progress_bar(
+            total=self.budget, desc=name, unit="eval", disable=not (progress and processes().is_main_process)
+        )
+
+    @property
+    def left(self) -> int:
+        """Evaluations that may still be spent."""
+        return self.budget - self.evaluations
+
+    @property
+    def seconds(self) -> float:
+        """Time spent, that of interrupted runs before this one included."""
+        return time.perf_counter() - self._started
+
+    def set_default_budget(self, evaluations: int) -> None:
+        """The budget, where the caller has given none."""
+        if not self.limited:
+            self.budget = self._bar.total = evaluations
+
+    def require(self, evaluations: int, what: str) -> None:
+        """Refuse a budget that does not pay for `what`."""
+        if self.left < evaluations:
+            raise ValueError(
+                f"budget={self.budget} is too small for {self.name}: {what} takes {evaluations} evaluations and "
+                f"{self.left} are left; give more, or fewer prompts."
+            )
+
+    def steps(self, count: int | None = None) -> Iterator[int]:
+        """Count the steps of a loop, up to `count`."""
+        while count is None or self.step < count:
+            yield self.step
+            self.step += 1
+
+    def next_prompts(self, count: int) -> torch.Tensor:
+        """Numbers of the next training prompts [count], in turn; over again when all have been seen."""
+        index = (self._next_prompt + torch.arange(count)) % len(self.train)
+        self._next_prompt += count
+        return self.train[index]
+
+    def losses(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The loss of every set on its prompts.
+
+        Args:
+            choices: Bool [set, unit].
+            rows: Prompt numbers, [prompt] for all sets alike or [set, prompt].
+
+        Returns:
+            Float64 [set, prompt].
+        """
+        sets, (rows, which) = choices, _pairs(choices, rows)
+
+        def ask(piece: slice) -> tuple[tuple, Callable]:
+            pairs = sets[which[piece]], rows.flatten()[piece]
+            return pairs, lambda: self.objective(*pairs)
+
+        return self._answers(ask, rows.numel(), width=1, cost=1).view(rows.shape)
+
+    def gradient(
+        self, gates: torch.Tensor, rows: torch.Tensor, drop: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [row], and their gradients [row, unit] at gates between 0 (as it is) and 1 (patched).
+
+        Args:
+            gates: Float [row, unit].
+            rows: Prompt numbers [row].
+            drop: A layer that gradients do not flow through.
+
+        Raises:
+            TypeError: when the objective has no gradient.
+        """
+        if not hasattr(self.objective, "gradient"):
+            raise TypeError(
+                f"{self.name} reads gradients and {type(self.objective).__name__} has no gradient(gates, rows); "
+                "take an algorithm that reads losses alone, such as reinforce."
+            )
+
+        def ask(piece: slice) -> tuple[tuple, Callable]:
+            pairs = gates[piece], rows[piece]
+            if drop is None:
+                return pairs, lambda: torch.column_stack(self.objective.gradient(*pairs))
+            return (*pairs, torch.tensor(drop)), lambda: torch.column_stack(self.objective.gradient(*pairs, drop=drop))
+
+        values = self._answers(ask, len(rows), width=1 + self.units, cost=GRADIENT_COST)
+        return values[:, 0], values[:, 1:]
+
+    def mean(self, losses: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Mean over prompts of losses [..., prompt], every task counting alike."""
+        return losses @ self._weights(rows)
+
+    def validate(self, choices: torch.Tensor, train_loss: float = float("nan")) -> torch.Tensor:
+        """Try a set [unit] on the held-out prompts: a line of the history. Returns the losses [prompt]."""
+        losses = self.losses(choices[None], self.held_out)[0]
+        held_out = self.mean(losses, self.held_out).item()
+        size = int(choices.sum())
+        self._held_out_losses[digest(choices)] = held_out
+        self.history.append(Step(self.evaluations, self.seconds, float(train_loss), held_out, size))
+        self._bar.set_postfix_str(f"held-out loss {held_out:.4f}, {size} units")
+        return losses
+
+    def smallest_best(self, sets: torch.Tensor, losses: torch.Tensor, rows: torch.Tensor, tolerance: float) -> int:
+        """The smallest of several sets that is within `tolerance` standard errors of the best: its number.
+
+        The error is that of the mean paired difference to the best over the prompts (the one-standard-error rule of
+        Breiman et al., Classification and Regression Trees, 1984, §3.4.3, on pairs).
+
+        Args:
+            sets: Bool [set, unit].
+            losses: [set, prompt], on prompts `rows` [prompt].
+        """
+        weights = self._weights(rows)
+        excess = losses - losses[(losses @ weights).argmin()]
+        mean = excess @ weights
+        error = ((excess - mean[:, None]) * weights).square().sum(1).sqrt()
+        sizes = sets.sum(1).double().masked_fill(mean > tolerance * error, torch.inf)
+        ties = torch.where(sizes == sizes.min(), mean, torch.inf)
+        return int(ties.argmin())
+
+    def top_units(
+        self, order: torch.Tensor, size: int | None = None, tolerance: float = 0.5, spend: int | None = None
+    ) -> torch.Tensor:
+        """The first units of an order, as a set [unit], tried on the held-out prompts.
+
+        Args:
+            order: Unit numbers, the best first.
+            size: How many to keep; None tries up to 16 sizes on the training prompts, then as many about the best of
+                them, and keeps the smallest that is within `tolerance` standard errors of the best.
+            spend: Evaluations that this may take; None is all that are left.
+        """
+        if size is not None and not 0 <= size <= self.units:
+            raise ValueError(f"size={size} is not a number of units from 0 to {self.units}.")
+        train_loss = float("nan")
+        if size is None:
+            coarse = sizes(0, len(order))
+            images = ((spend or self.left) - len(self.held_out)) // (2 * len(coarse))
+            images = min(len(self.train), max(1, images))
+            self.require(2 * len(coarse) * images + len(self.held_out), "trying sizes")
+            rows = self.train[:images]
+            size, _ = self._best_size(order, coarse, rows, tolerance)
+            at = coarse.index(size)
+            fine = sizes(coarse[max(0, at - 1)], coarse[min(at + 1, len(coarse) - 1)])
+            size, train_loss = self._best_size(order, fine, rows, tolerance)
+        self.require(len(self.held_out), "the held-out loss")
+        chosen = prefixes(order, self.units, [size])[0]
+        self.validate(chosen, train_loss)
+        return chosen
+
+    def _best_size(
+        self, order: torch.Tensor, lengths: list[int], rows: torch.Tensor, tolerance: float
+    ) -> tuple[int, float]:
+        """Of the first units of an order, how many to keep, and their mean loss on the prompts `rows`."""
+        sets = prefixes(order, self.units, lengths)
+        losses = self.losses(sets, rows)
+        best = self.smallest_best(sets, losses, rows, tolerance)
+        return lengths[best], self.mean(losses[best], rows).item()
+
+    def result(self, choices: torch.Tensor, scores: torch.Tensor, probabilistic: bool = False) -> SearchResult:
+        """What a search found: a set [unit] that was validated, and the scores of the units."""
+        return SearchResult(
+            algorithm=self.name,
+            patches=PatchSet(self.objective.space, choices),
+            scores=scores.double(),
+            probabilistic=probabilistic,
+            held_out_loss=self._held_out_losses[digest(choices)],
+            evaluations=self.evaluations,
+            history=tuple(self.history),
+            settings=self.settings,
+            seed=self.seed,
+        )
+
+    def close(self) -> None:
+        self._bar.close()
+        self._journal.close()
+
+    def _answers(self, ask: Callable, count: int, width: int, cost: int) -> torch.Tensor:
+        """Values [row, width] for `count` rows, piece by piece: from the journal as far as it goes, then from the
+        objective. `ask` of a piece of the rows gives what is asked about them, and a function that finds the answer."""
+        answers, start, stride = [], 0, getattr(self.objective, "stride", count)
+        while start < count:
+            known = self._journal.peek()
+            piece = slice(start, min(count, start + (known.count if known else stride)))
+            size = piece.stop - start
+            arguments, evaluate = ask(piece)
+            query = digest(*arguments)
+            self.evaluations += cost * size
+            if known:
+                known = self._journal.take(query, size, size * width)
+                self._started = time.perf_counter() - known.seconds
+            else:
+                values = self._checked(evaluate(), (size, width))
+                known = Answer(query, size, self.seconds, values.flatten())
+                self._journal.write(known)
+            self._bar.update(cost * size)
+            answers.append(known.values.view(size, width))
+            start = piece.stop
+        return torch.cat(answers)
+
+    def _checked(self, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """What an objective gave, as float64 [row, width] on the CPU."""
+        if values.numel() != shape[0] * shape[1] or len(values) != shape[0]:
+            expected = "[row]" if shape[1] == 1 else "[row] and gradients [row, unit]"
+            raise ValueError(
+                f"{type(self.objective).__name__} gave values of shape {list(values.shape)} for {shape[0]} rows; "
+                f"expected losses {expected}."
+            )
+        values = values.detach().cpu().double()
+        if not values.isfinite().all():
+            value = values[~values.isfinite()][0].item()
+            raise ValueError(
+                f"step {self.step} of {self.name}, after {self.evaluations} evaluations: a loss is {value}; look for "
+                f"{value} in the vector, or try dtype=torch.float32."
+            )
+        return values.view(shape)
+
+    def _weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """Float64 [prompt] that sums to one, each task's share the same."""
+        groups, inverse, counts = self.objective.group[rows].unique(return_inverse=True, return_counts=True)
+        return 1 / (len(groups) * counts[inverse].double())
+
+    def _open(self, path: str | os.PathLike | None) -> Journal:
+        """The journal. The main process reads it, tells the others what it says, and is the only one to write it."""
+        state = processes()
+        settings = {"algorithm": self.name, "seed": self.seed, "budget": self.budget} | self.settings
+        settings |= getattr(self.objective, "fingerprint", {})
+        journal, answers, error = None, [], None
+        if state.is_main_process:
+            try:
+                journal = Journal(path, settings)
+                answers = journal.answers
+            except ValueError as raised:
+                error = raised
+        if state.num_processes > 1:
+            told = [answers, error]
+            broadcast_object_list(told)
+            answers, error = told
+        if error is not None:
+            raise error
+        if journal is None:
+            journal = Journal(None, settings)
+            journal.answers = answers
+        return journal
+
+
+def _check_objective(objective: Any) -> None:
+    lacking = [name for name in ("space", "train", "held_out", "group") if not hasattr(objective, name)]
+    lacking += [] if callable(objective) else ["a call with (choices, rows)"]
+    if lacking:
+        raise TypeError(
+            f"{type(objective).__name__} is no objective of a search: it lacks {', '.join(lacking)}; "
+            "see vtv_nnsight.search.SearchObjective."
+        )
+
+
+def sizes(low: int, high: int, count: int = 16) -> list[int]:
+    """At most `count` set sizes from `low` to `high`, in about equal ratios."""
+    ratios = torch.logspace(0, 1, count, base=high - low + 1, dtype=torch.float64)
+    return sorted({low + int(size) - 1 for size in ratios.round()})
+
+
+def prefixes(order: torch.Tensor, units: int, lengths: list[int]) -> torch.Tensor:
+    """The first few units of an order, for several lengths, as sets: bool [length, unit]."""
+    sets = torch.zeros(len(lengths), units, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        sets[row, order[:length]] = True
+    return sets
+
+
+def _pairs(choices: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [set, prompt], and for each of them, flattened, the number of its set."""
+    rows = rows.expand(len(choices), rows.shape[-1])
+    return rows, torch.arange(len(choices)).repeat_interleave(rows.shape[1])

@@ -1,0 +1,1 @@
+"""Studies with the core: circuits, prompting, clusters, learned vectors, banks of vectors, released files."""

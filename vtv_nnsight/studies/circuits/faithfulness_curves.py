@@ -1,0 +1,228 @@
+"""Faithfulness: how much of what the model does is done by the units that a ranking puts first.
+
+    >>> found = search.attribution(model, vectors["segmentation"], task, prompts.query_only(), space)
+    >>> curves = faithfulness(
+    ...     model, vectors["segmentation"], prompts, space, {"attribution": found.scores, "random": draws},
+    ...     answer_loss(model, prompts),
+    ... )
+    >>> print(curves.summary())                      # CPR and CMD, with intervals
+    >>> circuits.plots.draw([curves])
+
+After MIB (Mueller et al., *MIB: A Mechanistic Interpretability Benchmark*, 2025, arXiv 2504.13151, §3): the first share
+k of the units is kept, and f(k) = (m_k − m_∅) / (m_full − m_∅), where m_full is the whole model's, one-shot, and m_∅
+what is left without any unit. Two directions:
+
+- "in": the query alone, the vector patched in at the first units. m_∅ is the query with nothing patched. Nothing says
+  that everything patched is as good as an example, so f(100 %) tells something, too.
+- "out": the whole prompt; the first units are as they are, all others are ablated. m_∅ has all ablated; f(100 %) = 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.interface import InContextModel, default_batch_size
+from vtv_nnsight.patching import PatchSpace, patch
+from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.search.journal import Answer, Journal, digest
+from vtv_nnsight.studies.circuits.curves import SIZES, Curves
+from vtv_nnsight.studies.circuits.measures import Measure
+from vtv_nnsight.vectors import Activations, TaskVector
+from vtv_nnsight.vectors.compatibility import fingerprint
+
+DIRECTIONS = ("in", "out")
+ORDERS = ("signed", "absolute")
+"""Units are ranked by their scores, or by the scores' absolute values; MIB reports both, since results differ."""
+
+
+def faithfulness(
+    model: InContextModel,
+    vector: TaskVector | Activations,
+    prompts: VisualPrompt,
+    space: PatchSpace,
+    rankings: Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
+    measure: Measure | Sequence[Measure],
+    *,
+    direction: str = "in",
+    sizes: Sequence[float] = SIZES,
+    orders: Sequence[str] = ORDERS,
+    batch_size: int | None = None,
+    resume: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> Curves | list[Curves]:
+    """The faithfulness curves of rankings, on the same prompts.
+
+    Args:
+        model: The model, on its device and in its dtype.
+        vector: "in": what is patched in, the task's vector. "out": what takes the place of the units that are ablated,
+            such as `vectors.zero_vector(model)`, `vectors.mean()`, or `Activations` with a row for each prompt, those
+            of `counterfactual` prompts.
+        prompts: One-shot, with the truth in their output cells; "in" shows their queries alone.
+        space: The units. "out" ablates what the space names and leaves the rest, so that its groups should hold the
+            example's cells, too (granularity "cell").
+        rankings: Name → a score for each unit [unit], high where it matters; or several, one for each seed.
+        measure: m, of these very prompts; or several, which share the forwards.
+        direction: "in" or "out".
+        sizes: Shares of the units, in (0, 1].
+        orders: "signed", "absolute", or both.
+        batch_size: Rows of a trace; None is `stages.default_batch_size`, 32 for MAE-VQGAN.
+        resume: A file that keeps the answers; a run that finds it goes on where it stopped.
+
+    Returns:
+        Curves of the measure, or a list of them for several.
+
+    Raises:
+        ValueError: for an unknown direction or order, shares out of range, scores that are not one for each unit,
+            activations that are not one for each prompt, or a file of another run.
+    """
+    if direction not in DIRECTIONS or not set(orders) <= set(ORDERS):
+        raise ValueError(
+            f"direction={direction!r} with orders={list(orders)} is unknown; choose a direction from "
+            f"{', '.join(DIRECTIONS)} and orders from {', '.join(ORDERS)}."
+        )
+    if not sizes or not all(0 < size <= 1 for size in sizes):
+        raise ValueError(f"sizes={list(sizes)} are not shares of the units; give numbers above 0, up to 1.")
+    if isinstance(vector, Activations) and len(vector) != len(prompts):
+        raise ValueError(f"activations of {len(vector)} prompts were given for {len(prompts)}; give a row for each.")
+    measures = [measure] if isinstance(measure, Measure) else list(measure)
+    ranked = _orders(rankings, orders, len(space))
+    counts = [round(size * len(space)) for size in sizes]
+    nothing, everything = (torch.full((len(space),), value) for value in (False, True))
+    sets = {_key(chosen): chosen for chosen in (nothing, everything)}
+    for order in ranked.values():
+        sets |= {_key(chosen): chosen for chosen in _prefixes(order, counts)}
+    device, batch_size = device_of(model), batch_size or default_batch_size(model)
+    prompts = prompts.to(device)
+    vector = vector if isinstance(vector, Activations) else vector.to(device)
+    ask = _asking(model, vector, space, measures, direction)
+    total = len(prompts) * (len(sets) + (direction == "in"))
+    settings = _settings(model, vector, prompts, space, measures, direction)
+    with (
+        closing(Journal(resume, settings)) as journal,
+        progress_bar(total=total, desc=f"curves, {direction}", unit="answer", disable=not progress) as bar,
+    ):
+        shown = prompts if direction == "out" else prompts.query_only()
+        values = dict(zip(sets, _values(ask, shown, list(sets.values()), batch_size, len(measures), journal, bar)))
+        if direction == "out":
+            full = values[_key(everything)]
+        else:
+            (full,) = _values(ask, prompts, [nothing], batch_size, len(measures), journal, bar)
+    curves = []
+    for i, own in enumerate(measures):
+        kept = {
+            name: np.stack([values[_key(chosen)][i] for chosen in _prefixes(order, counts)])
+            for name, order in ranked.items()
+        }
+        curves.append(Curves(direction, own.name, tuple(sizes), tuple(counts), full[i], values[_key(nothing)][i], kept))
+    return curves[0] if isinstance(measure, Measure) else curves
+
+
+def _orders(
+    rankings: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], orders: Sequence[str], units: int
+) -> dict[tuple[str, str, int], torch.Tensor]:
+    """(ranking, order, seed) → unit numbers, the first first. A score that is NaN comes last."""
+    found = {}
+    for name, scores in rankings.items():
+        for seed, one in enumerate([scores] if isinstance(scores, torch.Tensor) else scores):
+            if one.shape != (units,):
+                raise ValueError(f"the scores of {name!r} have shape {list(one.shape)}; expected [{units}].")
+            for order in orders:
+                key = one.abs() if order == "absolute" else one
+                found[name, order, seed] = key.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
+    return found
+
+
+def _prefixes(order: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    return [torch.zeros(len(order), dtype=torch.bool).index_fill(0, order[:count], True) for count in counts]
+
+
+def _key(chosen: torch.Tensor) -> bytes:
+    return chosen.numpy().tobytes()
+
+
+def _asking(
+    model: InContextModel,
+    vector: TaskVector | Activations,
+    space: PatchSpace,
+    measures: Sequence[Measure],
+    direction: str,
+) -> Callable[[VisualPrompt, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function of prompts, the first units [row, unit] and prompt numbers [row] that gives m of them, [row, measure].
+    Every row of a batch has a set of its own."""
+    narrows = all(own.narrows for own in measures)
+
+    @torch.no_grad()
+    def ask(prompts: VisualPrompt, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        device = prompts.device
+        patched = ~choices if direction == "out" else choices
+        batch, mask = prompts[rows.to(device)], space.mask(patched.to(device))
+        new = vector[rows].to(device) if isinstance(vector, Activations) else vector
+        answered = batch
+        with model.trace(batch):
+            patch(model, new, mask)
+            if narrows:
+                answered = model.narrow(batch).save()
+            output = model.output.save()
+        values = [own.value(output, answered, rows.to(device)).double().cpu() for own in measures]
+        return torch.stack(values, dim=1)
+
+    return ask
+
+
+def _values(
+    ask: Callable,
+    prompts: VisualPrompt,
+    sets: Sequence[torch.Tensor],
+    batch_size: int,
+    measures: int,
+    journal: Journal,
+    bar: Any,
+) -> list[np.ndarray]:
+    """m of every prompt under every set: an array [measure, prompt] for each set."""
+    choices, started = torch.stack(list(sets)), time.perf_counter()
+    which = torch.arange(len(sets)).repeat_interleave(len(prompts))
+    rows = torch.arange(len(prompts)).repeat(len(sets))
+    values = []
+    for own, at in zip(which.split(batch_size), rows.split(batch_size)):
+        query = digest(choices[own], at)
+        if journal.peek():
+            answer = journal.take(query, len(at), len(at) * measures).values
+        else:
+            answer = ask(prompts, choices[own], at).flatten()
+            journal.write(Answer(query, len(at), time.perf_counter() - started, answer))
+        values.append(answer.view(len(at), measures))
+        bar.update(len(at))
+    return list(torch.cat(values).view(len(sets), len(prompts), measures).mT.numpy())
+
+
+def _settings(
+    model: InContextModel,
+    vector: TaskVector | Activations,
+    prompts: VisualPrompt,
+    space: PatchSpace,
+    measures: Sequence[Measure],
+    direction: str,
+) -> dict[str, Any]:
+    """What the answers depend on, in words and digests (JSON values)."""
+    hasher = hashlib.blake2b(digest_size=8)
+    compared = (tensor for measure in measures for tensor in measure.truths)
+    for tensor in (prompts.canvas, prompts.visible, prompts.decoded, *vector.values.values(), *compared):
+        hasher.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return {
+        "algorithm": "faithfulness",
+        "direction": direction,
+        "measures": [own.name for own in measures],
+        "model": fingerprint(model),
+        "data": hasher.hexdigest(),
+        "space": space.fingerprint,
+    }

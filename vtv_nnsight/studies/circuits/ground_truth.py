@@ -1,0 +1,33 @@
+"""How well a ranking finds a circuit that is known.
+
+A search that is right on a model with an unknown circuit cannot be told from one that is merely consistent. In a
+`known_circuit.KnownCircuit` every head attends and speaks, and only the chosen ones are listened to, as the output
+projection has no weights for the others. (InterpBench, arXiv 2407.14494, trains such models.)
+
+    >>> model = KnownCircuit(seed=0)
+    >>> scores = rank("integrated gradients", objective, "out", budget=500)
+    >>> auroc(scores, model.circuit(space))
+"""
+
+from __future__ import annotations
+
+import torch
+from scipy.stats import rankdata
+
+
+def auroc(scores: torch.Tensor, truth: torch.Tensor) -> float:
+    """The chance that a unit of the circuit is scored higher than one that is not, ties counting half: 0.5 by chance, 1
+    when the circuit comes first.
+
+    Args:
+        scores: [unit]; NaN is lowest.
+        truth: Bool [unit].
+
+    Raises:
+        ValueError: when all units or none are of the circuit.
+    """
+    inside = int(truth.sum())
+    if not 0 < inside < len(truth):
+        raise ValueError(f"{inside} of {len(truth)} units are of the circuit; a ranking needs some on both sides.")
+    ranks = torch.from_numpy(rankdata(scores.nan_to_num(-torch.inf).numpy()))
+    return float((ranks[truth].sum() - inside * (inside + 1) / 2) / (inside * (len(truth) - inside)))

@@ -1,0 +1,81 @@
+"""What a circuit is measured by: a number for every answer, higher where the model does more of the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.interface import InContextModel, find_loss
+from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.tasks import Task
+
+
+@dataclass(frozen=True)
+class Measure:
+    """m(answers) in the measures of circuits: higher is better.
+
+    Args:
+        name: For people.
+        value: `value(output, answered, rows)` → [row]: of the network's output, the prompts that it answers, and the
+            numbers of these prompts among those that the measure was made of.
+        narrows: Whether the part of the output that the model's losses read is enough (`InContextModel.narrow`).
+        truths: What `value` compares with: a measure of other truths is another, whatever its name.
+    """
+
+    name: str
+    value: Callable[[Any, VisualPrompt, torch.Tensor], torch.Tensor]
+    narrows: bool
+    truths: tuple[torch.Tensor, ...] = ()
+
+
+def answer_loss(model: InContextModel, prompts: VisualPrompt, loss: str | None = None) -> Measure:
+    """Minus one of the model's losses of the truth in `prompts`; of MAE-VQGAN, minus the token loss.
+
+    Raises:
+        ValueError: when the model has no such loss.
+    """
+    own, truth = find_loss(model, loss), model.truth(prompts.to(device_of(model)))
+
+    def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
+        return -own.value(output, shown, truth[rows])
+
+    return Measure(f"− {own.name} loss", value, True, (truth,))
+
+
+def answer_metric(model: InContextModel, task: Task, prompts: VisualPrompt) -> Measure:
+    """The task's own metric of the painted answers, signed so that higher is better."""
+    truth, layout = prompts.to(device_of(model)).region("output"), prompts.layout
+
+    def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
+        return -task.loss(crop(model.paint(output, shown), "output", layout), truth[rows])
+
+    return Measure(f"{task.name}'s metric", value, False, (truth,))
+
+
+def log_ratio(model: InContextModel, prompts: VisualPrompt, others: VisualPrompt, loss: str | None = None) -> Measure:
+    """log p(answer of `prompts`) − log p(answer of `others`): how much more likely the one task's answer is than the
+    other's to the same queries, a mean over the output's patches. What a logit difference is of language models.
+
+    Args:
+        others: Prompts of another task, of the same queries in the same order.
+        loss: The loss that is a negative log-likelihood; the model's first by default.
+
+    Raises:
+        ValueError: when the queries differ, or the model has no such loss.
+    """
+    if len(others) != len(prompts) or not torch.equal(others.region("query"), prompts.region("query")):
+        raise ValueError(
+            f"the {len(others)} other prompts are not of the queries of these {len(prompts)}; draw both from the same "
+            "images with the same seed, of tasks that show the query alike."
+        )
+    own = find_loss(model, loss)
+    a, b = (model.truth(shown.to(device_of(model))) for shown in (prompts, others))
+
+    def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
+        return own.value(output, shown, b[rows]) - own.value(output, shown, a[rows])
+
+    return Measure("log p(answer) − log p(other task's answer)", value, True, (a, b))

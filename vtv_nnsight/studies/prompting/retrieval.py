@@ -1,0 +1,128 @@
+"""The example that looks most like the query, in the place of one by chance (*What Makes Good Examples for Visual
+In-Context Learning?*, arXiv 2301.13670, §3.2: unsupervised prompt retrieval).
+
+    >>> drawn = tasks.draw(images, 100, seed=0)
+    >>> prompts = task.compose(images, drawn, model.layout)
+    >>> nearest = task.compose(images, retrieve(model, task, images, drawn), model.layout)
+    >>> evaluate(model, task, prompts, {"one-shot": None, "retrieved": Condition(shown=nearest)})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from vtv_nnsight.images import digest
+from vtv_nnsight.models import sites
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.interface import InContextModel, default_batch_size
+from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.tasks import CENTER, Draw, Place, Task, labels_of
+
+Features = Callable[[torch.Tensor], torch.Tensor]
+"""Pictures [batch, 3, height, width] in [0, 1] → features [batch, width]."""
+
+
+def retrieve(
+    model: InContextModel,
+    task: Task,
+    images: Any,
+    drawn: Draw,
+    *,
+    features: Features | None = None,
+    examples: int = 1,
+    pool: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Draw:
+    """Choose the examples whose inputs are most similar to each query, by the cosine of their features.
+
+    Queries and places stay as they were drawn. As in `tasks.draw`, an example is of the query's class where the data
+    has labels. A query's picture is never its own example, whichever row it lies in.
+
+    Args:
+        model: Whose cells are compared, and whose own `encoder_features` where none are given.
+        task: What is asked: pictures are compared as it shows them, such as darkened.
+        images: A datasets.Dataset or a sequence of rows, those that were drawn from.
+        drawn: What `tasks.draw` or `tasks.draw_queries` drew.
+        features: Another way to look at pictures, such as CLIP's.
+        examples: For each query, the most similar first.
+        pool: Numbers of the rows that may be examples; None is all.
+        batch_size: Pictures at once; None is `stages.default_batch_size`, 32 for MAE-VQGAN.
+        progress: Show a progress bar.
+
+    Returns:
+        What `task.compose` makes prompts of, the examples chosen.
+
+    Raises:
+        ValueError: when a query has too few others to choose from, a row is not there, or features are not numbers
+            [batch, width].
+    """
+    queries = drawn.rows[:, -1]
+    candidates = np.arange(len(images)) if pool is None else np.unique(np.asarray(pool, dtype=np.int64))
+    if outside := [int(row) for row in (*candidates, *queries) if not 0 <= row < len(images)]:
+        raise ValueError(f"row {outside[0]} is not among the {len(images)} rows of these images.")
+    features, batch_size = features or encoder_features(model), batch_size or default_batch_size(model)
+    with progress_bar(total=len(candidates) + len(queries), unit="picture", disable=not progress) as bar:
+
+        def seen(rows: np.ndarray, places: list[Place]) -> tuple[np.ndarray, torch.Tensor]:
+            """Digests of pictures [row] and unit features of them as the task shows them [row, width]."""
+            names, found = [], []
+            for part, at in _batches(rows, places, batch_size):
+                pictures, shown = zip(
+                    *(task._cells(images[int(row)], model.layout.cell_size, place)[:2] for row, place in zip(part, at))
+                )
+                names += [digest(picture) for picture in pictures]
+                found.append(_unit(features(torch.stack(shown)), len(part)))
+                bar.update(len(part))
+            return np.array(names), torch.cat(found)
+
+        asked, queried = seen(queries, [tuple(place) for place in drawn.places.tolist()])
+        offered, known = seen(candidates, [CENTER] * len(candidates))
+    allowed = asked[:, None] != offered[None]
+    allowed &= queries[:, None] != candidates[None]
+    if (labels := labels_of(images)) is not None:
+        allowed &= labels[queries][:, None] == labels[candidates][None]
+    if (few := allowed.sum(1) < examples).any():
+        row = int(np.flatnonzero(few)[0])
+        others = "other pictures" if labels is None else "other pictures of its class"
+        raise ValueError(
+            f"row {queries[row]} has {allowed[row].sum()} {others} to choose from and a prompt needs {examples}; "
+            "give a larger pool."
+        )
+    similarity = (queried @ known.T).masked_fill(~torch.from_numpy(allowed), -torch.inf)
+    nearest = candidates[similarity.topk(examples).indices.numpy()]
+    return Draw(np.concatenate([nearest, queries[:, None]], axis=1), drawn.places)
+
+
+def encoder_features(model: InContextModel) -> Features:
+    """What a model's first stage makes of a picture that is shown as the query, alone: the mean over tokens of the
+    residual stream that its last layer leaves, or of that layer's heads where the model does not tell."""
+    stage, layout = model.stages[0], model.layout
+    site = "residual" if "residual" in model.outputs(stage.name, stage.layers - 1) else sites.HEADS
+
+    @torch.no_grad()
+    def features(pictures: torch.Tensor) -> torch.Tensor:
+        prompts = [VisualPrompt.from_cells({"query": picture}, layout) for picture in pictures.cpu()]
+        with model.trace(VisualPrompt.cat(prompts).query_only().to(device_of(model))):
+            tokens = sites.read(model, stage, stage.layers - 1, site).save()
+        return tokens.mean(1).flatten(1)
+
+    return features
+
+
+def _batches(rows: np.ndarray, places: list[Place], size: int) -> Iterator[tuple[np.ndarray, list[Place]]]:
+    return ((rows[start : start + size], places[start : start + size]) for start in range(0, len(rows), size))
+
+
+def _unit(found: Any, rows: int) -> torch.Tensor:
+    """Features of unit length, [row, width], on the CPU."""
+    if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != rows or not found.isfinite().all():
+        shape = f"{list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(f"features of {rows} pictures are {shape}; expected finite numbers [{rows}, width].")
+    return F.normalize(found.detach().float().cpu(), dim=1)

@@ -1,0 +1,1 @@
+from vtv_nnsight.tasks.base import *  # noqa

@@ -1,0 +1,116 @@
+"""Training of a MAE-VQGAN from nothing: the tokenizer first, then the transformer.
+
+    >>> pretrain("tokenizer", "tiny", "runs/tiny")   # runs/tiny/tokenizer/: checkpoint.pt, log.jsonl, vqgan.safetensors
+    >>> pretrain("decoder", "tiny", "runs/tiny")     # if wanted, beside the next: the same in runs/tiny/decoder/
+    >>> pretrain("mae", "tiny", "runs/tiny")            # runs/tiny/mae/: checkpoint.pt, log.jsonl, model/
+    >>> model = MAEVQGAN("runs/tiny/mae/model")
+
+The embedded model's card, weights/tiny/README.md, says how it was trained. VP's way, figures with random masks in the
+place of prompts, is `pretrain("mae", …, data="figures")`, or data="my/figures" for a folder of one's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vtv_nnsight.models.mae_vqgan.traced import MAEVQGAN
+from vtv_nnsight.training import recipes
+from vtv_nnsight.training.corpus import PHOTO, Corpus
+from vtv_nnsight.training.figures import composed, cropped
+from vtv_nnsight.training.mae import random_mask, train_mae
+from vtv_nnsight.training.tokenizer import WEIGHTS, load_tokenizer, train_decoder, train_tokenizer
+
+STAGES = ("tokenizer", "decoder", "mae")
+FIGURES = "figures"
+
+__all__ = ["STAGES", "pretrain", "recipes", "train_decoder", "train_mae", "train_tokenizer"]
+
+
+def pretrain(
+    stage: str,
+    size: str,
+    out: str | os.PathLike,
+    *,
+    images: str | os.PathLike | None = None,
+    data: str | os.PathLike | None = None,
+    start: str | os.PathLike | None = None,
+    steps: int | None = None,
+    decay: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+) -> Path:
+    """Train one stage of a size (`recipes.get`) in the folder `out`, and return what it wrote: the tokenizer's file or
+    the model's folder.
+
+    Args:
+        images: A corpus (as `vtv pretrain corpus` writes it) or a folder of pictures to train on beside the scenes;
+            without it, the photographs that scikit-image and scikit-learn carry.
+        data: For "mae", what is learned from, with random masks, in the place of prompts: "figures" that are composed
+            of `images` (`figures.composed`), or a folder of figures or pictures ("./figures" where it has that name).
+        start: A model, by its name or folder, whose transformer the transformer begins with: of the same size or
+            smaller (`growth.widen`), whatever its codes.
+        steps: Optimiser steps in place of the recipe's; a resumed run may change them.
+        decay: Last steps, over which the rates fall to zero, in place of the recipe's. To end a long run early, resume
+            it with fewer `steps` and some of them as `decay`.
+        resume: Continue the run in `out`, if there is one.
+        device: A torch device; by default the first GPU, or the CPU.
+
+    Raises:
+        ValueError: for a stage or a size that does not exist, or `data` that is not for the stage or holds no picture.
+        FileExistsError: when `out` holds a run and `resume` is off.
+        FileNotFoundError: when the tokenizer that "decoder" and "mae" build on has not been trained in `out`, or there
+            is no folder `data`.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"{stage!r} is not a stage of training; choose one of {', '.join(STAGES)}.")
+    if data is not None and stage != "mae":
+        raise ValueError(
+            f"data={os.fspath(data)!r} is for the stage 'mae'; the {stage} learns from images, leave data out."
+        )
+    chosen, out = recipes.get(size), Path(out)
+    recipe = getattr(chosen, stage)
+    changes = {"steps": steps, "decay": decay}
+    recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+    options = {
+        "corpus": Corpus.read(images),
+        "validation": _validation(images),
+        "resume": resume,
+        "seed": seed,
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    }
+    if start is not None and stage != "mae":
+        raise ValueError(f"start={str(start)!r} is for the stage mae; {stage} begins with what {out} holds.")
+    if stage == "tokenizer":
+        return train_tokenizer(chosen.config, recipe, out / stage, **options)
+    if data is not None:
+        options |= {"canvases": _figures(data, options["corpus"], chosen.config.image_size, seed), "mask": random_mask}
+    polished = stage == "mae" and (out / "decoder" / WEIGHTS).is_file()
+    vqgan = load_tokenizer(chosen.config, out / ("decoder" if polished else "tokenizer"))
+    if stage == "decoder":
+        return train_decoder(chosen.config, vqgan, recipe, out / stage, **options)
+    known = None if start is None else MAEVQGAN(start, dispatch=True)._module
+    return train_mae(chosen.config, vqgan, recipe, out / stage, start=known, **options)
+
+
+def _figures(data: str | os.PathLike, corpus: Corpus, size: int, seed: int) -> Callable[[int, int], torch.Tensor]:
+    """The canvases of a step: figures composed of a corpus, or those of a folder."""
+    if data == FIGURES:
+        return lambda step, n: composed(step, n, size, seed, corpus)
+    own = Corpus.read(data)
+    if not own.has(PHOTO):
+        raise ValueError(f"{data} lists no photographs; give a folder of figures or pictures, or 'figures'.")
+    return lambda step, n: cropped(step, n, size, seed, own)
+
+
+def _validation(images: str | os.PathLike | None) -> Corpus | None:
+    """A corpus's own validation split, where it has one."""
+    try:
+        return Corpus.read(images, "validation")
+    except ValueError:
+        return None
