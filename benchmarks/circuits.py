@@ -43,7 +43,7 @@ from vtv_nnsight.studies.circuits import (
     faithfulness,
     log_ratio,
     plots,
-    rank,
+    rank_units,
     write_nodes,
 )
 from vtv_nnsight.studies.circuits.faithfulness_curves import ORDERS
@@ -114,7 +114,7 @@ class Bench:
             for name in self.args.rankings:
                 file = journal(self.args.resume, name, way(direction, ablation), seed)
                 shared = dict(budget=self.args.budget, seed=self.args.seed + seed, vectors=self.vectors, resume=file)
-                found[name].append(rank(name, objective, direction, progress=False, **shared))
+                found[name].append(rank_units(name, objective, direction, progress=False, **shared))
         return found
 
 
@@ -129,7 +129,7 @@ def known_circuits(args: argparse.Namespace) -> list[dict]:
         replaced = Activations.collect(model, counterfactual(own, others), progress=False)
         objective = search.Objective(model, replaced, tasks.segmentation, own[:16], space, held_out=own[16:])
         for row in rows:
-            scores = rank(row["ranking"], objective, "out", budget=args.budget, seed=seed, progress=False)
+            scores = rank_units(row["ranking"], objective, "out", budget=args.budget, seed=seed, progress=False)
             row["signed"].append(auroc(scores, model.circuit(space)))
             row["absolute"].append(auroc(scores.abs(), model.circuit(space)))
     return rows

@@ -179,7 +179,7 @@ def composed(corpus: Corpus, kind: str, layout: Layout, seed: int) -> Source:
     )
 
 
-def answers(model: MAEVQGAN, prompts: VisualPrompt) -> torch.Tensor:
+def generate_with_gates(model: MAEVQGAN, prompts: VisualPrompt) -> torch.Tensor:
     """The output cells that the model paints, [prompt, 3, cell, cell]."""
     return torch.cat([model.generate(some).answer.cpu() for some in prompts.split(32)])
 
@@ -192,7 +192,7 @@ def example_decides(model: MAEVQGAN, corruption: tasks.Task, source: Source, n: 
     asked = [source(corruption + t, n) for t in (*targets, *UNSEEN)]
     queries = [prompts.region("query") for prompts in asked]
     assert all(torch.equal(query, queries[0]) for query in queries), "the queries differ between tasks"
-    painted = [answers(model, prompts) for prompts in asked]
+    painted = [generate_with_gates(model, prompts) for prompts in asked]
     distance = torch.stack([torch.stack([mse(a, p.region("output")) for p in asked]) for a in painted])
     right = distance.argmin(1) == torch.arange(len(asked))[:, None]
     return right[: len(targets)].double().mean().item(), right[len(targets) :].double().mean().item()
@@ -201,7 +201,7 @@ def example_decides(model: MAEVQGAN, corruption: tasks.Task, source: Source, n: 
 def lined(model: MAEVQGAN, source: Source, n: int) -> float:
     """The share of answers to VTV's tasks that have a line from side to side which the truth has not."""
     found = [
-        line_across(answers(model, prompts) - prompts.region("output"))
+        line_across(generate_with_gates(model, prompts) - prompts.region("output"))
         for task in tasks.VTV
         if (prompts := source(task, n)) is not None
     ]
@@ -225,7 +225,7 @@ def filled(model: MAEVQGAN, prompts: VisualPrompt) -> tuple[float, float]:
     where the two are within a tenth."""
     truth = prompts.region("output")
     hole = (prompts.region("query") != truth).any(1, keepdim=True)
-    painted = answers(model, prompts)
+    painted = generate_with_gates(model, prompts)
     shown = hole.flatten(1).any(1)  # a black square on black is no hole
     hole, painted, truth = hole[shown], painted[shown], truth[shown]
     mean, wanted = ((hole * pixels).flatten(1).sum(1) / (3 * hole.flatten(1).sum(1)) for pixels in (painted, truth))

@@ -55,11 +55,11 @@ def compared(args: argparse.Namespace, model: MAEVQGAN, task: tasks.Task) -> Tab
     conditions = {
         "one-shot": Condition("one"),
         "zero-shot": Condition("zero"),
-        "retrieved example": Condition(shown=nearest),
-        "learned border": Condition(shown=border(singly[0])),
-        "retrieved example + border": Condition(shown=border(nearest)),
-        f"{k} examples, one canvas": Condition(shown=together),
-        f"{k} examples, mean answer": Condition(shown=singly),
+        "retrieved example": Condition(prompts_override=nearest),
+        "learned border": Condition(prompts_override=border(singly[0])),
+        "retrieved example + border": Condition(prompts_override=border(nearest)),
+        f"{k} examples, one canvas": Condition(prompts_override=together),
+        f"{k} examples, mean answer": Condition(prompts_override=singly),
         VECTOR: Condition(vectors=vector, patches=units),
         "task vector, learned": Condition(vectors=better, patches=units),
     }

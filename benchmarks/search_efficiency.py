@@ -163,7 +163,7 @@ class Bench:
         finally:
             follower.close()
         curve, best, held_out = [], float("nan"), float("inf")
-        for step, (evaluations, chosen, probabilities) in zip(follower.history, follower.trail):
+        for step, (evaluations, chosen, probabilities) in zip(follower.history, follower.trajectory):
             if step.held_out_loss < held_out:
                 held_out, best = step.held_out_loss, self.loss(chosen)
             likely = self.loss(probabilities > 0.5)

@@ -44,7 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     found = search.gates(model, vector, task, prompts.query_only(), space, budget=args.budget, seed=args.seed)
     test = task.prompts(unseen, args.queries, args.seed, model.layout)
 
-    scores = task.score(crop(answers(model, test, vector, found.patches), "output", test.layout), test.region("output"))
+    scores = task.score(
+        crop(generate_with_gates(model, test, vector, found.patches), "output", test.layout), test.region("output")
+    )
     middle = int(scores.argsort()[len(scores) // 2])
     shown = test[middle]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @torch.no_grad()
-def answers(model, prompts, vector=None, patches=None, scale: float = 1.0, example: bool = False) -> torch.Tensor:
+def generate_with_gates(
+    model, prompts, vector=None, patches=None, scale: float = 1.0, example: bool = False
+) -> torch.Tensor:
     """Completed canvases [batch, 3, height, width]."""
     with model.generate(prompts if example else prompts.query_only()) as tracer:
         if vector is not None:
@@ -92,7 +96,7 @@ def prompt(shown) -> Figure:
 def one_shot(model, shown) -> Figure:
     figure, (left, middle, right) = panels(3)
     show(left, asked(shown), "the prompt")
-    show(middle, crop(answers(model, shown, example=True), "output", shown.layout)[0], "one-shot answer")
+    show(middle, crop(generate_with_gates(model, shown, example=True), "output", shown.layout)[0], "one-shot answer")
     show(right, shown.region("output")[0], "the truth")
     return figure
 
@@ -102,7 +106,7 @@ def query_only(model, shown) -> Figure:
     canvas = torch.full_like(shown.canvas[0], GREY)
     crop(canvas, "query", shown.layout)[:] = shown.region("query")[0]
     show(left, canvas, "the query alone")
-    show(middle, crop(answers(model, shown), "output", shown.layout)[0], "answer: no idea")
+    show(middle, crop(generate_with_gates(model, shown), "output", shown.layout)[0], "answer: no idea")
     show(right, shown.region("output")[0], "the truth")
     return figure
 
@@ -159,7 +163,11 @@ def scale(model, shown, vector, patches) -> Figure:
     figure, row = panels(len(SCALES) + 2, 1.15 * (len(SCALES) + 2), 1.6)
     show(row[0], shown.region("query")[0], "query")
     for panel, value in zip(row[1:], SCALES):
-        show(panel, crop(answers(model, shown, vector, patches, value), "output", shown.layout)[0], f"{value:g}")
+        show(
+            panel,
+            crop(generate_with_gates(model, shown, vector, patches, value), "output", shown.layout)[0],
+            f"{value:g}",
+        )
     show(row[-1], shown.region("output")[0], "truth")
     return figure
 

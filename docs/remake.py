@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pictures
 
-from vtv_nnsight.evaluation.explorer import Demonstration
-from vtv_nnsight.report import read
+from vtv_nnsight.evaluation.explorer import QueryExplorer
+from vtv_nnsight.report import load_run
 from vtv_nnsight.report.hero import animation, save_animation
 from vtv_nnsight.report.reading import FLOOR_TO_CEILING
 from vtv_nnsight.runs import bundles, run
@@ -45,12 +45,12 @@ def main() -> None:
 
     shutil.rmtree(WEIGHTS / "search", ignore_errors=True)
     bundles.load(folder).compact().save(WEIGHTS, torch.float16)
-    shown = Demonstration.load(folder / "shown" / f"{args.task}.safetensors")
+    shown = QueryExplorer.load(folder / "shown" / f"{args.task}.safetensors")
     save_animation(animation(shown), DOCS / "hero.gif")
     shutil.copyfile(folder / "answers.png", DOCS / "answers.png")
     pictures.main(["--task", args.task])
 
-    found = read(folder)
+    found = load_run(folder)
     for task in found.tasks:
         lines = found.lines()[task.name]["score"]
         cells = [f"{lines[name].mean:.3f} [{lines[name].low:.3f}, {lines[name].high:.3f}]" for name in FLOOR_TO_CEILING]

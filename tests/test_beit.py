@@ -183,7 +183,7 @@ def test_loss_and_ceiling_are_of_the_tokenizers_codes(model, published, prompts)
     expected = F.cross_entropy(logits.flatten(0, 1), codes[:, output].flatten(), reduction="none").view(3, -1).mean(1)
     torch.testing.assert_close(loss.value(model(prompts), prompts, codes[:, output]), expected)
     with torch.no_grad(), model.trace(prompts):
-        narrowed = model.narrow(prompts)
+        narrowed = model.restrict_to_output(prompts)
         value = loss.value(model.output, narrowed, model.truth(prompts)).save()
     torch.testing.assert_close(value, expected)
     best = F.interpolate(model._module.tokenizer.decode(codes), size=64, mode="bicubic", antialias=True).clamp(0, 1)
@@ -215,7 +215,7 @@ def test_it_has_heads_vectors_and_units(module, model, folder, prompts):
 
 
 def test_a_folder_is_evaluated(module, model, folder, prompts, tmp_path):
-    """Found by `load_model`, with its tokenizer in the folder or given."""
+    """RunResults by `load_model`, with its tokenizer in the folder or given."""
     module.save_pretrained(tmp_path)
     given = load_model(tmp_path, tokenizer=folder / "decoder.pkl")
     for part in folder.iterdir():

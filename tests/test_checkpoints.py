@@ -172,7 +172,7 @@ def test_writing_to_weights_leaves_the_file_alone(checkpoint):
 
 MEASURE = """
 import resource, sys, torch
-from vtv_nnsight.models.mae_vqgan import checkpoints
+from vtv_nnsight.models.mae_vqgan import published as checkpoints
 def peak():
     (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

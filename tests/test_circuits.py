@@ -8,8 +8,8 @@ from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch
 from vtv_nnsight.search import NamedUnits, Objective
 from vtv_nnsight.studies.circuits import (
     RANKINGS,
+    ComplementObjective,
     Curves,
-    Kept,
     KnownCircuit,
     answer_loss,
     answer_metric,
@@ -19,7 +19,7 @@ from vtv_nnsight.studies.circuits import (
     faithfulness,
     log_ratio,
     nodes,
-    rank,
+    rank_units,
     write_nodes,
 )
 from vtv_nnsight.vectors import Activations, zero_vector
@@ -274,7 +274,7 @@ class Additive:
 def test_rankings_put_first_what_matters(name, direction):
     weights = torch.tensor([0.0, 0.1, 2.0, 0.0, -0.5, 3.0], dtype=torch.float64)  # of ablating, for "out"
     objective = Additive(weights if direction == "out" else -weights)
-    scores = rank(name, objective, direction, budget=800, progress=False)
+    scores = rank_units(name, objective, direction, budget=800, progress=False)
     first = scores.argsort(descending=True)[:2]
     assert set(first.tolist()) == {2, 5}, scores
     assert scores[4] < scores[[1, 2, 5]].min()
@@ -282,14 +282,14 @@ def test_rankings_put_first_what_matters(name, direction):
 
 def test_units_that_stay():
     objective = Additive(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
-    kept = Kept(objective)
+    kept = ComplementObjective(objective)
     choices = torch.tensor([[True, False, False]])
     assert kept(choices, torch.zeros(1, dtype=torch.long)).item() == 6
     losses, gradients = kept.gradient(choices.float(), torch.zeros(1, dtype=torch.long))
     assert losses.item() == 6 and gradients.tolist() == [[-1, -2, -4]]
     with pytest.raises(ValueError, match="ranking 'best' is unknown; choose from attribution"):
-        rank("best", objective)
-    assert torch.equal(rank("random", objective, seed=3), rank("random", objective, seed=3))
+        rank_units("best", objective)
+    assert torch.equal(rank_units("random", objective, seed=3), rank_units("random", objective, seed=3))
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +323,7 @@ def test_only_the_circuit_has_an_effect(known, known_objective):
 @pytest.mark.parametrize("name", [name for name in RANKINGS if name != "between/within variance"])
 def test_what_is_there_is_found(known, known_objective, name):
     truth = known.circuit(known_objective.space)
-    scores = rank(name, known_objective, "out", budget=400, progress=False)
+    scores = rank_units(name, known_objective, "out", budget=400, progress=False)
     found = auroc(scores.abs() if name == "attribution" else scores, truth)
     if name == "random":
         assert found < 0.9

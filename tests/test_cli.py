@@ -180,7 +180,7 @@ def test_of_several_processes_the_first_prints(vtv, tmp_path, monkeypatch, capsy
     from vtv_nnsight.cli.start import summarise
 
     empty = SimpleNamespace(tasks=[], lines=dict, table=SimpleNamespace(tasks=[]))
-    monkeypatch.setattr("vtv_nnsight.report.reading.read", lambda folder: empty)
+    monkeypatch.setattr("vtv_nnsight.report.reading.load_run", lambda folder: empty)
     score = ("score", bundles.load("tiny").folder / "vectors.safetensors")
     for rank, prints in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
@@ -226,7 +226,7 @@ def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
     sites = [f"{stage}.{site}" for stage in stages for site in ("mlp", "residual")]
     assert list(loaded["lowlight"].mean) == sites and loaded["lowlight"].mean["encoder.mlp"].shape[2] == 1
 
-    code, out, _ = vtv("score", vectors, "--top", 3, "--plot", tmp_path / "scores.png")
+    code, out, _ = vtv("score", vectors, "--model", model, "--top", 3, "--plot", tmp_path / "scores.png")
     assert code == 0 and (".mlp @ " in out or "blocks.0 @ " in out) and "heads" not in out
 
     search = ("search", model, "--tasks", "lowlight", *own[2:], "--vectors", vectors, "--algorithm", "ranking")

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
 from test_cli import vtv  # noqa: F401
 from test_vectors import FAST, random_module
 from test_vit_mae import config
@@ -21,10 +20,10 @@ from vtv_nnsight.evaluation import (
     comparison,
     controls,
     random_units,
+    rank_among_draws,
     select_prompts,
     selection,
     specificity,
-    standing,
     vector_pairs,
     verdicts,
 )
@@ -307,7 +306,7 @@ def test_controls_are_drawn_several_times(model, prompts, vectors, patches, tabl
     one_shot = found.values("segmentation", "one-shot")
     assert line.difference == pytest.approx((each - one_shot).mean())
     assert [len(cells) for cells in found.pictures["segmentation"].values()] == [2] * 6
-    found.parquet(tmp_path / "values.parquet")
+    found.to_parquet(tmp_path / "values.parquet")
     assert repr(Table.load(tmp_path / "values.parquet")) == repr(found)
 
 
@@ -336,7 +335,7 @@ def test_controls_may_ask_fewer_prompts(model, prompts, vectors, patches, table)
     mine = table.values("segmentation", "task vector")
     assert lines["vector of lowlight"].mean == pytest.approx(other.mean())
     assert "random units, 3 draws, 2 images" in repr(found) and "vector of lowlight, 5 images" in repr(found)
-    place = standing(found, "segmentation")
+    place = rank_among_draws(found, "segmentation")
     expected = (int((mine[:2].mean() > each.mean(1)).sum()), 3, each.mean(1).min(), each.mean(1).max())
     assert place == pytest.approx(expected)
     pairs = vector_pairs(found).set_index("vector")
@@ -344,7 +343,7 @@ def test_controls_may_ask_fewer_prompts(model, prompts, vectors, patches, table)
     assert pairs["mean"]["segmentation"] == pytest.approx(mine[:5].mean())
     assert pairs.difference["lowlight"] == pytest.approx((other - mine[:5]).mean())
     with pytest.raises(ValueError, match="no 'random units' of 'lowlight'"):
-        standing(found, "lowlight")
+        rank_among_draws(found, "lowlight")
     with pytest.raises(ValueError, match="no vector of another task"):
         vector_pairs(evaluate(model, tasks.segmentation, prompts, {"x": None}, keep=0, progress=False))
 
@@ -485,7 +484,7 @@ def test_folds_average_as_published(table):
             for name, shift in (("one-shot", 0.0), ("other", 0.25))
             for i, s in enumerate(scores)
         ]
-        return Table(Dataset.from_list(rows))
+        return Table(pd.DataFrame(rows))
 
     joined = Table.cat([fold(0, [0.0] * 3), fold(1, [0.5] * 9)])
     one_shot, other = joined.lines()[:2]
@@ -500,11 +499,11 @@ def test_tables_in_every_form(table, tmp_path):
         mean = table.values("segmentation", "zero-shot").mean()
         assert f"{mean:.4f} [" in form
     assert "nan" not in text and len({line.count("|") for line in markdown.splitlines()}) == 1
-    table.csv(tmp_path / "table.csv")
+    table.to_csv(tmp_path / "table.csv")
     with open(tmp_path / "table.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 and float(rows[1]["mean"]) == pytest.approx(mean)
-    table.parquet(tmp_path / "values.parquet")
+    table.to_parquet(tmp_path / "values.parquet")
     loaded = Table.load(tmp_path / "values.parquet")
     assert repr(loaded) == text and sorted(p.name for p in tmp_path.iterdir()) == ["table.csv", "values.parquet"]
     with pytest.raises(FileNotFoundError, match="no file"):
@@ -596,7 +595,7 @@ def test_command_line(vtv, model, patches, tmp_path):  # noqa: F811
     common = ("--data", "scenes", "--max-images", 12, "--n", 3, "--tasks", "segmentation,lowlight")
     code, out, _ = vtv("collect", tmp_path / "model", *common, "--select", 12, "-o", file)
     assert code == 0 and f"wrote {file}" in out and list(TaskVectors.load(file)) == ["segmentation", "lowlight"]
-    code, out, _ = vtv("score", file, "--top", 3, "--plot", tmp_path / "scores.png")
+    code, out, _ = vtv("score", file, "--model", tmp_path / "model", "--top", 3, "--plot", tmp_path / "scores.png")
     assert code == 0 and out.count("attn.heads[") == 3 and (tmp_path / "scores.png").stat().st_size > 5000
     patched = ("--vectors", file, "--patches", tmp_path / "patches.json")
     code, out, _ = vtv("evaluate", tmp_path / "model", *common, *patched, "-o", made)

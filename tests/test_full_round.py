@@ -77,7 +77,7 @@ def test_a_run(runs, folders, kind):
     vectors = TaskVectors.load(out / "vectors.safetensors")
     assert vectors["lowlight"].fingerprint["model"] == kind
     assert vectors["lowlight"].fingerprint.get("embedding_type") == settings["embedding_type"]
-    found = reading.read(out)
+    found = reading.load_run(out)
     (result,) = found.results["segmentation"].values()
     assert result.algorithm == "gates" and 0 < result.evaluations <= 150
     table = Table.load(out / "evaluation" / "segmentation.parquet")

@@ -194,7 +194,7 @@ def test_invokes_share_a_forward(model, prompts):
 
 
 def test_a_published_file_is_evaluated(model, file, prompts):
-    """Found by `load_model`; weights are not read before they are needed."""
+    """RunResults by `load_model`; weights are not read before they are needed."""
     loaded = load_model(file, num_attention_heads=HEADS)
     assert isinstance(loaded, Net2Net) and not loaded.dispatched
     table = evaluate(loaded, tasks.identity, prompts, progress=False)

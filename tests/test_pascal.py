@@ -395,7 +395,7 @@ def test_the_published_protocol(published, root, small_config, tmp_path, monkeyp
         assert torch.equal(prompts.region("query"), torch.cat(queries))
     files = ("prompts.safetensors", "vectors.safetensors", "search/segmentation.safetensors")
     assert all((out / "fold0" / file).samefile(out / "fold2" / file) for file in files)
-    found, first = reading.read(out), Table.load(out / "fold0" / "evaluation" / "segmentation.parquet")
+    found, first = reading.load_run(out), Table.load(out / "fold0" / "evaluation" / "segmentation.parquet")
     assert list(found.results["segmentation"]) == ["fold0", "fold2"]
     assert (found.table.values("segmentation", "one-shot")[:7] == first.values("segmentation", "one-shot")).all()
     queries = evaluated[0][1].region("query").mul(255).round().byte()  # of fold 0, as the scores beside them

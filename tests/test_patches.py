@@ -229,7 +229,7 @@ def test_only_layers_with_something_to_do_are_touched(model, prompts, vectors, m
     chosen = PatchSet.named(
         space, ["encoder.blocks.1.attn.heads[2] @ query", "decoder.blocks.1.attn.heads[0] @ output"]
     )
-    from vtv_nnsight import patching as patches
+    from vtv_nnsight.patching import patching as patches
 
     touched, apply = [], patches._Step.apply
     monkeypatch.setattr(

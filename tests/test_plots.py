@@ -35,13 +35,13 @@ def images(figure):
 def test_activations_are_means_over_a_region(model, prompts, heads):
     z = all_heads(model, prompts["b"])
     tokens = LAYOUT.index(LAYOUT.visible, LAYOUT.regions["query"])
-    expected = z.encoder[:, :, tokens].mean(2).transpose(0, 1)
+    expected = z["encoder"][:, :, tokens].mean(2).transpose(0, 1)
     torch.testing.assert_close(heads["encoder"]["b"], expected)
     assert heads["decoder"]["a"].shape == (5, 2, 2, 8)
     output = activations(model, prompts, "output", progress=False)
-    assert output.encoder is None and silhouettes(output).encoder is None
+    assert output["encoder"] is None and silhouettes(output)["encoder"] is None
     torch.testing.assert_close(
-        activations(model, prompts, "cls", progress=False).encoder["b"], z.encoder[:, :, 0].transpose(0, 1)
+        activations(model, prompts, "cls", progress=False)["encoder"]["b"], z["encoder"][:, :, 0].transpose(0, 1)
     )
     with pytest.raises(ValueError, match="'sky' is not a region; choose 'cls' or one of example_input"):
         activations(model, prompts, "sky", progress=False)
@@ -60,8 +60,8 @@ def test_silhouettes_equal_scikit_learns(heads):
     found = silhouettes(heads)
     assert found["encoder"].shape == (3, 4) and found["encoder"].abs().max() < 1
     apart = ByStage(encoder={"a": heads["encoder"]["a"], "b": heads["encoder"]["b"].clone()}, decoder=None)
-    apart.encoder["b"][:, 1, 2] += 50
-    planted = silhouettes(apart).encoder
+    apart["encoder"]["b"][:, 1, 2] += 50
+    planted = silhouettes(apart)["encoder"]
     assert planted[1, 2] > 0.9 and (planted > 0.9).sum() == 1
     with pytest.raises(ValueError, match="only a"):
         silhouettes(ByStage(encoder={"a": heads["encoder"]["a"]}, decoder=None))
@@ -74,7 +74,7 @@ def test_score_map_shows_every_region_a_stack_sees(model, prompts):
     titles = [axes.get_title() for axes in figure.axes if axes.images]
     assert len(titles) == 9 and "encoder @ output" not in titles and "decoder @ output" in titles
     shown = images(figure)[titles.index("encoder @ query")]
-    np.testing.assert_allclose(shown, scores.encoder[..., 1 + LAYOUT.regions["query"]].mean(-1), rtol=1e-5)
+    np.testing.assert_allclose(shown, scores["encoder"][..., 1 + LAYOUT.regions["query"]].mean(-1), rtol=1e-5)
     zero_shot = TaskVectors.collect(model, {t: p.query_only() for t, p in prompts.items()}, progress=False)
     titles = [axes.get_title() for axes in plots.score_map(zero_shot.score(), LAYOUT).axes if axes.images]
     assert titles == ["encoder @ cls", "encoder @ query", "decoder @ cls", "decoder @ query", "decoder @ output"]
@@ -90,7 +90,7 @@ def test_projection(heads, tmp_path):
     figure = plots.projection(heads, "encoder", 1, [0, 3])
     panels = figure.axes
     assert len(panels) == 2 and [len(c.get_offsets()) for c in panels[0].collections] == [5, 7]
-    width = silhouettes(heads).encoder[1, 3]
+    width = silhouettes(heads)["encoder"][1, 3]
     assert panels[1].get_title() == f"encoder layer 1, head 3: silhouette {width:.2f}"
     figure.savefig(tmp_path / "projection.png")
     line = torch.outer(torch.tensor([-3.0, -1.0, 1.0, 3.0]), torch.tensor([0.6, 0.8, 0.0]))

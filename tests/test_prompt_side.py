@@ -159,12 +159,12 @@ def test_shown_prompts_are_asked_in_the_place_of_the_evaluated(model, images, dr
     units = PatchSet.random(PatchSpace(model), 12)
     conditions = {
         "one-shot": None,
-        "other": Condition(shown=singly[0]),
-        "border": Condition(shown=border(prompts)),
-        "mean": Condition(shown=singly),
-        "together": Condition(shown=together),
-        "both": Condition(shown=singly[0], vectors=vector, patches=units),
-        "few": Condition(shown=singly[0].query_only(), prompts=4),
+        "other": Condition(prompts_override=singly[0]),
+        "border": Condition(prompts_override=border(prompts)),
+        "mean": Condition(prompts_override=singly),
+        "together": Condition(prompts_override=together),
+        "both": Condition(prompts_override=singly[0], vectors=vector, patches=units),
+        "few": Condition(prompts_override=singly[0].query_only(), prompts=4),
     }
     table = evaluate(model, task, prompts, conditions, batch_size=3, progress=False)
     truth = prompts.region("output")
@@ -197,7 +197,7 @@ def test_shown_prompts_are_asked_in_the_place_of_the_evaluated(model, images, dr
 
 def test_other_queries_are_refused(model, prompts):
     def ask(shown):
-        evaluate(model, tasks.segmentation, prompts, {"mine": Condition(shown=shown)}, progress=False)
+        evaluate(model, tasks.segmentation, prompts, {"mine": Condition(prompts_override=shown)}, progress=False)
 
     with pytest.raises(ValueError, match="condition 'mine' shows 5 prompts for 6 queries"):
         ask(prompts[:5])
@@ -206,11 +206,11 @@ def test_other_queries_are_refused(model, prompts):
     flipped = replace(prompts.layout, order="horizontal")
     with pytest.raises(ValueError, match="condition 'mine' shows prompts of several layouts"):
         ask([prompts, prompts._with(layout=flipped)])
-    with pytest.raises(ValueError, match="shot='zero' shows no example; shown= goes with shot='one'"):
-        Condition("zero", shown=prompts)
-    with pytest.raises(ValueError, match="shown=.. shows nothing"):
-        Condition(shown=[])
-    assert Condition(shown=prompts, run=print).shot == "one"
+    with pytest.raises(ValueError, match="shot='zero' shows no example; prompts_override= goes with shot='one'"):
+        Condition("zero", prompts_override=prompts)
+    with pytest.raises(ValueError, match="prompts_override=.. shows nothing"):
+        Condition(prompts_override=[])
+    assert Condition(prompts_override=prompts, run=print).shot == "one"
 
 
 def test_a_model_of_another_family(images, drawn):
@@ -222,8 +222,8 @@ def test_a_model_of_another_family(images, drawn):
     border = learn_border(model, prompts, steps=5, held_out=prompts, progress=False)
     conditions = {
         "one-shot": None,
-        "border": Condition(shown=border(prompts)),
-        "both": Condition(shown=[prompts, nearest]),
+        "border": Condition(prompts_override=border(prompts)),
+        "both": Condition(prompts_override=[prompts, nearest]),
     }
     table = evaluate(model, task, prompts, conditions, progress=False)
     losses = {name: table.values("lowlight", name, "loss").mean() for name in conditions}

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, data, tasks
 from vtv_nnsight.cli import start
-from vtv_nnsight.evaluation import Table, standing, verdicts
+from vtv_nnsight.evaluation import Table, rank_among_draws, verdicts
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import display, progress_bar
 from vtv_nnsight.report import page as report
@@ -186,7 +186,7 @@ def test_a_file_that_was_changed_is_named_and_made_again(copy, finished, model, 
     with pytest.raises(ValueError, match=f"{name}.*not as this run wrote it; put it back, or do .*redo"):
         run(copy, settings, progress=False)
     with pytest.raises(ValueError, match=f"{name}.*not as the run wrote it"):
-        reading.read(copy)
+        reading.load_run(copy)
     assert done == []
     run(copy, settings, redo=True, progress=False)
     assert done[: len(again)] == again
@@ -229,7 +229,7 @@ def test_a_file_that_no_run_wrote_is_not_used(copy, finished, model, done):
 )
 def test_a_damaged_folder_is_one_sentence(copy, model, done, damage, words):
     damage(copy)
-    for call in (lambda: run(copy, Settings(model=model, **SMALL), progress=False), lambda: reading.read(copy)):
+    for call in (lambda: run(copy, Settings(model=model, **SMALL), progress=False), lambda: reading.load_run(copy)):
         with pytest.raises(ValueError, match=words):
             call()
     assert done == []
@@ -256,7 +256,7 @@ def test_an_evaluation_of_something_else_is_one_sentence(copy, damage, words):
     (copy / "run.json").write_text(json.dumps(record))
     damage(copy, copy / "evaluation" / "lowlight.parquet")
     with pytest.raises(ValueError, match=words):
-        reading.read(copy)
+        reading.load_run(copy)
 
 
 def test_two_processes_write_what_one_writes(finished, model, tmp_path):
@@ -408,7 +408,7 @@ def test_the_report_is_one_file_with_everything(finished):
         assert f"{patched.low:.3f} to {patched.high:.3f}" in section
         assert "random units, 2 draws" in section and "The floor, copying the query, is" in section
         for drawn in ("random units", "matched random units"):
-            place = standing(table, name, drawn)
+            place = rank_among_draws(table, name, drawn)
             assert f"The found units beat {place.beaten} of 2 draws of {drawn}" in section
     assert "Is it the task&#39;s own vector?" in page or "Is it the task's own vector?" in page
     assert "A <b>unit</b> is one attention head at one place: cls, query or output." in page
@@ -424,7 +424,7 @@ def test_the_report_is_one_file_with_everything(finished):
     [("tokens", "token loss", True), ("smooth_l1", "smooth l1 loss", True), ("pixels", "token loss", False)],
 )
 def test_searches_stand_beside_lines_of_the_same_loss(finished, monkeypatch, searched, evaluated, lines):
-    found, drawn = reading.read(finished), []
+    found, drawn = reading.load_run(finished), []
     found.record["settings"]["loss"] = searched
     found.table.frame["loss_name"] = evaluated
     monkeypatch.setattr(report, "draw", lambda figure, caption, **kwargs: drawn.append((figure(), caption)))
@@ -503,7 +503,7 @@ def test_runs_are_compared(finished, copy, model, tmp_path, done):
     assert '<th scope="col">budget' in page and "<td>200" in page and "<td>300" in page
     assert '<th scope="col">seed' not in page
     assert page.count('<th scope="row">finished') == page.count('<th scope="row">copy') == 1 + 2 * len(TASKS)
-    found = [reading.read(folder) for folder in (finished, copy)]
+    found = [reading.load_run(folder) for folder in (finished, copy)]
     for name in TASKS:
         section = page[page.index(f'<section id="{name}">') :]
         section = section[: section.index("</section>")]
@@ -524,16 +524,16 @@ def test_runs_that_asked_other_queries_are_not_set_side_by_side(finished, copy, 
 
 
 def test_units_of_other_names_are_not_compared(finished):
-    found = reading.read(finished)
+    found = reading.load_run(finished)
     sets = report._sets(found)
     space = sets["lowlight"].space
-    by_head = PatchSpace.from_metadata(space.fingerprint | {"granularity": "head"})
+    by_head = PatchSpace.from_metadata(space.metadata | {"granularity": "head"})
     assert report._agreement({"a": sets["lowlight"], "b": PatchSet.random(by_head, 2)}) is None
     assert report._agreement({"a": sets["lowlight"], "b": sets["lowlight"]})["shared"] == list(sets["lowlight"])
 
 
 def test_answers_png_shows_the_prompt_of_the_median_score(finished):
-    found = reading.read(finished)
+    found = reading.load_run(finished)
     query = pictures.overview(found).axes[list(reading.PICTURES).index("query")].images[0].get_array()
     shown = found.cells(found.tasks[0])["query"].permute(0, 2, 3, 1).numpy()
     kept = found.table.values(TASKS[0], "task vector")[: len(shown)]
@@ -619,7 +619,7 @@ def test_sigterm_stops_like_ctrl_c():
 
 @pytest.mark.parametrize("name", ["plain", "$x", "a_$b$", "_hidden", "m[/b]", "conv[red]", "\\frac$"])
 def test_names_are_shown_as_they_are(finished, name, capsys, vtv, monkeypatch):
-    found = reading.read(finished)
+    found = reading.load_run(finished)
     figure = pictures.searches({name: [found.results["lowlight"][""]]})
     (label,) = figure.axes[0].get_legend().get_texts()
     figure.savefig(io.BytesIO())

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
-from vtv_nnsight.evaluation.answers import answers
+from vtv_nnsight.evaluation.answers import generate_with_gates
 from vtv_nnsight.evaluation.attention import attention_maps
-from vtv_nnsight.evaluation.explorer import LOOKS, SCALES, Demonstration, demonstrate, median
+from vtv_nnsight.evaluation.explorer import LOOKS, SCALES, QueryExplorer, demonstrate, median
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.traced import AttentionEnvoy
 from vtv_nnsight.prompts import crop
@@ -59,18 +59,18 @@ def shown(model, prompts, vectors, found):
 def test_answers_under_gates_are_those_of_patching(model, prompts, vectors, found):
     asked, patches = prompts["segmentation"], found["segmentation"].patches
     gates = torch.stack([torch.zeros(len(patches.space)), patches.choices.float(), 0.5 * patches.choices])
-    cells = answers(model, asked[1], vectors["segmentation"], patches.space, gates)
+    cells = generate_with_gates(model, asked[1], vectors["segmentation"], patches.space, gates)
     for row, scale in zip(cells, (0.0, 1.0, 0.5)):
         with torch.no_grad(), model.generate(asked[1].query_only()) as tracer:
             patch(model, vectors["segmentation"], patches, scale=scale)
             canvas = tracer.result.save()
         torch.testing.assert_close(row, crop(canvas, "output", asked.layout)[0])
-    small = answers(model, asked[1], vectors["segmentation"], patches.space, gates, batch_size=2)
+    small = generate_with_gates(model, asked[1], vectors["segmentation"], patches.space, gates, batch_size=2)
     torch.testing.assert_close(small, cells)
-    several = answers(model, asked[:3], vectors["segmentation"], patches.space, gates)
+    several = generate_with_gates(model, asked[:3], vectors["segmentation"], patches.space, gates)
     assert several.shape == cells.shape
     with pytest.raises(ValueError, match="2 prompts go with 3 rows"):
-        answers(model, asked[:2], vectors["segmentation"], patches.space, gates)
+        generate_with_gates(model, asked[:2], vectors["segmentation"], patches.space, gates)
 
 
 def test_the_median_is_of_different_queries():
@@ -91,15 +91,15 @@ def test_a_demonstration(model, prompts, vectors, found, shown, tmp_path):
     left = (row.region("query") * 255).round().byte()
     assert torch.equal(shown.pictures["query"], left)
     first = patches - PatchSet.named(patches.space, [shown.units[0]])
-    cell = answers(model, row, vectors["segmentation"], patches.space, first.choices[None])
+    cell = generate_with_gates(model, row, vectors["segmentation"], patches.space, first.choices[None])
     assert shown.scores["without"][0] == pytest.approx(float(tasks.segmentation.score(cell, row.region("output"))))
     shown.save(tmp_path / "shown.safetensors")
-    again = Demonstration.load(tmp_path / "shown.safetensors")
+    again = QueryExplorer.load(tmp_path / "shown.safetensors")
     assert again.scores == shown.scores and torch.equal(again.pictures["scale"], shown.pictures["scale"])
     assert again.looks == shown.looks and torch.equal(again.attention, shown.attention)
     with pytest.raises(ValueError, match="expected demonstration"):
         vectors.save(tmp_path / "vectors.safetensors")
-        Demonstration.load(tmp_path / "vectors.safetensors")
+        QueryExplorer.load(tmp_path / "vectors.safetensors")
 
 
 @pytest.mark.parametrize("query_only", [False, True])
@@ -137,7 +137,7 @@ def test_a_demonstration_keeps_the_attention_of_the_heads_patched_at_the_answer(
     maps = attention_maps(model, asked[2])["decoder"]
     assert shown.looks[0] == "decoder, all heads"
     torch.testing.assert_close(shown.attention[0], maps.mean((0, 1)))
-    order = sorted(space.names, key=lambda name: -everything.scores[space.rank[name]])
+    order = sorted(space.names, key=lambda name: -everything.scores[space.index_of[name]])
     heads = [name for name in order if name.startswith("decoder") and name.endswith("@ output")][:LOOKS]
     assert len(heads) == len(shown.looks) - 1 == 2
     for name, look, own in zip(heads, shown.looks[1:], shown.attention[1:]):
@@ -149,7 +149,7 @@ def test_a_demonstration_keeps_the_attention_of_the_heads_patched_at_the_answer(
 def test_attention_is_laid_over_the_prompt(model, shown):
     layout = model.layout
     one = torch.zeros(layout.num_positions).index_fill(0, torch.tensor([6]), 0.25)  # patch 5: row 1, column 1
-    even = Demonstration(shown.task, shown.pictures, {}, [], [], [], 1, ["one", "none"], torch.stack([one, 0 * one]))
+    even = QueryExplorer(shown.task, shown.pictures, {}, [], [], [], 1, ["one", "none"], torch.stack([one, 0 * one]))
     picture, plain = attention.overlays(even, layout).long()
     covered = layout.pixels(torch.tensor([5]))
     assert torch.equal(picture[:, ~covered], plain[:, ~covered]) and (plain[0] == plain[1]).all()
@@ -197,7 +197,9 @@ def test_a_bundle_comes_back(model, prompts, vectors, found, tmp_path):
     torch.testing.assert_close(mean, vectors["lowlight"].mean["decoder"][:, kept], rtol=1e-3, atol=1e-4)
     again.check(model)
     cells = [
-        answers(model, prompts["lowlight"][0], b["lowlight"][0], b["lowlight"][1].space, b["lowlight"][1].choices[None])
+        generate_with_gates(
+            model, prompts["lowlight"][0], b["lowlight"][0], b["lowlight"][1].space, b["lowlight"][1].choices[None]
+        )
         for b in (bundle, again)
     ]
     assert cells[0].shape == cells[1].shape

@@ -130,8 +130,8 @@ def test_units_have_the_modules_names(model):
     space = PatchSpace(model, sites=("mlp", "heads", "residual"))
     assert space.sites == ("heads", "mlp", "residual")
     assert [stage.name for stage in space.stages][:4] == ["encoder", "encoder.mlp", "encoder.residual", "decoder"]
-    assert "encoder.blocks.1.mlp @ query" in space.rank and "decoder.blocks.1 @ output" in space.rank
-    assert "decoder.blocks.1.attn.heads[1] @ cls" in space.rank
+    assert "encoder.blocks.1.mlp @ query" in space.index_of and "decoder.blocks.1 @ output" in space.index_of
+    assert "decoder.blocks.1.attn.heads[1] @ cls" in space.index_of
     assert len(space) == 36 + 2 * (3 * 2 + 2 * 3)
     whole = PatchSpace(model, granularity="head", sites="attn")
     assert whole.names == [f"{s}.blocks.{i}.attn" for s, n in (("encoder", 3), ("decoder", 2)) for i in range(n)]
@@ -153,10 +153,10 @@ def test_float_gates_and_their_gradients(model, prompts, vectors):
         names = ["encoder.blocks.1.mlp @ query", "decoder.blocks.0.attn @ output", "encoder.blocks.0 @ query"]
         for name in names:
             step = torch.zeros(len(space))
-            step[space.rank[name]] = 1e-2
+            step[space.index_of[name]] = 1e-2
             with torch.no_grad():
                 slope = (loss(gates + step, mode) - loss(gates - step, mode)) / 2e-2
-            torch.testing.assert_close(gates.grad[space.rank[name]], slope, rtol=0.05, atol=1e-4)
+            torch.testing.assert_close(gates.grad[space.index_of[name]], slope, rtol=0.05, atol=1e-4)
 
 
 def test_edit_scan_and_invokes(model, module, prompts, vectors, tmp_path):

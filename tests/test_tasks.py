@@ -12,6 +12,7 @@ from scipy import ndimage
 from vtv_nnsight import data, metrics, tasks
 from vtv_nnsight.images import as_cell, as_rgb, to_pil, to_tensor
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.tasks import base
 
 CENTERED = tasks.Inpainting("center")
 PUBLISHED = {
@@ -302,8 +303,8 @@ def test_names_that_are_no_tasks_are_refused(name, words):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(tasks, "_REGISTRY", dict(tasks._REGISTRY))
-    monkeypatch.setattr(tasks, "_KINDS", dict(tasks._KINDS))
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
     monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
 
 

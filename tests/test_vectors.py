@@ -6,7 +6,7 @@ from conftest import FINE, make_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import vtv_nnsight.vectors as code
+import vtv_nnsight.vectors.values as code
 from vtv_nnsight import MAEVQGAN, Layout, TaskVectors, VisualPrompt
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.interface import ByStage

@@ -153,7 +153,7 @@ def test_it_has_vectors_and_units(model, prompts):
 
 def test_narrowed_outputs_are_part_of_all(model, prompts):
     with torch.no_grad(), model.trace(prompts):
-        decoded = model.narrow(prompts).decoded.save()
+        decoded = model.restrict_to_output(prompts).decoded.save()
         logits = model.output.logits.save()
     output = prompts.layout.regions["output"]
     torch.testing.assert_close(logits, logits_of(model, prompts)[:, output])

@@ -184,7 +184,7 @@ class Layout:
         if not present.all():
             absent = patches[~present].tolist()
             raise ValueError(f"patches {absent} are not among the {len(seen)} patches that this stack sees.")
-        return 1 + rank(seen, patches)
+        return 1 + index_of(seen, patches)
 
     def on_grid(self, values: torch.Tensor) -> torch.Tensor:
         """One value for each position → those of the patches where they lie: [..., position] → [..., row, column]."""
@@ -223,7 +223,7 @@ def named_positions(patches: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     return {"cls": torch.tensor([CLS])} | {name: positions(ids)[1:] for name, ids in patches.items()}
 
 
-def rank(seen: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+def index_of(seen: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """Where some patches stand among those seen, in their order: LongTensor [patch], in which the first is 0. That they
     are among them is not looked at, which would wait for a GPU (`Layout.index` looks)."""
     return (patches[:, None] == seen.to(patches.device)[None, :]).int().argmax(1)

@@ -182,20 +182,20 @@ class Canvases(torch.Tensor):
     >>> canvases.picture().save("answers.png")           # `save` itself is nnsight's, as of every value in a trace
     """
 
-    cells_at: Layout  # a tensor's own `layout` is another thing
+    canvas_layout: Layout  # a tensor's own `layout` is another thing
     __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors
 
     @classmethod
     def of(cls, canvas: torch.Tensor, layout: Layout) -> Canvases:
         """A tensor's own memory, as canvases of a layout."""
         canvases = canvas.as_subclass(cls)
-        canvases.cells_at = layout
+        canvases.canvas_layout = layout
         return canvases
 
     @property
     def answer(self) -> torch.Tensor:
         """What was painted into the output cells: pixels [batch, 3, cell, cell]."""
-        return crop(self, "output", self.cells_at)
+        return crop(self, "output", self.canvas_layout)
 
     def picture(self, most: int = 8) -> Image.Image:
         """The first canvases side by side."""
@@ -208,7 +208,7 @@ class Canvases(torch.Tensor):
         return png_of(self.picture())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Canvases:
-        return self.of(copy.deepcopy(self.as_subclass(torch.Tensor), memo), self.cells_at)
+        return self.of(copy.deepcopy(self.as_subclass(torch.Tensor), memo), self.canvas_layout)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)

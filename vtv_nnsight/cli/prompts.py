@@ -205,12 +205,12 @@ def _strip(model: Any, bundle: Any, task: str, prompt: Any, scale: float, exampl
     """The example, the query, and its answers, one beside the other."""
     import torch
 
-    from vtv_nnsight.evaluation.answers import answers
+    from vtv_nnsight.evaluation.answers import generate_with_gates
     from vtv_nnsight.images import strip
 
     vector, patches = bundle[task]
     gates = torch.tensor([0.0, scale])[:, None] * patches.choices
-    nothing, patched = answers(model, prompt, vector, patches.space, gates)
+    nothing, patched = generate_with_gates(model, prompt, vector, patches.space, gates)
     shown = {"query": prompt.region("query")[0]}
     if example:
         with torch.no_grad():

@@ -198,9 +198,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 def summarise(page: Path) -> None:
     """Print the scores of a run, and what they say."""
     from vtv_nnsight.evaluation import verdicts
-    from vtv_nnsight.report.reading import FLOOR_TO_CEILING, read
+    from vtv_nnsight.report.reading import FLOOR_TO_CEILING, load_run
 
-    found = read(page.parent)
+    found = load_run(page.parent)
     table = Table("task", *FLOOR_TO_CEILING, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     lines = found.lines()
     for task in found.tasks:

@@ -97,10 +97,7 @@ def score(
     granularity: Granularity = Settings.granularity,
     top: Annotated[int, typer.Option(min=1, help="How many units to print.")] = 10,
     plot: Annotated[Path | None, typer.Option(help="Write layer × head heat maps to this picture.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="The model that the vectors are of, where it is no MAE-VQGAN.", show_default=False),
-    ] = None,
+    model: Annotated[str, typer.Option(help="The model that the vectors are of; its sizes are all it takes.")] = "tiny",
     embedding_type: EmbeddingType = None,
 ) -> None:
     """Rank heads by how well they tell tasks apart: variance between tasks over variance within a task."""
@@ -110,8 +107,7 @@ def score(
     from vtv_nnsight.runs import steps
 
     loaded = steps.read_vectors(vectors)
-    known = None if model is None else load_model(model, embedding_type=embedding_type)  # its sizes are all it takes
-    space = steps.space_of(loaded, granularity, known)
+    space = steps.space_of(loaded, granularity, load_model(model, embedding_type=embedding_type))
     values = steps.score(loaded, space)
     if values is None:
         raise ValueError(f"a score compares tasks and {vectors} has only {', '.join(loaded)}; collect two or more.")
@@ -422,8 +418,8 @@ def _write_evaluation(table: Any, chosen: Sequence[Any], output: Path) -> None:
     say("\n".join([str(table), "", *said]).strip())
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "table.md", "\n\n".join([table.markdown(), *said]) + "\n")
-    table.csv(output / "table.csv")
-    table.parquet(output / "values.parquet")
+    table.to_csv(output / "table.csv")
+    table.to_parquet(output / "values.parquet")
     written = ["table.md", "table.csv", "values.parquet"]
     for task in chosen:
         write_picture(output / f"{task.name}.png", plots.answers(table, task.name).savefig, dpi=150)

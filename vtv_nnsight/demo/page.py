@@ -83,7 +83,7 @@ def make_page(player: Player) -> gr.Blocks:
         """The units that are ticked; those found for the task where the page has no boxes to tick."""
         return PatchSet.named(space, [name for own in chosen for name in own]) if maps else mine.found(task)
 
-    @told
+    @show_errors
     def respond(
         task: str, other: str, share: float, mode: str, scale: float, example: Any, query: Any, visitor: Player | None,
         *chosen: Any,
@@ -110,14 +110,14 @@ def make_page(player: Player) -> gr.Blocks:
     def pick(event: gr.SelectData):
         return dict(player.rows[event.index])
 
-    @told
+    @show_errors
     def paint_mask(drawn: dict[str, Any] | None):
         if not drawn or drawn.get("background") is None:
             raise ValueError("there is no picture to paint on; upload one, or pick an example.")
         image = drawn["background"].convert("RGB")
         return {"image": image, "mask": drawn_mask(image, drawn["layers"])}
 
-    @told
+    @show_errors
     def search(task: str, files: list[str] | None, visitor: Player | None, progress: Any = gr.Progress()):  # noqa: B008
         progress(0.05, "reading")
         rows = [{"image": upload(path, Path(path).name)} for path in files or []]
@@ -230,12 +230,14 @@ def make_page(player: Player) -> gr.Blocks:
         answered(gallery.select(pick, None, query, **quiet))
         to_paint = depicted(examples.select(pick, None, example, **quiet))
         to_paint.then(lambda row: on_easel(row["image"]), example, editor, **quiet)
-        answered(own_query.upload(told(lambda path: {"image": upload(path)}), own_query, query, **quiet))
-        to_paint = depicted(own_input.upload(told(lambda path: {"image": upload(path)}), own_input, example, **quiet))
+        answered(own_query.upload(show_errors(lambda path: {"image": upload(path)}), own_query, query, **quiet))
+        to_paint = depicted(
+            own_input.upload(show_errors(lambda path: {"image": upload(path)}), own_input, example, **quiet)
+        )
         to_paint.then(lambda row: on_easel(row["image"]), example, editor, **quiet)
         depicted(
             own_answer.upload(
-                told(lambda path, row: {"image": row["image"], "answer": upload(path)}),
+                show_errors(lambda path, row: {"image": row["image"], "answer": upload(path)}),
                 [own_answer, example],
                 example,
                 **quiet,
@@ -282,7 +284,7 @@ def on_easel(image: Any) -> dict[str, Any]:
     return {"background": image, "layers": [], "composite": None}
 
 
-def told(function: Callable) -> Callable:
+def show_errors(function: Callable) -> Callable:
     """The same, whose refusals are shown on the page in their one sentence."""
 
     @functools.wraps(function)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from vtv_nnsight import data, tasks
-from vtv_nnsight.evaluation.answers import answers
+from vtv_nnsight.evaluation.answers import generate_with_gates
 from vtv_nnsight.images import as_rgb, read_picture, to_pil
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
@@ -125,7 +125,7 @@ class Player:
                 return self.model.generate(prompt.to(device_of(self.model))).answer[0].float().cpu()
             vector = vector if vector is not None else self.vector(next(iter(self.bundle)))
             on = units.choices if mode == VECTOR and units is not None else torch.zeros(len(self.space))
-            return answers(self.model, prompt, vector, self.space, scale * on[None])[0]
+            return generate_with_gates(self.model, prompt, vector, self.space, scale * on[None])[0]
 
     def search(self, task: str, rows: Sequence[Row], budget: int = BUDGET, seed: int = 0) -> Player:
         """The same player, whose vector and units of a task are those of a visitor's own pictures.

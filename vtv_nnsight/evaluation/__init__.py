@@ -3,12 +3,12 @@
 from vtv_nnsight.evaluation.conditions import BASELINE, CONTROL, Condition, comparison
 from vtv_nnsight.evaluation.evaluation import evaluate
 from vtv_nnsight.evaluation.random_controls import (
-    Standing,
+    RankAmongDraws,
     best_others,
     controls,
     random_units,
+    rank_among_draws,
     specificity,
-    standing,
     vector_pairs,
     verdicts,
 )
@@ -20,7 +20,7 @@ __all__ = [
     "CONTROL",
     "Condition",
     "Line",
-    "Standing",
+    "RankAmongDraws",
     "Table",
     "best_others",
     "bootstrap",
@@ -30,7 +30,7 @@ __all__ = [
     "random_units",
     "select_prompts",
     "specificity",
-    "standing",
+    "rank_among_draws",
     "vector_pairs",
     "verdicts",
 ]

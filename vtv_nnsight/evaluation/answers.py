@@ -1,6 +1,6 @@
 """What a model answers when some units go some of the way to a task vector: many answers to one query, in few forwards.
 
->>> strip = answers(model, prompts[0], vector, space, torch.linspace(0, 1, 11)[:, None] * patches.choices)
+>>> strip = generate_with_gates(model, prompts[0], vector, space, torch.linspace(0, 1, 11)[:, None] * patches.choices)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vtv_nnsight.vectors import TaskVector
 
 
 @torch.no_grad()
-def answers(
+def generate_with_gates(
     model: InContextModel,
     prompts: VisualPrompt,
     vector: TaskVector,

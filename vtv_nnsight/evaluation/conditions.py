@@ -3,7 +3,7 @@
 >>> Condition(vectors=vectors["segmentation"], patches=result, scale=0.8)     # zero-shot, patched
 >>> Condition(shot="one", patches=result, ablation="zero")                    # one-shot, the same units silenced
 >>> Condition(shot="zero", run=lambda model: ...)                             # whatever one does inside a trace
->>> Condition(shown=border(prompts))                                          # the same queries, shown otherwise
+>>> Condition(prompts_override=border(prompts))                               # the same queries, shown otherwise
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Condition:
     """One way to ask a model.
 
     Args:
-        shot: One of `SHOTS`; by default "one" where nothing is patched or `shown` is given, and "zero" where something
-            is patched.
+        shot: One of `SHOTS`; by default "one" where nothing is patched or `prompts_override` is given, and "zero" where
+            something is patched.
         vectors: A task vector to patch in, or several.
         patches: Where: a PatchSet or a SearchResult (its set), or as many of them as there are vectors.
         scale: How far to go from the model's own activation to the vector's; see `patch`.
@@ -51,11 +51,11 @@ class Condition:
             `vectors.mean()`.
         run: A function that is called with the model inside the trace, after the patches.
         prompts: Ask only so many of the prompts, the first ones; None asks all.
-        shown: One-shot prompts of the same queries, row for row, to ask in the place of those that are evaluated: with
-            other examples, with more of them in another layout, or with a border (see `visual_prompting`). Of several
-            VisualPrompts, one after the other is asked: the mean of their answers is scored, and the loss is the mean
-            of theirs. A loss is to the truth of the prompt that is shown: a tokenizer's codes of an answer depend on
-            what else the canvas shows.
+        prompts_override: One-shot prompts of the same queries, row for row, to ask in the place of those that are
+            evaluated: with other examples, with more of them in another layout, or with a border (see
+            `studies.prompting`). Of several VisualPrompts, one after the other is asked: the mean of their answers is
+            scored, and the loss is the mean of theirs. A loss is to the truth of the prompt that is shown: a
+            tokenizer's codes of an answer depend on what else the canvas shows.
 
     Raises:
         ValueError: when these do not go together.
@@ -69,11 +69,11 @@ class Condition:
     ablation: str | TaskVector | None = None
     run: Callable[[Any], None] | None = None
     prompts: int | None = None
-    shown: VisualPrompt | Sequence[VisualPrompt] | None = None
+    prompts_override: VisualPrompt | Sequence[VisualPrompt] | None = None
 
     def __post_init__(self) -> None:
         patched = self.patches is not None or self.run is not None
-        object.__setattr__(self, "shot", self.shot or ("zero" if patched and self.shown is None else "one"))
+        object.__setattr__(self, "shot", self.shot or ("zero" if patched and self.prompts_override is None else "one"))
         object.__setattr__(self, "patches", found_sets(self.patches))
         if self.shot not in SHOTS:
             raise ValueError(f"shot={self.shot!r} is unknown; choose one of {', '.join(SHOTS)}.")
@@ -89,10 +89,10 @@ class Condition:
             raise ValueError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}.")
         if self.prompts is not None and self.prompts < 1:
             raise ValueError(f"prompts={self.prompts} asks nothing; give 1 or more, or None for all.")
-        if self.shown is not None and self.shot != "one":
-            raise ValueError(f"shot={self.shot!r} shows no example; shown= goes with shot='one'.")
-        if self.shown is not None and not self._shown:
-            raise ValueError("shown=[] shows nothing; give a VisualPrompt, or several.")
+        if self.prompts_override is not None and self.shot != "one":
+            raise ValueError(f"shot={self.shot!r} shows no example; prompts_override= goes with shot='one'.")
+        if self.prompts_override is not None and not self._shown:
+            raise ValueError("prompts_override=[] shows nothing; give a VisualPrompt, or several.")
 
     @classmethod
     def of(cls, value: Condition | str | tuple | None, name: str = "") -> Condition:
@@ -122,11 +122,11 @@ class Condition:
 
     @property
     def _shown(self) -> list[VisualPrompt]:
-        shown = self.shown if self.shown is not None else []
+        shown = self.prompts_override if self.prompts_override is not None else []
         return [shown] if isinstance(shown, VisualPrompt) else list(shown)
 
     def check_shown(self, prompts: VisualPrompt, name: str = "") -> None:
-        """Refuse `shown` that are not of the queries of these prompts, row for row.
+        """Refuse `prompts_override` that are not of the queries of these prompts, row for row.
 
         Raises:
             ValueError: naming the condition.

@@ -2,7 +2,7 @@
 
     >>> table = evaluate(model, task, prompts, comparison(vectors["segmentation"], result, vectors))
     >>> print(table)                                    # means, 95 % intervals, paired differences to one-shot
-    >>> table.parquet("values.parquet")                 # one row for each image and condition
+    >>> table.to_parquet("values.parquet")                 # one row for each image and condition
 
 The metric is the task's own, of the output cell; beside it stands the model's own loss. Of MAE-VQGAN that is the token
 loss, the mean cross-entropy of the output's logits against the tokenizer's codes of the true canvas.
@@ -90,7 +90,7 @@ def evaluate(
                     continue
                 bar.set_postfix_str(f"{task.name}, {name}")
                 own = condition.asked(batch[:asks], start)
-                alike = condition.shown is None and codes is not None
+                alike = condition.prompts_override is None and codes is not None
                 aims = [codes[:asks]] if alike else [loss and model.truth(rows) for rows in own]
                 found = [_answer(model, rows, condition, loss, aim) for rows, aim in zip(own, aims)]
                 answers, losses = zip(*found)

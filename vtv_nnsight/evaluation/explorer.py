@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from vtv_nnsight.evaluation.answers import answers
+from vtv_nnsight.evaluation.answers import generate_with_gates
 from vtv_nnsight.evaluation.attention import answer_positions, attention_maps
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.models.interface import InContextModel
@@ -37,7 +37,7 @@ KIND = "demonstration"
 
 
 @dataclass(frozen=True, eq=False)
-class Demonstration:
+class QueryExplorer:
     """Pictures are uint8 [n, 3, side, side]; scores are the task's metric.
 
     Args:
@@ -71,7 +71,7 @@ class Demonstration:
         write_tensors(path, KIND, tensors, {name: getattr(self, name) for name in told})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Demonstration:
+    def load(cls, path: str | os.PathLike) -> QueryExplorer:
         """Read what `save` wrote.
 
         Raises:
@@ -101,7 +101,7 @@ def demonstrate(
     found: Mapping[str, SearchResult],
     *,
     batch_size: int | None = None,
-) -> Demonstration:
+) -> QueryExplorer:
     """Look closely at the query of the median score.
 
     Args:
@@ -120,12 +120,15 @@ def demonstrate(
     without[torch.arange(len(kept)), kept] = 0
     names = [name for name in vectors if name in found]
     painted: dict[str, torch.Tensor] = {
-        "scale": answers(model, shown, vectors[task.name], space, scale, batch_size=batch_size),
-        "without": answers(model, shown, vectors[task.name], space, without, batch_size=batch_size)
+        "scale": generate_with_gates(model, shown, vectors[task.name], space, scale, batch_size=batch_size),
+        "without": generate_with_gates(model, shown, vectors[task.name], space, without, batch_size=batch_size)
         if len(kept)
         else truth[:0],
         "vectors": torch.cat(
-            [answers(model, shown, vectors[name], space, found[name].patches.choices[None]) for name in names]
+            [
+                generate_with_gates(model, shown, vectors[name], space, found[name].patches.choices[None])
+                for name in names
+            ]
         ),
     }
     measured: dict[str, Any] = {
@@ -136,7 +139,7 @@ def demonstrate(
     canvas = shown.canvas.clone()
     crop(canvas, "output", shown.layout)[:] = 0.5
     looks = _looks(model, shown.one_shot(), found[task.name])
-    return Demonstration(
+    return QueryExplorer(
         task.name,
         {name: _small(cells) for name, cells in painted.items()} | {"canvas": _small(canvas, 2 * SIDE)},
         measured,

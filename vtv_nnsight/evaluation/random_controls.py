@@ -106,7 +106,7 @@ def controls(
     return conditions
 
 
-class Standing(NamedTuple):
+class RankAmongDraws(NamedTuple):
     """Where a condition stands among the draws of another, by mean score on the same images.
 
     Args:
@@ -121,7 +121,7 @@ class Standing(NamedTuple):
     best: float
 
 
-def standing(table: Table, task: str, among: str = RANDOM, condition: str = PATCHED) -> Standing:
+def rank_among_draws(table: Table, task: str, among: str = RANDOM, condition: str = PATCHED) -> RankAmongDraws:
     """How many draws of random units the found ones beat.
 
     Args:
@@ -137,7 +137,7 @@ def standing(table: Table, task: str, among: str = RANDOM, condition: str = PATC
     (own,) = table.draws(task, condition, same_images_as=among)
     sign = 1 if _metric(table, task).higher_is_better else -1
     drawn = pd.Series(sign * drawn)
-    return Standing(int((sign * own > drawn).sum()), len(drawn), sign * drawn.min(), sign * drawn.max())
+    return RankAmongDraws(int((sign * own > drawn).sum()), len(drawn), sign * drawn.min(), sign * drawn.max())
 
 
 def vector_pairs(table: Table) -> pd.DataFrame:
@@ -185,7 +185,7 @@ def task_verdict(table: Table, task: str) -> list[str]:
         said.append("Copying the query scores better than the task vector does.")
     for name in (RANDOM, MATCHED):
         if name in lines and lines[name].draws > 1:
-            place = standing(table, task, name)
+            place = rank_among_draws(table, task, name)
             said.append(
                 f"The found units beat {place.beaten} of {place.draws} draws of {name} (from {place.worst:.3f} to "
                 f"{place.best:.3f}; {lines[name].images} queries)."

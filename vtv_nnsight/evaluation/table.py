@@ -82,7 +82,7 @@ class Table:
 
     @classmethod
     def load(cls, path: str | Path) -> Table:
-        """The per-image values that `parquet` wrote.
+        """The per-image values that `to_parquet` wrote.
 
         Raises:
             FileNotFoundError, ValueError: when there is no such file, or it holds something else.
@@ -160,16 +160,16 @@ class Table:
         """A Markdown table for each task."""
         return self._text("pipe")
 
-    def csv(self, path: str | Path) -> None:
+    def to_csv(self, path: str | Path) -> None:
         """Write one line for each task, condition and measure."""
         write_text(path, pd.DataFrame(self.lines()).to_csv(index=False, na_rep="nan", lineterminator="\n"))
 
-    def parquet(self, path: str | Path) -> None:
+    def to_parquet(self, path: str | Path) -> None:
         """Write the per-image values."""
         with replacing(path) as temporary:
             self.frame.to_parquet(temporary, index=False)
 
-    def shown(self, task: str) -> pd.DataFrame:
+    def summary(self, task: str) -> pd.DataFrame:
         """The table of a task as people read it: a row of text for each condition."""
         lines = [line for line in self.lines() if line.task == task]
         frame = self.frame[self.frame.task == task]
@@ -191,10 +191,10 @@ class Table:
         return self._text("simple")
 
     def _repr_html_(self) -> str:
-        return "".join(self.shown(task).to_html(index=False, border=0) for task in self.tasks)
+        return "".join(self.summary(task).to_html(index=False, border=0) for task in self.tasks)
 
     def _text(self, form: str) -> str:
-        tables = (self.shown(task) for task in self.tasks)
+        tables = (self.summary(task) for task in self.tasks)
         align = {"disable_numparse": True, "colalign": ("left", *["right"] * 4)}
         return "\n\n".join(table.to_markdown(index=False, tablefmt=form, **align) for table in tables)
 

@@ -205,7 +205,7 @@ class InContextModel(ABC):
         that a vector depends on."""
         return {"model": type(self).__name__}
 
-    def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
+    def restrict_to_output(self, prompts: VisualPrompt) -> VisualPrompt:
         """Inside a trace, after all edits: leave out the part of the output that `losses` do not read, to save time.
 
         Returns:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight import metrics
-from vtv_nnsight.layouts import Layout, named_positions, positions, rank, take, tile
+from vtv_nnsight.layouts import Layout, index_of, named_positions, positions, take, tile
 from vtv_nnsight.models.interface import InContextModel, Stage, group_positions
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -59,10 +59,10 @@ class MaskedAutoencoder(InContextModel):
         query and output of the decoder. By cell, the example's input and output, too."""
         return groups(stage, granularity, layout or self.layout)
 
-    def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
+    def restrict_to_output(self, prompts: VisualPrompt) -> VisualPrompt:
         """Compute the predictions of the output's patches alone."""
         output = prompts.layout.regions["output"].to(prompts.device)
-        kept = positions(rank(prompts.decoded, output))
+        kept = positions(index_of(prompts.decoded, output))
         self.decoder.norm.output = self.decoder.norm.output[:, kept]
         return prompts._with(decoded=output)
 
@@ -117,6 +117,6 @@ def token_loss(output: Any, prompts: VisualPrompt, codes: torch.Tensor) -> torch
     """Losses [batch] of an output's logits [batch, decoded patch, code] against the codes of the truth [batch, output
     patch]: their mean cross-entropy."""
     patches, logits = prompts.layout.regions["output"].to(prompts.device), output.logits
-    if prompts.decoded is not patches:  # as `narrow` leaves them
-        logits = logits[:, rank(prompts.decoded, patches)]
+    if prompts.decoded is not patches:  # as `restrict_to_output` leaves them
+        logits = logits[:, index_of(prompts.decoded, patches)]
     return metrics.token_loss(logits, codes)

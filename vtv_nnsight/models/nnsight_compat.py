@@ -132,7 +132,7 @@ class PromptBatcher(Batcher):
         if _is_shared(tensor):
             return tensor
         own = super()._narrow_tensor(tensor, group)
-        return Canvases.of(own, tensor.cells_at) if isinstance(tensor, Canvases) else own
+        return Canvases.of(own, tensor.canvas_layout) if isinstance(tensor, Canvases) else own
 
     def _widen_tensor(self, full: torch.Tensor, group: list, edited: torch.Tensor) -> torch.Tensor:
         if _is_shared(full):

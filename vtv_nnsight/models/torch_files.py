@@ -35,7 +35,7 @@ import torch
 
 from vtv_nnsight.text import join_names
 
-MOST_PICKLED, MOST_STEPS, MOST_PARTS, MOST_DEPTH = 2**28, 1_000_000, 50_000_000, 200
+MAX_PICKLED, MAX_STEPS, MAX_PARTS, MAX_DEPTH = 2**28, 1_000_000, 50_000_000, 200
 """Bounds of a pickle: its bytes, its instructions, the parts of all the objects that are hashed or given to a function,
 counted as often as they are referred to, and how deep they are nested. The published MAE-VQGAN needs 70 kB and 20,000
 instructions."""
@@ -140,8 +140,8 @@ def check_pickle(stream: BinaryIO) -> int:
     start, handled = stream.tell(), 0
     stack, marks, memo = [], [], {}
     for step, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
-        if step >= MOST_STEPS:
-            raise Refused(f"it has more than {MOST_STEPS:,} instructions")
+        if step >= MAX_STEPS:
+            raise Refused(f"it has more than {MAX_STEPS:,} instructions")
         name, before = instruction.name, instruction.stack_before
         if name == "MARK":
             marks.append(len(stack))
@@ -165,10 +165,10 @@ def check_pickle(stream: BinaryIO) -> int:
             grown = parts.pop(0) if name in _GROWING else [1 + number // 64, 0]
             grown[0] += sum(size for size, _ in parts)
             grown[1] = max([grown[1], *(1 + depth for _, depth in parts)])
-            if handled > MOST_PARTS or grown[0] > MOST_PARTS:
-                raise Refused(f"its objects refer to each other so often that they have over {MOST_PARTS:,} parts")
-            if grown[1] > MOST_DEPTH:
-                raise Refused(f"its objects are nested more than {MOST_DEPTH} deep")
+            if handled > MAX_PARTS or grown[0] > MAX_PARTS:
+                raise Refused(f"its objects refer to each other so often that they have over {MAX_PARTS:,} parts")
+            if grown[1] > MAX_DEPTH:
+                raise Refused(f"its objects are nested more than {MAX_DEPTH} deep")
             stack += [grown] * len(instruction.stack_after)
     end = stream.tell()
     stream.seek(start)
@@ -350,8 +350,8 @@ def _parse_zip(file: BinaryIO) -> tuple[Any, dict[str, int]]:
     with zipfile.ZipFile(file) as archive:
         (pickled,) = (name for name in archive.namelist() if name.split("/", 1)[-1] == "data.pkl")
         folder = pickled.removesuffix("data.pkl") + "data/"
-        if archive.getinfo(pickled).file_size > MOST_PICKLED:
-            raise Refused(f"its data.pkl has more than {MOST_PICKLED:,} bytes")
+        if archive.getinfo(pickled).file_size > MAX_PICKLED:
+            raise Refused(f"its data.pkl has more than {MAX_PICKLED:,} bytes")
         content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
         starts = {}
         for entry in archive.infolist():

@@ -27,7 +27,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, ViTMAE
 from transformers.utils import ModelOutput
 
 from vtv_nnsight.images import denormalise, normalise
-from vtv_nnsight.layouts import Layout, decoder_sources, positions, rank, take
+from vtv_nnsight.layouts import Layout, decoder_sources, index_of, positions, take
 from vtv_nnsight.models.canvas import CanvasModel, copy_with, drop_none
 from vtv_nnsight.models.interface import Loss
 from vtv_nnsight.models.mae import MaskedAutoencoder, paint_canvas
@@ -308,5 +308,5 @@ class ViTMAE(CanvasModel, MaskedAutoencoder):
 def _squared_error(output: ViTMAEOutput, prompts: VisualPrompt, truth: torch.Tensor) -> torch.Tensor:
     """Losses [batch] of predictions against the truth [batch, output patch, patch_size² * 3]."""
     patches = prompts.layout.regions["output"].to(prompts.device)
-    predicted = output.logits[:, rank(prompts.decoded, patches)]
+    predicted = output.logits[:, index_of(prompts.decoded, patches)]
     return (predicted.float() - truth).square().flatten(1).mean(1)

@@ -188,7 +188,7 @@ class PatchSpace:
         return names
 
     @cached_property
-    def rank(self) -> dict[str, int]:
+    def index_of(self) -> dict[str, int]:
         """Name of a unit → its number."""
         return {name: i for i, name in enumerate(self.names)}
 
@@ -262,9 +262,9 @@ class PatchSet:
         """The units of these names."""
         choices = torch.zeros(len(space), dtype=torch.bool)
         for name in names:
-            if name not in space.rank:
+            if name not in space.index_of:
                 raise ValueError(f"{name!r} is not a unit of {space!r}.")
-            choices[space.rank[name]] = True
+            choices[space.index_of[name]] = True
         return cls(space, choices)
 
     @classmethod
@@ -310,7 +310,7 @@ class PatchSet:
         return (self.space.names[i] for i in self.choices.nonzero()[:, 0].tolist())
 
     def __contains__(self, name: str) -> bool:
-        return name in self.space.rank and bool(self.choices[self.space.rank[name]])
+        return name in self.space.index_of and bool(self.choices[self.space.index_of[name]])
 
     def __repr__(self) -> str:
         return f"PatchSet({len(self)} of {self.space!r})"

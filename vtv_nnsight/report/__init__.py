@@ -2,6 +2,6 @@
 
 from vtv_nnsight.report.page import compare, write
 from vtv_nnsight.report.pictures import overview
-from vtv_nnsight.report.reading import read
+from vtv_nnsight.report.reading import load_run
 
-__all__ = ["compare", "overview", "read", "write"]
+__all__ = ["compare", "overview", "load_run", "write"]

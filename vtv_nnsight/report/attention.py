@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from vtv_nnsight.evaluation.explorer import Demonstration
+from vtv_nnsight.evaluation.explorer import QueryExplorer
 from vtv_nnsight.images import luma, png_of, strip
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.report.pictures import Keep
@@ -20,7 +20,7 @@ MOST = 0.85
 """How far the most looked at patch has that colour."""
 
 
-def overlays(shown: Demonstration, layout: Layout) -> torch.Tensor:
+def overlays(shown: QueryExplorer, layout: Layout) -> torch.Tensor:
     """The prompt in grey with the attention of every `looks` of a demonstration over it, the strongest patch of each as
     strong: uint8 [look, 3, side, side]."""
     canvas = luma(shown.pictures["canvas"][0].float() / 255)
@@ -31,13 +31,13 @@ def overlays(shown: Demonstration, layout: Layout) -> torch.Tensor:
     return torch.lerp(canvas.expand(1, 3, -1, -1), glow, strength).mul(255).round().byte()
 
 
-def shares(shown: Demonstration, layout: Layout) -> pd.DataFrame:
+def shares(shown: QueryExplorer, layout: Layout) -> pd.DataFrame:
     """The share of attention that goes to CLS and to each cell: a row for each `looks`."""
     found = {name: own.tolist() for name, own in layout.shares(shown.attention).items()}
     return pd.DataFrame({"attention of": shown.looks} | found)
 
 
-def looks(shown: Demonstration, layout: Layout, keep: Keep) -> dict[str, Any] | None:
+def looks(shown: QueryExplorer, layout: Layout, keep: Keep) -> dict[str, Any] | None:
     """What the templates show: a picture for each `looks`, and the cell that it looks at most. None without any."""
     if not shown.looks:
         return None

@@ -1,6 +1,6 @@
 """A moving picture of what a task vector does: a query, and its answer as the vector comes in.
 
->>> frames = animation(Demonstration.load("runs/scenes/shown/segmentation.safetensors"))
+>>> frames = animation(QueryExplorer.load("runs/scenes/shown/segmentation.safetensors"))
 >>> save_animation(frames, "hero.gif")
 """
 
@@ -12,7 +12,7 @@ import os
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from vtv_nnsight.evaluation.explorer import Demonstration
+from vtv_nnsight.evaluation.explorer import QueryExplorer
 from vtv_nnsight.files import replacing
 from vtv_nnsight.images import to_pil
 
@@ -24,7 +24,7 @@ STEP, HOLD_FIRST, HOLD_LAST = 110, 900, 2200
 """Milliseconds that a frame stays."""
 
 
-def animation(shown: Demonstration) -> list[Image.Image]:
+def animation(shown: QueryExplorer) -> list[Image.Image]:
     """Frames: the query, its answer at one scale after the other, the truth; below, answers as a strip in which a mark
     moves."""
     query, truth = (_sized(shown.pictures[name][0], LARGE) for name in ("query", "truth"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from vtv_nnsight.evaluation.explorer import Demonstration
+from vtv_nnsight.evaluation.explorer import QueryExplorer
 from vtv_nnsight.layouts import Layout, named_positions
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching import PatchSet
@@ -52,7 +52,7 @@ def of_scores(scores: ByStage, layout: Layout) -> pd.DataFrame:
     return pd.concat(parts).dropna()
 
 
-def of_playground(shown: Demonstration) -> pd.DataFrame:
+def of_playground(shown: QueryExplorer) -> pd.DataFrame:
     """Of what can be played with: a row for each answer."""
     kinds = {"scale": shown.scales, "without": shown.units, "vectors": shown.vectors}
     parts = [

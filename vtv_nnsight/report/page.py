@@ -43,7 +43,7 @@ from vtv_nnsight.report.pictures import (
     uri,
 )
 from vtv_nnsight.report.play import moving, playground, still
-from vtv_nnsight.report.reading import CONDITIONS, PICTURES, Found, read
+from vtv_nnsight.report.reading import CONDITIONS, PICTURES, RunResults, load_run
 from vtv_nnsight.runs.record import in_words
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.tasks import Task
@@ -60,9 +60,9 @@ Lines = dict[str, dict[str, Line]]
 
 def write(run: str | os.PathLike) -> Path:
     """Write report.html, table.csv, table.md, answers.png and figures/ in a run's folder."""
-    run, found = Path(run), read(run)
+    run, found = Path(run), load_run(run)
     keep = partial(keep_file, run)
-    found.table.csv(run / "table.csv")
+    found.table.to_csv(run / "table.csv")
     write_text(run / "table.md", "\n\n".join([found.table.markdown(), *verdicts(found.table)]) + "\n")
     write_picture(run / "answers.png", overview(found).savefig, dpi=150)
     lines, record = found.lines(), found.record
@@ -113,7 +113,7 @@ def write(run: str | os.PathLike) -> Path:
 def compare(runs: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
     """Write a page that sets several runs side by side: their settings where they differ; for each task that they share
     their scores, their answers to the same queries, and how far the units agree that they found."""
-    found = [read(run) for run in runs]
+    found = [load_run(run) for run in runs]
     if len({one.name for one in found}) < len(found):
         found = [one._replace(name=str(run)) for one, run in zip(found, runs)]
     shared = [task for task in found[0].tasks if all(task in one.tasks for one in found)]
@@ -148,7 +148,7 @@ def compare(runs: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def _summary(found: Found, lines: dict[str, Lines]) -> dict[str, Any]:
+def _summary(found: RunResults, lines: dict[str, Lines]) -> dict[str, Any]:
     shown = [name for name in SUMMARY if any(name in own["score"] for own in lines.values())]
     rows = [
         {
@@ -162,7 +162,7 @@ def _summary(found: Found, lines: dict[str, Lines]) -> dict[str, Any]:
     return {"head": ["task", "metric", *shown, "units patched"], "rows": rows}
 
 
-def _task(found: Found, task: Task, lines: Lines, keep: Keep) -> dict[str, Any]:
+def _task(found: RunResults, task: Task, lines: Lines, keep: Keep) -> dict[str, Any]:
     scores, results, shown = lines["score"], found.results[task.name], found.shown.get(task.name)
     patched, copied = scores[PATCHED], scores.get(FLOOR)
     sure = patched.difference_low > 0 or patched.difference_high < 0
@@ -204,7 +204,7 @@ def _task(found: Found, task: Task, lines: Lines, keep: Keep) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _searches(found: Found, lines: dict[str, Lines], keep: Keep) -> Drawn:
+def _searches(found: RunResults, lines: dict[str, Lines], keep: Keep) -> Drawn:
     """The searches of all tasks. Lines of other conditions stand beside them where they are of the same loss."""
     results = {name: list(folds.values()) for name, folds in found.results.items()}
     searched = str(found.record["settings"].get("loss"))
@@ -220,7 +220,7 @@ def _searches(found: Found, lines: dict[str, Lines], keep: Keep) -> Drawn:
     return draw(drawn, caption, wide=True, keep=keep, name="searches", numbers=curves)
 
 
-def _hero(found: Found) -> dict[str, Any] | None:
+def _hero(found: RunResults) -> dict[str, Any] | None:
     """The demonstration that the page begins with: of the first task that has one."""
     shown = next((found.shown[task.name] for task in found.tasks if task.name in found.shown), None)
     if shown is None:
@@ -231,7 +231,7 @@ def _hero(found: Found) -> dict[str, Any] | None:
     return about | {"moving": moving(shown), "still": still(shown)}
 
 
-def _pictures(found: Found, task: Task) -> list[dict[str, Any]]:
+def _pictures(found: RunResults, task: Task) -> list[dict[str, Any]]:
     cells = found.cells(task)
     scores = {name: found.table.values(task.name, name) for name in PICTURES if name in CONDITIONS}
     return [
@@ -246,7 +246,7 @@ def _pictures(found: Found, task: Task) -> list[dict[str, Any]]:
     ]
 
 
-def _compared(found: list[Found], task: Task, scores: dict[str, dict[str, Line]]) -> dict[str, Any]:
+def _compared(found: list[RunResults], task: Task, scores: dict[str, dict[str, Line]]) -> dict[str, Any]:
     everything = [line for own in scores.values() for line in own.values()]
     return {
         "name": task.name,
@@ -272,13 +272,13 @@ def _compared(found: list[Found], task: Task, scores: dict[str, dict[str, Line]]
     }
 
 
-def _asked(found: Found) -> list[Any]:
+def _asked(found: RunResults) -> list[Any]:
     """What runs must have in common to have asked the same queries in the same order."""
     names = ("data", "test pictures", "test_prompts", "protocol", "seed")
     return [found.record["settings"].get(name) for name in names]
 
 
-def _answers(found: list[Found], task: Task) -> list[dict[str, Any]]:
+def _answers(found: list[RunResults], task: Task) -> list[dict[str, Any]]:
     """Rows of pictures: the first queries, their truths, and the answers of each run that asked them."""
     same = [one for one in found if _asked(one) == _asked(found[0])]
     cells = [one.cells(task) for one in same]
@@ -306,7 +306,7 @@ def _agreement(sets: dict[str, PatchSet]) -> dict[str, Any] | None:
     return {"figure": draw(partial(search_plots.overlap, own), caption, wide=True), "shared": shared}
 
 
-def _sets(found: Found) -> dict[str, PatchSet]:
+def _sets(found: RunResults) -> dict[str, PatchSet]:
     """Of each task, the units that were found in every fold."""
     return {
         name: reduce(lambda a, b: a & b, (result.patches for result in folds.values()))
@@ -314,12 +314,12 @@ def _sets(found: Found) -> dict[str, PatchSet]:
     }
 
 
-def _shared(found: Found) -> list[str]:
+def _shared(found: RunResults) -> list[str]:
     """The units that were found for every task."""
     return list(reduce(lambda a, b: a & b, _sets(found).values()))
 
 
-def _overlap(found: Found, keep: Keep) -> list[Drawn]:
+def _overlap(found: RunResults, keep: Keep) -> list[Drawn]:
     sets = _sets(found)
     if len(sets) < 2 or _space(found).granularity == "token":
         return []
@@ -328,7 +328,7 @@ def _overlap(found: Found, keep: Keep) -> list[Drawn]:
     return [draw(drawn, caption, wide=True, keep=keep, name="overlap", numbers=numbers.of_sets(sets))]
 
 
-def _matrix(found: Found, keep: Keep) -> dict[str, Any]:
+def _matrix(found: RunResults, keep: Keep) -> dict[str, Any]:
     """Every task's vector at every task's units, and which tasks need their own."""
     if not found.table.frame.condition.str.startswith(OTHER).any():
         return {}
@@ -345,16 +345,16 @@ def _matrix(found: Found, keep: Keep) -> dict[str, Any]:
     }
 
 
-def _space(found: Found) -> Any:
+def _space(found: RunResults) -> Any:
     return next(iter(next(iter(found.results.values())).values())).patches.space
 
 
-def _unit(found: Found) -> str:
+def _unit(found: RunResults) -> str:
     """What a unit is, in words, but for its place."""
     return _joined((PARTS[site][1] for site in _space(found).sites), "or")
 
 
-def _places(found: Found) -> str:
+def _places(found: RunResults) -> str:
     """Where a unit's head can be, in words."""
     space = _space(found)
     if space.granularity == "token":
@@ -383,7 +383,7 @@ def _words(conditions: Iterable[str]) -> dict[str, str]:
     return {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
 
 
-def _size(found: Found, task: Task) -> str:
+def _size(found: RunResults, task: Task) -> str:
     results = found.results[task.name].values()
     return f"{', '.join(str(len(result.patches)) for result in results)} of {len(_space(found))}"
 

@@ -27,7 +27,7 @@ from vtv_nnsight.evaluation.conditions import PATCHED
 from vtv_nnsight.files import replacing
 from vtv_nnsight.images import png_of, to_pil
 from vtv_nnsight.prompts import crop
-from vtv_nnsight.report.reading import PICTURES, Found
+from vtv_nnsight.report.reading import PICTURES, RunResults
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.search.result import SearchResult
 
@@ -139,7 +139,7 @@ def uri(pixels: torch.Tensor) -> str:
     return _data_uri(png_of(to_pil(pixels.float() / 255)))
 
 
-def prompt_cells(found: Found, size: float = 92.0) -> list[dict[str, object]]:
+def prompt_cells(found: RunResults, size: float = 92.0) -> list[dict[str, object]]:
     """The cells of the run's first prompt, where and how large the page's diagram of a prompt shows them."""
     across = sorted({columns.start for _, columns in found.layout.cells.values()})
     down = sorted({rows.start for rows, _ in found.layout.cells.values()})
@@ -163,7 +163,7 @@ def cell_label(name: str) -> str:
     return " ".join(filter(None, (CELLS.get(cell, cell), number)))
 
 
-def overview(found: Found) -> Figure:
+def overview(found: RunResults) -> Figure:
     """A row of pictures for every task: example, query, answers, truth. Of the prompts whose answers are kept, the one
     whose answer with the vector has the median score in the first task."""
     first = found.tasks[0]

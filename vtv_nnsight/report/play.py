@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from vtv_nnsight.evaluation.explorer import SIDE, Demonstration
+from vtv_nnsight.evaluation.explorer import SIDE, QueryExplorer
 from vtv_nnsight.images import png_of, strip, to_pil
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.report.hero import animation, save_animation
@@ -18,21 +18,21 @@ from vtv_nnsight.report.pictures import Keep
 from vtv_nnsight.tasks import Task
 
 
-def moving(shown: Demonstration) -> str:
+def moving(shown: QueryExplorer) -> str:
     """The animation of a demonstration, as a data URI."""
     buffer = io.BytesIO()
     save_animation(animation(shown), buffer, "webp")
     return _uri(buffer)
 
 
-def still(shown: Demonstration) -> str:
+def still(shown: QueryExplorer) -> str:
     """Its last frame, for readers who want nothing to move."""
     buffer = io.BytesIO()
     animation(shown)[-1].save(buffer, "WEBP", quality=85)
     return _uri(buffer)
 
 
-def playground(shown: Demonstration, task: Task, space: PatchSpace, keep: Keep) -> dict[str, Any]:
+def playground(shown: QueryExplorer, task: Task, space: PatchSpace, keep: Keep) -> dict[str, Any]:
     """What the templates show of a demonstration."""
     scales = [picture.float() / 255 for picture in shown.pictures["scale"][::2]]
     sheet = strip({f"{scale:.1f}": picture for scale, picture in zip(shown.scales[::2], scales)}, side=SIDE)

@@ -11,7 +11,7 @@ import torch
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Line, Table
 from vtv_nnsight.evaluation.conditions import BASELINE, BOTH, CEILING, FLOOR, MATCHED, OTHER, PATCHED, RANDOM, ZERO_SHOT
-from vtv_nnsight.evaluation.explorer import Demonstration
+from vtv_nnsight.evaluation.explorer import QueryExplorer
 from vtv_nnsight.files import read_tensors
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.progress import quiet
@@ -48,7 +48,7 @@ PICTURES = {
 """The pictures of a row, and what is written under them."""
 
 
-class Found(NamedTuple):
+class RunResults(NamedTuple):
     """What a run left.
 
     Args:
@@ -64,7 +64,7 @@ class Found(NamedTuple):
     results: dict[str, dict[str, SearchResult]]
     scores: dict[str, Any]
     layout: Layout
-    shown: dict[str, Demonstration]
+    shown: dict[str, QueryExplorer]
 
     @property
     def tasks(self) -> list[Task]:
@@ -90,7 +90,7 @@ class Found(NamedTuple):
         return {n: crop(pictures["prompt"], shown[n], self.layout) if n in shown else pictures[n] for n in PICTURES}
 
 
-def read(run: str | os.PathLike) -> Found:
+def load_run(run: str | os.PathLike) -> RunResults:
     """What a run left.
 
     Raises:
@@ -125,8 +125,8 @@ def read(run: str | os.PathLike) -> Found:
         scores = {fold: TaskVectors.load(folder / "vectors.safetensors").score() for fold, folder in folders.items()}
     layout = next(iter(results[names[0]].values())).patches.space.layout
     closely = {name: next(iter(folders.values())) / "shown" / f"{name}.safetensors" for name in names}
-    shown = {name: Demonstration.load(path) for name, path in closely.items() if path.is_file()}
-    return Found(run.resolve().name, record, Table.cat(tables), results, scores, layout, shown)
+    shown = {name: QueryExplorer.load(path) for name, path in closely.items() if path.is_file()}
+    return RunResults(run.resolve().name, record, Table.cat(tables), results, scores, layout, shown)
 
 
 def _read_table(path: Path, task: str) -> Table:

@@ -1,7 +1,7 @@
 """Pictures to slide through in a notebook, all of them computed before: without a kernel, and without widgets.
 
 >>> scales = [i / 10 for i in range(11)]
->>> cells = answers(model, prompts[0], vector, space, torch.tensor(scales)[:, None] * patches.choices)
+>>> cells = generate_with_gates(model, prompts[0], vector, space, torch.tensor(scales)[:, None] * patches.choices)
 >>> Slides(dict(zip(map(str, scales), cells)), "scale of the vector")
 """
 

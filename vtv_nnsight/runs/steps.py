@@ -10,7 +10,7 @@ The folder, and what is written in it:
     scores.csv                   how well each unit tells the tasks apart
     search/TASK.safetensors      the units to patch (`SearchResult`)
     evaluation/TASK.parquet      scores of all conditions, image by image; the first answers beside them
-    shown/TASK.safetensors       one query looked at closely (`Demonstration`)
+    shown/TASK.safetensors       one query looked at closely (`QueryExplorer`)
     report.html, table.csv, …    see `vtv_nnsight.report`; figures/ has each of its figures as CSV, PNG and SVG
 
 Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`experiment.protocol`) these
@@ -63,7 +63,7 @@ from vtv_nnsight.parallel import processes
 from vtv_nnsight.models.interface import HEADS
 from vtv_nnsight.models.sites import validate_sites, sites_in, split_key
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.vectors.compatibility import fingerprint, layout_of
+from vtv_nnsight.vectors.compatibility import differences, fingerprint, geometry, layout_of
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 
@@ -188,7 +188,7 @@ def run(
                                 model, task, fold.test, settings, layout, vectors, patches, fold.number, batch_size
                             )
                             step.save(names[0], partial(write_pictures, task=task), table)
-                            step.save(names[1], lambda path, table: table.parquet(path), table)
+                            step.save(names[1], lambda path, table: table.to_parquet(path), table)
                     step.wait()
                 with begin("demonstrate") as step:
                     for task in tasks:
@@ -406,23 +406,21 @@ def read_vectors(path: str | os.PathLike, tasks: Sequence[str] = (), sites: Sequ
     return vectors
 
 
-def space_of(vectors: TaskVectors, granularity: str, model: InContextModel | None = None) -> PatchSpace:
+def space_of(vectors: TaskVectors, granularity: str, model: InContextModel) -> PatchSpace:
     """The space of the model and layout that vectors were collected from.
 
-    Args:
-        model: That model; vectors of MAE-VQGAN, whose units are the published ones, do without.
-
     Raises:
-        ValueError: when vectors of another model come without it.
+        ValueError: when the vectors are of another model.
     """
-    found = next(iter(vectors.values()))
-    stacks, sites = list(dict.fromkeys(split_key(name)[0] for name in found.mean)), sites_in(found.mean)
-    if model is not None:
-        return PatchSpace(model, layout_of(found.fingerprint), granularity, stacks, sites)
-    if (kind := found.fingerprint["model"]) != "MAEVQGAN":
-        raise ValueError(f"these vectors are of {kind}, which alone knows its units; say which one it was (--model).")
-    own = {"granularity": granularity, "stacks": stacks} | ({} if sites == (HEADS,) else {"sites": list(sites)})
-    return PatchSpace.from_metadata(found.fingerprint | own)
+    first = next(iter(vectors.values()))
+    layout = layout_of(first.fingerprint)
+    if differ := differences(first.fingerprint, geometry(model, layout)):
+        raise ValueError(
+            f"these vectors are of {first.fingerprint['model']}, and this {type(model).__name__} differs: they have "
+            f"{'; '.join(differ)}. Say which model it was (--model)."
+        )
+    stacks = list(dict.fromkeys(split_key(name)[0] for name in first.mean))
+    return PatchSpace(model, layout, granularity, stacks, sites_in(first.mean))
 
 
 def score(vectors: TaskVectors, space: PatchSpace) -> torch.Tensor | None:

@@ -105,7 +105,7 @@ class Search:
         budget, evaluations: What may be spent and what has been.
         step: The algorithm's own count of its steps, for errors.
         history: A Step for every set tried on the held-out prompts.
-        trail: What an algorithm leaves for those who follow it: `published` leaves (evaluations, set [unit],
+        trajectory: What an algorithm leaves for those who follow it: `published` leaves (evaluations, set [unit],
             probabilities [unit]) each time that it tries a set.
 
     Raises:
@@ -136,7 +136,7 @@ class Search:
         self.units = len(objective.space)
         self.train, self.held_out = objective.train, objective.held_out
         self.generator = torch.Generator().manual_seed(seed)
-        self.evaluations, self.step, self.history, self.trail = 0, 0, [], []
+        self.evaluations, self.step, self.history, self.trajectory = 0, 0, [], []
         self._next_prompt, self._held_out_losses = 0, {}
         self._journal = self._open(resume)
         self._started = time.perf_counter()

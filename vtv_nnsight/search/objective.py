@@ -267,7 +267,7 @@ class Objective:
         with model.trace(prompts):
             patch(model, vector, mask)
             if self._loss:
-                answered = model.narrow(prompts).save()
+                answered = model.restrict_to_output(prompts).save()
             output = model.output.save()
         if self._loss:
             return self._loss.value(output, answered, truth)

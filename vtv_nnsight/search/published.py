@@ -65,7 +65,7 @@ def published(search: Search) -> tuple[torch.Tensor, torch.Tensor, bool]:
             probabilities = logits.detach().sigmoid().clamp(recipe.epsilon, 1 - recipe.epsilon)
             chosen = torch.rand(search.units, dtype=torch.float64, generator=search.generator) < probabilities
             loss = search.mean(search.validate(chosen, losses.mean()), search.held_out).item()
-            search.trail.append((search.evaluations, chosen, probabilities))
+            search.trajectory.append((search.evaluations, chosen, probabilities))
             if loss < best_loss:
                 best, best_loss = (chosen, probabilities), loss
     return *best, True

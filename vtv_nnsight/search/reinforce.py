@@ -8,7 +8,7 @@ from vtv_nnsight.search.budget import Search, prefixes
 from vtv_nnsight.search.published import published
 from vtv_nnsight.search.registry import algorithm
 
-FEWEST = 4
+MIN_PROMPTS = 4
 """Prompts under which the effect of dropping a unit is not worth measuring."""
 
 
@@ -155,8 +155,8 @@ def _prune(search: Search, probabilities: torch.Tensor, tolerance: float) -> tor
     chosen = search.top_units(likely, tolerance=tolerance, spend=search.left // 2)
     ranked = order[chosen[order]]
     left = search.left - len(search.held_out)
-    tried = ranked.flip(0)[: max(0, left // FEWEST - 1) // 2].sort().values
-    if not len(tried) or len(search.train) < FEWEST:
+    tried = ranked.flip(0)[: max(0, left // MIN_PROMPTS - 1) // 2].sort().values
+    if not len(tried) or len(search.train) < MIN_PROMPTS:
         return chosen
     rows = search.train[: left // (2 * len(tried) + 1)]
     without = chosen.repeat(len(tried), 1)

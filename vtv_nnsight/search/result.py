@@ -46,7 +46,7 @@ class NamedUnits:
         self.fingerprint = {"units": self.names} if fingerprint is None else fingerprint
 
     @cached_property
-    def rank(self) -> dict[str, int]:
+    def index_of(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.names)}
 
     def __len__(self) -> int:

@@ -126,7 +126,7 @@ def descend(
         shown = show(rows)
         with model.trace(shown):
             edit()
-            answered = model.narrow(shown).save()
+            answered = model.restrict_to_output(shown).save()
             output = model.output.save()
         return own.value(output, answered, truth)
 

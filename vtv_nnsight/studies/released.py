@@ -35,7 +35,7 @@ from vtv_nnsight.vectors.compatibility import fingerprint
 ACTIVATIONS, BERNOULLIS = "_mean_activations.pkl", "bernoullis_"
 TASKS = {"lowlight_enhance": "lowlight", "inpaint": "inpainting"}
 """Names of the released files → names of tasks, where they differ."""
-MOST_RESIDUAL = 0.1
+MAX_RESIDUAL = 0.1
 """Activations whose residual is more than this share of their norm are another model's."""
 
 
@@ -160,7 +160,7 @@ def _vector(model: Any, path: Path) -> tuple[TaskVector, ByStage]:
         mean[:, positions(seen)] = torch.stack(z).float()
         means[stack] = mean
         residuals[stack] = float((sum(missed) / sum(total)) ** 0.5)
-        if residuals[stack] > MOST_RESIDUAL:
+        if residuals[stack] > MAX_RESIDUAL:
             raise ValueError(
                 f"{path}: the {stack}'s activations are not outputs of this model's projections (residual "
                 f"{residuals[stack]:.2g} of their norm); give the checkpoint that made them."

@@ -33,7 +33,7 @@ VALIDATION = 32
 """Prompts of each task and source that a validation answers."""
 SAMPLE = 256
 """Prompts on which another model's codes are matched."""
-MOST_DROPPED, LEAST_HIDDEN, MOST_HIDDEN = 0.75, 0.5, 0.8
+MAX_DROPPED, LEAST_HIDDEN, MAX_HIDDEN = 0.75, 0.5, 0.8
 HIDDEN = 0.75
 """Share of the patches that VP and MAE hide, anywhere on the canvas."""
 
@@ -46,11 +46,11 @@ def draw_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch
     if kind < QUERY_ONLY:
         return layout.regions["query"].to(device), output
     if kind < QUERY_ONLY + RANDOM:
-        shown = round(layout.num_patches * (1 - LEAST_HIDDEN - share * (MOST_HIDDEN - LEAST_HIDDEN)))
+        shown = round(layout.num_patches * (1 - LEAST_HIDDEN - share * (MAX_HIDDEN - LEAST_HIDDEN)))
         order = _shuffled(layout.all_patches.to(device), n, generator)
         return order[:, :shown], order[:, shown:]
     if kind < QUERY_ONLY + RANDOM + DROPPING * (1 - QUERY_ONLY - RANDOM):
-        shown = round(len(visible) * (1 - share * MOST_DROPPED))
+        shown = round(len(visible) * (1 - share * MAX_DROPPED))
         return _shuffled(visible, n, generator)[:, :shown], output.expand(n, -1)
     return visible, output
 

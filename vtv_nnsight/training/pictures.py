@@ -41,7 +41,7 @@ WEIGHTS = ("npm", "@imgly/background-removal-data", "1.4.5", "/models/medium")
 TIMES = {"train": {"photograph": 6, "render": 1, "drawing": 1}, "test": {"photograph": 3, "render": 1, "drawing": 1}}
 """How often an object is shown, by its look."""
 
-MOST_RENDERS = {"train": 12, "test": 6}
+MAX_RENDERS = {"train": 12, "test": 6}
 """Renderings of one class."""
 
 LARGEST = 640
@@ -96,7 +96,7 @@ def compose(sources: Sequence[tuple[Row, Image.Image]], generator: np.random.Gen
     shown, rows = defaultdict(int), []
     for row, picture in sources:
         shown[row["label"], row["look"]] += 1
-        if not row["label"] or row["look"] == "render" and shown[row["label"], "render"] > MOST_RENDERS[row["split"]]:
+        if not row["label"] or row["look"] == "render" and shown[row["label"], "render"] > MAX_RENDERS[row["split"]]:
             continue
         times = TIMES[row["split"]][row["look"]]
         for time in range(times):

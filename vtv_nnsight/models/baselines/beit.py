@@ -28,7 +28,7 @@ from transformers import BeitConfig, BeitForMaskedImageModeling
 from transformers.models.beit.modeling_beit import BeitAttention
 from transformers.utils import ModelOutput
 
-from vtv_nnsight.layouts import Layout, positions, rank, take
+from vtv_nnsight.layouts import Layout, index_of, positions, take
 from vtv_nnsight.models.baselines.dalle import DECODER, Tokenizer, can_encode, load_tokenizer
 from vtv_nnsight.models.canvas import CanvasModel, copy_with, drop_none
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage
@@ -321,10 +321,10 @@ class BEiT(CanvasModel, InContextModel):
         everything = prompts.layout.all_patches.to(prompts.device)
         return self._module.paint(self._module.codes(prompts.canvas), prompts.canvas, everything, everything, False)
 
-    def narrow(self, prompts: VisualPrompt) -> VisualPrompt:
+    def restrict_to_output(self, prompts: VisualPrompt) -> VisualPrompt:
         """Compute the predictions of the output's patches alone."""
         output = prompts.layout.regions["output"].to(prompts.device)
-        kept = positions(rank(prompts.decoded, output))
+        kept = positions(index_of(prompts.decoded, output))
         self.encoder.norm.output = self.encoder.norm.output[:, kept]
         return prompts._with(decoded=output)
 

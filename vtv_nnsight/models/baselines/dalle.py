@@ -31,7 +31,7 @@ DECODER, ENCODER = "decoder.pkl", "encoder.pkl"
 GROUPS = 4
 EPSILON = 0.1
 """Pixels in [0, 1] are [0.1, 0.9] to the tokenizer (appendix A.3, the logit-Laplace distribution)."""
-MOST_BLOCKS = 64
+MAX_BLOCKS = 64
 
 
 @runtime_checkable
@@ -206,6 +206,6 @@ def _count_blocks(tensors: Mapping[str, StoredTensor], file: Path) -> int:
     first = "blocks.group_1.block_"
     numbers = (name.removeprefix(first).split(".")[0] for name in tensors if name.startswith(first))
     blocks = max(int(number) for number in numbers if number.isdecimal() and len(number) < 9)
-    if blocks > MOST_BLOCKS:
-        raise ValueError(f"{file} declares {blocks} blocks in a group; expected at most {MOST_BLOCKS}.")
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"{file} declares {blocks} blocks in a group; expected at most {MAX_BLOCKS}.")
     return blocks

@@ -32,7 +32,7 @@ from vtv_nnsight.models.canvas import CanvasModel, drop_none
 from vtv_nnsight.models.devices import AUTOMATIC, available_devices, resolve_device
 from vtv_nnsight.models.interface import InContextModel, Loss, Stage
 from vtv_nnsight.models.mae import paint_canvas
-from vtv_nnsight.models.mae_vqgan.config import MOST_LAYERS, MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan.config import MAX_LAYERS, MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.published import TOKENIZER, TOKENIZER_SIZES, require, tokenizer_sizes
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.models.torch_files import StoredTensor, check_tensors, read_tensors
@@ -305,8 +305,8 @@ def load_checkpoint(
     image_size = image_size or patch * min(GRID, math.isqrt(length))
     numbers = (name.split(".")[2] for name in tensors if name.startswith("transformer.blocks."))
     layers = 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 9), default=-1)
-    if layers > MOST_LAYERS:
-        raise ValueError(f"{path} declares {layers} blocks; expected at most {MOST_LAYERS}.")
+    if layers > MAX_LAYERS:
+        raise ValueError(f"{path} declares {layers} blocks; expected at most {MAX_LAYERS}.")
     dtype = None if dtype == "auto" else dtype
     with torch.device("meta"):
         try:

@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 from vtv_nnsight.images import IMAGENET_MEAN, IMAGENET_STD
 from vtv_nnsight.layouts import Layout
 
-MOST_LAYERS = 256
-MOST_WIDTH = 2**20
-MOST_PIXELS = 4096
+MAX_LAYERS = 256
+MAX_WIDTH = 2**20
+MAX_PIXELS = 4096
 """Layers of a stack, width of anything and side of a canvas: a config beyond them is damaged, and building its model
 would take hours or all memory."""
 
@@ -142,12 +142,12 @@ class MAEVQGANConfig(PretrainedConfig):
 
 
 _COUNTS = {
-    "image_size": MOST_PIXELS,
-    "patch_size": MOST_PIXELS,
-    "num_hidden_layers": MOST_LAYERS,
-    "decoder_num_hidden_layers": MOST_LAYERS,
-    "vqgan_num_res_blocks": MOST_LAYERS,
-    "vqgan_fold": MOST_PIXELS,
+    "image_size": MAX_PIXELS,
+    "patch_size": MAX_PIXELS,
+    "num_hidden_layers": MAX_LAYERS,
+    "decoder_num_hidden_layers": MAX_LAYERS,
+    "vqgan_num_res_blocks": MAX_LAYERS,
+    "vqgan_fold": MAX_PIXELS,
     **dict.fromkeys(
         (
             "hidden_size",
@@ -159,7 +159,7 @@ _COUNTS = {
             "vqgan_z_channels",
             "vqgan_channels",
         ),
-        MOST_WIDTH,
+        MAX_WIDTH,
     ),
 }
 """Settings that count something, and the most that they may."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.models.mae_vqgan.config import MOST_LAYERS, MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan.config import MAX_LAYERS, MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.transformer import MAEVQGANModel
 from vtv_nnsight.models.torch_files import StoredTensor, read_tensors
 from vtv_nnsight.text import join_names
@@ -251,8 +251,8 @@ def _count(prefix: str, shapes: Mapping[str, tuple[int, ...]], file: Path) -> in
     """How many modules of a list there are, by the names of their tensors."""
     numbers = (name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix))
     last = max((int(number) for number in numbers if number.isdecimal() and len(number) < 9), default=-1)
-    if last >= MOST_LAYERS:
-        raise ValueError(f"{file} declares {prefix}{last}; expected at most {MOST_LAYERS} of these.")
+    if last >= MAX_LAYERS:
+        raise ValueError(f"{file} declares {prefix}{last}; expected at most {MAX_LAYERS} of these.")
     return last + 1
 
 

@@ -8,14 +8,14 @@ from vtv_nnsight.studies.circuits.ground_truth import auroc
 from vtv_nnsight.studies.circuits.known_circuit import KnownCircuit
 from vtv_nnsight.studies.circuits.measures import Measure, answer_loss, answer_metric, log_ratio
 from vtv_nnsight.studies.circuits.mib_nodes import by_head, nodes, write_nodes
-from vtv_nnsight.studies.circuits.rankings import RANKINGS, Kept, rank
+from vtv_nnsight.studies.circuits.rankings import RANKINGS, ComplementObjective, rank_units
 
 __all__ = [
     "DIRECTIONS",
     "RANKINGS",
     "SIZES",
     "Curves",
-    "Kept",
+    "ComplementObjective",
     "KnownCircuit",
     "Measure",
     "answer_loss",
@@ -27,6 +27,6 @@ __all__ = [
     "log_ratio",
     "nodes",
     "plots",
-    "rank",
+    "rank_units",
     "write_nodes",
 ]

@@ -171,7 +171,7 @@ def _asking(
         with model.trace(batch):
             patch(model, new, mask)
             if narrows:
-                answered = model.narrow(batch).save()
+                answered = model.restrict_to_output(batch).save()
             output = model.output.save()
         values = [own.value(output, answered, rows.to(device)).double().cpu() for own in measures]
         return torch.stack(values, dim=1)

@@ -5,7 +5,7 @@ A search that is right on a model with an unknown circuit cannot be told from on
 projection has no weights for the others. (InterpBench, arXiv 2407.14494, trains such models.)
 
     >>> model = KnownCircuit(seed=0)
-    >>> scores = rank("integrated gradients", objective, "out", budget=500)
+    >>> scores = rank_units("integrated gradients", objective, "out", budget=500)
     >>> auroc(scores, model.circuit(space))
 """
 

@@ -22,7 +22,8 @@ class Measure:
         name: For people.
         value: `value(output, answered, rows)` → [row]: of the network's output, the prompts that it answers, and the
             numbers of these prompts among those that the measure was made of.
-        narrows: Whether the part of the output that the model's losses read is enough (`InContextModel.narrow`).
+        narrows: Whether the part of the output that the model's losses read is enough
+            (`InContextModel.restrict_to_output`).
         truths: What `value` compares with: a measure of other truths is another, whatever its name.
     """
 

@@ -1,7 +1,7 @@
 """The rankings of units that are compared: what each search algorithm scores them by.
 
     >>> objective = search.Objective(model, vector, task, prompts.query_only(), space)
-    >>> scores = rank("integrated gradients", objective, "in", budget=1000, seed=0)
+    >>> scores = rank_units("integrated gradients", objective, "in", budget=1000, seed=0)
     >>> curves = faithfulness(model, vector, test_prompts, space, {"integrated gradients": scores}, measure)
 
 For direction "out", the objective patches what ablates into the whole prompt: zeros, the mean over tasks, or the
@@ -59,7 +59,7 @@ RANKINGS = {
 """Name → ranking. "random" is no search, but scores drawn by chance."""
 
 
-def rank(
+def rank_units(
     name: str,
     objective: SearchObjective,
     direction: str = "in",
@@ -93,11 +93,11 @@ def rank(
     if direction == "in" or algorithm.needs_scores or not own.signed:
         return algorithm.on(objective, **settings).scores
     if own.keeps:
-        return algorithm.on(Kept(objective), **settings).scores
+        return algorithm.on(ComplementObjective(objective), **settings).scores
     return -algorithm.on(objective, **settings).scores  # how far the loss rises when the unit is ablated
 
 
-class Kept:
+class ComplementObjective:
     """An objective asked by the units that stay: all others are patched, and so ablated. A `SearchObjective`."""
 
     def __init__(self, objective: SearchObjective) -> None:

@@ -1,7 +1,7 @@
 """A border around the example's pictures, learned by gradient (*Instruct Me More*, InMeMo, arXiv 2311.03648, §3).
 
     >>> border = learn_border(model, task.prompts(images, n=100, seed=0, layout=model.layout))
-    >>> evaluate(model, task, prompts, {"learned border": Condition(shown=border(prompts))})
+    >>> evaluate(model, task, prompts, {"learned border": Condition(prompts_override=border(prompts))})
 
 The same pixels are added to the input and to the output of every example, whatever they show; the query stays as it is.
 In the paper they lie 30 pixels wide within pictures of 224, which gives 69,840 numbers.

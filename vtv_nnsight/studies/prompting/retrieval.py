@@ -4,7 +4,7 @@ In-Context Learning?*, arXiv 2301.13670, §3.2: unsupervised prompt retrieval).
     >>> drawn = tasks.draw(images, 100, seed=0)
     >>> prompts = task.compose(images, drawn, model.layout)
     >>> nearest = task.compose(images, retrieve(model, task, images, drawn), model.layout)
-    >>> evaluate(model, task, prompts, {"one-shot": None, "retrieved": Condition(shown=nearest)})
+    >>> evaluate(model, task, prompts, {"one-shot": None, "retrieved": Condition(prompts_override=nearest)})
 """
 
 from __future__ import annotations
