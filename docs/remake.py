@@ -36,8 +36,8 @@ WEIGHTS = DOCS.parent / "vtv_nnsight" / "weights" / "tiny"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="a finished run of the embedded model, in place of one of its own")
-    parser.add_argument("--task", default="segmentation", help="whose query moves")
+    parser.add_argument("--run", type=Path, help="a finished run of the embedded model, in place of a new one")
+    parser.add_argument("--task", default="segmentation", help="the task that the moving picture shows")
     args = parser.parse_args()
     folder = args.run or Path("runs/scenes")
     if args.run is None:
