@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from vtv_nnsight import files
-from vtv_nnsight.files import file_digest, read_tensors, replacing, write_picture, write_tensors, write_text
+from vtv_nnsight.digests import file_digest
+from vtv_nnsight.files import read_tensors, replacing, write_picture, write_tensors, write_text
 
 TENSORS = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
 

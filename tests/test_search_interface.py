@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vtv_nnsight import search
-from vtv_nnsight.search.journal import digest
+from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.search.registry import algorithm
 
 
@@ -194,7 +194,7 @@ def test_changed_values_are_noticed_by_their_checksum(journal):
         resume([lines[0], changed(lines[1], values=encoded(*values.tolist())), *lines[2:]])
     for value in (float("nan"), float("inf")):
         values[0] = value
-        damaged = changed(lines[1], values=encoded(*values.tolist()), checksum=digest(values))
+        damaged = changed(lines[1], values=encoded(*values.tolist()), checksum=tensor_digest(values))
         with pytest.raises(ValueError, match="damaged at line 2"):
             resume([lines[0], damaged, *lines[2:]])
 

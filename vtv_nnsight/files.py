@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -134,15 +133,6 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
         raise ValueError(f"{path} has metadata that cannot be read ({error}); make it again.") from error
     except (SafetensorError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}); make it again.") from error
-
-
-def file_digest(path: str | Path) -> str:
-    """A name for what a file holds: 32 hexadecimal digits."""
-    hasher = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            hasher.update(part)
-    return hasher.hexdigest()
 
 
 def physical_memory() -> float:

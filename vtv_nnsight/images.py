@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import warnings
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from vtv_nnsight.digests import bytes_digest, tensor_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,8 +156,7 @@ def as_cell(image: Any, size: int, method: str = "bicubic") -> torch.Tensor:
 
 def digest(pixels: torch.Tensor) -> int:
     """A number from 0 to 2^63 - 1 that stands for some pixels: the same for the same values, whatever device."""
-    values = pixels.detach().float().contiguous().cpu().numpy()
-    return int.from_bytes(hashlib.blake2b(values.tobytes(), digest_size=8).digest(), "big") >> 1
+    return int(bytes_digest(tensor_bytes(pixels.float()), 8), 16) >> 1
 
 
 def to_pil(pixels: torch.Tensor) -> Image.Image:

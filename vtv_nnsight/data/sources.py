@@ -8,7 +8,6 @@ A source is declared once, in `SOURCES`; the command line, its help and the test
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from vtv_nnsight.data.package_photographs import photographs
 from vtv_nnsight.data.pair_folders import pairs
 from vtv_nnsight.data.pascal_voc import LISTS, detection, pascal
 from vtv_nnsight.data.reasoning_shapes import reasoning
+from vtv_nnsight.digests import bytes_digest
 from vtv_nnsight.progress import progress_bar
 
 SPLITS = ("train", "validation", "test")
@@ -215,7 +215,7 @@ def identities(rows: Dataset) -> list[str]:
         for batch in rows.select_columns("image").with_format("arrow").iter(100):
             for cell in batch["image"].to_pylist():
                 content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-                digests.append(hashlib.blake2b(content, digest_size=16).hexdigest())
+                digests.append(bytes_digest(content))
             bar.update(len(batch))
     return digests
 

@@ -15,6 +15,8 @@ import xxhash
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from vtv_nnsight.digests import tensor_bytes
+
 ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes that weights are rounded to before they are told apart."""
 
@@ -86,15 +88,8 @@ def _read(tensors: Mapping[str, torch.Tensor]) -> str:
     """A digest of the numbers of tensors."""
     hasher = xxhash.xxh3_128()
     for tensor in tensors.values():
-        hasher.update(_bytes(tensor))
+        hasher.update(tensor_bytes(tensor))
     return hasher.hexdigest()
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    """The memory of a tensor; of one that lies on another device, or not in one piece, that of a copy."""
-    if tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float16):
-        return tensor.numpy(force=True)  # which is quicker, and which the other dtypes may not have
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 _rounded: dict[tuple[int, str], dict[str, str]] = {}
@@ -108,5 +103,5 @@ def _digest(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> str:
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         hasher.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
-        hasher.update(_bytes(tensor))
+        hasher.update(tensor_bytes(tensor))
     return hasher.hexdigest()

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from vtv_nnsight.files import file_digest, replacing, write_text
+from vtv_nnsight.digests import file_digest
+from vtv_nnsight.files import replacing, write_text
 from vtv_nnsight.parallel import processes
 
 STEPS = {

@@ -26,7 +26,6 @@ like call with the same defaults.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 import warnings
@@ -40,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
+from vtv_nnsight.digests import json_digest
 from vtv_nnsight import data, models
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Condition, Table, comparison, controls, select_prompts
@@ -530,13 +530,9 @@ def identity(settings: Settings, model: InContextModel, folds: Sequence[Fold], t
         "sites": validate_sites(model, settings.sites),
         "tasks": [task.name for task in tasks],
         "folds": [fold.number for fold in folds if fold.name],
-        "weights": _digest(fingerprint(model)),
-        "pictures": _digest([data.identities(fold.train) for fold in folds if not fold.shares]),
-        "search pictures": _digest([data.identities(fold.search) for fold in folds[:1] if fold.search is not None]),
-        "test pictures": _digest([data.identities(fold.test) for fold in folds]),
+        "weights": json_digest(fingerprint(model)),
+        "pictures": json_digest([data.identities(fold.train) for fold in folds if not fold.shares]),
+        "search pictures": json_digest([data.identities(fold.search) for fold in folds[:1] if fold.search is not None]),
+        "test pictures": json_digest([data.identities(fold.test) for fold in folds]),
         "version": package_version(),
     }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from accelerate.utils import broadcast_object_list
 
+from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.search.journal import Answer, Journal, digest
+from vtv_nnsight.search.journal import Answer, Journal
 from vtv_nnsight.search.result import SearchResult, Step
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class Search:
         losses = self.losses(choices[None], self.held_out)[0]
         held_out = self.mean(losses, self.held_out).item()
         size = int(choices.sum())
-        self._held_out_losses[digest(choices)] = held_out
+        self._held_out_losses[tensor_digest(choices)] = held_out
         self.history.append(Step(self.evaluations, self.seconds, float(train_loss), held_out, size))
         self._bar.set_postfix_str(f"held-out loss {held_out:.4f}, {size} units")
         return losses
@@ -302,7 +303,7 @@ class Search:
             patches=PatchSet(self.objective.space, choices),
             scores=scores.double(),
             probabilistic=probabilistic,
-            held_out_loss=self._held_out_losses[digest(choices)],
+            held_out_loss=self._held_out_losses[tensor_digest(choices)],
             evaluations=self.evaluations,
             history=tuple(self.history),
             settings=self.settings,
@@ -322,7 +323,7 @@ class Search:
             piece = slice(start, min(count, start + (known.count if known else stride)))
             size = piece.stop - start
             arguments, evaluate = ask(piece)
-            query = digest(*arguments)
+            query = tensor_digest(*arguments)
             self.evaluations += cost * size
             if known:
                 known = self._journal.take(query, size, size * width)

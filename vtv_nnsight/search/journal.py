@@ -12,7 +12,6 @@ values that were damaged on the disk.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from vtv_nnsight.digests import tensor_digest
 
 SYNC_EVERY = 5.0
 """Seconds between two times that the system is told to put the journal on the disk itself."""
@@ -106,7 +107,7 @@ class Journal:
             return
         values = base64.b64encode(answer.values.numpy().astype("<f8").tobytes()).decode()
         line = {"query": answer.query, "count": answer.count, "seconds": answer.seconds, "values": values}
-        self._append(line | {"checksum": digest(answer.values)})
+        self._append(line | {"checksum": tensor_digest(answer.values)})
         if time.monotonic() - self._synced > SYNC_EVERY:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -140,15 +141,6 @@ class Journal:
         return size
 
 
-def digest(*arrays: torch.Tensor) -> str:
-    """A name for what was asked: 16 hexadecimal digits."""
-    hasher = hashlib.blake2b(digest_size=8)
-    for array in arrays:
-        hasher.update(str(tuple(array.shape)).encode())
-        hasher.update(np.ascontiguousarray(array.detach().cpu().numpy()).tobytes())
-    return hasher.hexdigest()
-
-
 def _header(line: bytes, path: Path) -> dict[str, Any]:
     """The settings in a journal's first line."""
     try:
@@ -167,7 +159,7 @@ def _answer(line: bytes) -> Answer:
     values = torch.from_numpy(values)
     whole = type(query) is str and type(count) is int and count > 0 and len(values) and len(values) % count == 0
     whole = whole and math.isfinite(seconds) and bool(values.isfinite().all())
-    if not whole or content.get("checksum", digest(values)) != digest(values):  # 0.1 wrote no checksum
+    if not whole or content.get("checksum", tensor_digest(values)) != tensor_digest(values):  # 0.1 wrote no checksum
         raise ValueError("the answer is not whole")
     return Answer(query, count, seconds, values)
 

@@ -10,13 +10,13 @@ compares with, the prompts and the vector on the model's device. Unless loss="pi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
 
+from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
 from vtv_nnsight.models.sites import stop_gradient
@@ -151,17 +151,15 @@ class Objective:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What the losses depend on, in words and digests (JSON values)."""
-        digest = hashlib.blake2b(digest_size=8)
         means = [values for vector in self.vectors for values in vector.values.values()]
-        for tensor in (self.prompts.canvas, self.prompts.visible, self.prompts.decoded, self.train, *means):
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        prompts = self.prompts
         return {
             "loss": self.loss,
             "tasks": [task.name for task in self.tasks],
             "prompts": f"{len(self.train)} + {len(self.held_out)} held out",
             "dtype": str(next(self.model.parameters()).dtype),
             "model": fingerprint(self.model),
-            "data": digest.hexdigest(),
+            "data": tensor_digest(prompts.canvas, prompts.visible, prompts.decoded, self.train, *means),
             "space": self.space.fingerprint,
         }
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec
 
 import torch
 
+from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.search.budget import Search, SearchObjective
-from vtv_nnsight.search.journal import digest
 from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.search.result import SearchResult
 
@@ -138,7 +138,7 @@ def algorithm(
 def _plain(value: Any) -> Any:
     """An option's value as JSON can hold it; tensors by their digest."""
     if isinstance(value, torch.Tensor):
-        return digest(value)
+        return tensor_digest(value)
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value

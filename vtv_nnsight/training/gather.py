@@ -28,6 +28,7 @@ from PIL import Image, ImageOps
 
 from vtv_nnsight import data as sources
 from vtv_nnsight.data.embedded_pictures import credits
+from vtv_nnsight.digests import bytes_digest
 from vtv_nnsight.files import replacing
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.training import archives
@@ -110,7 +111,7 @@ def gather(
         (out / folder).mkdir(parents=True, exist_ok=True)
     if images is not None:
         folder = Path(os.path.abspath(Path(images).expanduser()))
-        stem = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+        stem = f"{folder.name}-{bytes_digest(str(folder).encode(), 4)}"
         _add(out, f"folder-{stem}", _of_folder(folder), stem)
     elif data is not None:
         _add(out, data, _of_rows(data))

@@ -15,7 +15,6 @@ nothing else does. Every cut-out was looked at; the photographs that it did not 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 from collections import defaultdict
@@ -29,6 +28,7 @@ from einops import rearrange
 from PIL import Image, ImageFilter, ImageOps
 
 from vtv_nnsight.data.embedded_pictures import EMBEDDED, SIZE, SPLITS, credits, features
+from vtv_nnsight.digests import bytes_digest
 from vtv_nnsight.files import replacing
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.training.archives import fetch, members
@@ -160,7 +160,7 @@ def _cut_out(row: Row, picture: Image.Image, downloads: Path) -> Image.Image:
     if scale < 1:
         picture = picture.resize([round(scale * side) for side in picture.size], Image.Resampling.LANCZOS)
     if row["cut"].isdecimal():
-        name = hashlib.sha256(f"{row['package']}/{row['file']}/{row['cut']}".encode()).hexdigest()[:16]
+        name = bytes_digest(f"{row['package']}/{row['file']}/{row['cut']}".encode(), 8)
         kept = downloads / "cut-outs" / f"{name}.png"
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)

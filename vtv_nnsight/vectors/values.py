@@ -16,7 +16,6 @@ prompt does not show a stage is NaN: absent, not zero, and arithmetic keeps it s
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 
+from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.images import png
 from vtv_nnsight.layouts import Layout
@@ -535,7 +535,7 @@ def _write_state(path: str | Path, found: dict[str, Moments], owner: dict, promp
         for stage, values in getattr(moments, field).items()
     }
     counts = {task: moments.count for task, moments in found.items()}
-    digests = {task: _digest(rows) for task, rows in prompts.items()}
+    digests = _digests(prompts)
     told = {"counts": counts, "prompts": digests, "fingerprint": owner}
     sites = sites_in(next(iter(found.values())).mean)
     write_tensors(path, "collection", tensors, told | {"sites": list(sites)})
@@ -548,7 +548,9 @@ def _read_state(
         return {}
     tensors, metadata = read_tensors(path, "collection")
     check_compatible(f"the state in {path}", metadata["fingerprint"], "this model and layout", owner)
-    if metadata["prompts"] != {task: _digest(rows) for task, rows in prompts.items()}:
+    if metadata["prompts"] != {
+        task: tensor_digest(rows.canvas, rows.visible, rows.decoded) for task, rows in prompts.items()
+    }:
         raise ValueError(f"the state in {path} is of other prompts; remove it, or name another file.")
     if _sites_told(metadata) != sites:
         raise ValueError(f"the state in {path} is of other sites; remove it, or name another file.")
@@ -562,8 +564,5 @@ def _read_state(
     }
 
 
-def _digest(prompts: VisualPrompt) -> str:
-    digest = hashlib.sha256()
-    for tensor in (prompts.canvas, prompts.visible, prompts.decoded):
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _digests(prompts: Mapping[str, VisualPrompt]) -> dict[str, str]:
+    return {task: tensor_digest(rows.canvas, rows.visible, rows.decoded) for task, rows in prompts.items()}

@@ -19,7 +19,6 @@ what is left without any unit. Two directions:
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,12 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, default_batch_size
 from vtv_nnsight.patching import PatchSpace, patch
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.search.journal import Answer, Journal, digest
+from vtv_nnsight.search.journal import Answer, Journal
 from vtv_nnsight.studies.circuits.curves import SIZES, Curves
 from vtv_nnsight.studies.circuits.measures import Measure
 from vtv_nnsight.vectors import Activations, TaskVector
@@ -194,7 +194,7 @@ def _values(
     rows = torch.arange(len(prompts)).repeat(len(sets))
     values = []
     for own, at in zip(which.split(batch_size), rows.split(batch_size)):
-        query = digest(choices[own], at)
+        query = tensor_digest(choices[own], at)
         if journal.peek():
             answer = journal.take(query, len(at), len(at) * measures).values
         else:
@@ -214,15 +214,13 @@ def _settings(
     direction: str,
 ) -> dict[str, Any]:
     """What the answers depend on, in words and digests (JSON values)."""
-    hasher = hashlib.blake2b(digest_size=8)
-    compared = (tensor for measure in measures for tensor in measure.truths)
-    for tensor in (prompts.canvas, prompts.visible, prompts.decoded, *vector.values.values(), *compared):
-        hasher.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    compared = [tensor for measure in measures for tensor in measure.truths]
+    tensors = (prompts.canvas, prompts.visible, prompts.decoded, *vector.values.values(), *compared)
     return {
         "algorithm": "faithfulness",
         "direction": direction,
         "measures": [own.name for own in measures],
         "model": fingerprint(model),
-        "data": hasher.hexdigest(),
+        "data": tensor_digest(*tensors),
         "space": space.fingerprint,
     }
