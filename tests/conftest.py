@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes that each take all cores are slower than one
@@ -12,14 +11,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes that each take all 
 
 import numpy as np
 import pytest
+import torch
+from helpers import DALLE_CODES, DATA, VOC_MAPS, VOC_OBJECTS, VOC_SIZE, Conv, Part, annotation, make_config
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
-from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, data, tasks
+from vtv_nnsight.demo.playing import Player
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.published import load_checkpoint
 from vtv_nnsight.progress import progress_bar
-
-DATA = Path(__file__).parent / "data"
+from vtv_nnsight.runs import bundles
+from vtv_nnsight.search.result import SearchResult
 
 
 @pytest.fixture(autouse=True)
@@ -100,41 +104,74 @@ def rows():
     return row("support"), row("query")
 
 
-def make_config(**sizes):
-    """A config that is quick to build: a canvas of 64, patches of 16."""
-    small = dict(
-        image_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        decoder_hidden_size=16,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2,
-        num_codes=24,
-        code_dim=8,
-        vqgan_z_channels=8,
-        vqgan_channels=32,
-        vqgan_channel_multipliers=(1, 1, 2),
-        vqgan_num_res_blocks=1,
-        vqgan_attention_levels=(2,),
-        vqgan_fold=4,
-    )
-    return MAEVQGANConfig(**small | sizes)
-
-
-FINE = dict(
-    image_size=112,
-    patch_size=8,
-    num_hidden_layers=3,
-    decoder_num_hidden_layers=2,
-    num_codes=64,
-    vqgan_channel_multipliers=(1, 1, 1),
-    vqgan_fold=2,
-)
-"""Of `make_config`: the published grid of 14x14 patches, on a canvas of 112."""
-
-
 @pytest.fixture(scope="session")
 def small_config():
     """small_config(**sizes) → a config (`make_config`)."""
     return make_config
+
+
+@pytest.fixture
+def vtv(monkeypatch, capsys):
+    """vtv(*args) → (exit code, what was printed, what was complained about)."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["vtv", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def player(small_config):
+    """What the page of `vtv demo` computes with: a small model with vectors and units of two tasks."""
+    torch.manual_seed(0)
+    model = MAEVQGAN(MAEVQGANModel(small_config()).eval())
+    rows = list(data.scenes("train", n=12, seed=0))
+    prompts = {t.name: t.prompts(rows, 3, layout=model.layout) for t in (tasks.segmentation, tasks.lowlight)}
+    vectors, space = TaskVectors.collect(model, prompts, progress=False), PatchSpace(model)
+    found = {
+        name: SearchResult("random", PatchSet.random(space, 8, seed), torch.zeros(len(space)).double(), False, 1.0, 1,
+                           (), {}, seed)
+        for seed, name in enumerate(vectors)
+    }  # fmt: skip
+    return Player(model, bundles.Bundle(vectors, found), rows)
+
+
+@pytest.fixture(scope="module")
+def dalle_parts():
+    """The modules of a small DALL-E tokenizer, as they were published: "encoder" and "decoder"."""
+    torch.manual_seed(0)
+    up, pool = ("upsample", nn.Upsample(scale_factor=2, mode="nearest")), ("pool", nn.MaxPool2d(kernel_size=2))
+    decoder = Part(Conv(DALLE_CODES, 12, 1), (12, 64, 32, 16, 8), (1, 3, 3, 3), up, Conv(8, 6, 1))
+    encoder = Part(Conv(3, 8, 7), (8, 8, 16, 32, 64), (3, 3, 3, 1), pool, Conv(64, DALLE_CODES, 1))
+    return {"decoder": decoder, "encoder": encoder}
+
+
+@pytest.fixture(scope="module")
+def dalle_folder(dalle_parts, tmp_path_factory):
+    """A folder with both as pickled whole modules."""
+    folder = tmp_path_factory.mktemp("dall-e")
+    for name, part in dalle_parts.items():
+        torch.save(part, folder / f"{name}.pkl")
+    return folder
+
+
+@pytest.fixture
+def voc_root(tmp_path):
+    """The folder of a small VOC 2012."""
+    voc = tmp_path / "VOCdevkit" / "VOC2012"
+    folders = ("JPEGImages", "SegmentationClassAug", "Annotations", "ImageSets/Segmentation", "ImageSets/Main")
+    for folder in folders:
+        (voc / folder).mkdir(parents=True)
+    for i, (name, mask) in enumerate(VOC_MAPS.items()):
+        Image.new("RGB", VOC_SIZE, (40 * i, 100, 200)).save(voc / "JPEGImages" / f"{name}.jpg")
+        mask.save(voc / "SegmentationClassAug" / f"{name}.png")
+        (voc / "Annotations" / f"{name}.xml").write_text(annotation(VOC_OBJECTS[name]))
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("b1\nb2\nb3\n")
+    for split, letter in (("train", "a"), ("val", "b")):
+        names = [name for name in VOC_MAPS if name.startswith(letter)]
+        (voc / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    return tmp_path

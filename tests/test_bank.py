@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_vectors import random_module, random_prompts
+from helpers import random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, Condition, PatchSet, PatchSpace, patch, search, tasks
 from vtv_nnsight.studies.bank import BankObjective, cluster_vectors

@@ -1,106 +1,27 @@
 """BEiT and DALL-E's tokenizer, on small random weights; the tokenizer's files as they were published: whole modules,
 pickled."""
 
-from collections import OrderedDict
-
 import pytest
 import torch
-from test_vit_mae import logits_of
+from helpers import DALLE_CODES, beit_config, beit_module, logits_of
 from torch import nn
 from torch.nn import functional as F
-from transformers import BeitConfig, BeitForMaskedImageModeling
+from transformers import BeitForMaskedImageModeling
 
 from vtv_nnsight import BEiT, Layout, PatchSet, PatchSpace, TaskVectors, data, evaluate, patch, search, tasks
 from vtv_nnsight.models import load_model
 from vtv_nnsight.models.baselines.dalle import load_tokenizer
 from vtv_nnsight.models.torch_files import read_tensors
 
-CODES = 32
-
-
-class Conv(nn.Module):
-    """A convolution whose parameters are called as in the published files."""
-
-    def __init__(self, a, b, size):
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(b, a, size, size) / (a * size**2) ** 0.5, requires_grad=False)
-        self.b = nn.Parameter(0.1 * torch.randn(b), requires_grad=False)
-
-    def forward(self, x):
-        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
-
-
-class Block(nn.Module):
-    def __init__(self, a, b, sizes):
-        super().__init__()
-        h = b // 4
-        self.post_gain = 1 / 64
-        self.id_path = Conv(a, b, 1) if a != b else nn.Identity()
-        parts = []
-        for i, (size, x, y) in enumerate(zip(sizes, (a, h, h, h), (h, h, h, b)), 1):
-            parts += [(f"relu_{i}", nn.ReLU()), (f"conv_{i}", Conv(x, y, size))]
-        self.res_path = nn.Sequential(OrderedDict(parts))
-
-    def forward(self, x):
-        return self.id_path(x) + self.post_gain * self.res_path(x)
-
-
-class Part(nn.Module):
-    """The published encoder or decoder: `blocks` of an input, four groups of two blocks, and an output."""
-
-    def __init__(self, first, widths, sizes, between, last):
-        super().__init__()
-        parts = [("input", first)]
-        for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
-            group = [("block_1", Block(a, b, sizes)), ("block_2", Block(b, b, sizes))]
-            parts.append((f"group_{i}", nn.Sequential(OrderedDict(group + ([between] if i < 4 else [])))))
-        parts.append(("output", nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=last))))
-        self.blocks = nn.Sequential(OrderedDict(parts))
-
-    def forward(self, x):
-        return self.blocks(x)
-
-
-@pytest.fixture(scope="module")
-def published():
-    torch.manual_seed(0)
-    up, pool = ("upsample", nn.Upsample(scale_factor=2, mode="nearest")), ("pool", nn.MaxPool2d(kernel_size=2))
-    decoder = Part(Conv(CODES, 12, 1), (12, 64, 32, 16, 8), (1, 3, 3, 3), up, Conv(8, 6, 1))
-    encoder = Part(Conv(3, 8, 7), (8, 8, 16, 32, 64), (3, 3, 3, 1), pool, Conv(64, CODES, 1))
-    return {"decoder": decoder, "encoder": encoder}
-
-
-@pytest.fixture(scope="module")
-def folder(published, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dall-e")
-    for name, part in published.items():
-        torch.save(part, folder / f"{name}.pkl")
-    return folder
-
-
-def config(**more):
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=64)
-    shared = dict(use_mask_token=True, use_shared_relative_position_bias=True)
-    return BeitConfig(**{**sizes, **shared, "patch_size": 16, "vocab_size": CODES, **more})
-
-
-def made(**more):
-    """transformers' own model, of which every weight shows."""
-    torch.manual_seed(0)
-    module = BeitForMaskedImageModeling(config(**more)).eval()
-    for parameter in module.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return module
-
 
 @pytest.fixture(scope="module")
 def module():
-    return made()
+    return beit_module()
 
 
 @pytest.fixture(scope="module")
-def model(module, folder):
-    return BEiT(module, tokenizer=folder)
+def model(module, dalle_folder):
+    return BEiT(module, tokenizer=dalle_folder)
 
 
 @pytest.fixture(scope="module")
@@ -109,36 +30,36 @@ def prompts(model):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_the_tokenizers_files_are_read_without_running_them(published, zipped, tmp_path):
+def test_the_tokenizers_files_are_read_without_running_them(dalle_parts, zipped, tmp_path):
     """Of torch's formats since 1.6 and before."""
-    for name, part in published.items():
+    for name, part in dalle_parts.items():
         torch.save(part, tmp_path / f"{name}.pkl", _use_new_zipfile_serialization=zipped)
         found = {key: value.read() for key, value in read_tensors(tmp_path / f"{name}.pkl").items()}
         assert found.keys() == part.state_dict().keys()
         assert all(torch.equal(value, found[key]) for key, value in part.state_dict().items())
     tokenizer = load_tokenizer(tmp_path / "decoder.pkl")
-    codes = torch.randint(CODES, (2, 16), generator=torch.Generator().manual_seed(0))
-    one_hot = F.one_hot(codes.view(2, 4, 4), CODES).permute(0, 3, 1, 2).float()
-    expected = ((published["decoder"](one_hot)[:, :3].sigmoid() - 0.1) / 0.8).clamp(0, 1)
+    codes = torch.randint(DALLE_CODES, (2, 16), generator=torch.Generator().manual_seed(0))
+    one_hot = F.one_hot(codes.view(2, 4, 4), DALLE_CODES).permute(0, 3, 1, 2).float()
+    expected = ((dalle_parts["decoder"](one_hot)[:, :3].sigmoid() - 0.1) / 0.8).clamp(0, 1)
     assert expected.shape == (2, 3, 32, 32) and expected.std() > 0.05
     torch.testing.assert_close(tokenizer.decode(codes), expected, rtol=1e-4, atol=1e-5)
     pixels = torch.rand(9, 3, 4, 4, generator=torch.Generator().manual_seed(0)).round()
     pixels = F.interpolate(pixels, scale_factor=8)
     found = tokenizer.encode(pixels)
-    logits = published["encoder"](0.8 * pixels + 0.1)
+    logits = dalle_parts["encoder"](0.8 * pixels + 0.1)
     torch.testing.assert_close(tokenizer.encoder(0.8 * pixels + 0.1), logits, rtol=1e-4, atol=1e-5)
     assert torch.equal(found, logits.argmax(1).flatten(1)) and len(found.unique()) > 1
 
 
 @pytest.mark.parametrize("more", [{}, {"use_absolute_position_embeddings": True, "use_mean_pooling": False}])
-def test_one_shot_is_transformers_own_forward(folder, prompts, more):
+def test_one_shot_is_transformers_own_forward(dalle_folder, prompts, more):
     """With relative positions, as BEiT has them; and with absolute ones and a norm besides."""
-    own = made(**more)
+    own = beit_module(**more)
     hidden = ~torch.isin(torch.arange(16), prompts.visible)
     with torch.no_grad():
         expected = own(2 * prompts.canvas - 1, bool_masked_pos=hidden.expand(3, -1)).logits
-    found = logits_of(BEiT(own, tokenizer=folder), prompts)
-    assert found.shape == (3, 16, CODES)
+    found = logits_of(BEiT(own, tokenizer=dalle_folder), prompts)
+    assert found.shape == (3, 16, DALLE_CODES)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -173,9 +94,9 @@ def test_hidden_patches_are_painted_and_the_rest_stays(model, prompts):
     assert torch.equal(logits_of(model, blank, prompts.visible, prompts.decoded), logits_of(model, prompts))
 
 
-def test_loss_and_ceiling_are_of_the_tokenizers_codes(model, published, prompts):
+def test_loss_and_ceiling_are_of_the_tokenizers_codes(model, dalle_parts, prompts):
     small = F.interpolate(prompts.canvas, size=32, mode="bicubic", antialias=True).clamp(0, 1)
-    codes = published["encoder"](0.8 * small + 0.1).argmax(1).flatten(1)
+    codes = dalle_parts["encoder"](0.8 * small + 0.1).argmax(1).flatten(1)
     output = prompts.layout.regions["output"]
     assert torch.equal(model.truth(prompts), codes[:, output])
     logits = logits_of(model, prompts)[:, output]
@@ -190,7 +111,7 @@ def test_loss_and_ceiling_are_of_the_tokenizers_codes(model, published, prompts)
     assert (model.ceiling(prompts) - best).abs().max() <= 1 / 255 + 1e-6
 
 
-def test_it_has_heads_vectors_and_units(module, model, folder, prompts):
+def test_it_has_heads_vectors_and_units(module, model, dalle_folder, prompts):
     heads, layer = [], module.beit.layers[1]
     hook = layer.attention.o_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
     with torch.no_grad(), model.trace(prompts):
@@ -208,30 +129,30 @@ def test_it_has_heads_vectors_and_units(module, model, folder, prompts):
         model, vectors["identity"], tasks.identity, prompts.query_only(), space, budget=130, seed=0, progress=False
     )
     assert result.patches.space.fingerprint == space.fingerprint and result.evaluations <= 130
-    eager = BEiT(module, tokenizer=folder, attn_implementation="eager")
+    eager = BEiT(module, tokenizer=dalle_folder, attn_implementation="eager")
     with torch.no_grad(), eager.trace(prompts):
         pattern = eager.encoder.layers[0].attention.pattern.save()
     torch.testing.assert_close(pattern.sum(-1), torch.ones(3, 2, 17))
 
 
-def test_a_folder_is_evaluated(module, model, folder, prompts, tmp_path):
+def test_a_folder_is_evaluated(module, model, dalle_folder, prompts, tmp_path):
     """RunResults by `load_model`, with its tokenizer in the folder or given."""
     module.save_pretrained(tmp_path)
-    given = load_model(tmp_path, tokenizer=folder / "decoder.pkl")
-    for part in folder.iterdir():
+    given = load_model(tmp_path, tokenizer=dalle_folder / "decoder.pkl")
+    for part in dalle_folder.iterdir():
         (tmp_path / part.name).write_bytes(part.read_bytes())
     own = load_model(tmp_path)
     assert isinstance(own, BEiT) and not own.dispatched and [loss.name for loss in own.losses] == ["tokens"]
     with own.scan(prompts):
         shape = own.output.logits.shape.save()
-    assert tuple(shape) == (3, 16, CODES) and not own.dispatched
+    assert tuple(shape) == (3, 16, DALLE_CODES) and not own.dispatched
     tables = [evaluate(each, tasks.identity, prompts, progress=False) for each in (model, given, own)]
     for table in tables:
         assert {"one-shot", "zero-shot", "tokenizer", "copy"} == set(table.frame["condition"])
         assert table.frame[table.frame["condition"] == "one-shot"]["loss"].notna().all()
         assert table.frame["score"].tolist() == tables[0].frame["score"].tolist()
     own.save_pretrained(tmp_path / "again")
-    half = BEiT(tmp_path / "again", tokenizer=folder, dtype=torch.bfloat16)
+    half = BEiT(tmp_path / "again", tokenizer=dalle_folder, dtype=torch.bfloat16)
     assert half.generate(prompts).dtype == torch.float32 and half._module.dtype == torch.bfloat16
     assert half._module.tokenizer.decoder.first.weight.dtype == torch.float32
 
@@ -240,7 +161,7 @@ class Grey:
     """A tokenizer of one's own, which only decodes."""
 
     def decode(self, codes):
-        return F.interpolate((codes / CODES).view(-1, 1, 4, 4).expand(-1, 3, -1, -1), scale_factor=8)
+        return F.interpolate((codes / DALLE_CODES).view(-1, 1, 4, 4).expand(-1, 3, -1, -1), scale_factor=8)
 
 
 def test_a_tokenizer_may_be_anything_that_decodes(module, prompts):
@@ -253,16 +174,16 @@ def test_a_tokenizer_may_be_anything_that_decodes(module, prompts):
         bare.generate(prompts)
 
 
-def test_what_does_not_fit_is_refused(module, folder, published, tmp_path):
+def test_what_does_not_fit_is_refused(module, dalle_folder, dalle_parts, tmp_path):
     with pytest.raises(ValueError, match="has no mask token"):
-        BEiT(BeitForMaskedImageModeling(config(use_mask_token=False)))
+        BEiT(BeitForMaskedImageModeling(beit_config(use_mask_token=False)))
     with pytest.raises(ValueError, match="relative positions of its own in every layer"):
-        BEiT(BeitForMaskedImageModeling(config(use_relative_position_bias=True)))
-    BeitForMaskedImageModeling(config(use_mean_pooling=False)).save_pretrained(tmp_path / "norms")
+        BEiT(BeitForMaskedImageModeling(beit_config(use_relative_position_bias=True)))
+    BeitForMaskedImageModeling(beit_config(use_mean_pooling=False)).save_pretrained(tmp_path / "norms")
     with pytest.raises(ValueError, match="two norms after its last layer"):
         BEiT(tmp_path / "norms")
     with pytest.raises(ValueError, match="the tokenizer has 32 codes, and the model predicts 40"):
-        BEiT(BeitForMaskedImageModeling(config(vocab_size=40)), tokenizer=folder)
+        BEiT(BeitForMaskedImageModeling(beit_config(vocab_size=40)), tokenizer=dalle_folder)
     with pytest.raises(TypeError, match="int is not a tokenizer"):
         BEiT(module, tokenizer=3)
     with pytest.raises(TypeError, match="Linear is not a source of BEiT"):
@@ -272,7 +193,7 @@ def test_what_does_not_fit_is_refused(module, folder, published, tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "decoder.pkl")
     with pytest.raises(ValueError, match="is no part of DALL-E's tokenizer: it has no blocks.input.w"):
         load_tokenizer(tmp_path)
-    state = published["decoder"].state_dict()
+    state = dalle_parts["decoder"].state_dict()
     torch.save({name: state[name] for name in state if "group_3.block_2" not in name}, tmp_path / "decoder.pkl")
     with pytest.raises(ValueError, match="group_3.block_2.* missing"):
         load_tokenizer(tmp_path)
@@ -280,7 +201,7 @@ def test_what_does_not_fit_is_refused(module, folder, published, tmp_path):
     with pytest.raises(ValueError, match=r"conv_2.w of shape \[1\]; the sizes of the other tensors ask for \[8, 8, 3"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="tokenizer=.* is for BEiT"):
-        load_model("tiny", tokenizer=folder)
+        load_model("tiny", tokenizer=dalle_folder)
 
 
 class Boom:
@@ -288,7 +209,7 @@ class Boom:
         return (exec, ("raise SystemExit('it was run')",))
 
 
-def test_pickled_modules_run_nothing(published, tmp_path):
+def test_pickled_modules_run_nothing(dalle_parts, tmp_path):
     """Neither what they name, nor in circles."""
     part = nn.Module()
     part.inner, part.boom = nn.Linear(2, 2), Boom()

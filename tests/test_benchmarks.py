@@ -15,7 +15,7 @@ import leaderboard
 import numpy as np
 import pytest
 import torch
-from test_vectors import random_module, random_prompts
+from helpers import random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, tasks
 from vtv_nnsight.search import SearchResult

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA
+from helpers import DATA
 from PIL import Image
-from test_demo import player  # noqa: F401
 
 from vtv_nnsight import PatchSet, TaskVectors, data
 from vtv_nnsight.demo.playing import ONE_SHOT, VECTOR, enlarged
@@ -150,7 +149,7 @@ def test_slides_move_and_leave_nothing_without_a_script(visit, browser, tmp_path
 
 
 @pytest.fixture(scope="module")
-def demo(player):  # noqa: F811
+def demo(player):
     """The address of the page, over a small model."""
     pytest.importorskip("gradio")
     from vtv_nnsight.demo.page import launch, make_page
@@ -214,7 +213,7 @@ def choose(page, button, file):
     chooser.value.set_files(file)
 
 
-def test_the_share_of_a_mixture_is_what_is_patched(demo, player, visit, tmp_path):  # noqa: F811
+def test_the_share_of_a_mixture_is_what_is_patched(demo, player, visit, tmp_path):
     page = visit(demo)
     says(page, "8 of 22 units")
     page.locator("#other input").click()
@@ -250,7 +249,7 @@ def test_as_many_units_at_random(demo, visit):
     page.wait_for_function(f"before => {checked} == before", arg=before)
 
 
-def test_an_example_is_picked(demo, player, visit):  # noqa: F811
+def test_an_example_is_picked(demo, player, visit):
     page = visit(demo)
     says(page, "8 of 22 units")
     page.get_by_label("one-shot").check()
@@ -261,7 +260,7 @@ def test_an_example_is_picked(demo, player, visit):  # noqa: F811
     assert not torch.equal(player.answer(first, ONE_SHOT), player.answer(fourth, ONE_SHOT))
 
 
-def test_an_example_pair_is_uploaded(demo, player, visit, tmp_path):  # noqa: F811
+def test_an_example_pair_is_uploaded(demo, player, visit, tmp_path):
     page = visit(demo)
     says(page, "8 of 22 units")
     page.get_by_label("one-shot").check()

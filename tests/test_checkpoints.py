@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
+from helpers import DATA
 
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.published import convert, load_checkpoint, read_config

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
+from helpers import DATA
 from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, data, tasks
@@ -22,20 +22,6 @@ from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.vectors.values import KIND
 
 SUPPORT, QUERY = DATA / "support_image.png", DATA / "query_image.png"
-
-
-@pytest.fixture
-def vtv(monkeypatch, capsys):
-    """vtv(*args) → (exit code, what was printed, what was complained about)."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["vtv", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 def picture(path):

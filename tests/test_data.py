@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
-from test_pascal import root  # noqa: F401
 
 from vtv_nnsight import data
 from vtv_nnsight.data.drawn_scenes import GROUNDS, HUES, NAMES, SHAPES, SPLITS, TEXTURES, render
@@ -194,7 +193,7 @@ def pictures(n):
 
 
 @pytest.fixture
-def specs(root, tmp_path, monkeypatch):  # noqa: F811
+def specs(voc_root, tmp_path, monkeypatch):
     """A spec for every source, and for every way to write it."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     photos, hub, divided = tmp_path / "photos", tmp_path / "hub", tmp_path / "divided"
@@ -217,8 +216,8 @@ def specs(root, tmp_path, monkeypatch):  # noqa: F811
         "scenes": ["scenes"],
         "reasoning": ["reasoning:color", "reasoning:shape+size"],
         "photographs": ["photographs"],
-        "pascal": [f"pascal:{root}:masks", f"pascal:{root}:0:masks"],
-        "detection": [f"detection:{root}"],
+        "pascal": [f"pascal:{voc_root}:masks", f"pascal:{voc_root}:0:masks"],
+        "detection": [f"detection:{voc_root}"],
         "hf": [f"hf:{hub}", f"hf:{hub}:train", f"hf:{divided}", f"hf:{divided}:validation", f"hf:{hub}:train[:12]"],
         "pairs": [f"pairs:{paired}"],
         "folder": [str(photos), f"folder:{photos}"],

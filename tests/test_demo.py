@@ -7,31 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
+from helpers import DATA
 from PIL import Image
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, patch, tasks
 from vtv_nnsight.demo import playing
 from vtv_nnsight.demo.playing import NOTHING, ONE_SHOT, VECTOR, Player
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
-from vtv_nnsight.runs import bundles
-from vtv_nnsight.search.result import SearchResult
-
-
-@pytest.fixture(scope="module")
-def player(small_config):
-    torch.manual_seed(0)
-    model = MAEVQGAN(MAEVQGANModel(small_config()).eval())
-    rows = list(data.scenes("train", n=12, seed=0))
-    prompts = {t.name: t.prompts(rows, 3, layout=model.layout) for t in (tasks.segmentation, tasks.lowlight)}
-    vectors, space = TaskVectors.collect(model, prompts, progress=False), PatchSpace(model)
-    found = {
-        name: SearchResult("random", PatchSet.random(space, 8, seed), torch.zeros(len(space)).double(), False, 1.0, 1,
-                           (), {}, seed)
-        for seed, name in enumerate(vectors)
-    }  # fmt: skip
-    return Player(model, bundles.Bundle(vectors, found), rows)
 
 
 def test_answers_are_those_of_the_library(player):

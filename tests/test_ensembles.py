@@ -3,9 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_net2net import HEADS, weights
-from test_painter import small
-from test_vit_mae import config
+from helpers import GPT_HEADS, net2net_weights, small_painter, vit_mae_config
 from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import MAEVQGAN, Layout, Net2Net, VisualPrompt, data, tasks
@@ -94,11 +92,11 @@ def test_what_cannot_be_ensembled_is_refused(model, prompts):
 @pytest.mark.parametrize("kind", ["ViTMAE", "SegGPT", "Net2Net"])
 def test_models_that_score_no_codes_are_refused(kind, tmp_path):
     """ViT-MAE's logits are pixels, SegGPT has none, and Net2Net paints the codes that it sampled."""
-    torch.save({"state_dict": weights()}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": net2net_weights()}, tmp_path / "last.ckpt")
     model = {
-        "ViTMAE": lambda: ViTMAE(ViTMAEForPreTraining(config())),
-        "SegGPT": lambda: SegGPT(small(True)),
-        "Net2Net": lambda: Net2Net(tmp_path / "last.ckpt", num_attention_heads=HEADS),
+        "ViTMAE": lambda: ViTMAE(ViTMAEForPreTraining(vit_mae_config())),
+        "SegGPT": lambda: SegGPT(small_painter(True)),
+        "Net2Net": lambda: Net2Net(tmp_path / "last.ckpt", num_attention_heads=GPT_HEADS),
     }[kind]()
     images = data.scenes("train", n=12, seed=0)
     with pytest.raises(ValueError, match=f"{kind} has no loss 'tokens', .* give a MAEVQGAN, or a BEiT"):

@@ -6,9 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_cli import vtv  # noqa: F401
-from test_vectors import FAST, random_module
-from test_vit_mae import config
+from helpers import FAST, random_module, vit_mae_config
 from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, ablate, data, evaluate, metrics, patch, tasks
@@ -437,7 +435,7 @@ def test_a_model_without_a_loss_or_a_ceiling(model, prompts, table):
 def test_a_model_of_another_family(images):
     """All of it through the interface: selecting, conditions, controls, specificity."""
     torch.manual_seed(0)
-    model = ViTMAE(ViTMAEForPreTraining(config()).eval())
+    model = ViTMAE(ViTMAEForPreTraining(vit_mae_config()).eval())
     prompts = {
         name: select_prompts(model, tasks.get(name), images, 4, candidates=20, layout=model.layout, progress=False)
         for name in ("segmentation", "lowlight")
@@ -588,7 +586,7 @@ def test_load_names_data(tmp_path):
         data.load("nowhere")
 
 
-def test_command_line(vtv, model, patches, tmp_path):  # noqa: F811
+def test_command_line(vtv, model, patches, tmp_path):
     model._module.save_pretrained(tmp_path / "model")
     patches.save(tmp_path / "patches.json")
     file, made = tmp_path / "vectors.safetensors", tmp_path / "results"
@@ -625,11 +623,11 @@ def test_a_condition_adds(model, prompts, vectors, patches):
     assert not np.allclose(losses, answer(model, prompts.query_only(), own, patches, scale=0.3)[1], atol=1e-3)
 
 
-def test_models_beside_one_another(vtv, model, tmp_path):  # noqa: F811
+def test_models_beside_one_another(vtv, model, tmp_path):
     """Of one kind and of another, on the same queries."""
     model._module.save_pretrained(tmp_path / "mine")
     torch.manual_seed(0)
-    ViTMAEForPreTraining(config()).save_pretrained(tmp_path / "mae")
+    ViTMAEForPreTraining(vit_mae_config()).save_pretrained(tmp_path / "mae")
     out = tmp_path / "out"
     args = ("evaluate", tmp_path / "mine", "--beside", tmp_path / "mae", "--n", 3, "--tasks", "identity", "-o", out)
     code, said, complaint = vtv(*args)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_config
+from helpers import make_config
 from safetensors.torch import load_file, save_file
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 

@@ -8,11 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import DATA
+from helpers import DATA, small_painter, vit_mae_config
 from leaderboard import Leaderboard, markdown, measure_sets
 from PIL import Image
-from test_painter import small
-from test_vit_mae import config
 from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import PatchSet, TaskVectors, cli
@@ -40,10 +38,10 @@ def vtv(*args):
 def folders(tmp_path_factory):
     """Kind → a folder with a small model of random weights."""
     torch.manual_seed(0)
-    vit_mae = ViTMAEForPreTraining(config())
+    vit_mae = ViTMAEForPreTraining(vit_mae_config())
     for parameter in vit_mae.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    made = {"SegGPT": small(True), "Painter": small(False), "ViTMAE": vit_mae}
+    made = {"SegGPT": small_painter(True), "Painter": small_painter(False), "ViTMAE": vit_mae}
     folders = {kind: tmp_path_factory.mktemp("models") / kind for kind in made}
     for kind, module in made.items():
         module.save_pretrained(folders[kind])

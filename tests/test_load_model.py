@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_config
+from helpers import make_config
 from transformers import SegGptConfig, SegGptForImageSegmentation, ViTMAEConfig, ViTMAEForPreTraining
 
 from vtv_nnsight import MAEVQGAN, data, tasks

@@ -2,63 +2,32 @@
 
 import pytest
 import torch
-from test_beit import folder, made, published  # noqa: F401
-from test_cli import vtv  # noqa: F401
+from helpers import GPT_CODES, GPT_HEADS, GPT_LAYERS, GPT_WIDTH, beit_module, net2net_weights
 from torch.nn import functional as F
 
 from vtv_nnsight import Layout, Net2Net, PatchSpace, TaskVectors, data, evaluate, tasks
 from vtv_nnsight.models import load_model
-from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
-from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
-
-CODES, WIDTH, HEADS, LAYERS, LENGTH = 16, 16, 2, 2, 64
-VQGAN_SIZES = dict(
-    image_size=32, patch_size=4, num_codes=CODES, code_dim=8, vqgan_z_channels=8, vqgan_channels=32,
-    vqgan_channel_multipliers=(1, 1, 1), vqgan_num_res_blocks=1, vqgan_attention_levels=(2,),
-)  # fmt: skip
 
 
 class Hyperparameters(dict):
     """What Lightning pickles beside the weights, and a user does not have."""
 
 
-def weights(codes=CODES, length=LENGTH):
-    """A published state dict: the transformer with its causal masks, the VQGAN with the losses it was trained with."""
-    torch.manual_seed(0)
-    linear = {"attn.key": (1, 1), "attn.query": (1, 1), "attn.value": (1, 1), "attn.proj": (1, 1)}
-    linear |= {"mlp.0": (4, 1), "mlp.2": (1, 4)}
-    state = {"tok_emb.weight": torch.randn(codes, WIDTH), "pos_emb": torch.randn(1, length, WIDTH)}
-    for i in range(LAYERS):
-        for name, (out, into) in linear.items():
-            state[f"blocks.{i}.{name}.weight"] = torch.randn(out * WIDTH, into * WIDTH) / (into * WIDTH) ** 0.5
-            state[f"blocks.{i}.{name}.bias"] = 0.3 * torch.randn(out * WIDTH)
-        state[f"blocks.{i}.attn.mask"] = torch.ones(1, 1, length, length).tril()
-        state |= {f"blocks.{i}.{n}.weight": 1 + 0.3 * torch.randn(WIDTH) for n in ("ln1", "ln2")}
-        state |= {f"blocks.{i}.{n}.bias": 0.3 * torch.randn(WIDTH) for n in ("ln1", "ln2")}
-    state |= {"ln_f.weight": torch.ones(WIDTH), "ln_f.bias": torch.zeros(WIDTH)}
-    state |= {"head.weight": 3 * torch.randn(codes, WIDTH) / WIDTH**0.5}
-    vqgan = VQGAN(MAEVQGANConfig(**VQGAN_SIZES))
-    vqgan.codebook.weight.data = 0.3 * torch.randn(CODES, 8)
-    first = {name.replace("codebook", "quantize.embedding"): value for name, value in vqgan.state_dict().items()}
-    first["loss.discriminator.main.0.weight"] = torch.zeros(2, 2)
-    return {f"transformer.{n}": v for n, v in state.items()} | {f"first_stage_model.{n}": v for n, v in first.items()}
-
-
 @pytest.fixture(scope="module")
 def state():
-    return weights()
+    return net2net_weights()
 
 
 @pytest.fixture(scope="module")
 def file(state, tmp_path_factory):
     path = tmp_path_factory.mktemp("taming") / "last.ckpt"
-    torch.save({"epoch": 3, "state_dict": state, "hyper_parameters": Hyperparameters(n_head=HEADS)}, path)
+    torch.save({"epoch": 3, "state_dict": state, "hyper_parameters": Hyperparameters(n_head=GPT_HEADS)}, path)
     return path
 
 
 @pytest.fixture(scope="module")
 def model(file):
-    return Net2Net(file, num_attention_heads=HEADS, dispatch=True)
+    return Net2Net(file, num_attention_heads=GPT_HEADS, dispatch=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +43,18 @@ def gpt(state, tokens, places):
         return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
     def norm(x, name):
-        return F.layer_norm(x, (WIDTH,), state[f"{name}.weight"], state[f"{name}.bias"])
+        return F.layer_norm(x, (GPT_WIDTH,), state[f"{name}.weight"], state[f"{name}.bias"])
 
     x = state["tok_emb.weight"][tokens] + state["pos_emb"][0, places]
-    count, size = tokens.shape[1], WIDTH // HEADS
-    for i in range(LAYERS):
+    count, size = tokens.shape[1], GPT_WIDTH // GPT_HEADS
+    for i in range(GPT_LAYERS):
         h = norm(x, f"blocks.{i}.ln1")
-        q, k, v = (linear(h, f"blocks.{i}.attn.{n}").view(-1, count, HEADS, size) for n in ("query", "key", "value"))
+        q, k, v = (
+            linear(h, f"blocks.{i}.attn.{n}").view(-1, count, GPT_HEADS, size) for n in ("query", "key", "value")
+        )
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / size**0.5
         scores = scores.masked_fill(state[f"blocks.{i}.attn.mask"][:, :, :count, :count] == 0, -torch.inf)
-        z = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(-1, count, WIDTH)
+        z = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(-1, count, GPT_WIDTH)
         x = x + linear(z, f"blocks.{i}.attn.proj")
         x = x + linear(F.gelu(linear(norm(x, f"blocks.{i}.ln2"), f"blocks.{i}.mlp.0")), f"blocks.{i}.mlp.2")
     return norm(x, "ln_f") @ state["head.weight"].T
@@ -123,21 +94,21 @@ def test_codes_are_sampled_row_by_row(model, state, prompts, form):
 def test_conditions_come_before_the_codes(state, tmp_path):
     """A class, or several tokens, for which there are places."""
     path = tmp_path / "last.ckpt"
-    long = weights(codes=20, length=70)
+    long = net2net_weights(codes=20, length=70)
     torch.save({"state_dict": long}, path)
     with pytest.raises(ValueError, match="has 70 places, and 81 codes after a condition of 1 need 81"):
-        Net2Net(path, num_attention_heads=HEADS, image_size=36)
+        Net2Net(path, num_attention_heads=GPT_HEADS, image_size=36)
     for condition in (19, (3, 4, 5)):
-        model = Net2Net(path, num_attention_heads=HEADS, condition=condition, dispatch=True)
+        model = Net2Net(path, num_attention_heads=GPT_HEADS, condition=condition, dispatch=True)
         prompts = tasks.identity.prompts(data.scenes("train", n=30, seed=0), n=2, layout=model.layout)
         tokens = (condition,) if isinstance(condition, int) else condition
         codes, logits = one_by_one(model, long, prompts, tokens)
         found = model(prompts)
-        assert found.logits.shape[-1] == CODES  # entries of the vocabulary that are no codes are never drawn
-        torch.testing.assert_close(found.logits[:, 0], logits[:, 0, :CODES], rtol=1e-4, atol=1e-4)
-        assert found.codes.max() < CODES
+        assert found.logits.shape[-1] == GPT_CODES  # entries of the vocabulary that are no codes are never drawn
+        torch.testing.assert_close(found.logits[:, 0], logits[:, 0, :GPT_CODES], rtol=1e-4, atol=1e-4)
+        assert found.codes.max() < GPT_CODES
     with pytest.raises(ValueError, match="condition=20 is unknown to the transformer; give 0 to 19"):
-        Net2Net(path, num_attention_heads=HEADS, condition=20)
+        Net2Net(path, num_attention_heads=GPT_HEADS, condition=20)
 
 
 def test_hidden_patches_are_not_looked_at(model, prompts):
@@ -174,7 +145,7 @@ def test_sampling_is_seeded(model, file, prompts):
     hot = codes(temperature=1.0, seed=1)
     assert torch.equal(codes(temperature=1.0, seed=1), hot) and not torch.equal(codes(temperature=1.0, seed=2), hot)
     assert torch.equal(codes(temperature=1.0, top_k=1), codes()) and torch.equal(codes(temperature=1e-6), codes())
-    own = Net2Net(file, num_attention_heads=HEADS, temperature=1.0, seed=1)
+    own = Net2Net(file, num_attention_heads=GPT_HEADS, temperature=1.0, seed=1)
     assert torch.equal(own(prompts).codes, hot)
     assert torch.equal(own.generate(prompts), model.generate(prompts, temperature=1.0, seed=1))
     few = model(prompts, temperature=5.0, top_k=2)
@@ -195,7 +166,7 @@ def test_invokes_share_a_forward(model, prompts):
 
 def test_a_published_file_is_evaluated(model, file, prompts):
     """RunResults by `load_model`; weights are not read before they are needed."""
-    loaded = load_model(file, num_attention_heads=HEADS)
+    loaded = load_model(file, num_attention_heads=GPT_HEADS)
     assert isinstance(loaded, Net2Net) and not loaded.dispatched
     table = evaluate(loaded, tasks.identity, prompts, progress=False)
     assert set(table.frame["condition"]) == {"one-shot", "zero-shot", "tokenizer", "copy"}
@@ -203,14 +174,14 @@ def test_a_published_file_is_evaluated(model, file, prompts):
     found = table.frame[table.frame["condition"] == "one-shot"]["score"]
     torch.testing.assert_close(torch.tensor(found.to_numpy()), own.double())
     assert table.frame["loss"].isna().all()
-    half = Net2Net(file, num_attention_heads=HEADS, dtype=torch.bfloat16, dispatch=True)
+    half = Net2Net(file, num_attention_heads=GPT_HEADS, dtype=torch.bfloat16, dispatch=True)
     assert half._module.dtype == torch.bfloat16 and half.generate(prompts).dtype == torch.float32
 
 
-def test_models_of_vps_table_by_one_command(vtv, state, folder, tmp_path):  # noqa: F811
+def test_models_of_vps_table_by_one_command(vtv, state, dalle_folder, tmp_path):
     """BEiT with its tokenizer in its folder, and the transformer's file, which must have 16 heads."""
-    made().save_pretrained(tmp_path / "beit")
-    for part in folder.iterdir():
+    beit_module().save_pretrained(tmp_path / "beit")
+    for part in dalle_folder.iterdir():
         (tmp_path / "beit" / part.name).write_bytes(part.read_bytes())
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
     sources, out = ("tiny", "--beside", tmp_path / "beit", "--beside", tmp_path / "last.ckpt"), tmp_path / "out"
@@ -241,7 +212,7 @@ def test_what_does_not_fit_is_refused(state, tmp_path):
     def refused(words, content, **options):
         torch.save({"state_dict": content}, tmp_path / "some.ckpt")
         with pytest.raises(ValueError, match=words):
-            Net2Net(tmp_path / "some.ckpt", **{"num_attention_heads": HEADS, **options})
+            Net2Net(tmp_path / "some.ckpt", **{"num_attention_heads": GPT_HEADS, **options})
 
     refused("width 16 cannot have 3 heads; give num_attention_heads=", state, num_attention_heads=3)
     refused("Net2Net does not know attn_implementation", state, attn_implementation="eager")
@@ -257,7 +228,7 @@ def test_what_does_not_fit_is_refused(state, tmp_path):
     refused("declares 5001 blocks", state | {"transformer.blocks.5000.ln1.bias": torch.zeros(2)})
     vqgan = {name.removeprefix("first_stage_model."): value for name, value in state.items() if "first" in name}
     refused("is not a checkpoint of a VQGAN's transformer", vqgan)
-    refused("the transformer knows 8 codes, and its VQGAN has 16", state | weights(codes=8) | {
+    refused("the transformer knows 8 codes, and its VQGAN has 16", state | net2net_weights(codes=8) | {
         name: value for name, value in state.items() if name.startswith("first_stage_model.")
     })  # fmt: skip
     with pytest.raises(FileNotFoundError, match="there is no file .*none.ckpt"):

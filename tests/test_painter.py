@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
 from einops import rearrange
+from helpers import DATA, small_painter
 from safetensors.torch import load_file
 from transformers import SegGptConfig, SegGptForImageSegmentation
 
@@ -680,31 +680,9 @@ def test_a_vector_of_the_other_type(released, models, prompts, vector):
         patch(models["painter"], vector["seggpt"], PatchSet.random(PatchSpace(models["painter"]), 3))
 
 
-def small(types):
-    """A network that is quick to run; SegGPT's if it has type tokens, else Painter's."""
-    torch.manual_seed(0)
-    config = SegGptConfig(
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        image_size=(64, 32),
-        patch_size=8,
-        pretrain_image_size=32,
-        decoder_hidden_size=8,
-        merge_index=1,
-        intermediate_hidden_state_indices=[1, 3],
-        initializer_range=0.3,
-    )
-    module = SegGptForImageSegmentation(config)
-    if not types:
-        for token in (module.model.embeddings.type_token_semantic, module.model.embeddings.type_token_instance):
-            token.data.zero_()
-    return module
-
-
 def test_a_whole_round(kind, tmp_path):
     """Collect, score, search with gradients and without, patch, evaluate; all of it through files."""
-    model = KINDS[kind](small(kind == "seggpt"))
+    model = KINDS[kind](small_painter(kind == "seggpt"))
     images = data.scenes("train", n=12, seed=0)
     both = tasks.segmentation, tasks.get("colorization")
     prompts = {task.name: task.prompts(images, n=6, seed=0, layout=model.layout) for task in both}

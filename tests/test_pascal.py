@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import VOC_MAPS, VOC_SIZE, annotation, label_map
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,75 +19,21 @@ from vtv_nnsight.report import reading
 from vtv_nnsight.runs import Settings, protocol, run, steps
 from vtv_nnsight.vectors import TaskVectors
 
-SIZE = (48, 36)
 DIGEST = "ab33f1b4f213fe8a26c921f9bbd2e27ed002cc1148c1b364a7e988e93df3347c"
 """Of the eight published lists, one after the other."""
 
 
-def label_map(*boxes, border=None):
-    """A mask with a palette: boxes of (class from 1, left, top, right, bottom)."""
-    image = Image.new("P", SIZE)
-    image.putpalette([value for colour in range(256) for value in (colour, 255 - colour, 7)])
-    for value, *box in boxes:
-        image.paste(value, tuple(box))
-    if border:
-        image.paste(255, border)
-    return image
-
-
-MAPS = {  # "b…" are VOC's val
-    "a1": label_map((1, 2, 2, 20, 20), border=(2, 2, 20, 4)),
-    "a2": label_map((1, 5, 5, 30, 30), (2, 31, 5, 40, 30)),
-    "a3": label_map((2, 0, 0, 24, 36), (15, 24, 0, 48, 36)),
-    "b1": label_map((1, 0, 0, 24, 36)),
-    "b2": label_map((1, 8, 0, 24, 36)),
-    "b3": label_map((6, 8, 0, 24, 36)),
-}
-OBJECTS = {
-    "a1": [("cat", 1, 1, 24, 18)],
-    "a2": [("cat", 3, 5, 26, 30), ("dog", 1, 1, 4, 4)],
-    "a3": [("cat", 9, 5, 26, 30)],
-    "b1": [("dog", 1, 1, 48, 36)],
-    "b2": [],
-    "b3": [("dog", 2, 3, 21, 33)],
-}
-
-
-def annotation(objects):
-    text = "".join(
-        f"<object><name>{name}</name><bndbox><xmax>{x1}</xmax><xmin>{x0}</xmin><ymin>{y0}</ymin><ymax>{y1}</ymax>"
-        "</bndbox><part><name>head</name></part></object>"
-        for name, x0, y0, x1, y1 in objects
-    )
-    return f"<annotation><size><width>{SIZE[0]}</width><height>{SIZE[1]}</height></size>{text}</annotation>"
+@pytest.fixture
+def voc(voc_root):
+    return voc_root / "VOCdevkit" / "VOC2012"
 
 
 @pytest.fixture
-def root(tmp_path):
-    voc = tmp_path / "VOCdevkit" / "VOC2012"
-    folders = ("JPEGImages", "SegmentationClassAug", "Annotations", "ImageSets/Segmentation", "ImageSets/Main")
-    for folder in folders:
-        (voc / folder).mkdir(parents=True)
-    for i, (name, mask) in enumerate(MAPS.items()):
-        Image.new("RGB", SIZE, (40 * i, 100, 200)).save(voc / "JPEGImages" / f"{name}.jpg")
-        mask.save(voc / "SegmentationClassAug" / f"{name}.png")
-        (voc / "Annotations" / f"{name}.xml").write_text(annotation(OBJECTS[name]))
-    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("b1\nb2\nb3\n")
-    for split, letter in (("train", "a"), ("val", "b")):
-        names = [name for name in MAPS if name.startswith(letter)]
-        (voc / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
-    return tmp_path
-
-
-@pytest.fixture
-def voc(root):
-    return root / "VOCdevkit" / "VOC2012"
-
-
-@pytest.fixture
-def load(root, tmp_path):
+def load(voc_root, tmp_path):
     """Of lists made of the masks, unless told otherwise."""
-    return lambda *args, **kwargs: pascal(root, *args, **{"splits": "masks", "cache_dir": tmp_path / "cache"} | kwargs)
+    return lambda *args, **kwargs: pascal(
+        voc_root, *args, **{"splits": "masks", "cache_dir": tmp_path / "cache"} | kwargs
+    )
 
 
 def names(images):
@@ -108,8 +55,8 @@ def test_lists_are_made_of_the_masks_fold_by_fold(load):
 def test_a_mask_shows_its_rows_class_and_no_boundary(load):
     images = load(0, "trn")
     for row, (name, value) in zip(images, names(images)):
-        assert row["mask"].mode == "L" and row["image"].size == row["mask"].size == SIZE
-        expected = np.where(np.asarray(MAPS[name]) == value, 255, 0)
+        assert row["mask"].mode == "L" and row["image"].size == row["mask"].size == VOC_SIZE
+        expected = np.where(np.asarray(VOC_MAPS[name]) == value, 255, 0)
         assert np.array_equal(row["mask"], expected) and 0 < (expected > 0).mean() < 1
     assert images.features["label"].names == list(CLASSES)
     assert not np.asarray(images[0]["mask"])[:4].any()
@@ -121,7 +68,7 @@ def test_pictures_are_decoded_when_a_row_is_read(load, voc):
     (voc / "SegmentationClassAug" / "b2.png").write_bytes(b"no picture")
     assert list(images.with_format(None)["label"]) == [0, 0]
     assert tasks.draw_rows(images, 4, 1, np.random.default_rng(0)).shape == (4, 2)
-    assert images.select([0])[0]["mask"].size == SIZE
+    assert images.select([0])[0]["mask"].size == VOC_SIZE
     with pytest.raises(ValueError, match="b2.png cannot be decoded"):
         images.select_columns("mask")[1]
 
@@ -149,8 +96,8 @@ def test_lists_are_remembered_until_the_masks_change(load, voc, monkeypatch):
 
 
 @pytest.fixture
-def splits(root):
-    folder = root / "splits"
+def splits(voc_root):
+    folder = voc_root / "splits"
     for split in ("trn", "val"):
         (folder / split).mkdir(parents=True)
         for fold in range(4):
@@ -158,21 +105,21 @@ def splits(root):
     return folder
 
 
-def test_lists_of_ones_own_are_taken_where_they_are(load, splits, root):
+def test_lists_of_ones_own_are_taken_where_they_are(load, splits, voc_root):
     (splits / "trn" / "fold0.txt").write_text("a2__02\na3__02\n")
     assert names(load(0, "trn", splits="splits")) == [("a2", 2), ("a3", 2)]
-    splits.rename(root / "elsewhere")
+    splits.rename(voc_root / "elsewhere")
     assert len(load(0, "trn")) == 4
-    assert names(load(0, "trn", splits=root / "elsewhere")) == [("a2", 2), ("a3", 2)]
+    assert names(load(0, "trn", splits=voc_root / "elsewhere")) == [("a2", 2), ("a3", 2)]
 
 
 @pytest.mark.filterwarnings("ignore:.*it has no example")
-def test_lists_beside_the_pictures_are_in_the_root_that_was_given(splits, root, tmp_path, monkeypatch):
+def test_lists_beside_the_pictures_are_in_the_root_that_was_given(splits, voc_root, tmp_path, monkeypatch):
     """With ~ for the home, and in `VOCdevkit` itself, by a source's name and in a run."""
     (splits / "trn" / "fold0.txt").write_text("a2__02\na3__02\n")
     (splits / "val" / "fold0.txt").write_text("b1__01\nb2__01\n")
-    monkeypatch.setenv("HOME", str(root))
-    for own, into in (("~", splits), ("~/VOCdevkit", root / "VOCdevkit" / "splits")):
+    monkeypatch.setenv("HOME", str(voc_root))
+    for own, into in (("~", splits), ("~/VOCdevkit", voc_root / "VOCdevkit" / "splits")):
         splits = splits.rename(into)
         spec = f"pascal:{own}:0:splits"
         ((fold,), _) = steps.load_folds(tmp_path / "run", Settings(data=spec))
@@ -180,7 +127,7 @@ def test_lists_beside_the_pictures_are_in_the_root_that_was_given(splits, root, 
         assert names(fold.test) == names(data.load(spec, "test")) == [("b1", 1), ("b2", 1)]
 
 
-def test_published_lists_are_the_default(load, root, monkeypatch):
+def test_published_lists_are_the_default(load, voc_root, monkeypatch):
     """Those of OSLSM, by way of HSNet, as both papers' code has them."""
     lists = {(split, fold): published_list(split, fold) for split in ("trn", "val") for fold in range(4)}
     counts = [len(lists[split, fold]) for split in ("trn", "val") for fold in range(4)]
@@ -192,12 +139,12 @@ def test_published_lists_are_the_default(load, root, monkeypatch):
     digest = hashlib.sha256("".join(f"{e}\n" for rows in lists.values() for e in rows).encode()).hexdigest()
     assert digest == DIGEST
     with pytest.raises(ValueError, match="the published list .*:masks lists what is there.* names 2279 pictures"):
-        pascal(root, 0, "trn")
+        pascal(voc_root, 0, "trn")
     module = sys.modules[pascal.__module__]
     own = {"trn/fold1.txt": [("a3", 6), ("a1", 7)], "trn/fold2.txt": [("a2", 11)]}
     monkeypatch.setattr(module, "_published_lists", lambda: {f: [module.Entry(*e) for e in v] for f, v in own.items()})
     with pytest.warns(UserWarning, match="one picture"):
-        assert names(pascal(root / "VOCdevkit", (1, 2), "trn")) == [("a3", 7), ("a1", 8), ("a2", 12)]
+        assert names(pascal(voc_root / "VOCdevkit", (1, 2), "trn")) == [("a3", 7), ("a1", 8), ("a2", 12)]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +189,7 @@ def test_what_is_no_fold_or_split_or_mask_is_refused(load, voc):
         load(0, "test")
     with pytest.raises(ValueError, match="val of fold 3 is empty"):
         load(3, "val")
-    Image.new("L", SIZE, 60).save(voc / "SegmentationClassAug" / "a1.png")
+    Image.new("L", VOC_SIZE, 60).save(voc / "SegmentationClassAug" / "a1.png")
     with pytest.raises(ValueError, match="mask a1.png holds the value 60"):
         load(0, "val")
     (voc / "JPEGImages" / "a2.jpg").unlink()
@@ -258,18 +205,18 @@ def test_a_mask_of_another_size_than_its_image_is_refused(load, voc):
         tasks.segmentation.prompt(images[1], images[0])
 
 
-def test_detection_keeps_small_single_objects(root):
-    assert names(detection(root, "trn")) == [("a1", 8), ("a3", 8)]
-    images = detection(root, "val")
+def test_detection_keeps_small_single_objects(voc_root):
+    assert names(detection(voc_root, "trn")) == [("a1", 8), ("a3", 8)]
+    images = detection(voc_root, "val")
     assert names(images) == [("b3", 12)]
-    expected = np.zeros(SIZE[::-1], int)
+    expected = np.zeros(VOC_SIZE[::-1], int)
     expected[2:33, 1:21] = 255
     assert np.array_equal(images[0]["mask"], expected)
-    assert names(detection(root, "val", largest=1.0)) == [("b1", 12), ("b3", 12)]
+    assert names(detection(voc_root, "val", largest=1.0)) == [("b1", 12), ("b3", 12)]
 
 
-def test_detection_prompts_are_boxes(root):
-    images = detection(root, "trn")
+def test_detection_prompts_are_boxes(voc_root):
+    images = detection(voc_root, "trn")
     prompt = tasks.detection.prompts(images, n=1, seed=0)
     _, target = tasks.detection.cells(images[0], 111)
     assert any(torch.equal(prompt.region(name)[0], target) for name in ("example_output", "output"))
@@ -283,24 +230,24 @@ def test_detection_prompts_are_boxes(root):
         (annotation([("cat", 1, 1, 5, 5)]).replace("bndbox", "box"), "a1.xml is not an annotation"),
     ],
 )
-def test_bad_annotations_are_named(root, voc, text, words):
+def test_bad_annotations_are_named(voc_root, voc, text, words):
     (voc / "Annotations" / "a1.xml").write_text(text)
     with pytest.raises(ValueError, match=words):
-        detection(root, "trn")
+        detection(voc_root, "trn")
 
 
-def test_detection_without_pictures_is_refused(root, voc):
+def test_detection_without_pictures_is_refused(voc_root, voc):
     (voc / "Annotations" / "b3.xml").write_text(annotation([]))
     with pytest.raises(ValueError, match="none of the 3 pictures of .*val.txt has a single object"):
-        detection(root, "val")
+        detection(voc_root, "val")
     (voc / "Annotations" / "b3.xml").unlink()
     with pytest.raises(ValueError, match="1 pictures that have no .xml"):
-        detection(root, "val")
+        detection(voc_root, "val")
     (voc / "Annotations").rename(voc / "away")
     with pytest.raises(FileNotFoundError, match="Annotations; download VOCtrainval"):
-        detection(root, "val")
+        detection(voc_root, "val")
     with pytest.raises(ValueError, match="split='test'"):
-        detection(root, "test")
+        detection(voc_root, "test")
 
 
 @pytest.fixture
@@ -308,25 +255,27 @@ def cached(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_data_by_name(root, cached):
-    assert names(data.load(f"pascal:{root}:0:masks", "train")) == [("a1", 1), ("a2", 1), ("a2", 2), ("a3", 2)]
-    assert names(data.load(f"pascal:{root}:0:masks", "test")) == names(data.load(f"pascal:{root}:0:masks", "val"))
+def test_data_by_name(voc_root, cached):
+    assert names(data.load(f"pascal:{voc_root}:0:masks", "train")) == [("a1", 1), ("a2", 1), ("a2", 2), ("a3", 2)]
+    assert names(data.load(f"pascal:{voc_root}:0:masks", "test")) == names(
+        data.load(f"pascal:{voc_root}:0:masks", "val")
+    )
     with pytest.warns(UserWarning, match="one picture"):
-        everything = data.load(f"pascal:{root}:masks", "validation")
+        everything = data.load(f"pascal:{voc_root}:masks", "validation")
     assert names(everything) == [("b1", 1), ("b2", 1), ("b3", 6)]
-    assert names(data.load(f"detection:{root}", "train")) == [("a1", 8), ("a3", 8)]
-    few = [names(data.load(f"pascal:{root}:0:masks", "train", n=2, seed=seed)) for seed in range(9)]
+    assert names(data.load(f"detection:{voc_root}", "train")) == [("a1", 8), ("a3", 8)]
+    few = [names(data.load(f"pascal:{voc_root}:0:masks", "train", n=2, seed=seed)) for seed in range(9)]
     assert {len(rows) for rows in few} == {2} and len({str(rows) for rows in few}) > 1
     assert len(data.load("reasoning:color+size", n=4)) == 4
     for spec in ("pascal:", "nowhere", "reasoning"):
         with pytest.raises(ValueError, match=f"'{spec}' is not a source of data; give scenes, .*pascal:ROOT"):
             data.load(spec)
     with pytest.raises(ValueError, match="split='trian'"):
-        data.load(f"pascal:{root}:0:masks", "trian")
+        data.load(f"pascal:{voc_root}:0:masks", "trian")
 
 
 @pytest.fixture
-def published(root, voc, monkeypatch):
+def published(voc_root, voc, monkeypatch):
     """Lists of 16 training and 6 validation pictures in each fold, two classes each, in place of the published ones."""
     lists = {}
     for half, count in (("trn", 16), ("val", 6)):
@@ -335,15 +284,15 @@ def published(root, voc, monkeypatch):
             lists[f"{half}/fold{fold}.txt"] = entries
             for i, (name, label) in enumerate(entries):
                 colour = (60 * fold, 15 * i, 255 if half == "trn" else 0)
-                Image.new("RGB", SIZE, colour).save(voc / "JPEGImages" / f"{name}.jpg", quality=95)
+                Image.new("RGB", VOC_SIZE, colour).save(voc / "JPEGImages" / f"{name}.jpg", quality=95)
                 label_map((label + 1, 2, 2, 12 + i, 20)).save(voc / "SegmentationClassAug" / f"{name}.png")
     monkeypatch.setattr(sys.modules[pascal.__module__], "_published_lists", lambda: lists)
     return lists
 
 
-def test_candidates_are_the_lists_in_order(published, root):
+def test_candidates_are_the_lists_in_order(published, voc_root):
     """Of folds 1 to 3; a list that is too short is begun again, and examples are of the query's class."""
-    rows = pascal(root, protocol.VECTOR_FOLDS, "trn")
+    rows = pascal(voc_root, protocol.VECTOR_FOLDS, "trn")
     drawn = protocol.candidates(rows, n=20)
     expected = [16 * fold + i % 16 for fold in range(3) for i in range(20)]
     assert drawn.rows[:, -1].tolist() == expected
@@ -353,7 +302,7 @@ def test_candidates_are_the_lists_in_order(published, root):
     assert (drawn.rows != protocol.candidates(rows, n=20, seed=1).rows).any()
 
 
-def test_the_published_protocol(published, root, small_config, tmp_path, monkeypatch):
+def test_the_published_protocol(published, voc_root, small_config, tmp_path, monkeypatch):
     """Vectors of folds 1 to 3, a search on the first images of a fold, and one set for all folds."""
     model = tmp_path / "model"
     MAEVQGANModel(small_config()).save_pretrained(model)
@@ -373,7 +322,7 @@ def test_the_published_protocol(published, root, small_config, tmp_path, monkeyp
     monkeypatch.setattr(steps, "evaluate_conditions", evaluate)
     monkeypatch.setattr(report, "write", lambda out: out / "report.html")
     settings = Settings(
-        model=str(model), data=f"pascal:{root / 'VOCdevkit'}", folds=(2, 0), search_fold=3, tasks=("segmentation",),
+        model=str(model), data=f"pascal:{voc_root / 'VOCdevkit'}", folds=(2, 0), search_fold=3, tasks=("segmentation",),
         prompts=6, candidates=16, test_prompts=7, draws=1, budget=60, search="random", loss="pixels",
         protocol="published",
     )  # fmt: skip
@@ -385,12 +334,12 @@ def test_the_published_protocol(published, root, small_config, tmp_path, monkeyp
     task = tasks.segmentation
     ((name, trained, held_out),) = searched
     assert name == "segmentation" and len(trained) == 10 and len(held_out) == 6
-    train, apart = protocol.search_prompts(task, pascal(root, 3, "trn"), layout)
+    train, apart = protocol.search_prompts(task, pascal(voc_root, 3, "trn"), layout)
     assert torch.equal(trained, train.canvas) and torch.equal(held_out.canvas, apart.canvas)
     assert [fold for fold, _ in evaluated] == [0, 2]
     for fold, prompts in evaluated:
         assert len(prompts) == 7
-        rows = pascal(root, fold, "val")
+        rows = pascal(voc_root, fold, "val")
         queries = [task.prompt(rows[0], rows[i % 6], layout).region("query") for i in range(7)]
         assert torch.equal(prompts.region("query"), torch.cat(queries))
     files = ("prompts.safetensors", "vectors.safetensors", "search/segmentation.safetensors")
@@ -407,10 +356,19 @@ def test_the_published_protocol(published, root, small_config, tmp_path, monkeyp
         run(out, replace(settings, search_fold=1), progress=False)
 
 
-def test_task_vectors_of_a_voc_tree(root, cached, small_config, tmp_path, monkeypatch):
+def test_task_vectors_of_a_voc_tree(voc_root, cached, small_config, tmp_path, monkeypatch):
     MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
     out = tmp_path / "vectors.safetensors"
-    options = ("--tasks", "segmentation,lowlight", "--data", f"pascal:{root}:0:masks", "--split", "train", "--n", "3")
+    options = (
+        "--tasks",
+        "segmentation,lowlight",
+        "--data",
+        f"pascal:{voc_root}:0:masks",
+        "--split",
+        "train",
+        "--n",
+        "3",
+    )
     monkeypatch.setattr("sys.argv", ["vtv", "collect", str(tmp_path / "model"), *options, "-o", str(out)])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -419,9 +377,19 @@ def test_task_vectors_of_a_voc_tree(root, cached, small_config, tmp_path, monkey
     assert {name: vector.count for name, vector in vectors.items()} == {"segmentation": 3, "lowlight": 3}
 
 
-def test_evaluation_as_published_is_over_folds(published, root, small_config, tmp_path):
+def test_evaluation_as_published_is_over_folds(published, voc_root, small_config, tmp_path):
     MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
-    args = ["evaluate", tmp_path / "model", "--data", f"pascal:{root}", "--published", "--n", 7, "-o", tmp_path / "out"]
+    args = [
+        "evaluate",
+        tmp_path / "model",
+        "--data",
+        f"pascal:{voc_root}",
+        "--published",
+        "--n",
+        7,
+        "-o",
+        tmp_path / "out",
+    ]
     result = CliRunner().invoke(cli.app, list(map(str, args)))
     assert result.exit_code == 0, result.output
     frame = Table.load(tmp_path / "out" / "values.parquet").frame

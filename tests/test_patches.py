@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_vectors import LAYOUT, all_heads, random_module, random_prompts
+from helpers import LAYOUT, all_heads, random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, ablate, patch
 from vtv_nnsight.layouts import CLS, positions

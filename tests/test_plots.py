@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import FAST, LAYOUT, all_heads, random_module, random_prompts
 from matplotlib.figure import Figure
 from sklearn.metrics import silhouette_samples
-from test_vectors import FAST, LAYOUT, all_heads, random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, TaskVectors, evaluate, plots, tasks
 from vtv_nnsight.models.interface import ByStage

@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_vectors import FAST, random_module
-from test_vit_mae import config
+from helpers import FAST, random_module, vit_mae_config
 from torch.nn import functional as F
 from transformers import ViTMAEForPreTraining
 
@@ -215,7 +214,7 @@ def test_other_queries_are_refused(model, prompts):
 
 def test_a_model_of_another_family(images, drawn):
     torch.manual_seed(0)
-    model = ViTMAE(ViTMAEForPreTraining(config()).eval())
+    model = ViTMAE(ViTMAEForPreTraining(vit_mae_config()).eval())
     task, one = tasks.lowlight, Draw(drawn.rows[:, 1:], drawn.places)
     prompts = task.compose(images, one, model.layout)
     nearest = task.compose(images, retrieve(model, task, images, one, progress=False), model.layout)

@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import make_config
+from helpers import make_config
 
 from vtv_nnsight import MAEVQGAN, Layout, cli, tasks
 from vtv_nnsight.layouts import positions

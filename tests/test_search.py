@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config
+from helpers import make_config
 from torch.nn import functional as F
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, cli, search, tasks

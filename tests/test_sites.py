@@ -3,7 +3,7 @@
 import pytest
 import torch
 from einops import rearrange
-from test_vectors import LAYOUT, random_module, random_prompts
+from helpers import LAYOUT, random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, ablate, patch
 from vtv_nnsight.layouts import positions

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_vectors import random_module, random_prompts
+from helpers import random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, patch
 from vtv_nnsight.models import digests as weights

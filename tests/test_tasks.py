@@ -3,8 +3,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
 from datasets import Dataset
+from helpers import DATA
 from PIL import ExifTags, Image, ImageDraw
 from PIL import __version__ as pillow
 from scipy import ndimage

@@ -11,7 +11,7 @@ import accelerate
 import nnsight
 import pytest
 import torch
-from conftest import DATA, FINE, make_config
+from helpers import DATA, FINE, make_config
 from nnsight.intervention.envoy import Envoy, eproperty
 from PIL import Image
 from safetensors.torch import load_file, save_file

@@ -2,37 +2,19 @@ import json
 
 import pytest
 import torch
-from conftest import FINE, make_config
+from helpers import LAYOUT, all_heads, random_module, random_prompts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vtv_nnsight.vectors.values as code
-from vtv_nnsight import MAEVQGAN, Layout, TaskVectors, VisualPrompt
+from vtv_nnsight import MAEVQGAN, Layout, TaskVectors
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.vectors import TaskVector, zero_vector
 from vtv_nnsight.vectors.compatibility import fingerprint
 
-LAYOUT = Layout(112, 8)
-FAST = dict(vqgan_fold=4, vqgan_channel_multipliers=(1, 1), vqgan_attention_levels=())
-"""Sizes of a tokenizer that draws quickly."""
 QUERY = positions(LAYOUT.regions["query"])
-
-
-def random_module(seed=0, **sizes):
-    """A small model whose weights are large enough for every edit to show in the logits."""
-    torch.manual_seed(seed)
-    module = MAEVQGANModel(make_config(**FINE | sizes)).eval()
-    for parameter in module.parameters():
-        if parameter.ndim < 2:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return module
-
-
-def random_prompts(n, seed=0, layout=LAYOUT):
-    shape = (n, 3, layout.canvas_size, layout.canvas_size)
-    return VisualPrompt.from_canvas(torch.rand(shape, generator=torch.Generator().manual_seed(seed)), layout)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +35,6 @@ def prompts():
 @pytest.fixture(scope="module")
 def vectors(model, prompts):
     return TaskVectors.collect(model, prompts, batch_size=4, progress=False)
-
-
-def all_heads(model, prompts):
-    """Every head's activation, without task vectors' code: per stack [layer, prompt, token, head, head_dim]."""
-    with torch.no_grad(), model.trace(prompts):
-        encoder = [block.attn.heads.clone() for block in model.encoder.blocks].save()
-        decoder = [block.attn.heads.clone() for block in model.decoder.blocks].save()
-    return ByStage(encoder=torch.stack(encoder), decoder=torch.stack(decoder))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

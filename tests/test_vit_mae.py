@@ -1,6 +1,7 @@
 import pytest
 import torch
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from helpers import logits_of, vit_mae_config
+from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import Layout, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
 from vtv_nnsight.models.vit_mae import ViTMAE
@@ -8,17 +9,11 @@ from vtv_nnsight.models.vit_mae import ViTMAE
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
-def config(**more):
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=64)
-    decoder = dict(decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
-    return ViTMAEConfig(**sizes, **decoder, decoder_intermediate_size=16, patch_size=16, **more)
-
-
 @pytest.fixture(scope="module")
 def module():
     """transformers' own model, of which every weight shows."""
     torch.manual_seed(0)
-    module = ViTMAEForPreTraining(config()).eval()
+    module = ViTMAEForPreTraining(vit_mae_config()).eval()
     for parameter in module.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return module
@@ -32,12 +27,6 @@ def model(module):
 @pytest.fixture(scope="module")
 def prompts(model):
     return tasks.identity.prompts(data.scenes("train", n=30, seed=0), n=3, layout=model.layout)
-
-
-def logits_of(model, *inputs):
-    with torch.no_grad(), model.trace(*inputs):
-        logits = model.output.logits.save()
-    return logits
 
 
 def test_the_layout_is_the_models(model):
@@ -187,7 +176,7 @@ def test_it_loads_what_transformers_saved(module, model, prompts, tmp_path):
 def test_what_does_not_fit_is_refused(model, prompts, tmp_path):
     with pytest.raises(ValueError, match="does not fit a model"):
         model.generate(tasks.identity.prompts(data.scenes("train", n=30, seed=0), n=1))
-    normalised = ViTMAEForPreTraining(config(norm_pix_loss=True))
+    normalised = ViTMAEForPreTraining(vit_mae_config(norm_pix_loss=True))
     with pytest.raises(ValueError, match="trained with norm_pix_loss: .* only the hidden truth has"):
         ViTMAE(normalised)
     normalised.save_pretrained(tmp_path)
