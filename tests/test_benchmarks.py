@@ -56,6 +56,7 @@ def space():
     return PatchSpace(MAEVQGAN("tiny"))
 
 
+@pytest.mark.nightly
 def test_computation(tmp_path):
     found, printed = quick("computation", tmp_path)
     (case,) = found["cases"]
@@ -68,6 +69,7 @@ def test_computation(tmp_path):
     assert "saved (%)" in printed
 
 
+@pytest.mark.nightly
 def test_patch_sets(tmp_path, space):
     PatchSet(space, torch.ones(len(space))).save(tmp_path / "all.json")
     found, printed = quick("patch_sets", tmp_path, tmp_path / "all.json", "--algorithms", "ranking")
@@ -117,6 +119,7 @@ def test_patch_sets(tmp_path, space):
     assert all(0 <= value <= 1 for (task, _), row in rows.items() if task == "segmentation" for value in row["metric"])
 
 
+@pytest.mark.nightly
 def test_circuits(tmp_path):
     resumed = ("--resume", tmp_path / "answers", "--measures", "loss", "log ratio")
     found, printed = quick("circuits", tmp_path, *resumed)
@@ -136,6 +139,7 @@ def test_circuits(tmp_path):
     assert {path.name for path in (tmp_path / "answers").iterdir()} >= {"curves-in.jsonl", "mediation-in-0.jsonl"}
 
 
+@pytest.mark.nightly
 def test_open_ends(tmp_path):
     found, printed = quick("open_ends", tmp_path)
     rows = {row["vector"]: row for row in found["arithmetic"]}
@@ -152,6 +156,7 @@ def test_open_ends(tmp_path):
     }
 
 
+@pytest.mark.nightly
 def test_prompt_side(tmp_path):
     found, printed = quick("prompt_side", tmp_path)
     rows = {row["prompts"]: row for row in found["rows"]}
@@ -253,6 +258,7 @@ def test_options_that_make_no_sense():
             leaderboard.Leaderboard(**good | wrong)
 
 
+@pytest.mark.nightly
 def test_throughput(tmp_path):
     found, printed = quick("throughput", tmp_path)
     assert [(case["size"], case["dtype"], case["batch"]) for case in found["cases"]] == [
@@ -278,6 +284,7 @@ def test_throughput_ends_where_its_sides_differ(script, monkeypatch):
         throughput.same_collection(module, model, prompts)
 
 
+@pytest.mark.nightly
 def test_tracing_overhead(tmp_path):
     found, _ = quick("tracing_overhead", tmp_path)
     for case in found["cases"]:
@@ -285,6 +292,7 @@ def test_tracing_overhead(tmp_path):
         assert case["met"] == (max(case["trace over hooks"].values()) <= 1.03)
 
 
+@pytest.mark.nightly
 def test_memory_format(tmp_path):
     found, _ = quick("memory_format", tmp_path)
     assert [(case["size"], case["dtype"]) for case in found["cases"]] == [
@@ -294,6 +302,7 @@ def test_memory_format(tmp_path):
     assert all(case["times as fast"] > 0 for case in found["cases"])
 
 
+@pytest.mark.nightly
 def test_search_efficiency(tmp_path):
     found, _ = quick("search_efficiency", tmp_path)
     paper, *others = found["searches"]
@@ -354,6 +363,7 @@ def test_what_a_search_needs_to_reach_the_published_one(script):
     assert (first["times fewer, sample"], first["times fewer, thresholded"]) == (9 / 2, 6 / 2)
 
 
+@pytest.mark.nightly
 def test_data_size(tmp_path):
     found, printed = quick("data_size", tmp_path)
     few, all_of_it = found["rows"]
@@ -374,6 +384,7 @@ def test_data_size(tmp_path):
     assert folders == {"tokenizer", "figures-0.1", "figures-1"}
 
 
+@pytest.mark.nightly
 def test_attention_by_the_command_line(tmp_path):
     command = [sys.executable, "-m", "vtv_nnsight", "bench", "attention", "--quick", "--device", "cpu", "--out"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
@@ -387,6 +398,7 @@ def test_attention_by_the_command_line(tmp_path):
     assert done.stdout.count("\n| example_output ") == 1
 
 
+@pytest.mark.nightly
 def test_embedded_model(tmp_path):
     numbers = quick("embedded_model", tmp_path)[0]["numbers"]
     means = {name: value[0] for name, value in numbers.items() if name.startswith("scenes, segmentation, ")}
@@ -394,6 +406,7 @@ def test_embedded_model(tmp_path):
     assert means["scenes, segmentation, zero-shot"] < 0.5
 
 
+@pytest.mark.nightly
 def test_ablations(tmp_path):
     found, text = quick("ablations", tmp_path)
     rows = {(row["varies"], row["value"]): row for row in found["rows"]}
@@ -462,6 +475,7 @@ def test_a_search_that_evaluate_contradicts_stops_the_ablations(script):
             agree("identity", {"a": SimpleNamespace(held_out_loss=loss)}, judged)
 
 
+@pytest.mark.nightly
 def test_scaling(tmp_path):
     found, text = quick("scaling", tmp_path)
     assert [row["granularity"] for row in found["units"]] == ["head", "quadrant", "token"]

@@ -145,6 +145,7 @@ def test_tensors_that_are_parts_or_parameters(checkpoint, state, save):
     assert_same(load_checkpoint(save(collections.OrderedDict(state))), load_checkpoint(checkpoint))
 
 
+@pytest.mark.slow
 def test_dtypes(checkpoint, state, save):
     whole = load_checkpoint(checkpoint)
     half = load_checkpoint(checkpoint, dtype=torch.bfloat16)
@@ -184,6 +185,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_stays_under_1_3_times_the_file(checkpoint, state, save, dtype):
@@ -307,6 +309,7 @@ def hostile_pickles():
     yield "many", b"\x80\x02" + b"K\x000" * 2_000_000 + b"N."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"), list(hostile_pickles()), ids=lambda value: value if isinstance(value, str) else ""
 )

@@ -201,6 +201,7 @@ def test_vectors_that_are_not_finite_are_named(vtv, tmp_path, small_config):
     assert code == 1 and "lowlight/decoder/mean holds numbers that are NaN or infinite" in complaint
 
 
+@pytest.mark.slow
 def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
     """--sites from collecting to evaluating: what is collected is scored, searched and patched."""
     model, vectors, units = tmp_path / "model", tmp_path / "vectors.safetensors", tmp_path / "units.json"
@@ -236,6 +237,7 @@ def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
     assert (code, complaint) == (1, expected)
 
 
+@pytest.mark.slow
 def test_task_vectors_are_scored_by_another_metric(vtv, tmp_path, small_config):
     """Which the name of a task tells, while vectors have the name that they were collected by."""
     model, vectors, units = tmp_path / "model", tmp_path / "vectors.safetensors", tmp_path / "units.json"

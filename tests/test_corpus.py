@@ -232,6 +232,7 @@ def test_folders_are_told_apart_by_their_paths(tmp_path, monkeypatch):
     assert {row["source"] for row in rows_of(gather(corpus, images="photos"))} == {"1.jpg", "1.png", "2.jpg"}
 
 
+@pytest.mark.slow
 def test_a_data_set(tmp_path):
     rows = rows_of(gather(tmp_path, data="reasoning:color"))
     assert {row["package"] for row in rows} == {"reasoning:color"} and len(rows) > 5

@@ -224,6 +224,7 @@ def specs(voc_root, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", data.SOURCES)
 def test_what_is_tested_on_was_never_learned_from(specs, name):
     """Of every source, and whatever the seeds, no picture of "train" is in another split."""

@@ -52,6 +52,7 @@ def wrong(words: list[str]) -> str | None:
     return f"{name} has no {', '.join(sorted(options - known))}" if options - known else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -83,6 +84,7 @@ def test_every_page_is_in_the_navigation():
     assert not [page for page in TEXTS if page not in navigation]
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")

@@ -586,6 +586,7 @@ def test_load_names_data(tmp_path):
         data.load("nowhere")
 
 
+@pytest.mark.slow
 def test_command_line(vtv, model, patches, tmp_path):
     model._module.save_pretrained(tmp_path / "model")
     patches.save(tmp_path / "patches.json")
@@ -623,6 +624,7 @@ def test_a_condition_adds(model, prompts, vectors, patches):
     assert not np.allclose(losses, answer(model, prompts.query_only(), own, patches, scale=0.3)[1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_models_beside_one_another(vtv, model, tmp_path):
     """Of one kind and of another, on the same queries."""
     model._module.save_pretrained(tmp_path / "mine")

@@ -104,6 +104,7 @@ def test_a_random_mask_hides_three_quarters_anywhere():
     assert len(visible.unique()) == 196 and not torch.equal(visible[0], visible[1])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_model_is_trained_on_composed_figures_and_on_ones_own(tmp_path):
     mine = tmp_path / "mine"

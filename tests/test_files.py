@@ -25,6 +25,7 @@ def test_permissions_are_those_of_new_files(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["mine", "tensors", "text"]
 
 
+@pytest.mark.slow
 def test_the_same_content_is_the_same_bytes(tmp_path):
     """In several processes, each of which has its own order of hashes."""
     script = (

@@ -20,7 +20,7 @@ from vtv_nnsight.report import reading
 from vtv_nnsight.runs.steps import space_of
 from vtv_nnsight.search import SearchResult
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TASKS = "segmentation,lowlight"
 LOSSES = {"SegGPT": "smooth_l1", "Painter": "smooth_l1", "ViTMAE": "squared_error"}
 SIZES = ("--tasks", TASKS, "--max-images", 30, "--prompts", 6, "--candidates", 12)

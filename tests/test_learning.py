@@ -29,6 +29,7 @@ def loss(model, prompts, vector, patches):
     return model.losses[0].value(output, prompts, model.truth(prompts)).mean()
 
 
+@pytest.mark.slow
 def test_it_is_better_on_the_prompts_that_were_held_out(model, prompts, vector):
     train, held = prompts[:8].query_only(), prompts[8:].query_only()
     patches = PatchSet.random(PatchSpace(model), 12)

@@ -178,6 +178,7 @@ def test_a_published_file_is_evaluated(model, file, prompts):
     assert half._module.dtype == torch.bfloat16 and half.generate(prompts).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_models_of_vps_table_by_one_command(vtv, state, dalle_folder, tmp_path):
     """BEiT with its tokenizer in its folder, and the transformer's file, which must have 16 heads."""
     beit_module().save_pretrained(tmp_path / "beit")

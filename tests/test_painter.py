@@ -424,6 +424,7 @@ def test_pattern(model, prompts):
     torch.testing.assert_close(even, even[:, :1].expand_as(even), **CLOSE)
 
 
+@pytest.mark.slow
 def test_scan_loads_no_weights(released, prompts):
     model = SegGPT(released["seggpt"], dtype=torch.bfloat16)
     for rows, shape in ((prompts, (3, 256, 4, 16)), (prompts.query_only(), (3, 128, 4, 16))):

@@ -76,6 +76,7 @@ def run(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_both_stages_improve_and_export_a_model(run):
     logs = {}
     for stage in ("tokenizer", "mae"):
@@ -88,6 +89,7 @@ def test_both_stages_improve_and_export_a_model(run):
     assert model.generate(prompts).shape == prompts.canvas.shape
 
 
+@pytest.mark.slow
 def test_a_model_stays_until_the_next_one_is_written(run, tmp_path, monkeypatch):
     out = shutil.copytree(run, tmp_path / "run") / "mae"
 
@@ -108,6 +110,7 @@ def test_a_model_stays_until_the_next_one_is_written(run, tmp_path, monkeypatch)
     assert state() == before and not list(out.glob(".model*"))
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten(run):
     with pytest.raises(FileExistsError, match="checkpoint.pt.*resume"):
         pretrain("tokenizer", "smoke", run)
@@ -118,6 +121,7 @@ def test_mae_needs_a_tokenizer(tmp_path):
         pretrain("mae", "smoke", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_decoder_learns_on_and_joins_the_model(run, tmp_path):
     """Codes stay what they are; a transformer that was trained meanwhile is saved with what the decoder has learned."""
     out = tmp_path / "run"
@@ -171,6 +175,7 @@ def test_a_head_gets_the_rows_of_other_codes():
     assert (head(x)[:, 5] < old_head(x).mean(1) - 3).all()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_model(run, tmp_path, capsys):
     """With what a trained model knows, the first steps are better than without."""
     first = {}
@@ -190,6 +195,7 @@ def test_unknown_names(stage, size, word, tmp_path):
         pretrain(stage, size, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY", -1.0)
     recipe = Recipe(steps=8, batch_size=1, learning_rate=0.1, warmup=2, ema=0.5, validate=100)
@@ -215,6 +221,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
     assert torch.equal(whole.weight, broken.weight)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_of_both_batches(tmp_path):
     """Each takes every second batch; the mean of their gradients is that of the batches together."""
     script = tmp_path / "learn.py"
@@ -406,6 +413,7 @@ def test_every_corruption_meets_every_target_but_those_held_out():
     assert tasks.identity + Copy() not in drawn
 
 
+@pytest.mark.slow
 def test_no_answer_of_the_papers_is_the_commonest():
     """What a query alone suggests is the inverse mask: wrong for every task of the papers."""
     assert max(TARGETS, key=TARGETS.get) == INVERSE_MASK

@@ -255,6 +255,7 @@ def test_patches_are_the_likely_units(model, tmp_path, granularity):
     assert list(released.read_patches(model, shut, seed=3)) == [space.names[-1]]
 
 
+@pytest.mark.slow
 def test_the_published_order_of_units(tmp_path):
     """Of the 1152 logits of the published model, stack, layer and head change slower than the place."""
     with torch.device("meta"):
@@ -317,6 +318,7 @@ def test_names_of_released_tasks_are_tasks():
     assert all(tasks.get(name).name == name for name in released.TASKS.values())
 
 
+@pytest.mark.slow
 def test_the_released_files_give_the_released_numbers(golden, golden_model, tmp_path):
     """Golden logits of canvas a, patched with what canvas b's one-shot activations are, both read from files."""
     model = MAEVQGAN(golden_model)

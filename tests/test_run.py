@@ -259,6 +259,7 @@ def test_an_evaluation_of_something_else_is_one_sentence(copy, damage, words):
         reading.load_run(copy)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(finished, model, tmp_path):
     script = tmp_path / "run.py"
     settings = f"Settings(model={model!r}, **{SMALL!r})"
@@ -346,6 +347,7 @@ def photographs(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_ones_own_pictures(photographs, model, tmp_path):
     """Tasks are those that need no masks; of one task there is no score to show."""
     settings = Settings(model=model, data=str(photographs), **SMALL | {"tasks": ("inpainting",)})
@@ -434,6 +436,7 @@ def test_searches_stand_beside_lines_of_the_same_loss(finished, monkeypatch, sea
     assert [len(panel.lines) for panel in figure.axes] == [3 if lines else 1] * len(TASKS)
 
 
+@pytest.mark.slow
 def test_a_run_over_other_sites_of_the_layers(tmp_path, model):
     own = SMALL | {"prompts": 4, "budget": 60, "test_prompts": 4, "search": "mediation"}
     page = run(tmp_path / "run", Settings(model=model, sites=("mlp", "heads"), **own), progress=False).read_text()
@@ -497,6 +500,7 @@ def test_the_same_figure_is_the_same_bytes_in_two_inks():
     assert (inks[0] < 80).all() and (inks[1] > 180).all() and len(inks[0]) == len(inks[1])
 
 
+@pytest.mark.slow
 def test_runs_are_compared(finished, copy, model, tmp_path, done):
     run(copy, Settings(model=model, **SMALL | {"budget": 300}), redo=True, progress=False)
     page = report.compare([finished, copy], tmp_path / "comparison.html").read_text()
@@ -515,6 +519,7 @@ def test_runs_are_compared(finished, copy, model, tmp_path, done):
         assert f"{len(sets[0] & sets[1])} unit" in section and "How alike the runs" in html.unescape(section)
 
 
+@pytest.mark.slow
 def test_runs_that_asked_other_queries_are_not_set_side_by_side(finished, copy, tmp_path):
     record = json.loads((copy / "run.json").read_text())
     record["settings"]["test pictures"] = "others"

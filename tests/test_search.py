@@ -563,6 +563,7 @@ def test_an_interrupted_search_ends_as_an_unbroken_one(space, tmp_path, name):
     assert find(name, third, budget=2000, seed=2, resume=path).history[-1].seconds > 0 and third.evaluations == 0
 
 
+@pytest.mark.slow
 def test_a_killed_search_resumes(space, tmp_path):
     path = tmp_path / "search.jsonl"
     script = textwrap.dedent(f"""
@@ -623,6 +624,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_agree(one_thread, tmp_path):
     path = tmp_path / "two.safetensors"
     script = tmp_path / "script.py"

@@ -149,6 +149,7 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundle, model, tmp_path):
     again.check(model)
 
 
+@pytest.mark.slow
 def test_a_runs_model_is_read_with_its_tokenizer(hub, bundle, split_checkpoint, checkpoint, tmp_path):
     path, vqgan = map(str, split_checkpoint)
     settings = {"model": path, "vqgan": vqgan, "tasks": [], "folds": []}

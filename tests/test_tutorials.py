@@ -107,6 +107,7 @@ def test_reaches_into_no_module(path):
     assert not any("._module" in cell.source for cell in cells(read(path)))
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch):
