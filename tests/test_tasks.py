@@ -12,7 +12,7 @@ from scipy import ndimage
 from vtv_nnsight import data, metrics, tasks
 from vtv_nnsight.images import as_cell, as_rgb, to_pil, to_tensor
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.tasks import base
+from vtv_nnsight.tasks import registry as registry_module
 
 CENTERED = tasks.Inpainting("center")
 PUBLISHED = {
@@ -303,8 +303,8 @@ def test_names_that_are_no_tasks_are_refused(name, words):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    monkeypatch.setattr(registry_module, "_REGISTRY", dict(registry_module._REGISTRY))
+    monkeypatch.setattr(registry_module, "_KINDS", dict(registry_module._KINDS))
     monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
 
 
@@ -315,7 +315,7 @@ def test_a_task_of_ones_own_is_found_by_its_name(registry):
         levels: int = 2
         label: str = "3"
 
-        def target(self, row, cell, shown):
+        def target(self, row, cell, corrupted):
             return (cell * self.levels).round() / self.levels
 
     assert tasks.names()[-1] == "posterized" and tasks.get("posterized") == Posterized()
@@ -450,7 +450,7 @@ def test_prompts_know_their_pictures():
 def test_a_new_task_is_a_class_with_one_method():
     @dataclass(frozen=True)
     class Negative(tasks.Task):
-        def target(self, row, cell, shown):
+        def target(self, row, cell, corrupted):
             return 1 - cell
 
     prompt = Negative().prompt(row(0), row(1))

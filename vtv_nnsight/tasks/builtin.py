@@ -1,0 +1,244 @@
+"""The tasks of pictures: VTV's five, the others that VP studies, and pairs of a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageColor, ImageFilter
+from torch.nn import functional as F
+
+from vtv_nnsight import metrics
+from vtv_nnsight.images import FITS, luma, resize, to_tensor, upright_size
+from vtv_nnsight.tasks.base import Place, Row, Task, answer_cell
+
+PURPLE, YELLOW = "#440154", "#fde725"
+"""The colours of VP's other segmentation masks, (68, 1, 84) and (253, 231, 37)."""
+
+
+def _choose(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
+
+
+@dataclass(frozen=True)
+class Identity(Task):
+    """Image → image."""
+
+
+@dataclass(frozen=True)
+class Segmentation(Task):
+    """Image → mask of the row's class.
+
+    Args:
+        foreground, background: Colours of the mask, in any form that PIL knows ("white", "#440154").
+        fill: "solid"; "edges" shows the outline of the mask only; "texture" fills it with checks of two tones, both
+            nearer to the foreground's colour (VP §4.4).
+    """
+
+    foreground: str = "white"
+    background: str = "black"
+    fill: str = "solid"
+    metric = metrics.IOU
+    needs = "mask"
+
+    def __post_init__(self) -> None:
+        _choose("fill", self.fill, "solid", "edges", "texture")
+        for colour in (self.foreground, self.background):
+            if not isinstance(colour, str):
+                raise ValueError(f"{colour!r} is not a colour; give one as PIL knows it, as 'white' or '#440154'.")
+            ImageColor.getrgb(colour)
+
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor | None:
+        """The mask in the colours of the task [3, size, size]; None where the row has no mask."""
+        if row.get("mask") is None:
+            return None
+        size = cell.shape[-1]
+        mask = self.mask(row)
+        if self.fill == "edges":
+            mask = _outline(resize(mask, size, self.fit))
+        colours = Image.new("RGB", mask.size, self.background)
+        colours.paste(self.foreground, mask=mask)
+        target = to_tensor(resize(colours, size, self.fit))
+        if self.fill == "texture":
+            near, far = (target.new_tensor(colour).view(3, 1, 1) / 255 for colour in self.colours)
+            dimmed = (target == near).all(0) & _checks(size)
+            target = torch.where(dimmed, 0.65 * near + 0.35 * far, target)
+        return target
+
+    def mask(self, row: Row) -> Image.Image:
+        """The mask of a row that has one, PIL "L" of its image's size, 0 or 255."""
+        return _binary(row)
+
+    @property
+    def colours(self) -> tuple[metrics.Colour, metrics.Colour]:
+        """Foreground and background as RGB, 0 to 255."""
+        return ImageColor.getrgb(self.foreground)[:3], ImageColor.getrgb(self.background)[:3]
+
+    def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The IoU of the two foregrounds: [batch]."""
+        return metrics.iou(prediction, target, *self.colours)
+
+
+@dataclass(frozen=True)
+class Detection(Segmentation):
+    """Image → the filled box around the mask; an answer is squared off before it is scored (VP §4.2).
+
+    Args:
+        fit: How pictures and masks are resized: "bicubic", or "bilinear" as in VP's released code of this study.
+    """
+
+    fit: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choose("fit", self.fit, *FITS)
+
+    def mask(self, row: Row) -> Image.Image:
+        """The filled box around the mask of a row that has one, PIL "L", 0 or 255."""
+        mask = _binary(row)
+        mask.paste(255, mask.getbbox())
+        return mask
+
+    def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The IoU of the target and the answer, squared off: [batch]."""
+        return super().score(metrics.squared_off(prediction, *self.colours), target)
+
+
+@dataclass(frozen=True)
+class Edges(Task):
+    """Image → its edges, white on black: Sobel's gradient of the luma, in steps of 1/255."""
+
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
+        """The edges of the clean cell: [3, size, size]."""
+        across = cell.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
+        kernels = rearrange([across, across.T], "k h w -> k 1 h w")
+        gradient = F.conv2d(F.pad(luma(cell)[None, None], (1, 1, 1, 1), mode="replicate"), kernels)[0]
+        magnitude = gradient.square().sum(0).sqrt().clamp(max=1)
+        return magnitude.mul(255).round().div(255).expand(3, -1, -1)
+
+
+@dataclass(frozen=True)
+class Lowlight(Task):
+    """Darkened image → image.
+
+    Args:
+        brightness: What is left of the light.
+    """
+
+    brightness: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.brightness, Real) or not 0 <= self.brightness <= 1:
+            raise ValueError(f"brightness={self.brightness!r} is not a share of the light; give a number from 0 to 1.")
+
+    def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
+        """The darkened cell: [3, size, size]."""
+        return self.brightness * cell
+
+
+@dataclass(frozen=True)
+class Inpainting(Task):
+    """Image with a black square, a quarter of its side → image.
+
+    Args:
+        position: "random" draws a place for each prompt, the same in example and query; "center".
+    """
+
+    position: str = "random"
+
+    def __post_init__(self) -> None:
+        _choose("position", self.position, "random", "center")
+
+    def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
+        """The cell with a black square: [3, size, size]."""
+        size = cell.shape[-1]
+        side = size // 4
+        if self.position == "center":
+            top = left = (size - side) // 2
+        else:
+            top, left = (int(p * (size - side + 1)) for p in place)
+        cell = cell.clone()
+        cell[:, top : top + side, left : left + side] = 0
+        return cell
+
+
+@dataclass(frozen=True)
+class Colorization(Task):
+    """Luma of the image (ITU-R 601-2, as PIL's "L") in three channels → image.
+
+    Args:
+        metric: A `Metric` or its name: "mse", "lpips" (an optional package; see `metrics.lpips`), ….
+        fit: "bicubic" resizes pictures, as VTV does; "crop" takes their middle in its own pixels, as VP does.
+    """
+
+    metric: metrics.Metric | str = metrics.MSE  # type: ignore[assignment]
+    fit: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choose("fit", self.fit, *FITS, "crop")
+
+    def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
+        """The luma of the cell: [3, size, size]."""
+        return luma(cell).expand(3, -1, -1)
+
+
+@dataclass(frozen=True)
+class Pairs(Task):
+    """Image → the row's answer, whatever that is; `data.pairs` reads a folder of them.
+
+    Args:
+        metric: A `Metric` or its name: "mse", "iou" (white on black), "lpips", ….
+    """
+
+    metric: metrics.Metric | str = metrics.MSE  # type: ignore[assignment]
+    needs = "answer"
+
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor | None:
+        """The row's answer [3, size, size]; None where it has none."""
+        return answer_cell(row, cell)
+
+
+segmentation = Segmentation()
+lowlight = Lowlight()
+identity = Identity()
+inpainting = Inpainting()
+colorization = Colorization()
+detection = Detection()
+edges = Edges()
+pairs = Pairs()
+
+VTV = (segmentation, lowlight, identity, inpainting, colorization)
+"""The five tasks whose vectors VTV finds."""
+
+
+def _outline(mask: Image.Image) -> Image.Image:
+    """The edge of a mask, PIL "L", a thirtieth of its side thick."""
+    mask = mask.point(lambda value: 255 * (value > 127))
+    thick = 2 * max(1, round(mask.width / 60)) + 1
+    inner = np.asarray(mask.filter(ImageFilter.MinFilter(thick)))
+    return Image.fromarray(np.where(inner == 0, np.asarray(mask), np.uint8(0)))
+
+
+def _checks(size: int) -> torch.Tensor:
+    """A checkerboard, bool [size, size], fourteen checks across."""
+    stripes = torch.arange(size) * 14 // size % 2
+    return stripes[:, None] != stripes[None, :]
+
+
+def _binary(row: Row) -> Image.Image:
+    """The row's mask as PIL "L", 0 or 255; refused without foreground or in another size than its image."""
+    mask: Image.Image = row["mask"].convert("L")
+    size = upright_size(row["image"])
+    if mask.size != size:
+        raise ValueError(f"a mask of {mask.size} pixels belongs to an upright image of {size}; give equal sizes.")
+    low, high = mask.getextrema()
+    if high == 0:
+        raise ValueError("a mask is black all over; give one with some foreground (255), or leave the row out.")
+    if set(np.unique(np.asarray(mask))) - {0, 255}:
+        raise ValueError(f"a mask holds values from {low} to {high}; expected 0 (background) and 255 (foreground).")
+    return mask

@@ -1,0 +1,87 @@
+"""Tasks by their names."""
+
+from __future__ import annotations
+
+import re
+from functools import reduce
+from operator import add
+from typing import TypeVar
+
+from vtv_nnsight.tasks.base import Sum, Task, read_setting
+from vtv_nnsight.tasks.builtin import VTV, detection, edges, pairs
+from vtv_nnsight.tasks.reasoning import color, shape, size
+
+_REGISTRY: dict[str, Task] = {}
+_KINDS: dict[str, type[Task]] = {}
+_OUTSIDE_BRACKETS = r"(?![^(]*\))"
+_Registered = TypeVar("_Registered", bound=Task | type[Task])
+
+
+def register(task: _Registered) -> _Registered:
+    """Let `get`, and with it the command line, find a task by its name, and its kind with any settings.
+
+    Args:
+        task: A task, or a class of tasks whose settings have defaults (so that it decorates a class).
+
+    Returns:
+        What was given.
+
+    Raises:
+        TypeError: when it is no task.
+        ValueError: when the name belongs to one of the package's tasks. A task of yours is replaced.
+    """
+    instance = task() if isinstance(task, type) and issubclass(task, Task) else task
+    if not isinstance(instance, Task):
+        raise TypeError(f"{task!r} is not a task; give an instance or a subclass of tasks.Task.")
+    if isinstance(instance, Sum):
+        raise ValueError(f"{instance.name!r} is a sum; register its parts, and get finds the sum.")
+    kind = instance.name.partition("(")[0]
+    other = _KINDS.get(kind, type(instance))
+    if other is not type(instance) and other.__module__.startswith(f"{__package__}."):
+        raise ValueError(f"{kind!r} is the name of another task; choose another.")
+    _REGISTRY[instance.name], _KINDS[kind] = instance, type(instance)
+    return task
+
+
+def get(name: str) -> Task:
+    """The task of a name such as "lowlight" or "lowlight(0.1)", or of several joined by "+".
+
+    Raises:
+        ValueError: naming the tasks there are, or what is wrong with the settings.
+    """
+    return reduce(add, map(_parse, re.split(r"\+" + _OUTSIDE_BRACKETS, name)))
+
+
+def get_all(names: str) -> list[Task]:
+    """The tasks of names with commas between them, as the command line takes them."""
+    return [get(name) for name in re.split("," + _OUTSIDE_BRACKETS, names)]
+
+
+def names() -> list[str]:
+    """The names that `get` knows; settings in brackets make others of them."""
+    return list(_REGISTRY)
+
+
+def _parse(name: str) -> Task:
+    """The task of a name without "+"."""
+    name = name.strip()
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    kind, bracket, rest = name.partition("(")
+    if kind not in _KINDS or (bracket and not rest.endswith(")")):
+        raise ValueError(
+            f"{name!r} is not a task; choose from {', '.join(_REGISTRY)}, with settings in brackets as in "
+            "'lowlight(0.1)', or join several with '+'."
+        )
+    settings = [part.strip().partition("=") for part in rest.removesuffix(")").split(",")] if bracket else []
+    try:
+        return _KINDS[kind](
+            *(read_setting(value) for value, equals, _ in settings if not equals),
+            **{key: read_setting(value) for key, equals, value in settings if equals},
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name!r} is not a {kind} task: {error}") from error
+
+
+for _task in (*VTV, detection, edges, pairs, color, shape, size):
+    register(_task)
