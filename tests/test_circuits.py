@@ -162,7 +162,7 @@ def test_odd_scores_losses_and_counterfactuals_are_told(model, vectors, prompts,
     rows = prompts["segmentation"]
     with pytest.raises(ValueError, match="the scores of 'a' have shape \\[3\\]"):
         faithfulness(model, vectors["segmentation"], rows, space, {"a": torch.zeros(3)}, answer_loss(model, rows))
-    with pytest.raises(ValueError, match="loss='pixels' is not a loss of this model; it has tokens"):
+    with pytest.raises(ValueError, match="loss='pixels' is unknown; choose from tokens"):
         answer_loss(model, rows, "pixels")
     with pytest.raises(ValueError, match="are not of the queries"):
         log_ratio(model, rows, prompts["identity"][[1, 0, 2]])

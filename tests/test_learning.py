@@ -57,5 +57,5 @@ def test_nothing_to_learn_is_told(model, prompts, vector):
     space = PatchSpace(model)
     with pytest.raises(ValueError, match="0 units and 200 steps leave nothing to learn"):
         learn_vector(model, vector, PatchSet.random(space, 0), prompts.query_only())
-    with pytest.raises(ValueError, match="loss='pixels' is not a loss of this model with gradients; it has tokens"):
+    with pytest.raises(ValueError, match="loss='pixels' has no gradient; use loss=\"tokens\""):
         learn_vector(model, vector, PatchSet.random(space, 3), prompts.query_only(), loss="pixels")

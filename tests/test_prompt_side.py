@@ -145,7 +145,7 @@ def test_a_border_that_cannot_be_learned_is_told(model, prompts):
         learn_border(model, prompts.query_only())
     with pytest.raises(ValueError, match="a border of 0 pixels and 200 steps leave nothing to learn"):
         learn_border(model, prompts, width=0)
-    with pytest.raises(ValueError, match="loss='pixels' is not a loss of this model with gradients; it has tokens"):
+    with pytest.raises(ValueError, match="loss='pixels' has no gradient; use loss=\"tokens\""):
         learn_border(model, prompts, loss="pixels")
 
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
-from vtv_nnsight.evaluation.answers import generate_with_gates
 from vtv_nnsight.evaluation.attention import attention_maps
 from vtv_nnsight.evaluation.explorer import LOOKS, SCALES, QueryExplorer, demonstrate, median
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.traced import AttentionEnvoy
+from vtv_nnsight.patching.forward import generate_with_gates
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.report import attention
 from vtv_nnsight.report.hero import animation, save_animation

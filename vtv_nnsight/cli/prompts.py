@@ -205,8 +205,8 @@ def _strip(model: Any, bundle: Any, task: str, prompt: Any, scale: float, exampl
     """The example, the query, and its answers, one beside the other."""
     import torch
 
-    from vtv_nnsight.evaluation.answers import generate_with_gates
     from vtv_nnsight.images import strip
+    from vtv_nnsight.patching.forward import generate_with_gates
 
     vector, patches = bundle[task]
     gates = torch.tensor([0.0, scale])[:, None] * patches.choices

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from vtv_nnsight import data, tasks
-from vtv_nnsight.evaluation.answers import generate_with_gates
 from vtv_nnsight.images import as_rgb, read_picture, to_pil
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.models.sites import sites_in
 from vtv_nnsight.patching import PatchSet, PatchSpace
+from vtv_nnsight.patching.forward import generate_with_gates
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.runs import bundles
 from vtv_nnsight.runs.bundles import Bundle

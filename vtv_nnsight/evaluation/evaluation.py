@@ -19,6 +19,7 @@ from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, ZERO_SHO
 from vtv_nnsight.evaluation.table import Table
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
+from vtv_nnsight.patching.forward import forward, output_cell
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.tasks import Task
@@ -131,12 +132,10 @@ def _answer(
         best = model.ceiling(prompts)
         return None if best is None else crop(best, "output", prompts.layout), losses
     prompts = prompts.query_only() if condition.shot == "zero" else prompts
-    with model.trace(prompts):
-        condition.apply(model)
-        output = model.output.save()
+    output, _ = forward(model, prompts, condition.apply)
     if loss is not None:
         losses = loss.value(output, prompts, truth)
-    return crop(model.paint(output, prompts), "output", prompts.layout), losses
+    return output_cell(model, output, prompts), losses
 
 
 def _label(loss: Loss | None) -> str:

@@ -10,8 +10,9 @@ import torch
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, default_batch_size
+from vtv_nnsight.patching.forward import forward, output_cell
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.tasks import Draw, Task, draw
 
 DUPLICATES = ("apart", "published")
@@ -64,9 +65,9 @@ def select_prompts(
     with progress_bar(starts, desc=f"{task.name} candidates", unit="batch", disable=not progress) as bar:
         for start in bar:
             prompts = task.compose(images, drawn[start : start + batch_size], layout).to(device)
-            with torch.no_grad(), model.trace(prompts):
-                output = model.output.save()
-            answers = crop(model.paint(output, prompts), "output", layout)
+            with torch.no_grad():
+                output, _ = forward(model, prompts)
+            answers = output_cell(model, output, prompts)
             losses.append(task.loss(answers, prompts.region("output")).double().cpu())
     loss = torch.cat(losses)
     left = _apart(loss, drawn.rows) if duplicates == "apart" else _published(loss, drawn.rows, task.higher_is_better)

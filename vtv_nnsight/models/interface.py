@@ -84,19 +84,6 @@ class Loss:
     differentiable: bool = True
 
 
-def find_loss(model: InContextModel, name: str | None = None, differentiable: bool = False) -> Loss:
-    """One of a model's losses by its name, by default the first; of those that have gradients, where these are needed.
-
-    Raises:
-        ValueError: when the model has no such loss, naming those that it has.
-    """
-    known = {loss.name: loss for loss in model.losses if loss.differentiable or not differentiable}
-    if not known or name is not None and name not in known:
-        which = "of this model with gradients" if differentiable else "of this model"
-        raise ValueError(f"loss={name!r} is not a loss {which}; it has {', '.join(known) or 'none'}.")
-    return known[name] if name else next(iter(known.values()))
-
-
 class InContextModel(ABC):
     """A traceable model that completes visual prompts.
 

@@ -54,11 +54,11 @@ from vtv_nnsight.layouts import REASONING, Layout
 from vtv_nnsight.models.devices import resolve_device
 from vtv_nnsight.models.interface import SITES, InContextModel
 from vtv_nnsight.patching import PatchSet, PatchSpace
+from vtv_nnsight.patching.forward import find_loss
 from vtv_nnsight.progress import display, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
 from vtv_nnsight.search.holdout import held_out_count
-from vtv_nnsight.search.objective import check_gradient, choose_loss
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.models.interface import HEADS
 from vtv_nnsight.models.sites import validate_sites, sites_in, split_key
@@ -327,7 +327,7 @@ def check(
         raise ValueError(
             f"candidates={settings.candidates} are fewer than the prompts={settings.prompts} to select; give more."
         )
-    trial = _Trial(space, settings.prompts, model, settings.loss)
+    trial = _Trial(space, settings.prompts, model, settings.loss, tasks[0])
     algorithm, options = _algorithm(settings.search)
     if algorithm.needs_scores:
         if len(tasks) < 2:
@@ -344,9 +344,9 @@ class _Enough(Exception):
 class _Trial:
     """An objective that costs nothing, to try a search's settings on: every loss is 0."""
 
-    def __init__(self, space: PatchSpace, prompts: int, model: InContextModel, loss: str | None) -> None:
+    def __init__(self, space: PatchSpace, prompts: int, model: InContextModel, loss: str | None, task: Task) -> None:
         self.space, self.model, self.evaluations = space, model, 0
-        self.loss = choose_loss(model, loss)
+        self.task, self.loss = task, find_loss(model, loss, task).name
         self.held_out, self.train = torch.arange(prompts).tensor_split([held_out_count(prompts, HELD_OUT)])
         self.group = torch.zeros(prompts, dtype=torch.long)
 
@@ -357,7 +357,7 @@ class _Trial:
         return torch.zeros(len(rows), dtype=torch.float64)
 
     def gradient(self, gates: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        check_gradient(self.model, *self.loss)
+        find_loss(self.model, self.loss, self.task, gradient=True)
         return self(gates, rows), torch.zeros(gates.shape, dtype=torch.float64)
 
 
@@ -526,7 +526,7 @@ def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:
 def identity(settings: Settings, model: InContextModel, folds: Sequence[Fold], tasks: Sequence[Task]) -> dict[str, Any]:
     """What the numbers of a run depend on, as run.json has it: settings, weights, pictures and version."""
     return asdict(settings) | {
-        "loss": choose_loss(model, settings.loss)[0],
+        "loss": find_loss(model, settings.loss, tasks[0]).name,
         "sites": validate_sites(model, settings.sites),
         "tasks": [task.name for task in tasks],
         "folds": [fold.number for fold in folds if fold.name],

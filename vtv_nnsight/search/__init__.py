@@ -29,13 +29,14 @@ all it takes. (It is also a name of `search` at once; the imports below tell edi
 from importlib import import_module
 from pkgutil import iter_modules
 
+from vtv_nnsight.patching.forward import PIXELS
 from vtv_nnsight.search import plots
 from vtv_nnsight.search.attribution import attribution
 from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.gates import gates
 from vtv_nnsight.search.greedy import greedy
 from vtv_nnsight.search.mediation import mediation
-from vtv_nnsight.search.objective import PIXELS, Objective
+from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.search.random import random
 from vtv_nnsight.search.ranking import ranking
 from vtv_nnsight.search.registry import ALGORITHMS, Algorithm

@@ -11,6 +11,7 @@ compares with, the prompts and the vector on the model's device. Unless loss="pi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,38 +19,16 @@ from accelerate.utils import reduce
 
 from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
+from vtv_nnsight.models.interface import InContextModel, default_batch_size
 from vtv_nnsight.models.sites import stop_gradient
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace, patch
-from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.patching.forward import PIXELS, Edit, find_loss, losses
+from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.holdout import hold_out
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import Activations, TaskVector
 from vtv_nnsight.vectors.compatibility import fingerprint
-
-PIXELS = "pixels"
-"""The name of the task's own loss of the painted answer, which every model has beside its `losses`."""
-
-
-def choose_loss(model: InContextModel, name: str | None = None) -> tuple[str, Loss | None]:
-    """The loss of a name and the model's own of that name, None for "pixels"; without a name the model's first.
-
-    Raises:
-        ValueError: naming the losses that the model has.
-    """
-    known: dict[str, Loss | None] = {own.name: own for own in model.losses} | {PIXELS: None}
-    name = name or next(iter(known))
-    if name not in known:
-        raise ValueError(f"loss={name!r} is unknown; choose from {', '.join(known)}, the losses of this model.")
-    return name, known[name]
-
-
-def check_gradient(model: InContextModel, name: str, loss: Loss | None) -> None:
-    """Refuse a loss of `choose_loss` that has no gradient, naming those of the model that have one."""
-    if loss is None or not loss.differentiable:
-        others = ", ".join(f'loss="{own.name}"' for own in model.losses if own.differentiable)
-        raise ValueError(f"loss={name!r} has no gradient; use {others or 'a search that needs no gradient'}.")
 
 
 class Objective:
@@ -102,7 +81,6 @@ class Objective:
         held_out: float | VisualPrompt | Sequence[VisualPrompt] = 0.25,
         seed: int = 0,
     ) -> None:
-        loss, self._loss = choose_loss(model, loss)
         vectors, self.tasks, groups = _listed(vector), _listed(task), _listed(prompts)
         apart = _listed(held_out) if not isinstance(held_out, (int, float)) else [held_out] * len(groups)
         counts = [len(part) for part in (vectors, self.tasks, groups, apart)]
@@ -111,7 +89,9 @@ class Objective:
             given = ", ".join(f"{count} {name}" for count, name in zip(counts, names))
             raise ValueError(f"{given} were given; give one of each, or as many of each.")
         device = device_of(model)
-        self.model, self.space, self.loss = model, space, loss
+        self.model, self.space = model, space
+        self._loss_of = [find_loss(model, loss, task) for task in self.tasks]
+        self.loss, self.differentiable = self._loss_of[0].name, self._loss_of[0].differentiable
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
         self.batch_size = batch_size or default_batch_size(model, 16 if device.type == "cpu" else 256)
@@ -131,16 +111,11 @@ class Objective:
         numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
         self.evaluations = 0
-        if self._loss:
+        if self.loss == PIXELS:
+            self._truth = self.prompts.region("output")
+        else:
             with torch.no_grad():
                 self._truth = torch.cat([model.truth(batch) for batch in self.prompts.split(self.batch_size)])
-        else:
-            self._truth = self.prompts.region("output")
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether the loss has a gradient."""
-        return self._loss is not None and self._loss.differentiable
 
     @property
     def stride(self) -> int:
@@ -202,7 +177,7 @@ class Objective:
         Raises:
             ValueError: when the loss has no gradient, as "pixels" has none.
         """
-        check_gradient(self.model, self.loss, self._loss)
+        find_loss(self.model, self.loss, self.tasks[0], gradient=True)
 
         def batch_gradient(batch: torch.Tensor) -> torch.Tensor:
             own = gates[batch].to(self._truth.device, torch.float32).requires_grad_()
@@ -255,21 +230,17 @@ class Objective:
     def _losses(self, choices: torch.Tensor, rows: torch.Tensor, drop: int | None = None) -> torch.Tensor:
         """Losses [row] of one batch of one task."""
         model = self.model if drop is None else self._without(drop)
-        device, task = self._truth.device, int(self.group[rows[0]])
+        task, edit = int(self.group[rows[0]]), self._edit(choices.to(self._truth.device), rows)
+        rows = rows.to(self._truth.device)
+        return losses(model, self.prompts[rows], self._loss_of[task], self._truth[rows], edit)
+
+    def _edit(self, choices: torch.Tensor, rows: torch.Tensor) -> Edit:
+        """What patches one batch of one task."""
+        task = int(self.group[rows[0]])
         vector = self.vectors[task]
         if isinstance(vector, Activations):
             vector = vector[rows - self._first[task]]
-        rows = rows.to(device)
-        prompts, truth = self.prompts[rows], self._truth[rows]
-        mask, answered = self.space.mask(choices.to(device)), prompts
-        with model.trace(prompts):
-            patch(model, vector, mask)
-            if self._loss:
-                answered = model.restrict_to_output(prompts).save()
-            output = model.output.save()
-        if self._loss:
-            return self._loss.value(output, answered, truth)
-        return self.tasks[task].loss(crop(self.model.paint(output, prompts), "output", prompts.layout), truth)
+        return partial(patch, vector=vector, patches=self.space.mask(choices))
 
 
 def _listed(value: Any) -> list:

@@ -14,6 +14,7 @@ Matters: Sensitivity-Aware Task Vectors*, AAAI 2026, arXiv 2511.08246):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from scipy.cluster.vq import kmeans2
 
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSet, PatchSpace, patch
-from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.patching.forward import Edit
+from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.search.result import NamedUnits
 from vtv_nnsight.tasks import Task
@@ -112,16 +114,6 @@ class BankObjective(Objective):
         """[..., pair] → [..., vector, unit]."""
         return choices.unflatten(-1, (len(self.vectors), len(self.units)))
 
-    def _losses(self, choices: torch.Tensor, rows: torch.Tensor, drop: int | None = None) -> torch.Tensor:
-        model, rows = self.model if drop is None else self._without(drop), rows.to(self._truth.device)
-        prompts, truth = self.prompts[rows], self._truth[rows]
-        masks = [self.units.mask(own) for own in self._split(choices.to(self._truth.device)).unbind(-2)]
-        answered = prompts
-        with model.trace(prompts):
-            patch(model, self.vectors, masks)
-            if self._loss:
-                answered = model.restrict_to_output(prompts).save()
-            output = model.output.save()
-        if self._loss:
-            return self._loss.value(output, answered, truth)
-        return self.tasks[0].loss(crop(model.paint(output, prompts), "output", prompts.layout), truth)
+    def _edit(self, choices: torch.Tensor, rows: torch.Tensor) -> Edit:
+        masks = [self.units.mask(part) for part in self._split(choices).unbind(-2)]
+        return partial(patch, vector=self.vectors, patches=masks)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import ByStage, InContextModel, find_loss
+from vtv_nnsight.models.interface import ByStage, InContextModel
 from vtv_nnsight.patching import PatchSet, patch
+from vtv_nnsight.patching.forward import Edit, find_loss, losses
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.holdout import hold_out
@@ -72,7 +74,7 @@ def learn_vector(
         model,
         prompts,
         list(learned.mean.values()),
-        edit=lambda: patch(model, learned, mask),
+        edit=partial(patch, vector=learned, patches=mask),
         loss=loss,
         steps=steps,
         lr=lr * float(size),
@@ -90,7 +92,7 @@ def descend(
     parameters: Sequence[torch.Tensor],
     *,
     show: Callable[[VisualPrompt], VisualPrompt] = lambda prompts: prompts,
-    edit: Callable[[], None] = lambda: None,
+    edit: Edit | None = None,
     loss: str | None,
     steps: int,
     lr: float,
@@ -106,7 +108,7 @@ def descend(
         prompts: With the truth in their output cells.
         parameters: Leaves that `show` or `edit` use; they are changed in place.
         show: Makes the prompts that the model sees of some of those given; the truth is that of those given.
-        edit: Called inside the trace.
+        edit: Called with the model inside the trace.
         loss, steps, lr, batch_size, held_out, seed, progress: See `learn_vector`; the learning rate is Adam's own.
 
     Returns:
@@ -115,43 +117,36 @@ def descend(
     Raises:
         ValueError: when the model has no such loss with gradients.
     """
-    own, device = find_loss(model, loss, differentiable=True), device_of(model)
+    objective, device = find_loss(model, loss, gradient=True), device_of(model)
     ((train, held),) = hold_out([prompts], held_out if isinstance(held_out, (int, float)) else [held_out], seed)
     train, held = train.to(device), held.to(device)
     truths = [torch.cat([model.truth(batch) for batch in rows.split(batch_size)]) for rows in (train, held)]
     adam = torch.optim.Adam(parameters, lr)
     generator = torch.Generator().manual_seed(seed)
 
-    def losses(rows: VisualPrompt, truth: torch.Tensor) -> torch.Tensor:
-        shown = show(rows)
-        with model.trace(shown):
-            edit()
-            answered = model.restrict_to_output(shown).save()
-            output = model.output.save()
-        return own.value(output, answered, truth)
-
     def judge() -> float:
         with torch.no_grad():
             parts = zip(held.split(batch_size), truths[1].split(batch_size))
-            return torch.cat([losses(rows, truth) for rows, truth in parts]).mean().item()
+            return torch.cat([losses(model, show(rows), objective, truth, edit) for rows, truth in parts]).mean().item()
 
-    def values() -> list[torch.Tensor]:
+    def current() -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in parameters]
 
-    best, best_loss, order = values(), judge(), torch.tensor([], dtype=torch.long)
+    best, best_loss, order = current(), judge(), torch.tensor([], dtype=torch.long)
     with progress_bar(total=steps, desc="learning", unit="step", disable=not progress) as bar:
         for step in range(steps):
             if len(order) < min(batch_size, len(train)):
                 order = torch.randperm(len(train), generator=generator)
             rows, order = order[:batch_size].to(device), order[batch_size:]
-            slopes = torch.autograd.grad(losses(train[rows], truths[0][rows]).mean(), parameters, allow_unused=True)
+            values = losses(model, show(train[rows]), objective, truths[0][rows], edit)
+            slopes = torch.autograd.grad(values.mean(), parameters, allow_unused=True)
             for parameter, slope in zip(parameters, slopes):
                 parameter.grad = slope
             adam.step()
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
-                found = judge()
-                if found < best_loss:
-                    best, best_loss = values(), found
+                held_out_loss = judge()
+                if held_out_loss < best_loss:
+                    best, best_loss = current(), held_out_loss
                 bar.set_postfix_str(f"held-out loss {best_loss:.4f}")
             bar.update(1)
     return best

@@ -23,6 +23,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, default_batch_size
 from vtv_nnsight.patching import PatchSpace, patch
+from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.journal import Answer, Journal
@@ -167,12 +169,7 @@ def _asking(
         patched = ~choices if direction == "out" else choices
         batch, mask = prompts[rows.to(device)], space.mask(patched.to(device))
         new = vector[rows].to(device) if isinstance(vector, Activations) else vector
-        answered = batch
-        with model.trace(batch):
-            patch(model, new, mask)
-            if narrows:
-                answered = model.restrict_to_output(batch).save()
-            output = model.output.save()
+        output, answered = forward(model, batch, partial(patch, vector=new, patches=mask), restrict=narrows)
         values = [own.value(output, answered, rows.to(device)).double().cpu() for own in measures]
         return torch.stack(values, dim=1)
 

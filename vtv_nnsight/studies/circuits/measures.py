@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import InContextModel, find_loss
-from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.patching.forward import find_loss, output_cell
+from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.tasks import Task
 
 
@@ -39,20 +40,20 @@ def answer_loss(model: InContextModel, prompts: VisualPrompt, loss: str | None =
     Raises:
         ValueError: when the model has no such loss.
     """
-    own, truth = find_loss(model, loss), model.truth(prompts.to(device_of(model)))
+    scored, truth = find_loss(model, loss), model.truth(prompts.to(device_of(model)))
 
-    def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
-        return -own.value(output, shown, truth[rows])
+    def value(output: Any, answered: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
+        return -scored.value(output, answered, truth[rows])
 
-    return Measure(f"− {own.name} loss", value, True, (truth,))
+    return Measure(f"− {scored.name} loss", value, True, (truth,))
 
 
 def answer_metric(model: InContextModel, task: Task, prompts: VisualPrompt) -> Measure:
     """The task's own metric of the painted answers, signed so that higher is better."""
-    truth, layout = prompts.to(device_of(model)).region("output"), prompts.layout
+    truth = prompts.to(device_of(model)).region("output")
 
-    def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
-        return -task.loss(crop(model.paint(output, shown), "output", layout), truth[rows])
+    def value(output: Any, answered: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
+        return -task.loss(output_cell(model, output, answered), truth[rows])
 
     return Measure(f"{task.name}'s metric", value, False, (truth,))
 
@@ -73,10 +74,10 @@ def log_ratio(model: InContextModel, prompts: VisualPrompt, others: VisualPrompt
             f"the {len(others)} other prompts are not of the queries of these {len(prompts)}; draw both from the same "
             "images with the same seed, of tasks that show the query alike."
         )
-    own = find_loss(model, loss)
-    a, b = (model.truth(shown.to(device_of(model))) for shown in (prompts, others))
+    scored = find_loss(model, loss)
+    a, b = (model.truth(rows.to(device_of(model))) for rows in (prompts, others))
 
-    def value(output: Any, shown: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
-        return own.value(output, shown, b[rows]) - own.value(output, shown, a[rows])
+    def value(output: Any, answered: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
+        return scored.value(output, answered, b[rows]) - scored.value(output, answered, a[rows])
 
     return Measure("log p(answer) − log p(other task's answer)", value, True, (a, b))

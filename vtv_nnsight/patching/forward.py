@@ -1,0 +1,138 @@
+"""One forward of a model on prompts: trace, edit, output, and what is read off it: losses, and the painted answer.
+
+>>> edit = partial(patch, vector=vector, patches=result.patches)
+>>> output, answered = forward(model, prompts.query_only(), edit)
+>>> output_cell(model, output, answered)                     # the painted answers: [batch, 3, cell, cell]
+    >>> gates = torch.linspace(0, 1, 11)[:, None] * result.patches.choices
+    >>> strip = generate_with_gates(model, prompts[0], vector, space, gates)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
+from vtv_nnsight.patching.patching import PatchSpace, patch
+from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.tasks import Task
+from vtv_nnsight.vectors import TaskVector
+
+Edit = Callable[[InContextModel], None]
+"""What is done to a model inside a trace, such as `partial(patch, vector=vector, patches=patches)`."""
+
+PIXELS = "pixels"
+"""The name of the task's own loss of the painted answer, which every model has beside its `losses`."""
+
+
+def forward(
+    model: InContextModel, prompts: VisualPrompt, edit: Edit | None = None, *, restrict: bool = False
+) -> tuple[Any, VisualPrompt]:
+    """The network's output on prompts, and the prompts that it answers.
+
+    Args:
+        model: The model, on the device of the prompts.
+        prompts: What it sees.
+        edit: Called with the model inside the trace.
+        restrict: Compute only the part of the output that the model's losses read
+            (`InContextModel.restrict_to_output`).
+    """
+    answered = prompts
+    with model.trace(prompts):
+        if edit is not None:
+            edit(model)
+        if restrict:
+            answered = model.restrict_to_output(prompts).save()
+        output = model.output.save()
+    return output, answered
+
+
+def output_cell(model: InContextModel, output: Any, prompts: VisualPrompt) -> torch.Tensor:
+    """The painted answers of an unrestricted output: [batch, 3, cell, cell] in [0, 1]."""
+    return crop(model.paint(output, prompts), "output", prompts.layout)
+
+
+def losses(
+    model: InContextModel, prompts: VisualPrompt, loss: Loss, truth: torch.Tensor, edit: Edit | None = None
+) -> torch.Tensor:
+    """A loss of the answers to prompts, [batch].
+
+    Args:
+        model, prompts, edit: As for `forward`.
+        loss: What `find_loss` gives.
+        truth: What the loss compares with: `model.truth(prompts)`, or the true output cells for "pixels".
+    """
+    output, answered = forward(model, prompts, edit, restrict=loss.name != PIXELS)
+    return loss.value(output, answered, truth)
+
+
+def find_loss(
+    model: InContextModel, name: str | None = None, task: Task | None = None, *, gradient: bool = False
+) -> Loss:
+    """A loss by its name: one of the model's, the first by default; or "pixels", the task's own of the painted answer.
+
+    Args:
+        model: The model.
+        name: The loss's; None is the first that there is.
+        task: What "pixels" scores answers by; without a task there is no such loss.
+        gradient: Ask for a loss that has a gradient.
+
+    Raises:
+        ValueError: when there is no such loss, naming those that there are.
+    """
+    known = list(model.losses)
+    if task is not None:
+        known.append(
+            Loss(PIXELS, lambda output, prompts, truth: task.loss(output_cell(model, output, prompts), truth), False)
+        )
+    for loss in known:
+        if name in (None, loss.name) and (loss.differentiable or not gradient):
+            return loss
+    if gradient:
+        others = ", ".join(f'loss="{loss.name}"' for loss in known if loss.differentiable)
+        raise ValueError(f"loss={name!r} has no gradient; use {others or 'a search that needs no gradient'}.")
+    names = ", ".join(loss.name for loss in known) or "none"
+    raise ValueError(f"loss={name!r} is unknown; choose from {names}, the losses of this model.")
+
+
+@torch.no_grad()
+def generate_with_gates(
+    model: InContextModel,
+    prompts: VisualPrompt,
+    vector: TaskVector,
+    space: PatchSpace,
+    gates: torch.Tensor,
+    *,
+    batch_size: int | None = None,
+) -> torch.Tensor:
+    """The answers to queries, zero-shot, under a row of gates each: many answers to one query, in few forwards.
+
+    Args:
+        model: The model.
+        prompts: One prompt for all rows of gates, or one for each.
+        vector: What is patched in.
+        space: The units.
+        gates: [row, unit]: how far each unit goes, from 0 (the model's own activation) to 1 (the vector's).
+        batch_size: Rows in a forward; None is `models.interface.default_batch_size`, 32 for MAE-VQGAN.
+
+    Returns:
+        [row, 3, cell, cell] in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: when there are neither one prompt nor as many as rows, or as `patch`.
+    """
+    gates = torch.as_tensor(gates).float()
+    if len(prompts) not in (1, len(gates)):
+        raise ValueError(f"{len(prompts)} prompts go with {len(gates)} rows of gates; give one, or one for each row.")
+    device, batch_size = device_of(model), batch_size or default_batch_size(model)
+    prompts, vector = prompts.query_only().to(device), vector.to(device)
+    rows = prompts if len(prompts) == len(gates) else prompts[[0] * len(gates)]
+    cells = []
+    for batch, batch_gates in zip(rows.split(batch_size), gates.split(batch_size)):
+        output, _ = forward(model, batch, partial(patch, vector=vector, patches=space.mask(batch_gates)))
+        cells.append(output_cell(model, output, batch).float().cpu())
+    return torch.cat(cells)
