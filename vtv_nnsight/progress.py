@@ -39,6 +39,8 @@ from rich.progress import (
 from rich.text import Text
 from transformers.utils import logging as loading
 
+from vtv_nnsight.text import duration
+
 _display: ContextVar[Callable[..., None] | None] = ContextVar("display", default=None)
 """Changes the line of the display that is shown, if one is."""
 
@@ -223,11 +225,3 @@ def quiet() -> Iterator[None]:
             loading.enable_progress_bar()
         if shown[1]:
             enable_progress_bars()
-
-
-def duration(seconds: float) -> str:
-    """Such as "0.4 s", "12 s" or "3 min 20 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

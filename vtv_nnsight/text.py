@@ -1,8 +1,9 @@
-"""Words about values, for errors and captions."""
+"""Words about values, for errors, captions and progress."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 def join_names(names: Iterable[str], most: int = 4) -> str:
@@ -10,3 +11,22 @@ def join_names(names: Iterable[str], most: int = 4) -> str:
     names = [name if len(name) <= 80 else f"{name[:77]}..." for name in names]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest if names else "no tensors at all"
+
+
+def join_words(words: Iterable[str], by: str = "and") -> str:
+    """One word or more as a sentence has them: "a, b and c"."""
+    *others, last = words
+    return f"{', '.join(others)} {by} {last}" if others else last
+
+
+def in_words(value: Any) -> str:
+    """A setting, as JSON holds it: a list's items with commas between them."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Such as "0.4 s", "12 s" or "3 min 20 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -31,6 +31,7 @@ from vtv_nnsight.images import png
 from vtv_nnsight.layouts import Layout, place_names
 from vtv_nnsight.models.interface import HEADS, SITES, ByStage, InContextModel, Stage
 from vtv_nnsight.models.sites import at_sites, module_path, read, sites_in, split_key, stage_key, validate_sites, write
+from vtv_nnsight.text import join_names
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors, zero_vector
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, geometry, layout_of, stages_of
 
@@ -511,9 +512,8 @@ class _Step:
             (lacked, f"{self.vector.label} lack{'s' if isinstance(self.vector, TaskVector) else ''} them"),
         ):
             if wrong.any():
-                places = place_names(wrong.nonzero()[:, 0])
-                more = f" and {len(places) - 4} more" if len(places) > 4 else ""
-                raise ValueError(f"the {self.stage.name} cannot be patched at {', '.join(places[:4])}{more}: {why}.")
+                places = join_names(place_names(wrong.nonzero()[:, 0]))
+                raise ValueError(f"the {self.stage.name} cannot be patched at {places}: {why}.")
 
     def apply(self, model: InContextModel, layer: int, seen: torch.Tensor) -> None:
         z = read(model, self.stage, layer, self.site)

@@ -27,7 +27,6 @@ from vtv_nnsight.evaluation.random_controls import specific_sentence, task_verdi
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
 from vtv_nnsight.patching import PatchSet
-from vtv_nnsight.progress import duration
 from vtv_nnsight.report import numbers
 from vtv_nnsight.report.attention import looks
 from vtv_nnsight.report.pictures import (
@@ -44,9 +43,9 @@ from vtv_nnsight.report.pictures import (
 )
 from vtv_nnsight.report.play import moving, playground, still
 from vtv_nnsight.report.reading import CONDITIONS, PICTURES, RunResults, load_run
-from vtv_nnsight.runs.record import in_words
 from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.tasks import Task
+from vtv_nnsight.text import duration, in_words, join_words
 
 ROWS = 4
 """Rows of pictures per task."""
@@ -82,7 +81,7 @@ def write(run: str | os.PathLike) -> Path:
         marked=[(1, 2)],
         units=len(_space(found)),
         places=_places(found),
-        parts=_joined(PARTS[site][0] for site in _space(found).sites),
+        parts=join_words(PARTS[site][0] for site in _space(found).sites),
         unit=_unit(found),
         summary=_summary(found, lines),
         words=_words(condition for task in lines.values() for condition in task["score"]),
@@ -351,7 +350,7 @@ def _space(found: RunResults) -> Any:
 
 def _unit(found: RunResults) -> str:
     """What a unit is, in words, but for its place."""
-    return _joined((PARTS[site][1] for site in _space(found).sites), "or")
+    return join_words((PARTS[site][1] for site in _space(found).sites), "or")
 
 
 def _places(found: RunResults) -> str:
@@ -359,7 +358,7 @@ def _places(found: RunResults) -> str:
     space = _space(found)
     if space.granularity == "token":
         return "a single token"
-    return _joined(dict.fromkeys(name for groups in space.groups.values() for name in groups), "or")
+    return join_words(dict.fromkeys(name for groups in space.groups.values() for name in groups), "or")
 
 
 PARTS = {
@@ -369,11 +368,6 @@ PARTS = {
     "residual": ("residual streams", "one layer's residual stream"),
 }
 """Site → what lies there, and what a unit is."""
-
-
-def _joined(words: Iterable[str], by: str = "and") -> str:
-    *others, last = words
-    return f"{', '.join(others)} {by} {last}" if others else last
 
 
 def _words(conditions: Iterable[str]) -> dict[str, str]:

@@ -27,6 +27,7 @@ from accelerate.utils import broadcast_object_list
 
 from vtv_nnsight.digests import file_digest
 from vtv_nnsight.files import replacing, write_text
+from vtv_nnsight.text import in_words
 from vtv_nnsight.parallel import processes
 
 STEPS = {
@@ -337,11 +338,6 @@ def begin_step(
             if step.worked and record is not None:
                 record.note(str(warning.message) for warning in heard if warning.category is UserWarning)
                 record.spent(name, time.perf_counter() - began)
-
-
-def in_words(value: Any) -> str:
-    """A setting as run.json has it, for people."""
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _peak_memory() -> int | None:
