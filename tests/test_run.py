@@ -244,7 +244,7 @@ def test_a_damaged_folder_is_one_sentence(copy, model, done, damage, words):
             "is of segmentation; expected an evaluation of lowlight",
         ),
         (
-            lambda out, path: Table(Table.load(path).frame.query("condition != 'one-shot'")).parquet(path),
+            lambda out, path: Table(Table.load(path).frame.query("condition != 'one-shot'")).to_parquet(path),
             "lacks the conditions one-shot",
         ),
     ],
