@@ -1,6 +1,7 @@
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,8 +14,8 @@ from vtv_nnsight.prompts import crop
 @pytest.mark.parametrize("name", ["iou", "mse"])
 def test_published_numbers(golden, name):
     pair = (golden[f"metric_{side}"].permute(0, 3, 1, 2).double() / 255 for side in ("generated", "target"))
-    found = getattr(metrics, name)(*(crop(canvas, "output", Layout()) for canvas in pair))
-    torch.testing.assert_close(found.double(), golden[f"metric_{name}"], atol=1e-6, rtol=0)
+    score = getattr(metrics, name)(*(crop(canvas, "output", Layout()) for canvas in pair))
+    torch.testing.assert_close(score.double(), golden[f"metric_{name}"], atol=1e-6, rtol=0)
 
 
 def paint(*rows):
@@ -67,6 +68,21 @@ def test_an_answer_is_squared_off_to_the_box_of_its_largest_piece():
     painted = metrics.squared_off(answer, yellow, purple)
     assert metrics.iou(painted, painted, yellow, purple).tolist() == [1, 1]
     assert (painted[1] * 255).round()[:, 0, 0].tolist() == list(purple)
+
+
+RECTANGLES = {  # seed of a mask → its rectangle by VP's to_rectangle with OpenCV 5.0, its sort being a stable one
+    0: (4, 7, 3, 5), 2: (8, 9, 0, 2), 6: (4, 6, 2, 3), 10: (8, 9, 10, 11), 11: (5, 7, 5, 8),
+    12: (5, 8, 3, 5), 200: (6, 8, 5, 7), 215: (6, 8, 6, 8), 364: (4, 6, 5, 8), 374: (6, 7, 10, 11),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", RECTANGLES)
+def test_of_equal_pieces_the_released_one_is_squared_off(seed):
+    mask = torch.from_numpy(np.random.default_rng(seed).random((9, 11)) < 0.12)
+    top, bottom, left, right = RECTANGLES[seed]
+    expected = torch.zeros(1, 3, 9, 11)
+    expected[..., top:bottom, left:right] = 1
+    assert torch.equal(metrics.squared_off(mask.float().expand(1, 3, -1, -1)), expected)
 
 
 def test_lpips_says_what_to_install(monkeypatch):

@@ -3,7 +3,7 @@
 Pixels are [batch, 3, height, width] in [0, 1]; results are [batch]. The papers score the output cell only
 (`prompt.region("output")`).
 
-A `Metric` is such a function with a name, a direction and a label. One of your own serves a task like the others:
+A `Metric` is such a function with a name, a direction and a label. Yours serves a task like the others:
 
     >>> psnr = metrics.register(Metric("psnr", my_psnr, higher_is_better=True, label="PSNR ↑"))
     >>> tasks.Colorization(metric="psnr")
@@ -14,8 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange
+from scipy import ndimage
 from torch.nn import functional as F
 
 from vtv_nnsight.images import IMAGENET_STD
@@ -74,18 +78,18 @@ def colour_iou(
 ) -> torch.Tensor:
     """Intersection over union of the pixels of one colour, after every pixel of both went to the nearest colour of a
     palette (squared RGB distance, ties to the first): VP's colour-aware IoU (§4.3)."""
-    a, b = (_nearest(pixels, palette) == palette.index(foreground) for pixels in _pair(prediction, target))
-    union = (a | b).flatten(1).sum(1)
-    return torch.where(union > 0, (a & b).flatten(1).sum(1) / union.clamp(min=1), 1.0)
+    prediction, target = _pair(prediction, target)
+    return _overlap(*(_nearest(pixels, palette) == palette.index(foreground) for pixels in (prediction, target)))
 
 
 def squared_off(prediction: torch.Tensor, foreground: Colour = WHITE, background: Colour = BLACK) -> torch.Tensor:
     """The filled bounding rectangle of the largest connected piece of foreground, in the two colours: what VP scores of
-    a detection (§4.2, released code). Pieces are connected through their pixels' eight neighbours."""
+    a detection (§4.2, released code). Pieces are connected through their pixels' eight neighbours; of equal pieces the
+    last one counts, as there."""
     inside = _nearest(prediction, (foreground, background)) == 0
     boxes = torch.stack([_box(row) for row in inside])[:, None]
-    colours = (prediction.new_tensor(colour).view(3, 1, 1) / 255 for colour in (foreground, background))
-    return torch.where(boxes, *colours)
+    near, far = (prediction.new_tensor(colour).view(3, 1, 1) / 255 for colour in (foreground, background))
+    return torch.where(boxes, near, far)
 
 
 def rounded(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
@@ -97,9 +101,8 @@ def rounded(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
 def color_blind_iou(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Intersection over union of all that is not white, whatever its colour (VP §4.3, released code). Pixels count as
     they are: `rounded` them to the palette of the study first, as `tasks.Reasoning` does."""
-    a, b = ((pixels.double().mul(255).round() != 255).any(1) for pixels in _pair(prediction, target))
-    union = (a | b).flatten(1).sum(1)
-    return torch.where(union > 0, (a & b).flatten(1).sum(1) / union.clamp(min=1), 1.0)
+    prediction, target = _pair(prediction, target)
+    return _overlap(_not_white(prediction), _not_white(target))
 
 
 def shape_accuracy(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -107,17 +110,29 @@ def shape_accuracy(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tens
     painted: whichever of the square and the circle in its place fits it better (VP §4.3). The released code looks at a
     contour of OpenCV's in the place of the largest piece, and counts squares whatever the target: where the answer is
     a square, as in its shape tasks, that is the same."""
-    a, b = (_squares((pixels.double().mul(255).round() != 255).any(1)) for pixels in _pair(prediction, target))
+    prediction, target = _pair(prediction, target)
+    a, b = _squares(_not_white(prediction)), _squares(_not_white(target))
     return ((a == b) & (a >= 0)).double()
+
+
+def _not_white(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels [batch, 3, height, width] → bool [batch, height, width]."""
+    return (pixels.double().mul(255).round() != 255).any(1)
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of bool [batch, height, width], 1 where both are empty: [batch]."""
+    union = (a | b).flatten(1).sum(1)
+    return torch.where(union > 0, (a & b).flatten(1).sum(1) / union.clamp(min=1), 1.0)
 
 
 def _squares(inside: torch.Tensor) -> torch.Tensor:
     """Bool [batch, height, width] → 1 for a square, 0 for a circle, -1 for nothing, [batch]."""
-    found = []
+    shapes = []
     for row in inside:
         box = _box(row).nonzero()
         if not len(box):
-            found.append(-1)
+            shapes.append(-1)
             continue
         (top, left), (bottom, right) = box.amin(0).tolist(), box.amax(0).tolist()
         high, wide = bottom - top + 1, right - left + 1
@@ -127,8 +142,8 @@ def _squares(inside: torch.Tensor) -> torch.Tensor:
         circle = down**2 + across**2 <= radius**2
         square = (down >= -radius) & (down < radius) & (across >= -radius) & (across < radius)
         fits = [(shape & row).sum() / (shape | row).sum() for shape in (circle, square)]
-        found.append(int(fits[1] > fits[0]))
-    return torch.tensor(found, device=inside.device)
+        shapes.append(int(fits[1] > fits[0]))
+    return torch.tensor(shapes, device=inside.device)
 
 
 def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -146,7 +161,8 @@ def lpips(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     prediction, target = _pair(prediction, target)
     with torch.no_grad():
-        return _lpips_network(prediction.device)(2 * prediction.float() - 1, 2 * target.float() - 1).flatten()
+        distance: torch.Tensor = _lpips_network(prediction.device)(2 * prediction.float() - 1, 2 * target.float() - 1)
+    return distance.flatten()
 
 
 IOU = Metric("iou", iou, higher_is_better=True, label="mIoU ↑")
@@ -154,7 +170,8 @@ MSE = Metric("mse", mse, higher_is_better=False, label="MSE ↓")
 LPIPS = Metric("lpips", lpips, higher_is_better=False, label="LPIPS ↓")
 COLOR_BLIND_IOU = Metric("color_blind_iou", color_blind_iou, higher_is_better=True, label="colour-blind IoU ↑")
 SHAPE_ACCURACY = Metric("shape_accuracy", shape_accuracy, higher_is_better=True, label="shape accuracy ↑")
-METRICS = {metric.name: metric for metric in (IOU, MSE, LPIPS, COLOR_BLIND_IOU, SHAPE_ACCURACY)}
+_BUILTIN = (IOU, MSE, LPIPS, COLOR_BLIND_IOU, SHAPE_ACCURACY)
+METRICS = {metric.name: metric for metric in _BUILTIN}
 """The metrics that `get` knows."""
 
 
@@ -175,10 +192,10 @@ def register(metric: Metric) -> Metric:
     """Let `get`, tasks and tables find a metric by its name.
 
     Raises:
-        ValueError: when the name is one of this module's metrics. One of your own is replaced.
+        ValueError: when the name is one of this module's metrics. A metric of yours is replaced.
     """
-    if any(metric.name == own.name and metric != own for own in (IOU, MSE, LPIPS, COLOR_BLIND_IOU, SHAPE_ACCURACY)):
-        raise ValueError(f"{metric.name!r} is the name of another metric; choose a name of its own.")
+    if any(metric.name == builtin.name and metric != builtin for builtin in _BUILTIN):
+        raise ValueError(f"{metric.name!r} is the name of another metric; choose another.")
     METRICS[metric.name] = metric
     return metric
 
@@ -189,7 +206,7 @@ def token_loss(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _lpips_network(device: torch.device) -> torch.nn.Module:
+def _lpips_network(device: torch.device) -> Any:
     try:
         from lpips import LPIPS
     except ImportError as error:
@@ -213,16 +230,18 @@ def _nearest(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
 
 
 def _box(inside: torch.Tensor) -> torch.Tensor:
-    """Bool [height, width] → the bounding rectangle of its largest connected piece, filled."""
-    names = torch.arange(1, inside.numel() + 1, device=inside.device, dtype=torch.float32).view_as(inside) * inside
-    grown = None
-    while grown is None or not torch.equal(grown, names):
-        grown, names = names, F.max_pool2d(names[None], 3, 1, 1)[0] * inside
-    pieces, sizes = names[inside].unique(return_counts=True)
+    """Bool [height, width] → the bounding rectangle of its largest connected piece, filled.
+
+    Of equal pieces it is the last one by the first of the 2x2 blocks of pixels that each touches: OpenCV numbers them so,
+    and VP's released code takes the last of the largest."""
+    labels, pieces = ndimage.label(inside.cpu().numpy(), np.ones((3, 3)))
     box = torch.zeros_like(inside)
-    if len(pieces):
-        rows, columns = (names == pieces[sizes.argmax()]).nonzero().T
-        box[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
+    if pieces:
+        sizes = np.bincount(labels.ravel())[1:]
+        padded = np.pad(labels, [(0, side % 2) for side in labels.shape])
+        blocks = rearrange(padded, "(h p) (w q) -> (h w p q)", p=2, q=2)
+        largest = max(np.flatnonzero(sizes == sizes.max()), key=lambda piece: np.argmax(blocks == piece + 1))
+        box[ndimage.find_objects(labels)[largest]] = True
     return box
 
 
