@@ -156,7 +156,7 @@ def test_attention_is_laid_over_the_prompt(model, shown):
     red, green, blue = picture[:, covered]
     assert (red > 180).all() and (red > green + 60).all() and (green > blue).all()
     table = attention.shares(shown, layout).set_index("attention of")
-    assert list(table.index) == shown.looks and list(table) == ["cls", *layout.own_regions]
+    assert list(table.index) == shown.looks and list(table) == ["cls", *layout.disjoint_regions]
     np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-5)
     kept = []
     said = attention.looks(shown, layout, lambda name, content: kept.append(name))

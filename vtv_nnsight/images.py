@@ -18,7 +18,7 @@ from vtv_nnsight.digests import bytes_digest, tensor_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SMALLEST = 8
+MIN_SIDE = 8
 """Pictures with a side of fewer pixels than this are refused."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of red, green and blue in [0, 1]: how both papers' models normalise pixels, and what their MSE is measured in."""
@@ -26,7 +26,7 @@ LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601-2: the shares of red, green and blue in a colour's lightness."""
 
 
-def open_picture(image: Image.Image | str | os.PathLike) -> Image.Image:
+def open_picture(image: Image.Image | str | os.PathLike[str]) -> Image.Image:
     """A PIL image as it is, or the picture in a file.
 
     Raises:
@@ -49,7 +49,7 @@ def open_picture(image: Image.Image | str | os.PathLike) -> Image.Image:
         raise ValueError(f"{os.fspath(image)} cannot be read as a picture: {error}") from error
 
 
-def read_picture(file: str | os.PathLike | BinaryIO, name: str = "") -> Image.Image:
+def read_picture(file: str | os.PathLike[str] | BinaryIO, name: str = "") -> Image.Image:
     """A picture file of anyone's, decoded: what is no picture, damaged or enormous is refused.
 
     Args:
@@ -76,17 +76,17 @@ def read_picture(file: str | os.PathLike | BinaryIO, name: str = "") -> Image.Im
     return image
 
 
-def as_rgb(image: Image.Image | str | os.PathLike) -> Image.Image:
+def as_rgb(image: Image.Image | str | os.PathLike[str]) -> Image.Image:
     """A picture of any mode as RGB: turned upright (EXIF), transparency on white, 16 bits scaled to 8.
 
     Raises:
         FileNotFoundError, TypeError: as `open_picture`.
-        ValueError: when it is smaller than `SMALLEST` pixels on a side, or cannot be decoded.
+        ValueError: when it is smaller than `MIN_SIDE` pixels on a side, or cannot be decoded.
     """
     image = open_picture(image)
-    if min(image.size) < SMALLEST:
+    if min(image.size) < MIN_SIDE:
         width, height = image.size
-        raise ValueError(f"the image is {width}x{height} pixels; expected at least {SMALLEST} on a side.")
+        raise ValueError(f"the image is {width}x{height} pixels; expected at least {MIN_SIDE} on a side.")
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -126,7 +126,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def luma(pixels: torch.Tensor) -> torch.Tensor:
     """ITU-R 601-2 luma of 8-bit pixels [3, height, width] in [0, 1], rounded as PIL's "L": [height, width]."""
-    red, green, blue = (pixels * 255).round().long()
+    red, green, blue = (pixels * 255).round().long().unbind()
     return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(pixels.dtype) / 255
 
 

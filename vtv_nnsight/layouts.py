@@ -1,4 +1,4 @@
-"""Where things lie on a canvas: cells in pixels, regions in patches, tokens in a stack.
+"""Where things lie on a canvas: cells in pixels, regions in patches, tokens in a stage.
 
 A visual prompt is a grid of cells: each example shows an input beside its output, and the query stands beside the
 output to be painted (*Visual Prompting via Image Inpainting*, NeurIPS 2022, §3; below *VP*). The transformer sees the
@@ -10,7 +10,7 @@ canvas as square patches, numbered row by row. Every fact about that geometry li
     >>> layout.regions["output"][:3]
     tensor([105, 106, 107])
 
-Positions are absolute. Position 0 is the CLS token and position 1 + i is patch i, whichever patches a stack sees and in
+Positions are absolute. Position 0 is the CLS token and position 1 + i is patch i, whichever patches a stage sees and in
 whatever order it sees them.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from PIL import ImageColor
 
 ORDERS = ("vertical", "horizontal")
@@ -89,6 +89,7 @@ class Layout:
 
     @property
     def num_patches(self) -> int:
+        """Patches of the canvas."""
         return self.grid**2
 
     @property
@@ -142,7 +143,7 @@ class Layout:
         return {name: self._patches(rows, columns) for name, (rows, columns) in self.cells.items()}
 
     @cached_property
-    def own_regions(self) -> dict[str, torch.Tensor]:
+    def disjoint_regions(self) -> dict[str, torch.Tensor]:
         """Every patch of the canvas in one region: those of `regions`, what two cells touch being the later one's (as
         happens where cells are not whole patches high), and "background" for what no cell touches, if there is any."""
         seen, regions = torch.tensor([], dtype=torch.long), {}
@@ -159,6 +160,7 @@ class Layout:
 
     @cached_property
     def all_patches(self) -> torch.Tensor:
+        """The ids of all patches in row-major order: LongTensor [patch]."""
         return torch.arange(self.num_patches)
 
     @cached_property
@@ -175,7 +177,7 @@ class Layout:
         return self._patches(rows, whole) if self.order == "vertical" else self._patches(whole, columns)
 
     def index(self, seen: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Token indices, in a stack that sees CLS and the patches `seen` in that order, of some of those `patches`.
+        """Token indices, in a stage that sees CLS and the patches `seen` in that order, of some of those `patches`.
 
         Raises:
             ValueError: when a patch is not among those seen.
@@ -183,17 +185,17 @@ class Layout:
         present = torch.isin(patches, seen.to(patches.device))
         if not present.all():
             absent = patches[~present].tolist()
-            raise ValueError(f"patches {absent} are not among the {len(seen)} patches that this stack sees.")
+            raise ValueError(f"patches {absent} are not among the {len(seen)} patches that this stage sees.")
         return 1 + index_of(seen, patches)
 
     def on_grid(self, values: torch.Tensor) -> torch.Tensor:
         """One value for each position → those of the patches where they lie: [..., position] → [..., row, column]."""
-        return values[..., 1:].unflatten(-1, (self.grid, self.grid))
+        return rearrange(values[..., 1:], "... (row column) -> ... row column", row=self.grid)
 
     def shares(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Sums over the positions of CLS and of each of `own_regions`: [..., position] → name → [...]. NaN counts as
+        """Sums over the positions of CLS and of each of `disjoint_regions`: [..., position] → name → [...]. NaN counts as
         nothing."""
-        return {name: values[..., own].nansum(-1) for name, own in named_positions(self.own_regions).items()}
+        return {name: values[..., places].nansum(-1) for name, places in named_positions(self.disjoint_regions).items()}
 
     def pixels(self, patches: torch.Tensor) -> torch.Tensor:
         """Which pixels some patches cover: LongTensor [patch] → bool [height, width]."""
@@ -214,7 +216,7 @@ paints it by way of its test-time ensembles, inputs are at columns 37 to 110 and
 
 
 def positions(seen: torch.Tensor) -> torch.Tensor:
-    """Absolute positions of the tokens of a stack that sees CLS and the patches `seen`: [..., patch] → [..., token]."""
+    """Absolute positions of the tokens of a stage that sees CLS and the patches `seen`: [..., patch] → [..., token]."""
     return torch.cat([torch.full_like(seen[..., :1], CLS), 1 + seen], dim=-1)
 
 
@@ -252,14 +254,14 @@ def decoder_sources(visible: torch.Tensor, decoded: torch.Tensor) -> torch.Tenso
         LongTensor [..., 1 + decoded patch].
     """
     matches = decoded[..., :, None] == visible[..., None, :]
-    rank = 1 + matches.int().argmax(-1)
-    hidden = torch.full_like(rank, 1 + visible.shape[-1])
-    patches = torch.where(matches.any(-1), rank, hidden)
+    sources = 1 + matches.int().argmax(-1)
+    mask_token = torch.full_like(sources, 1 + visible.shape[-1])
+    patches = torch.where(matches.any(-1), sources, mask_token)
     return torch.cat([torch.zeros_like(patches[..., :1]), patches], dim=-1)
 
 
 def tile(decoded: torch.Tensor, grid: int) -> torch.Tensor:
-    """For every patch of the grid, the rank of the decoded patch that stands for it.
+    """For every patch of the grid, the index of the decoded patch that stands for it.
 
     A patch that was decoded stands for itself. When only a block of rows and columns was decoded, it is repeated
     periodically: zero-shot, the bottom half is repeated as the top half before the VQGAN (ECCV 2024, released code).
@@ -274,15 +276,15 @@ def tile(decoded: torch.Tensor, grid: int) -> torch.Tensor:
     Raises:
         ValueError: when the decoded patches are not a block of whole rows and columns.
     """
-    rows, columns = (decoded // grid).unique(), (decoded % grid).unique()
-    if len(rows) * len(columns) != len(decoded) or len(decoded.unique()) != len(decoded):
+    rows, columns = torch.unique(decoded // grid), torch.unique(decoded % grid)
+    if len(rows) * len(columns) != len(decoded) or len(torch.unique(decoded)) != len(decoded):
         raise ValueError(
             f"the {len(decoded)} decoded patches do not fill a block of {len(rows)} rows and {len(columns)} columns; "
             "decode whole rows or columns of the canvas to generate an image."
         )
-    rank = torch.empty(grid * grid, dtype=torch.long, device=decoded.device)
-    rank[decoded] = torch.arange(len(decoded), device=decoded.device)
+    index = torch.empty(grid * grid, dtype=torch.long, device=decoded.device)
+    index[decoded] = torch.arange(len(decoded), device=decoded.device)
     every = torch.arange(grid, device=decoded.device)
     row = rows[(every - rows[0]) % len(rows)]
     column = columns[(every - columns[0]) % len(columns)]
-    return rank[(row[:, None] * grid + column[None, :]).flatten()]
+    return index[(row[:, None] * grid + column[None, :]).flatten()]

@@ -12,7 +12,7 @@ A `Metric` is such a function with a name, a direction and a label. Yours serves
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -41,10 +41,11 @@ class Metric:
 
     name: str
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    higher_is_better: bool
-    label: str
+    higher_is_better: bool = field(compare=False)
+    label: str = field(compare=False)
 
     def __call__(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Scores [batch] of predictions and targets, pixels [batch, 3, height, width] in [0, 1]."""
         return self.function(prediction, target)
 
     def better(self, score: float, other: float) -> bool:
@@ -53,14 +54,6 @@ class Metric:
 
     def __str__(self) -> str:
         return self.name
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Metric):
-            return NotImplemented
-        return (self.name, self.function) == (other.name, other.function)
-
-    def __hash__(self) -> int:
-        return hash(self.name)
 
 
 def iou(

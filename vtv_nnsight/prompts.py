@@ -1,11 +1,10 @@
-"""A batch of visual prompts: canvases that share a layout, and what each stack of the model sees of them."""
+"""A batch of visual prompts: canvases that share a layout, and what each stage of the model sees of them."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -120,7 +119,7 @@ class VisualPrompt:
         """Batches of at most `batch_size` rows, in order."""
         return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
 
-    def to(self, *args, **kwargs) -> VisualPrompt:
+    def to(self, *args: Any, **kwargs: Any) -> VisualPrompt:
         """Move the canvas (device, dtype) and the ids (device) as `torch.Tensor.to` does."""
         canvas = self.canvas.to(*args, **kwargs)
         if not canvas.is_floating_point():
@@ -130,6 +129,7 @@ class VisualPrompt:
 
     @property
     def device(self) -> torch.device:
+        """Where the canvas lies."""
         return self.canvas.device
 
     def query_only(self) -> VisualPrompt:
@@ -182,12 +182,12 @@ class Canvases(torch.Tensor):
     >>> canvases.picture().save("answers.png")           # `save` itself is nnsight's, as of every value in a trace
     """
 
-    canvas_layout: Layout  # a tensor's own `layout` is another thing
-    __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors
+    canvas_layout: Layout  # `layout` is an attribute of every tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # operations return plain tensors
 
     @classmethod
     def of(cls, canvas: torch.Tensor, layout: Layout) -> Canvases:
-        """A tensor's own memory, as canvases of a layout."""
+        """A tensor as canvases of a layout; the memory is shared."""
         canvases = canvas.as_subclass(cls)
         canvases.canvas_layout = layout
         return canvases
@@ -201,7 +201,7 @@ class Canvases(torch.Tensor):
         """The first canvases side by side."""
         return _beside(self[:most].float().cpu())
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"Canvases({list(self.shape)}, {self.dtype}, {self.device})"  # the values are a picture
 
     def _repr_png_(self) -> bytes:
@@ -211,13 +211,13 @@ class Canvases(torch.Tensor):
         return self.of(copy.deepcopy(self.as_subclass(torch.Tensor), memo), self.canvas_layout)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def as_rows(rows: int | slice | Sequence[int] | torch.Tensor, n: int) -> slice | Sequence[int] | torch.Tensor:
     """An index into a batch of `n` that keeps it a batch: one number, whatever holds it, becomes a list of one."""
-    if isinstance(rows, Integral) or getattr(rows, "ndim", None) == 0:
-        return [range(n)[int(rows)]]
+    if isinstance(rows, int) or getattr(rows, "ndim", None) == 0:
+        return [range(n)[int(rows)]]  # type: ignore[arg-type]
     return rows
 
 
@@ -246,8 +246,8 @@ def _check_canvas(canvas: torch.Tensor, layout: Layout) -> None:
         return
     low, high = (bound.item() for bound in canvas.detach().aminmax())
     if not (low >= 0 and high <= 1):
-        found = "NaN" if low != low else f"values from {low:.3g} to {high:.3g}"
-        raise ValueError(f"canvas holds {found}; expected pixels in [0, 1], not normalised: the model normalises.")
+        content = "NaN" if low != low else f"values from {low:.3g} to {high:.3g}"
+        raise ValueError(f"canvas holds {content}; expected pixels in [0, 1], not normalised: the model normalises.")
 
 
 def _check_patches(name: str, ids: torch.Tensor, layout: Layout) -> None:
@@ -262,5 +262,5 @@ def _check_patches(name: str, ids: torch.Tensor, layout: Layout) -> None:
             f"{name} holds patch ids from {ids.min().item()} to {ids.max().item()}; "
             f"this layout's grid has 0 to {layout.num_patches - 1}."
         )
-    if len(ids.unique()) != len(ids):
+    if len(torch.unique(ids)) != len(ids):
         raise ValueError(f"{name} names a patch twice; give each patch id once.")

@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
-from vtv_nnsight.images import SMALLEST
+from vtv_nnsight.images import MIN_SIDE
 
 
 def folder(path: str | Path) -> Dataset:
@@ -29,7 +29,7 @@ def folder(path: str | Path) -> Dataset:
     if broken:
         names = ", ".join(str(file.relative_to(path)) for file in broken)
         warnings.warn(
-            f"{len(broken)} of {len(files)} files in {path} cannot be read or are smaller than {SMALLEST} pixels, and "
+            f"{len(broken)} of {len(files)} files in {path} cannot be read or are smaller than {MIN_SIDE} pixels, and "
             f"are left out: {names}.",
             stacklevel=2,
         )
@@ -45,7 +45,7 @@ def _usable(file: Path) -> bool:
     """Whether a picture is large enough, and whole: reading only its header would miss one that was cut short."""
     try:
         with PILImage.open(file) as picture:
-            large = min(picture.size) >= SMALLEST
+            large = min(picture.size) >= MIN_SIDE
             picture.draft("RGB", (64, 64))  # a JPEG is then decoded at an eighth of its size
             picture.load()
     except (

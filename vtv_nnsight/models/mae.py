@@ -74,7 +74,7 @@ def groups(stage: str, granularity: str, layout: Layout) -> dict[str, torch.Tens
         "decoder": (("query", "output"), layout.query_band),
     }[stage]
     regions = named_positions({name: layout.regions[name] for name in names})
-    cells = named_positions(layout.own_regions)
+    cells = named_positions(layout.disjoint_regions)
     if stage == "encoder":
         cells.pop("output")
     return group_positions(granularity, positions(layout.all_patches), regions, positions(shown), cells)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from vtv_nnsight import data
-from vtv_nnsight.images import SMALLEST, as_rgb
+from vtv_nnsight.images import MIN_SIDE, as_rgb
 
 PHOTO, TEXTURE, CUTOUT = "photo", "texture", "cutout"
 LONGEST = {PHOTO: 480, TEXTURE: 240, CUTOUT: 160}
@@ -113,7 +113,7 @@ def _decode(path: Path, kind: str) -> Image.Image | None:
     if not path.is_file():
         return None
     with Image.open(path) as image:
-        if min(image.size) < SMALLEST:
+        if min(image.size) < MIN_SIDE:
             return None
         if kind != CUTOUT:
             return _shrink(as_rgb(image), kind)
