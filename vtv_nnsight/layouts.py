@@ -193,8 +193,8 @@ class Layout:
         return rearrange(values[..., 1:], "... (row column) -> ... row column", row=self.grid)
 
     def shares(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Sums over the positions of CLS and of each of `disjoint_regions`: [..., position] → name → [...]. NaN counts as
-        nothing."""
+        """Sums over the positions of CLS and of each of `disjoint_regions`: [..., position] → name → [...]. NaN counts
+        as nothing."""
         return {name: values[..., places].nansum(-1) for name, places in named_positions(self.disjoint_regions).items()}
 
     def pixels(self, patches: torch.Tensor) -> torch.Tensor:

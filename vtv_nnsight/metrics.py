@@ -225,8 +225,8 @@ def _nearest(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
 def _box(inside: torch.Tensor) -> torch.Tensor:
     """Bool [height, width] → the bounding rectangle of its largest connected piece, filled.
 
-    Of equal pieces it is the last one by the first of the 2x2 blocks of pixels that each touches: OpenCV numbers them so,
-    and VP's released code takes the last of the largest."""
+    Of equal pieces it is the last one, in the order of the first 2x2 block of pixels that each touches: OpenCV numbers
+    them so, and VP's released code takes the last of the largest."""
     labels, pieces = ndimage.label(inside.cpu().numpy(), np.ones((3, 3)))
     box = torch.zeros_like(inside)
     if pieces:
