@@ -25,7 +25,7 @@ from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, data, tasks
 from vtv_nnsight.cli import start
 from vtv_nnsight.evaluation import Table, rank_among_draws, verdicts
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.progress import display, progress_bar
+from vtv_nnsight.progress import numbered_steps, progress_bar
 from vtv_nnsight.report import page as report
 from vtv_nnsight.report import pictures, reading
 from vtv_nnsight.runs import STEPS, run
@@ -657,17 +657,49 @@ def test_a_quarter_is_set_aside_of_data_without_splits(photographs, tmp_path):
     assert sorted(sizes[0] + sizes[1]) == [40 + 9 * i for i in range(10)] and len(sizes[1]) == 2
 
 
-def test_progress_is_one_display(capsys):
-    with display(2) as step:
-        with step("collect") as working_on:
-            working_on("segmentation")
-            for _ in progress_bar(range(3)):
-                pass
-        with step("score"):
+def test_progress_is_a_line_for_each_step(capsys):
+    step = numbered_steps(2)
+    with step("collect") as working_on:
+        working_on("segmentation")
+        for _ in progress_bar(range(3)):
             pass
+    with step("score"):
+        pass
     out, err = capsys.readouterr()
     steps = re.findall(r"✓ (\d/\d \w+)  (.*)", err)
     assert out == "" and steps == [("1/2 collect", "0.0 s"), ("2/2 score", "done before")]
-    assert "it/s" not in err
+    assert "it/s" not in on_screen(err) and "1/2 collect segmentation" in err
     list(progress_bar(range(3)))
-    assert "it/s" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out == "" and "it/s" in on_screen(err)
+
+
+def test_no_progress_is_shown_where_none_is_wanted(capsys):
+    with numbered_steps(1, disable=True)("collect") as working_on:
+        working_on("segmentation")
+        list(progress_bar(range(3), disable=True))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_is_closed_when_its_loop_raises(capsys):
+    with pytest.raises(ZeroDivisionError), numbered_steps(1)("collect"), progress_bar(range(3)) as bar:
+        for number in bar:
+            1 / number
+    assert not tqdm._instances and "✓" not in capsys.readouterr().err
+
+
+def on_screen(printed: str) -> str:
+    """What a terminal shows at the end of what was printed."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\r|\n|\x1b\[A|[^\r\n\x1b]+", printed):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[A":
+            row -= 1
+        else:
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
+            column += len(part)
+    return "\n".join(line.rstrip() for line in lines)
