@@ -16,12 +16,12 @@ from helpers import DALLE_CODES, DATA, VOC_MAPS, VOC_OBJECTS, VOC_SIZE, Conv, Pa
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, data, tasks
 from vtv_nnsight.demo.playing import Player
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.published import load_checkpoint
-from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.runs import bundles
 from vtv_nnsight.search.result import SearchResult
 
@@ -30,7 +30,7 @@ from vtv_nnsight.search.result import SearchResult
 def no_bar_left_open():
     """A progress bar that a failing loop leaves open would take in those of the tests after it."""
     yield
-    assert not progress_bar._shown, "a progress bar was left open"
+    assert not tqdm._instances, "a progress bar was left open"
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, data, tasks

@@ -1,12 +1,12 @@
 """Progress, on stderr: tqdm's bars, and a line for each of several steps.
 
-    >>> for batch in progress_bar(batches, desc="collecting"):
-    ...     ...
-    >>> step = numbered_steps(2)
-    >>> with step("collect") as working_on:
-    ...     working_on("segmentation")
-    ...     for prompt in progress_bar(prompts):      # a bar below the step's line, gone when it is done
-    ...         ...
+>>> for batch in progress_bar(batches, desc="collecting"):
+...     ...
+>>> step = numbered_steps(2)
+>>> with step("collect") as working_on:
+...     working_on("segmentation")
+...     for prompt in progress_bar(prompts):      # a bar below the step's line, gone when it is done
+...         ...
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ raise: what is left open takes in the bars that come after it."""
 
 
 def numbered_steps(total: int, disable: bool = False) -> Callable[[str], AbstractContextManager[Callable[[str], None]]]:
-    """`step(name)` is the context of the next of `total` steps, and yields what is called with what is being done. A line
-    says how long each took; one that does nothing is shown as done before."""
+    """`step(name)` is the context of the next of `total` steps, and yields what is called with what is being done.
+
+    A line says how long each took; one that does nothing is shown as done before.
+    """
     numbers = itertools.count(1)
 
     @contextmanager

@@ -55,7 +55,7 @@ from vtv_nnsight.models.devices import resolve_device
 from vtv_nnsight.models.interface import SITES, InContextModel
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.patching.forward import find_loss
-from vtv_nnsight.progress import display, quiet
+from vtv_nnsight.progress import numbered_steps, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
 from vtv_nnsight.search.holdout import held_out_count
@@ -133,79 +133,79 @@ def run(
                 device_of(model), redo,
             )  # fmt: skip
         state.wait_for_everyone()
-        with display(len(STEPS) * len(folds) + 1, progress and state.is_main_process) as shown:
-            for fold in folds:
+        shown = numbered_steps(len(STEPS) * len(folds) + 1, disable=not (progress and state.is_main_process))
+        for fold in folds:
 
-                def begin(name: str, fold: Fold = fold) -> AbstractContextManager[StepFiles]:
-                    shares = fold.shares if name in SHARED else None
-                    return begin_step(record, fold.folder, name, shown(f"{name} {fold.name}".strip()), shares)
+            def begin(name: str, fold: Fold = fold) -> AbstractContextManager[StepFiles]:
+                shares = fold.shares if name in SHARED else None
+                return begin_step(record, fold.folder, name, shown(f"{name} {fold.name}".strip()), shares)
 
-                with begin("select") as step:
-                    if step.lacks("prompts.safetensors"):
-                        prompts = {
-                            task.name: select(model, task, fold.train, settings, layout, batch_size)
-                            for task in step.each(tasks)
-                        }
-                        step.save("prompts.safetensors", write_prompts, prompts)
-                    prompts = read_prompts(step.path("prompts.safetensors"), layout)
-                with begin("collect") as step:
-                    if step.lacks("vectors.safetensors"):
-                        step.working_on("")
-                        state_file = fold.folder / "vectors.state"
-                        vectors = collect(model, prompts, batch_size, state_file, settings.sites)
-                        step.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
-                        step.remove("vectors.state")
-                    vectors = TaskVectors.load(step.path("vectors.safetensors"))
-                with begin("score") as step:
-                    scores = score(vectors, space)
-                    if scores is not None and step.lacks("scores.csv"):
-                        step.working_on("")
-                        step.save("scores.csv", partial(write_scores, space=space), scores)
-                with begin("search") as step:
-                    found = {}
-                    for task in tasks:
-                        name = f"search/{task.name}"
-                        if step.everyone_lacks(f"{name}.safetensors"):
-                            step.working_on(task.name)
-                            to_search, apart = [prompts[task.name]], {}
-                            if fold.search is not None:
-                                train, held_out = search_prompts(task, fold.search, layout, settings.seed)
-                                to_search, apart = [train], {"held_out": [held_out.query_only()]}
-                            found[task.name] = search(
-                                model, vectors, [task], to_search, space, settings,
-                                batch_size=batch_size, resume=fold.folder / f"{name}.journal", **apart,
-                            )  # fmt: skip
-                            step.save(f"{name}.safetensors", lambda path, result: result.save(path), found[task.name])
-                            step.remove(f"{name}.journal")
-                        found[task.name] = SearchResult.load(step.path(f"{name}.safetensors"))
-                with begin("evaluate") as step:
-                    for task in tasks:
-                        names = [f"evaluation/{task.name}.{kind}" for kind in ("safetensors", "parquet")]
-                        if any([step.lacks(name) for name in names]):
-                            step.working_on(task.name)
-                            patches = found[task.name].patches
-                            table = evaluate(
-                                model, task, fold.test, settings, layout, vectors, patches, fold.number, batch_size
-                            )
-                            step.save(names[0], partial(write_pictures, task=task), table)
-                            step.save(names[1], lambda path, table: table.to_parquet(path), table)
-                    step.wait()
-                with begin("demonstrate") as step:
-                    for task in tasks:
-                        name = f"shown/{task.name}.safetensors"
-                        if step.lacks(name):
-                            step.working_on(task.name)
-                            table = Table.load(fold.folder / f"evaluation/{task.name}.parquet")
-                            own = table.values(task.name, PATCHED)
-                            asked = prompts_to_test(task, fold.test, settings, layout)
-                            closely = demonstrate(model, task, asked, own, vectors, found, batch_size=batch_size)
-                            step.save(name, lambda path, shown: shown.save(path), closely)
-                    step.wait()
-            with begin_step(record, out, "report", shown("report")) as step:
-                if state.is_main_process:
+            with begin("select") as step:
+                if step.lacks("prompts.safetensors"):
+                    prompts = {
+                        task.name: select(model, task, fold.train, settings, layout, batch_size)
+                        for task in step.each(tasks)
+                    }
+                    step.save("prompts.safetensors", write_prompts, prompts)
+                prompts = read_prompts(step.path("prompts.safetensors"), layout)
+            with begin("collect") as step:
+                if step.lacks("vectors.safetensors"):
                     step.working_on("")
-                    report.write(out)
+                    state_file = fold.folder / "vectors.state"
+                    vectors = collect(model, prompts, batch_size, state_file, settings.sites)
+                    step.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
+                    step.remove("vectors.state")
+                vectors = TaskVectors.load(step.path("vectors.safetensors"))
+            with begin("score") as step:
+                scores = score(vectors, space)
+                if scores is not None and step.lacks("scores.csv"):
+                    step.working_on("")
+                    step.save("scores.csv", partial(write_scores, space=space), scores)
+            with begin("search") as step:
+                found = {}
+                for task in tasks:
+                    name = f"search/{task.name}"
+                    if step.everyone_lacks(f"{name}.safetensors"):
+                        step.working_on(task.name)
+                        to_search, apart = [prompts[task.name]], {}
+                        if fold.search is not None:
+                            train, held_out = search_prompts(task, fold.search, layout, settings.seed)
+                            to_search, apart = [train], {"held_out": [held_out.query_only()]}
+                        found[task.name] = search(
+                            model, vectors, [task], to_search, space, settings,
+                            batch_size=batch_size, resume=fold.folder / f"{name}.journal", **apart,
+                        )  # fmt: skip
+                        step.save(f"{name}.safetensors", lambda path, result: result.save(path), found[task.name])
+                        step.remove(f"{name}.journal")
+                    found[task.name] = SearchResult.load(step.path(f"{name}.safetensors"))
+            with begin("evaluate") as step:
+                for task in tasks:
+                    names = [f"evaluation/{task.name}.{kind}" for kind in ("safetensors", "parquet")]
+                    if any([step.lacks(name) for name in names]):
+                        step.working_on(task.name)
+                        patches = found[task.name].patches
+                        table = evaluate(
+                            model, task, fold.test, settings, layout, vectors, patches, fold.number, batch_size
+                        )
+                        step.save(names[0], partial(write_pictures, task=task), table)
+                        step.save(names[1], lambda path, table: table.to_parquet(path), table)
                 step.wait()
+            with begin("demonstrate") as step:
+                for task in tasks:
+                    name = f"shown/{task.name}.safetensors"
+                    if step.lacks(name):
+                        step.working_on(task.name)
+                        table = Table.load(fold.folder / f"evaluation/{task.name}.parquet")
+                        own = table.values(task.name, PATCHED)
+                        asked = prompts_to_test(task, fold.test, settings, layout)
+                        closely = demonstrate(model, task, asked, own, vectors, found, batch_size=batch_size)
+                        step.save(name, lambda path, shown: shown.save(path), closely)
+                step.wait()
+        with begin_step(record, out, "report", shown("report")) as step:
+            if state.is_main_process:
+                step.working_on("")
+                report.write(out)
+            step.wait()
     return out / "report.html"
 
 
