@@ -1,0 +1,212 @@
+"""Odd command lines, made from the options that the commands have: none may end in a traceback, a hang, or silence.
+
+    python tests/odd_commands.py [--count 600] [--seed 0] [--only COMMAND ...]
+
+Every option of every command is given nothing, an empty value, values of another type, out of range and unknown, long
+and not UTF-8, folders, pipes, broken links and files of another kind; it is given twice, and two odd options at once.
+Each line runs in a fork of one process, in an empty folder. Prints what went wrong, a line each, and how many lines
+ended how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import typer
+from PIL import Image
+
+from vtv_nnsight import cli
+
+SECONDS = 120
+"""A line that is not done by then hangs."""
+MOST_WORDS = 2500
+"""Characters of a complaint: more is an echo of what was given."""
+SMALL = ("--max-images", "24", "--data", "scenes")
+TINY_RUN = ("run", "--tasks", "segmentation", *SMALL, "--prompts", "4", "--candidates", "6", "--budget", "60")
+TINY_RUN += ("--test-prompts", "4", "--search", "random")
+
+
+def bases(work: Path) -> dict[str, list[str]]:
+    """A cheap line of every command, whole as it stands."""
+    vectors, units, picture = work / "run/vectors.safetensors", work / "run/search/segmentation.safetensors", "q.png"
+    few = ["--tasks", "segmentation", *SMALL, "--prompts", "2"]
+    lines = {
+        "run": [*TINY_RUN[1:], "--out", "out"],
+        "report": [work / "run", work / "run", "-o", "both.html"],
+        "info": ["tiny"],
+        "convert": [work / "junk.pth", "folder"],
+        "prompt": ["--query", work / picture, "-o", "strip.png", "--vectors", "tiny", "--task", "lowlight"],
+        "layouts": ["tiny", "-o", "layouts", "--data", "scenes", "--prompts", "2"],
+        "collect": ["tiny", "-o", "v.safetensors", *few, "--candidates", "4"],
+        "score": [work / "both.safetensors", "--top", "2"],
+        "clusters": ["tiny", "-o", "c.png", "--tasks", "segmentation,lowlight", *SMALL, "--prompts", "3"],
+        "search": ["tiny", "--vectors", vectors, "-o", "u.json", *few, "--budget", "40", "--algorithm", "random"],
+        "evaluate": ["tiny", "-o", "e", *few, "--vectors", vectors, "--patches", units],
+        "import-released": ["tiny", work / "junk.pkl", "-o", "imported"],
+        "pretrain": ["corpus", "--out", "corpus", "--config", "smoke", "--steps", "1", "--images", work / "junk.pth"],
+        "bench": ["nothing"],
+        "demo": ["--vectors", work / "junk.pth"],
+    }
+    return {name: list(map(str, words)) for name, words in lines.items()}
+
+
+def prepare(work: Path) -> None:
+    """A finished run, pictures, and files that are something else."""
+    Image.effect_noise((64, 48), 60).convert("RGB").save(work / "q.png")
+    (work / "junk.pth").write_bytes(b"PK\x03\x04" + os.urandom(200))
+    (work / "junk.pkl").write_bytes(os.urandom(200))
+    (work / "empty").write_bytes(b"")
+    os.mkfifo(work / "pipe")
+    (work / "folder").mkdir()
+    (work / "broken").symlink_to(work / "nowhere")
+    for words in (
+        [*TINY_RUN, "--out", work / "run"],
+        [
+            "collect",
+            "tiny",
+            "-o",
+            work / "both.safetensors",
+            "--tasks",
+            "segmentation,lowlight",
+            *SMALL,
+            "--prompts",
+            4,
+        ],
+    ):
+        code, printed, _ = run(list(map(str, words)), work / "log", work)
+        if code:
+            raise SystemExit(f"{words} ended with {code}: {printed}")
+
+
+def odd_values(work: Path) -> dict[str, str | None]:
+    """Kind of oddness → a value; None leaves the value out."""
+    files = ("pipe", "folder", "broken", "empty", "junk.pth", "q.png", "no/such/file", "run/vectors.safetensors")
+    return {
+        "missing": None,
+        "empty": "",
+        "space": " ",
+        "word": "nope",
+        "negative": "-1",
+        "zero": "0",
+        "fraction": "0.5",
+        "huge": "1" + "0" * 14,
+        "infinite": "1e999",
+        "nan": "nan",
+        "twice": "segmentation,segmentation",
+        "comma": ",",
+        "long": "x" * 4000,
+        "bytes": os.fsdecode(b"caf\xe9"),
+        "brackets": "[red]%s{x}",
+        **{f"file {name}": str(work / name) for name in files},
+    }
+
+
+def lines(work: Path, generator: random.Random, only: list[str]) -> list[tuple[str, list[str]]]:
+    """(What is odd, the words) of every line, in a random order that takes all commands' options alike."""
+    made, values = [], odd_values(work)
+    commands = typer.main.get_command(cli.app).commands
+    for name, base in bases(work).items():
+        if only and name not in only:
+            continue
+        options = [p.opts[0] for p in commands[name].params if p.param_type_name == "option"]
+        flags = {p.opts[0] for p in commands[name].params if getattr(p, "is_flag", False)}
+        made += [(f"{name} alone", [name]), (f"{name} --nope", [name, *base, "--nope"]), (f"{name} ''", [name, ""])]
+        made += [(f"{name} {kind} argument", [name, value or ""]) for kind, value in values.items()]
+        for option in options:
+            for kind, value in values.items():
+                words = [option] if value is None or option in flags else [option, value]
+                made.append((f"{name} {option} {kind}", [name, *base, *words]))
+            made.append((f"{name} {option} twice", [name, *base, *[option, "1"] * 2]))
+            other = generator.choice(options)
+            pair = [w for o in (option, other) for w in (o, generator.choice([v or "" for v in values.values()]))]
+            made.append((f"{name} {option} {other}", [name, *base, *pair]))
+    generator.shuffle(made)
+    return made
+
+
+def run(words: list[str], log: Path, place: Path) -> tuple[int | str, str, float]:
+    """What a line ended with in the folder `place`, "hang" included, what it printed, and the seconds that it took."""
+    began, child = time.monotonic(), os.fork()
+    if not child:
+        os.setsid()
+        os.chdir(place)
+        sink = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        sys.argv, code = ["vtv", *words], 99
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    while time.monotonic() - began < SECONDS:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code: int | str = os.waitstatus_to_exitcode(status)
+            break
+        time.sleep(0.01)
+    else:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        code = "hang"
+    return code, log.read_text(errors="replace"), time.monotonic() - began
+
+
+def fault(code: int | str, printed: str) -> str | None:
+    """What is wrong with how a line ended, if anything."""
+    if code == "hang":
+        return f"hangs for {SECONDS} s"
+    if "Traceback (most recent call last)" in printed:
+        return "traceback: " + printed.strip().splitlines()[-1][:300]
+    if not isinstance(code, int) or code not in (0, 1, 2):
+        return f"ends with {code}"
+    if code and not printed.strip():
+        return "fails without a word"
+    if code and len(printed) > MOST_WORDS:
+        return f"complains in {len(printed)} characters"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[])
+    args = parser.parse_args()
+    ends: Counter[str] = Counter()
+    faults = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder) / "work"
+        work.mkdir()
+        prepare(work)
+        for number, (what, words) in enumerate(lines(work, random.Random(args.seed), args.only)[: args.count]):
+            place = Path(folder) / str(number)
+            place.mkdir()
+            code, printed, seconds = run(words, Path(folder) / "log", place)
+            ends[str(code)] += 1
+            if wrong := fault(code, printed):
+                faults.append(what)
+                print(f"{what} ({seconds:.1f} s): {wrong}", flush=True)
+    print(f"{sum(ends.values())} lines; ended with {dict(ends.most_common())}; {len(faults)} faults")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
