@@ -212,7 +212,7 @@ def test_a_folder_of_ones_own(tmp_path):
         ("cutout", "mine", "things/disc.png"),
     ]
     with pytest.raises(ValueError, match="both given"):
-        gather(tmp_path / "corpus", images=mine, data="hf:cifar10")
+        gather(tmp_path / "corpus", images=mine, data="hub:cifar10")
 
 
 def test_folders_are_told_apart_by_their_paths(tmp_path, monkeypatch):

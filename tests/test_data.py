@@ -218,7 +218,13 @@ def specs(voc_root, tmp_path, monkeypatch):
         "photographs": ["photographs"],
         "pascal": [f"pascal:{voc_root}:masks", f"pascal:{voc_root}:0:masks"],
         "detection": [f"detection:{voc_root}"],
-        "hf": [f"hf:{hub}", f"hf:{hub}:train", f"hf:{divided}", f"hf:{divided}:validation", f"hf:{hub}:train[:12]"],
+        "hub": [
+            f"hub:{hub}",
+            f"hub:{hub}:train",
+            f"hub:{divided}",
+            f"hub:{divided}:validation",
+            f"hub:{hub}:train[:12]",
+        ],
         "pairs": [f"pairs:{paired}"],
         "folder": [str(photos), f"folder:{photos}"],
     }
@@ -270,12 +276,12 @@ def test_pictures_in_both_splits_of_a_data_set_are_not_tested_on(specs, tmp_path
     )
     rows.select(range(8)).to_parquet(leaky / "train.parquet")
     rows.select(range(5, 12)).to_parquet(leaky / "test.parquet")
-    with pytest.warns(UserWarning, match="3 test pictures of hf:.*leaky are among its training pictures"):
-        train, test = data.split_data(f"hf:{leaky}")
+    with pytest.warns(UserWarning, match="3 test pictures of hub:.*leaky are among its training pictures"):
+        train, test = data.split_data(f"hub:{leaky}")
     assert (len(train), len(test)) == (8, 4) and not digests(train) & digests(test)
     rows.select(range(7)).to_parquet(leaky / "test.parquet")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="8 pictures to learn from and 0 to test on"):
-        data.split_data(f"hf:{leaky}")
+        data.split_data(f"hub:{leaky}")
 
 
 def test_a_sources_name_is_not_a_folders(specs, tmp_path, monkeypatch):
@@ -302,7 +308,7 @@ def test_what_load_refuses(specs, tmp_path):
     with pytest.raises(ValueError, match="few holds 2 different pictures .* give 4 or more"):
         data.load(str(few), "test")
     assert len(data.load(str(few))) == 6
-    for spec in ("scenes", "reasoning:color", "photographs", specs["folder"][0], f"{specs['hf'][0]}:train"):
+    for spec in ("scenes", "reasoning:color", "photographs", specs["folder"][0], f"{specs['hub'][0]}:train"):
         with pytest.raises(ValueError, match="split='trian'"):
             data.load(spec, "trian")
     assert all(source.usage.startswith(name) and source.help for name, source in data.SOURCES.items())

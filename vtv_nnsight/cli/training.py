@@ -37,7 +37,7 @@ def pretrain(
         str | None,
         typer.Option(
             help='For mae: "figures", composed of --images as papers show them, or a folder of your own figures; parts '
-            "are hidden at random, as in VP. For corpus: a Hub data set to gather, as hf:NAME.",
+            "are hidden at random, as in VP. For corpus: a Hub data set to gather, as hub:NAME.",
             show_default="prompts",
         ),
     ] = None,

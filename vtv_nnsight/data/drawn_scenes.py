@@ -10,14 +10,15 @@ lighter of two colours; dark objects lie on light grounds and light ones on dark
 sixteenth of the side.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from einops import einsum, rearrange
 from PIL import Image as PILImage
 
+from vtv_nnsight.data.checks import check_count, check_split
 from vtv_nnsight.images import LUMA as LUMA_WEIGHTS
 
 SPLITS = ("train", "validation", "test")
@@ -29,9 +30,10 @@ HUES = {  # degrees; each row is a fold, and the two classes of a shape have nei
     "dotted heart": 340, "plain heart": 355, "checkered arrow": 240, "plain crescent": 90, "ringed drop": 205,
 }  # fmt: skip
 NAMES = tuple(HUES)
-SMALLEST = 32
+MIN_SIZE = 32
 CHUNK = 64  # scenes drawn at once: enough to vectorise over, few enough to stay in cache
 LUMA = np.array(LUMA_WEIGHTS, np.float32)
+Array = Any  # numpy's arrays: what their arithmetic returns has no type
 
 
 class Scenes(NamedTuple):
@@ -49,8 +51,7 @@ def scenes(
 
     Row i depends on split, seed, folds and size, never on `n`, and the splits share no scene.
     """
-    if n <= 0:
-        raise ValueError(f"n={n} scenes were asked for and at least 1 was expected: pass a positive n.")
+    check_count(n, "scenes")
     drawn = render(split, range(n), seed, folds=folds, size=size)
     columns = {
         "image": [PILImage.fromarray(image) for image in drawn.images],
@@ -64,22 +65,21 @@ def render(
     split: str, indices: Sequence[int], seed: int = 0, *, folds: Sequence[int] = (0, 1, 2), size: int = 64
 ) -> Scenes:
     """The scenes at `indices` of a split, as arrays: what `scenes` wraps and what training streams."""
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown and one of {SPLITS} was expected: pass one of those.")
+    check_split(split, SPLITS)
     if not len(folds) or not set(folds) <= set(FOLDS):
         raise ValueError(f"folds={folds} was passed and some of {FOLDS} were expected: pass, say, folds=(0, 1, 2).")
-    if size < SMALLEST:
-        raise ValueError(f"size={size} is too small to draw and at least {SMALLEST} was expected: pass a larger size.")
-    indices = np.asarray(indices, np.int64)
-    if indices.ndim != 1 or not len(indices) or indices.min() < 0:
-        raise ValueError(f"indices={indices} was passed and a list of rows from 0 was expected: pass, say, range(100).")
-    keys = _mix(_mix(_mix(np.full(1, SPLITS.index(split))) + np.uint64(seed % 2**64)) + indices.astype(np.uint64))
+    if size < MIN_SIZE:
+        raise ValueError(f"size={size} is too small to draw and at least {MIN_SIZE} was expected: pass a larger size.")
+    rows = np.asarray(indices, np.int64)
+    if rows.ndim != 1 or not len(rows) or rows.min() < 0:
+        raise ValueError(f"indices={rows} was passed and a list of rows from 0 was expected: pass, say, range(100).")
+    keys = _mix(_mix(_mix(np.full(1, SPLITS.index(split))) + np.uint64(seed % 2**64)) + rows.astype(np.uint64))
     classes = rearrange(np.arange(len(NAMES)), "(fold i) -> fold i", fold=len(FOLDS))[sorted(set(folds))].ravel()
     chunks = [_draw(keys[start : start + CHUNK], classes, size) for start in range(0, len(keys), CHUNK)]
     return Scenes(*map(np.concatenate, zip(*chunks)))
 
 
-def _draw(keys: np.ndarray, classes: np.ndarray, size: int) -> Scenes:
+def _draw(keys: Array, classes: Array, size: int) -> Scenes:
     """One scene for every key [n], its label drawn from `classes`."""
     x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]
     y = rearrange(x, "1 1 x -> 1 x 1")
@@ -99,7 +99,7 @@ def _draw(keys: np.ndarray, classes: np.ndarray, size: int) -> Scenes:
     return Scenes(images, np.where(distance <= 0, np.uint8(255), np.uint8(0)), labels)
 
 
-def _object(keys: np.ndarray, names: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _object(keys: Array, names: Array, x: Array, y: Array) -> tuple[Array, Array]:
     """Signed distance to the object's edge in picture widths (negative inside), and its texture: both [n, y, x].
 
     In a quarter of the scenes there are two objects, either side of a point; a pixel belongs to the nearer one.
@@ -131,7 +131,7 @@ def _object(keys: np.ndarray, names: np.ndarray, x: np.ndarray, y: np.ndarray) -
     return distance, pattern
 
 
-def _object_colours(keys: np.ndarray, hue: np.ndarray, bright: np.ndarray, pattern: np.ndarray) -> np.ndarray:
+def _object_colours(keys: Array, hue: Array, bright: Array, pattern: Array) -> Array:
     """The texture in the class's hue, in light or in dark tones: RGB [n, y, x, 3] in [0, 1]."""
     jitter, vivid, level, spread = _uniform(keys, 2, 4)[..., 0, 0]
     hue, saturation = hue + 10 * (jitter - 0.5), 0.7 + 0.2 * vivid
@@ -140,7 +140,7 @@ def _object_colours(keys: np.ndarray, hue: np.ndarray, bright: np.ndarray, patte
     return _ramp(pattern, _colour(middle - half, hue, saturation), _colour(middle + half, hue, saturation))
 
 
-def _ground(keys: np.ndarray, bright: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _ground(keys: Array, bright: Array, x: Array, y: Array) -> Array:
     """What is behind the object: RGB [n, y, x, 3] in [0, 1]."""
     which, jitter, vivid, level, period, phase = _uniform(keys, 3, 6)
     grid = rearrange(_uniform(keys, 4, 64), "(i j) n 1 1 -> n i j", i=8)
@@ -163,55 +163,55 @@ def _ground(keys: np.ndarray, bright: np.ndarray, x: np.ndarray, y: np.ndarray) 
 # Shapes: signed distances (negative inside) of points (u, v), v pointing down, for an object of radius about 1.
 
 
-def _disc(u, v):
+def _disc(u: Array, v: Array) -> Array:
     return np.hypot(u, v) - 1
 
 
-def _square(u, v):
+def _square(u: Array, v: Array) -> Array:
     return np.maximum(np.abs(u), np.abs(v)) - 0.85
 
 
-def _triangle(u, v):
+def _triangle(u: Array, v: Array) -> Array:
     return np.maximum(0.866 * np.abs(u) - 0.5 * (v - 0.2), v - 0.2) - 0.5
 
 
-def _star(u, v):
+def _star(u: Array, v: Array) -> Array:
     fifth = 2 * np.pi / 5
     angle, r = np.abs((np.arctan2(u, -v) + fifth / 2) % fifth - fifth / 2), np.hypot(u, v)
     return 0.67 * (r * np.cos(angle) - 1.05) + 0.74 * r * np.sin(angle)
 
 
-def _ring(u, v):
+def _ring(u: Array, v: Array) -> Array:
     return np.abs(np.hypot(u, v) - 0.73) - 0.27
 
 
-def _cross(u, v):
+def _cross(u: Array, v: Array) -> Array:
     u, v = np.abs(u), np.abs(v)
     return np.minimum(np.maximum(u - 0.95, v - 0.34), np.maximum(u - 0.34, v - 0.95))
 
 
-def _heart(u, v):
+def _heart(u: Array, v: Array) -> Array:
     u, v = np.abs(u), 0.15 - v
     return np.minimum(np.maximum(u + v, u - v) * 0.707 - 0.6, np.hypot(u - 0.42, v - 0.42) - 0.6)
 
 
-def _crescent(u, v):
+def _crescent(u: Array, v: Array) -> Array:
     return np.maximum(np.hypot(u, v) - 1, 0.75 - np.hypot(u - 0.5, v))
 
 
-def _arrow(u, v):
+def _arrow(u: Array, v: Array) -> Array:
     v = np.abs(v)
     head = np.maximum(0.707 * (u + v) - 0.707, -u)
     return np.minimum(head, np.maximum(np.abs(u + 0.4) - 0.55, v - 0.38))
 
 
-def _drop(u, v):
+def _drop(u: Array, v: Array) -> Array:
     v = v - 0.35
     tip = np.maximum(0.866 * np.abs(u) - 0.5 * v - 0.7, v + 0.35)
     return np.minimum(np.hypot(u, v) - 0.7, tip)
 
 
-SHAPES = {
+SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "disc": _disc, "square": _square, "triangle": _triangle, "star": _star, "ring": _ring,
     "cross": _cross, "heart": _heart, "crescent": _crescent, "arrow": _arrow, "drop": _drop,
 }  # fmt: skip
@@ -221,11 +221,11 @@ UNIT_AREA = {shape: 9 * np.mean(inside(*_POINTS[::-1]) < 0) for shape, inside in
 # Textures: (u, v) in picture widths around an object of the given radius -> tones in [0, 1], 1 is lighter.
 
 
-def _sharpen(wave):
+def _sharpen(wave: Array) -> Array:
     return np.clip(0.5 + 1.5 * wave, 0, 1)
 
 
-TEXTURES = {
+TEXTURES: dict[str, Callable[..., Array]] = {
     "plain": lambda u, v, radius, frequency, phase: np.clip(0.75 - 0.4 * (u + v) / radius, 0, 1),
     "striped": lambda u, v, radius, frequency, phase: _sharpen(np.sin(frequency * v + phase)),
     "checkered": lambda u, v, radius, frequency, phase: _sharpen(
@@ -241,10 +241,10 @@ TEXTURES = {
 # Grounds: (x, y) in [0, 1], random numbers grid [n, 8, 8], a scale near 1 and a phase -> tones in [0, 1], 1 is lighter.
 
 
-def _noise(grid, x, y):
+def _noise(grid: Array, x: Array, y: Array) -> Array:
     """Smooth noise of about [0, 1] through the grid's values: [n, i, j] -> [n, y, x]."""
 
-    def weights(at, nodes):
+    def weights(at: Array, nodes: int) -> Array:
         near = np.exp(-(((at.ravel()[:, None] * (nodes - 1) - np.arange(nodes)) / 0.6) ** 2))
         return (near / near.sum(1, keepdims=True)).astype(np.float32)
 
@@ -252,23 +252,23 @@ def _noise(grid, x, y):
     return 0.5 + 1.4 * (np.matmul(np.matmul(down, grid), across.T) - 0.5)
 
 
-def _sky(x, y, grid, scale, phase):
+def _sky(x: Array, y: Array, grid: Array, scale: Array, phase: Array) -> Array:
     return np.clip(y + 0.3 * (_noise(grid[:, :3, :3], x, y) - 0.5), 0, 1)
 
 
-def _grass(x, y, grid, scale, phase):
+def _grass(x: Array, y: Array, grid: Array, scale: Array, phase: Array) -> Array:
     return np.clip(1.6 * _noise(grid[:, :4], x, y) - 0.3, 0, 1)
 
 
-def _sand(x, y, grid, scale, phase):
+def _sand(x: Array, y: Array, grid: Array, scale: Array, phase: Array) -> Array:
     return 0.5 + 0.3 * np.sin(2 * np.pi * (x + 2 * y + 1.2 * _noise(grid[:, :3, :3], x, y)) / (0.7 * scale) + phase)
 
 
-def _water(x, y, grid, scale, phase):
+def _water(x: Array, y: Array, grid: Array, scale: Array, phase: Array) -> Array:
     return 0.5 + 0.4 * np.sin(2 * np.pi * y / (0.22 * scale) + 1.2 * np.sin(2 * np.pi * x / (0.5 * scale) + phase))
 
 
-def _brick(x, y, grid, scale, phase):
+def _brick(x: Array, y: Array, grid: Array, scale: Array, phase: Array) -> Array:
     height, width = 0.21 * scale, 0.4 * scale
     row, down = np.divmod(y / height + phase, 1)
     across = (x / width + row / 2 + phase) % 1
@@ -276,20 +276,21 @@ def _brick(x, y, grid, scale, phase):
     return np.clip(1.5 - to_mortar / 0.022, 0, 1)
 
 
-def _wood(x, y, grid, scale, phase):
+def _wood(x: Array, y: Array, grid: Array, scale: Array, phase: Array) -> Array:
     return 0.5 + 0.4 * np.sin(2 * np.pi * (x / (0.25 * scale) + 0.9 * _noise(grid[:, :2, :4], x, y)) + phase)
 
 
-def _clouds(x, y, grid, scale, phase):
+def _clouds(x: Array, y: Array, grid: Array, scale: Array, phase: Array) -> Array:
     return np.clip(2.6 * _noise(grid[:, :6, :4], x, y) - 0.9, 0, 1)
 
 
-def _dusk(x, y, grid, scale, phase):
+def _dusk(x: Array, y: Array, grid: Array, scale: Array, phase: Array) -> Array:
     hills = 0.68 + 0.1 * np.sin(2 * np.pi * x / scale + phase) + 0.05 * np.sin(5 * np.pi * x / scale + 2 * phase)
     return np.where(y < hills, 0.25 + 0.75 * y / hills, 0) * np.ones_like(x)
 
 
-GROUNDS = {  # how it is painted, then the hue in degrees and the saturation of its darker and of its lighter colour
+# How a ground is painted, then the hue in degrees and the saturation of its darker and of its lighter colour.
+GROUNDS: dict[str, tuple[Any, ...]] = {
     "sky": (_sky, 218, 0.8, 200, 0.5),
     "grass": (_grass, 115, 0.7, 82, 0.7),
     "sand": (_sand, 36, 0.5, 44, 0.5),
@@ -301,34 +302,34 @@ GROUNDS = {  # how it is painted, then the hue in degrees and the saturation of 
 }
 
 
-def _pure(hue: np.ndarray) -> np.ndarray:
+def _pure(hue: Array) -> Array:
     """The fully saturated colour of hues in degrees: [n] -> RGB [n, 3]."""
     sixths = np.abs((hue[:, None] / 60 - np.array([0, 2, 4], np.float32) + 3) % 6 - 3)
     return np.clip(2 - sixths, 0, 1)
 
 
-def _colour(luma: np.ndarray, hue: np.ndarray, saturation: np.ndarray) -> np.ndarray:
+def _colour(luma: Array, hue: Array, saturation: Array) -> Array:
     """The colour of a given luma and hue at a fraction of the largest saturation RGB allows: [n] -> [n, 3]."""
     tint = _pure(hue) - (_pure(hue) @ LUMA)[:, None]
     room = np.minimum(luma / -tint.min(1), (1 - luma) / tint.max(1))
     return (luma[:, None] + (saturation * room)[:, None] * tint).astype(np.float32)
 
 
-def _ramp(pattern: np.ndarray, dark: np.ndarray, light: np.ndarray) -> np.ndarray:
+def _ramp(pattern: Array, dark: Array, light: Array) -> Array:
     """From the dark colour at 0 to the light one at 1: [n, y, x] and two of [n, 3] -> [n, y, x, 3]."""
     picture = einsum(pattern, light - dark, "n y x, n rgb -> n y x rgb")
     picture += dark[:, None, None]
     return picture
 
 
-def _uniform(keys: np.ndarray, stream: int, k: int) -> np.ndarray:
+def _uniform(keys: Array, stream: int, k: int) -> Array:
     """`k` independent numbers in [0, 1) for every key [n], always the same ones: [k, n, 1, 1]."""
     counters = np.arange(k, dtype=np.uint64)[:, None] + np.uint64(1000 * stream + 1)
     bits = _mix(keys + counters * np.uint64(0x9E3779B97F4A7C15))
     return (bits >> np.uint64(40)).astype(np.float32)[..., None, None] / 2**24
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: Array) -> Array:
     """SplitMix64's finaliser: a bijection of 64-bit integers whose outputs look independent."""
     x = x.astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -17,9 +17,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as parquet
 from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from vtv_nnsight.data.checks import at_most, check_count, check_split
 
 SPLITS = ("train", "test")
 SIZE = 112
@@ -44,14 +45,10 @@ def pictures(split: str = "train", n: int | None = None, seed: int = 0) -> Datas
     Raises:
         ValueError: for another split, or n below 1.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown; choose 'train' or 'test'.")
-    if n is not None and n < 1:
-        raise ValueError(f"n={n} was given and at least 1 was expected; leave it out for all rows.")
-    rows = Dataset(parquet.read_table(EMBEDDED / f"{split}.parquet")).cast(features())
-    if n is None or n >= len(rows):
-        return rows
-    return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False)))
+    check_split(split, SPLITS)
+    if n is not None:
+        check_count(n, "pictures")
+    return at_most(Dataset(parquet.read_table(EMBEDDED / f"{split}.parquet")).cast(features()), n, seed)
 
 
 def credits() -> list[dict[str, str]]:

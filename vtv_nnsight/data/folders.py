@@ -1,4 +1,4 @@
-"""A folder of one's own pictures."""
+"""A folder of your pictures."""
 
 import warnings
 from pathlib import Path
@@ -15,25 +15,27 @@ def folder(path: str | Path) -> Dataset:
     A picture is any file whose suffix Pillow knows how to open; hidden files are passed over. Files that turn out to be
     broken, or smaller than tasks take, are left out, with a warning that names them. The Dataset refers to the files
     where they lie.
+
+    Raises:
+        FileNotFoundError: when there is no such folder.
+        ValueError: when it holds no picture that can be read.
+
+    Warns:
+        UserWarning: naming the files that are left out.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder and a folder of pictures was expected: check the path.")
     readable = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in readable and not file.name.startswith(".") and file.is_file()
-    ]
-    broken = [file for file in files if not _usable(file)]
-    if broken:
-        names = ", ".join(str(file.relative_to(path)) for file in broken)
+    files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in readable and f.name[0] != "." and f.is_file()]
+    if broken := {file for file in files if not _usable(file)}:
+        names = ", ".join(str(file.relative_to(path)) for file in sorted(broken))
         warnings.warn(
             f"{len(broken)} of {len(files)} files in {path} cannot be read or are smaller than {MIN_SIDE} pixels, and "
             f"are left out: {names}.",
             stacklevel=2,
         )
-    pictures = [str(file.absolute()) for file in files if file not in set(broken)]
+    pictures = [str(file.absolute()) for file in files if file not in broken]
     if not pictures:
         raise ValueError(
             f"{path} holds no picture that can be read and at least 1 was expected: add PNG or JPEG files."
@@ -48,8 +50,6 @@ def _usable(file: Path) -> bool:
             large = min(picture.size) >= MIN_SIDE
             picture.draft("RGB", (64, 64))  # a JPEG is then decoded at an eighth of its size
             picture.load()
-    except (
-        Exception
-    ):  # what a broken file raises depends on its format: OSError, SyntaxError, ValueError, struct.error…
+    except Exception:  # what a broken file raises depends on its format: OSError, SyntaxError, struct.error…
         return False
     return large

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from datasets import Dataset, Features, Image, Value
 
+from vtv_nnsight.data.checks import check_split
+
 SPLITS = ("train", "test")
 PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
@@ -52,22 +54,17 @@ def photographs(split: str | None = None, *, grey: bool = True) -> Dataset:
     The embedded model has learned from those of scikit-image and scikit-learn, whichever split they are in.
     `grey=False` leaves out those that have no colour, from which colorization cannot be learned.
     """
-    if split not in (None, *SPLITS):
-        raise ValueError(f"split={split!r} is unknown and one of {SPLITS} was expected: pass one of those, or None.")
-    chosen = {
-        name: photograph
-        for name, photograph in PHOTOGRAPHS.items()
-        if split in (None, photograph.split) and (grey or not photograph.grey)
-    }
-    files = [{"bytes": _read(photograph), "path": None} for photograph in chosen.values()]
-    sources = [f"{PACKAGES[p.module]}, {p.file}: {p.licence}" for p in chosen.values()]
+    check_split(split, (None, *SPLITS))
+    names = [n for n, p in PHOTOGRAPHS.items() if split in (None, p.split) and (grey or not p.grey)]
+    files = [{"bytes": _read(PHOTOGRAPHS[name]), "path": None} for name in names]
+    sources = [f"{PACKAGES[p.module]}, {p.file}: {p.licence}" for p in map(PHOTOGRAPHS.__getitem__, names)]
     features = Features(image=Image(mode="RGB"), name=Value("string"), source=Value("string"))
-    return Dataset.from_dict({"image": files, "name": list(chosen), "source": sources}, features)
+    return Dataset.from_dict({"image": files, "name": names, "source": sources}, features)
 
 
 def _read(photograph: Photograph) -> bytes:
     spec = find_spec(photograph.module)
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise ImportError(
             f"The photographs need {PACKAGES[photograph.module]}, which is not installed: "
             "pip install vtv-nnsight[pretraining]"

@@ -1,4 +1,4 @@
-"""A folder of one's own inputs and answers: any change of pictures is a task.
+"""A folder of your inputs and answers: any change of pictures is a task.
 
 >>> images = pairs("sketches")                       # sketches/inputs/cat.png, sketches/answers/cat.png, …
 >>> prompts = tasks.pairs.prompts(images, n=50, layout=model.layout)
@@ -9,6 +9,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Image
 
 from vtv_nnsight.data.folders import folder
+from vtv_nnsight.text import join_names
 
 FOLDERS = ("inputs", "answers")
 
@@ -21,7 +22,7 @@ def pairs(path: str | Path) -> Dataset:
         FileNotFoundError: when a folder is missing.
         ValueError: when a picture has no partner, two have one name, or there are none.
     """
-    found = []
+    by_name = []
     for name in FOLDERS:
         inside = Path(path).expanduser() / name
         if not inside.is_dir():
@@ -32,11 +33,10 @@ def pairs(path: str | Path) -> Dataset:
         files = [Path(cell["path"]) for cell in rows["image"]]
         names = {file.relative_to(inside.absolute()).with_suffix("").as_posix(): str(file) for file in files}
         if len(names) < len(files):
-            raise ValueError(f"{inside} holds several pictures of one name and other suffixes; give each its own name.")
-        found.append(names)
-    inputs, answers = found
+            raise ValueError(f"{inside} holds several pictures of one name and other suffixes; give each another name.")
+        by_name.append(names)
+    inputs, answers = by_name
     if alone := sorted(inputs.keys() ^ answers.keys()):
-        shown = ", ".join(alone[:5]) + (", …" if len(alone) > 5 else "")
-        raise ValueError(f"{len(alone)} pictures in {path} have no partner in the other folder: {shown}.")
+        raise ValueError(f"{len(alone)} pictures in {path} have no partner in the other folder: {join_names(alone)}.")
     columns = {"image": list(inputs.values()), "answer": [answers[name] for name in inputs]}
     return Dataset.from_dict(columns, Features(image=Image(), answer=Image()))

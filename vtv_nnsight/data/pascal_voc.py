@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import datasets
@@ -35,7 +35,9 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
+from vtv_nnsight.data.checks import check_split
 from vtv_nnsight.files import write_text
+from vtv_nnsight.text import join_names
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -71,6 +73,11 @@ class Entry(NamedTuple):
 
     @classmethod
     def read(cls, line: str) -> Entry:
+        """The entry of such a line.
+
+        Raises:
+            ValueError: when it is no picture and class from 1 to 20, joined by two underscores.
+        """
         name, separator, number = line.strip().rpartition("__")
         if not (name and separator and number.isdecimal() and 1 <= int(number) <= len(CLASSES)):
             raise ValueError(f"expected a picture and a class from 1 to {len(CLASSES)}, as in 2008_000009__10")
@@ -78,12 +85,12 @@ class Entry(NamedTuple):
 
 
 def pascal(
-    root: str | os.PathLike,
+    root: str | os.PathLike[str],
     fold: int | Sequence[int] | None = 0,
     split: str = "val",
     *,
-    splits: str | os.PathLike = "published",
-    cache_dir: str | os.PathLike | None = None,
+    splits: str | os.PathLike[str] = "published",
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """One fold of Pascal-5i: columns image, mask ("L", 0 or 255, of the row's class) and label.
 
@@ -109,8 +116,7 @@ def pascal(
     folds = FOLDS if fold is None else (fold,) if isinstance(fold, int) else tuple(fold)
     if not folds or not set(folds) <= set(FOLDS):
         raise ValueError(f"fold={fold!r} is not a fold of Pascal-5i; choose 0, 1, 2, 3, or None for all classes.")
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not a split of Pascal-5i; choose 'trn' or 'val'.")
+    check_split(split, SPLITS)
     voc = _voc(root, "JPEGImages", "SegmentationClassAug")
     if splits == "masks":
         classes = {PER_FOLD * f + i for f in folds for i in range(PER_FOLD)}
@@ -145,9 +151,9 @@ def _published_lists() -> dict[str, list[Entry]]:
     text = lzma.decompress((files("vtv_nnsight.data") / "embedded" / "pascal-5i.txt.xz").read_bytes()).decode()
     for line in text.splitlines():
         if line.endswith(".txt"):
-            own = lists.setdefault(line, [])
+            entries = lists.setdefault(line, [])
         else:
-            own.append(Entry.read(line))
+            entries.append(Entry.read(line))
     return lists
 
 
@@ -156,7 +162,7 @@ def published_list(split: str, fold: int) -> list[Entry]:
     return list(_published_lists()[f"{split}/fold{fold}.txt"])
 
 
-def detection(root: str | os.PathLike, split: str = "val", *, largest: float = 0.5) -> Dataset:
+def detection(root: str | os.PathLike[str], split: str = "val", *, largest: float = 0.5) -> Dataset:
     """VOC's pictures of a single object (VP §4.2): columns image, mask ("L", the object's box filled) and label.
 
     Pictures with several objects or none are left out, and those whose box covers more than `largest` of the picture.
@@ -170,8 +176,7 @@ def detection(root: str | os.PathLike, split: str = "val", *, largest: float = 0
         FileNotFoundError: when a folder is missing, naming it and what to download.
         ValueError: when an annotation cannot be read, a list names pictures that are not there, or none is left.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not a split of Pascal VOC; choose 'trn' or 'val'.")
+    check_split(split, SPLITS)
     voc = _voc(root, "JPEGImages", "Annotations", "ImageSets/Main")
     file = voc / "ImageSets" / "Main" / ("train.txt" if split == "trn" else "val.txt")
     names = _lines(file)
@@ -181,18 +186,19 @@ def detection(root: str | os.PathLike, split: str = "val", *, largest: float = 0
     for name in names:
         size, objects = _annotation(voc / "Annotations" / f"{name}.xml")
         if len(objects) == 1:
-            ((label, (left, top, right, bottom)),) = objects
+            ((label, box),) = objects
+            left, top, right, bottom = box
             if 0 < (right - left) * (bottom - top) <= largest * size[0] * size[1]:
-                kept.append((name, size, [left, top, right, bottom], label))
+                kept.append((name, size, box, label))
     if not kept:
         raise ValueError(f"none of the {len(names)} pictures of {file} has a single object that is small enough.")
-    names, sizes, boxes, labels = zip(*kept)
-    images = [voc / "JPEGImages" / f"{name}.jpg" for name in names]
-    return _dataset(images, [{"size": s, "box": b} for s, b in zip(sizes, boxes)], labels, _box_mask)
+    images = [voc / "JPEGImages" / f"{name}.jpg" for name, *_ in kept]
+    masks = [{"size": size, "box": box} for _, size, box, _ in kept]
+    return _dataset(images, masks, [label for *_, label in kept], _box_mask)
 
 
 def _dataset(
-    images: Iterable[Path], masks: list[dict], labels: Sequence[int], draw: Callable[..., Image.Image]
+    images: Iterable[Path], masks: list[dict[str, Any]], labels: Sequence[int], draw: Callable[..., Image.Image]
 ) -> Dataset:
     """Rows whose masks are drawn, `draw(**mask)`, when they are read."""
     columns = {"image": [str(path) for path in images], "label": list(labels)}
@@ -202,7 +208,7 @@ def _dataset(
     return rows.with_transform(partial(_with_masks, draw=draw))
 
 
-def _with_masks(batch: dict[str, list], draw: Callable[..., Image.Image]) -> dict[str, list]:
+def _with_masks(batch: dict[str, list[Any]], draw: Callable[..., Image.Image]) -> dict[str, list[Any]]:
     return batch | {"mask": [draw(**mask) for mask in batch["mask"]]} if "mask" in batch else batch
 
 
@@ -211,14 +217,14 @@ def _class_mask(path: str, value: int) -> Image.Image:
     return Image.fromarray(np.where(_label_map(path) == value, np.uint8(255), np.uint8(0)))
 
 
-def _box_mask(size: list[int], box: list[int]) -> Image.Image:
+def _box_mask(size: list[int], box: tuple[int, int, int, int]) -> Image.Image:
     """A filled box: PIL "L" of a picture's size, 255 inside and else 0."""
-    mask = Image.new("L", tuple(size))
-    mask.paste(255, tuple(box))
+    mask = Image.new("L", size)
+    mask.paste(255, (*box,))
     return mask
 
 
-def _voc(root: str | os.PathLike, *needed: str) -> Path:
+def _voc(root: str | os.PathLike[str], *needed: str) -> Path:
     """The folder VOC2012, once the sub-folders that are needed are known to be there."""
     voc = Path(root).expanduser().absolute() / "VOCdevkit" / "VOC2012"
     if not voc.is_dir() and (voc.parent.parent / "VOC2012").is_dir():
@@ -247,21 +253,22 @@ def _all_in(voc: Path, source: Path | str, entries: Sequence[Entry]) -> None:
     _all_there(source, names, voc / "SegmentationClassAug", ".png")
 
 
-def _computed(voc: Path, split: str, cache_dir: str | os.PathLike | None) -> list[Entry]:
+def _computed(voc: Path, split: str, cache_dir: str | os.PathLike[str] | None) -> list[Entry]:
     """Every picture of a split with every class in its mask; remembered until the masks change."""
     masks = sorted((voc / "SegmentationClassAug").glob("*.png"))
     if not masks:
         raise ValueError(f"{voc / 'SegmentationClassAug'} has no masks (.png); download {SBD}.")
     _voc(voc.parent, "ImageSets/Segmentation")
     held_out = set(_lines(voc / "ImageSets" / "Segmentation" / "val.txt"))
-    stamp = datasets.fingerprint.Hasher.hash([(str(path), *_stamp(path)) for path in masks])
+    stats = [(path, path.stat()) for path in masks]
+    stamp = datasets.fingerprint.Hasher.hash([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats])
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vtv_nnsight" / f"pascal-{stamp}.txt"
     if cache.is_file():
         entries = [Entry.read(line) for line in _lines(cache)]
     else:
         with ThreadPoolExecutor() as pool:
-            found = pool.map(lambda path: np.unique(_label_map(path)), masks)
-            entries = [Entry(mask.stem, int(v) - 1) for mask, values in zip(masks, found) for v in values if v]
+            contents = pool.map(lambda path: np.unique(_label_map(path)), masks)
+            entries = [Entry(mask.stem, int(v) - 1) for mask, values in zip(masks, contents) for v in values if v]
         entries = [entry for entry in entries if entry.label + 1 != 255]
         if strange := [entry for entry in entries if entry.label >= len(CLASSES)]:
             name, label = strange[0]
@@ -273,11 +280,6 @@ def _computed(voc: Path, split: str, cache_dir: str | os.PathLike | None) -> lis
     entries = [entry for entry in entries if (entry.name in held_out) == (split == "val")]
     _all_there(voc / "SegmentationClassAug", {entry.name for entry in entries}, voc / "JPEGImages", ".jpg")
     return entries
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _label_map(path: str | Path) -> np.ndarray:
@@ -299,16 +301,16 @@ def _annotation(file: Path) -> tuple[list[int], list[tuple[int, list[int]]]]:
     """
     try:
         tree = ElementTree.parse(file).getroot()
-        size = [int(tree.findtext(f"size/{side}")) for side in ("width", "height")]
+        size = [int(tree.findtext(f"size/{side}", "")) for side in ("width", "height")]
         objects = []
         for item in tree.findall("object"):
             left, top, right, bottom = (
-                round(float(item.findtext(f"bndbox/{side}"))) for side in ("xmin", "ymin", "xmax", "ymax")
+                round(float(item.findtext(f"bndbox/{side}", ""))) for side in ("xmin", "ymin", "xmax", "ymax")
             )
             if (name := item.findtext("name")) not in CLASSES:
                 raise ValueError(f"{name!r} is not a class of VOC")
             objects.append((CLASSES.index(name), [left - 1, top - 1, right, bottom]))
-    except (ElementTree.ParseError, TypeError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{file} is not an annotation as VOC writes them: {error}.") from error
     return size, objects
 
@@ -323,5 +325,5 @@ def _all_there(source: Path | str, names: Iterable[str], folder: Path, suffix: s
     """Refuse names without a file, counted and listed."""
     there = {entry.name for entry in os.scandir(folder)}
     if absent := sorted({name for name in names if name.strip() + suffix not in there}):
-        shown = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
-        raise ValueError(f"{source} names {len(absent)} pictures that have no {suffix} in {folder}: {shown}.")
+        names = join_names(absent)
+        raise ValueError(f"{source} names {len(absent)} pictures that have no {suffix} in {folder}: {names}.")

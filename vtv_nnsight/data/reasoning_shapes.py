@@ -17,6 +17,8 @@ from datasets import Dataset, Features
 from PIL import Image
 
 from vtv_nnsight import tasks
+from vtv_nnsight.data.checks import check_count, check_split
+from vtv_nnsight.metrics import Colour
 
 SIZE = 224
 MARGIN = 10
@@ -37,14 +39,12 @@ def reasoning(task: str | tasks.Reasoning = "color", n: int = 100, seed: int = 0
     Raises:
         ValueError: when it is not a reasoning task, `n` is not positive, or the split is unknown.
     """
-    chosen = tasks.get(task) if isinstance(task, str) else task
-    if not isinstance(chosen, tasks.Reasoning):
-        raise ValueError(f"{chosen.name!r} is not a reasoning task; join some of color, shape and size by '+'.")
-    if n < 1:
-        raise ValueError(f"n={n} pictures were asked for; expected 1 or more.")
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}.")
-    rows = [_pair(chosen.changes, np.random.default_rng([seed, i]), SPLITS.index(split)) for i in range(n)]
+    named = tasks.get(task) if isinstance(task, str) else task
+    if not isinstance(named, tasks.Reasoning):
+        raise ValueError(f"{named.name!r} is not a reasoning task; join some of color, shape and size by '+'.")
+    check_count(n, "pictures")
+    check_split(split, SPLITS)
+    rows = [_pair(named.changes, np.random.default_rng([seed, i]), SPLITS.index(split)) for i in range(n)]
     images, answers = zip(*rows)
     columns = {"image": list(images), "answer": list(answers)}
     return Dataset.from_dict(columns, Features(image=datasets.Image(), answer=datasets.Image()))
@@ -65,10 +65,10 @@ def _pair(changes: tuple[str, ...], generator: np.random.Generator, split: int) 
     return draw(x, y, radius), answer
 
 
-def draw(x: int, y: int, radius: int, shape: str = "circle", colour: tuple = tasks.GREEN) -> Image.Image:
+def draw(x: int, y: int, radius: int, shape: str = "circle", colour: Colour = tasks.GREEN) -> Image.Image:
     """A filled circle, or the square around it, on white; what lies beyond the border is cut off."""
     across, down = np.arange(SIZE)[None, :] - x, np.arange(SIZE)[:, None] - y
     circle = across**2 + down**2 <= radius**2
     square = np.maximum(np.abs(across), np.abs(down)) <= radius
     inside = circle if shape == "circle" else square
-    return Image.fromarray(np.where(inside[..., None], np.uint8(colour), np.uint8(255)))
+    return Image.fromarray(np.where(inside[..., None], np.array(colour, np.uint8), np.uint8(255)))

