@@ -37,7 +37,7 @@ from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.plots import label_decades
 from vtv_nnsight.progress import progress_bar, quiet
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.report.pictures import plain_label
+from vtv_nnsight.report.labels import plain_label
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.runs.steps import collect, load_model, read_vectors
 from vtv_nnsight.runs.steps import search as search_units

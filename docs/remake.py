@@ -26,7 +26,7 @@ import pictures
 from vtv_nnsight.evaluation.explorer import QueryExplorer
 from vtv_nnsight.report import load_run
 from vtv_nnsight.report.hero import animation, save_animation
-from vtv_nnsight.report.reading import FLOOR_TO_CEILING
+from vtv_nnsight.report.labels import FLOOR_TO_CEILING
 from vtv_nnsight.runs import bundles, run
 from vtv_nnsight.runs.settings import Settings
 

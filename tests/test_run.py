@@ -27,8 +27,8 @@ from vtv_nnsight.cli import start
 from vtv_nnsight.evaluation import Table, rank_among_draws, verdicts
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import numbered_steps, progress_bar
+from vtv_nnsight.report import comparison, figures, labels, pictures, reading
 from vtv_nnsight.report import page as report
-from vtv_nnsight.report import pictures, reading
 from vtv_nnsight.runs import STEPS, run
 from vtv_nnsight.runs import steps as runs
 from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
@@ -401,7 +401,7 @@ def test_the_report_is_one_file_with_everything(finished):
         section = page[page.index(f'<section id="{name}">') :]
         section = section[: section.index("</section>")]
         row = section[section.index('<div class="row">') : section.index('<div class="play"')]
-        assert row.count("<figure><img") == 4 * len(report.PICTURES)
+        assert row.count("<figure><img") == 4 * len(labels.PICTURES)
         assert section.count("<button") == len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
         assert section.count("<picture>") == 1 and "Probability of every unit" in section
         table = Table.load(finished / "evaluation" / f"{name}.parquet")
@@ -489,7 +489,7 @@ def test_the_same_figure_is_the_same_bytes_in_two_inks():
         return made[-1]
 
     one, other = (
-        pictures.draw(figure, "", keep=lambda name, content: kept.setdefault((name, content), name), name="x")
+        figures.draw(figure, "", keep=lambda name, content: kept.setdefault((name, content), name), name="x")
         for _ in range(2)
     )
     assert one == other and set(one.links) == {"PNG", "SVG"} and len(kept) == 2
@@ -504,7 +504,7 @@ def test_the_same_figure_is_the_same_bytes_in_two_inks():
 @pytest.mark.slow
 def test_runs_are_compared(finished, copy, model, tmp_path, done):
     run(copy, Settings(model=model, **SMALL | {"budget": 300}), redo=True, progress=False)
-    page = report.compare([finished, copy], tmp_path / "comparison.html").read_text()
+    page = comparison.compare([finished, copy], tmp_path / "comparison.html").read_text()
     assert '<th scope="col">budget' in page and "<td>200" in page and "<td>300" in page
     assert '<th scope="col">seed' not in page
     assert page.count('<th scope="row">finished') == page.count('<th scope="row">copy') == 1 + 2 * len(TASKS)
@@ -512,7 +512,7 @@ def test_runs_are_compared(finished, copy, model, tmp_path, done):
     for name in TASKS:
         section = page[page.index(f'<section id="{name}">') :]
         section = section[: section.index("</section>")]
-        assert section.count(f'alt="{name}, query ') == 4 * report.ROWS and "asked other queries" not in section
+        assert section.count(f'alt="{name}, query ') == 4 * pictures.MAX_ROWS and "asked other queries" not in section
         for one in found:
             score = one.table.values(name, "task vector")[1]
             assert f'alt="{name}, query 2: {one.name}, {score:.3f}"' in section.replace("\u2212", "-")
@@ -525,22 +525,22 @@ def test_runs_that_asked_other_queries_are_not_set_side_by_side(finished, copy, 
     record = json.loads((copy / "run.json").read_text())
     record["settings"]["test pictures"] = "others"
     (copy / "run.json").write_text(json.dumps(record))
-    page = report.compare([finished, copy], tmp_path / "comparison.html").read_text()
+    page = comparison.compare([finished, copy], tmp_path / "comparison.html").read_text()
     assert page.count("copy: asked other queries") == len(TASKS) and 'alt="segmentation, query' not in page
 
 
 def test_units_of_other_names_are_not_compared(finished):
     found = reading.load_run(finished)
-    sets = report._sets(found)
+    sets = found.sets
     space = sets["lowlight"].space
     by_head = PatchSpace.from_metadata(space.metadata | {"granularity": "head"})
-    assert report._agreement({"a": sets["lowlight"], "b": PatchSet.random(by_head, 2)}) is None
-    assert report._agreement({"a": sets["lowlight"], "b": sets["lowlight"]})["shared"] == list(sets["lowlight"])
+    assert comparison._agreement({"a": sets["lowlight"], "b": PatchSet.random(by_head, 2)}) is None
+    assert comparison._agreement({"a": sets["lowlight"], "b": sets["lowlight"]})["shared"] == list(sets["lowlight"])
 
 
 def test_answers_png_shows_the_prompt_of_the_median_score(finished):
     found = reading.load_run(finished)
-    query = pictures.overview(found).axes[list(reading.PICTURES).index("query")].images[0].get_array()
+    query = pictures.overview(found).axes[list(labels.PICTURES).index("query")].images[0].get_array()
     shown = found.cells(found.tasks[0])["query"].permute(0, 2, 3, 1).numpy()
     kept = found.table.values(TASKS[0], "task vector")[: len(shown)]
     rows = [i for i, one in enumerate(shown) if np.array_equal(one, query)]  # prompts can share a query
@@ -552,7 +552,7 @@ def test_an_unfinished_run_has_no_report(copy, tmp_path):
     with pytest.raises(FileNotFoundError, match="is not finished: lowlight is not evaluated yet"):
         report.write(copy)
     with pytest.raises(FileNotFoundError, match="holds no run.json"):
-        report.compare([tmp_path / "nowhere", copy], tmp_path / "page.html")
+        comparison.compare([tmp_path / "nowhere", copy], tmp_path / "page.html")
 
 
 @pytest.fixture
@@ -598,7 +598,7 @@ def test_a_run_ends_with_its_table(finished, capsys):
     said = capsys.readouterr().out
     table = Table.load(finished / "evaluation" / "lowlight.parquet")
     assert all(name in said for name in (*TASKS, "mIoU ↑", "MSE ↓", "one-shot", "zero-shot", "task vector"))
-    assert all(f"{table.values('lowlight', name).mean():.3f}" in said for name in reading.FLOOR_TO_CEILING)
+    assert all(f"{table.values('lowlight', name).mean():.3f}" in said for name in labels.FLOOR_TO_CEILING)
     assert verdicts(table)[0] in said.replace("\n", " ")
 
 
@@ -626,7 +626,7 @@ def test_sigterm_stops_like_ctrl_c():
 @pytest.mark.parametrize("name", ["plain", "$x", "a_$b$", "_hidden", "m[/b]", "conv[red]", "\\frac$"])
 def test_names_are_shown_as_they_are(finished, name, capsys, vtv, monkeypatch):
     found = reading.load_run(finished)
-    figure = pictures.searches({name: [found.results["lowlight"][""]]})
+    figure = figures.searches({name: [found.results["lowlight"][""]]})
     (label,) = figure.axes[0].get_legend().get_texts()
     figure.savefig(io.BytesIO())
     assert label.get_text().replace("\\$", "$").replace("\\\\", "\\").strip() == name

@@ -198,7 +198,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 def summarise(page: Path) -> None:
     """Print the scores of a run, and what they say."""
     from vtv_nnsight.evaluation import verdicts
-    from vtv_nnsight.report.reading import FLOOR_TO_CEILING, load_run
+    from vtv_nnsight.report.labels import FLOOR_TO_CEILING
+    from vtv_nnsight.report.reading import load_run
 
     found = load_run(page.parent)
     table = Table("task", *FLOOR_TO_CEILING, box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -1,7 +1,13 @@
-"""The report of a run, and the comparison of several."""
+"""The report of a run, and the comparison of several.
 
-from vtv_nnsight.report.page import compare, write
+`reading` fetches what a run left, `numbers` makes the tables behind the figures, `figures` and `pictures` draw,
+`attention`, `play` and `hero` make what one query shows, `page` and `comparison` put it together, and `rendering` knows
+the templates; `labels` has the words.
+"""
+
+from vtv_nnsight.report.comparison import compare
+from vtv_nnsight.report.page import write
 from vtv_nnsight.report.pictures import overview
 from vtv_nnsight.report.reading import load_run
 
-__all__ = ["compare", "overview", "load_run", "write"]
+__all__ = ["compare", "load_run", "overview", "write"]

@@ -24,10 +24,10 @@ def of_units(result: SearchResult) -> pd.DataFrame:
 
 
 def of_searches(results: Mapping[str, Sequence[SearchResult]]) -> pd.DataFrame:
-    """Of `pictures.all_searches`: a row for each time that a search looked at its held-out prompts."""
+    """Of `figures.all_searches`: a row for each time that a search looked at its held-out prompts."""
     parts = []
-    for name, found in results.items():
-        for number, result in enumerate(found):
+    for name, folds in results.items():
+        for number, result in enumerate(folds):
             at = np.array([step.evaluations for step in result.history])
             best = {"evaluations": at, "best held-out loss": best_so_far(result, at)}
             parts.append(pd.DataFrame({"task": name, "search": number, **best}))
@@ -37,7 +37,9 @@ def of_searches(results: Mapping[str, Sequence[SearchResult]]) -> pd.DataFrame:
 def of_sets(sets: Mapping[str, PatchSet]) -> pd.DataFrame:
     """Of `search.plots.overlap`: a row for each unit, and which sets have it."""
     first = next(iter(sets.values()))
-    return pd.DataFrame({"unit": first.space.names} | {name: own.choices.tolist() for name, own in sets.items()})
+    return pd.DataFrame(
+        {"unit": first.space.names} | {name: patches.choices.tolist() for name, patches in sets.items()}
+    )
 
 
 def of_scores(scores: ByStage, layout: Layout) -> pd.DataFrame:
@@ -48,15 +50,15 @@ def of_scores(scores: ByStage, layout: Layout) -> pd.DataFrame:
             layers, heads = np.indices(values.shape[:2])
             means = values[..., places].nanmean(-1).numpy()
             columns = {"layer": layers.ravel(), "head": heads.ravel(), "region": region, "score": means.ravel()}
-            parts.append(pd.DataFrame({"stage": stage, **columns}))
+            parts.append(pd.DataFrame({"stage": stage} | columns))
     return pd.concat(parts).dropna()
 
 
-def of_playground(shown: QueryExplorer) -> pd.DataFrame:
+def of_playground(explorer: QueryExplorer) -> pd.DataFrame:
     """Of what can be played with: a row for each answer."""
-    kinds = {"scale": shown.scales, "without": shown.units, "vectors": shown.vectors}
-    parts = [
-        pd.DataFrame({"changed": {"vectors": "vector of"}.get(kind, kind), "to": own, "score": shown.scores[kind]})
-        for kind, own in kinds.items()
-    ]
-    return pd.concat(parts)
+    changes = {"scale": explorer.scales, "without": explorer.units, "vector of": explorer.vectors}
+    scores = (explorer.scores[kind] for kind in ("scale", "without", "vectors"))
+    return pd.concat(
+        pd.DataFrame({"changed": change, "to": values, "score": score})
+        for (change, values), score in zip(changes.items(), scores)
+    )

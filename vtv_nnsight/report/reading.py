@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,52 +12,33 @@ import torch
 
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Line, Table
-from vtv_nnsight.evaluation.conditions import BASELINE, BOTH, CEILING, FLOOR, MATCHED, OTHER, PATCHED, RANDOM, ZERO_SHOT
+from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
 from vtv_nnsight.evaluation.explorer import QueryExplorer
 from vtv_nnsight.files import read_tensors
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import crop
+from vtv_nnsight.report.labels import PICTURES
 from vtv_nnsight.runs.record import changed_files, read_record
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
 
-CONDITIONS = {
-    BASELINE: "An example is shown; nothing is patched.",
-    ZERO_SHOT: "No example is shown; nothing is patched.",
-    PATCHED: "No example is shown; the task vector is patched in at the units that were found.",
-    BOTH: "An example is shown, and the task vector is patched in as well.",
-    RANDOM: "No example is shown; the task vector is patched in at as many units drawn at random (many times).",
-    MATCHED: "The same, with as many units of each stage and place as were found.",
-    f"{OTHER}…": "No example is shown; the vector of another task is patched in at the same units.",
-    CEILING: "The tokenizer's own drawing of the truth, the ceiling: no answer can be better.",
-    FLOOR: "The query as its own answer, a floor.",
-}
-"""What is compared, in words."""
-FLOOR_TO_CEILING = (FLOOR, BASELINE, ZERO_SHOT, RANDOM, PATCHED, CEILING)
-"""The columns of the table that ends a run, and of the README's."""
-
-PICTURES = {
-    "example_input": "example",
-    "example_output": "its answer",
-    "query": "query",
-    BASELINE: BASELINE,
-    ZERO_SHOT: ZERO_SHOT,
-    PATCHED: PATCHED,
-    "truth": "truth",
-}
-"""The pictures of a row, and what is written under them."""
+Lines = dict[str, dict[str, Line]]
+"""Of a task: "score" or "loss" → condition → its line of the table."""
 
 
 class RunResults(NamedTuple):
     """What a run left.
 
     Args:
+        name: Of its folder.
         record: run.json.
+        table: The evaluations of all tasks.
         results: Task → name of the fold ("" where there are none) → what its search found.
         scores: Name of the fold → `TaskVectors.score()`; none of a single task.
-        shown: Task → what was looked at closely, in the first fold.
+        explorers: Task → what was looked at closely, in the first fold.
     """
 
     name: str
@@ -63,31 +46,58 @@ class RunResults(NamedTuple):
     table: Table
     results: dict[str, dict[str, SearchResult]]
     scores: dict[str, Any]
-    layout: Layout
-    shown: dict[str, QueryExplorer]
+    explorers: dict[str, QueryExplorer]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the run, as run.json has them."""
+        return self.record["settings"]
 
     @property
     def tasks(self) -> list[Task]:
-        return [registry.get(name) for name in self.record["settings"]["tasks"]]
+        """The run's tasks, in its order."""
+        return [registry.get(name) for name in self.settings["tasks"]]
 
     @property
     def seconds(self) -> float:
+        """How long its steps took, all together."""
         return sum(self.record["seconds"].values())
 
-    def lines(self) -> dict[str, dict[str, dict[str, Line]]]:
-        """Task → "score" or "loss" → condition → its line of the table."""
+    @property
+    def space(self) -> PatchSpace:
+        """The units that were searched, which are those of all tasks and folds."""
+        return next(iter(next(iter(self.results.values())).values())).patches.space
+
+    @property
+    def layout(self) -> Layout:
+        """That of its prompts."""
+        return self.space.layout
+
+    @property
+    def sets(self) -> dict[str, PatchSet]:
+        """Task → the units that were found in every fold."""
+        return {
+            name: reduce(and_, (result.patches for result in folds.values())) for name, folds in self.results.items()
+        }
+
+    def size(self, task: Task) -> str:
+        """How many units were found for a task in each fold, and of how many."""
+        return f"{', '.join(str(len(r.patches)) for r in self.results[task.name].values())} of {len(self.space)}"
+
+    def lines(self) -> dict[str, Lines]:
+        """Task → the lines of its table."""
         metrics = {task.name: task.metric.name for task in self.tasks}
-        found: dict[str, dict[str, dict[str, Line]]] = {name: {"score": {}, "loss": {}} for name in metrics}
+        lines: dict[str, Lines] = {name: {"score": {}, "loss": {}} for name in metrics}
         for line in self.table.lines():
-            found[line.task]["score" if line.measure == metrics[line.task] else "loss"][line.condition] = line
-        return found
+            lines[line.task]["score" if line.measure == metrics[line.task] else "loss"][line.condition] = line
+        return lines
 
     def cells(self, task: Task) -> dict[str, torch.Tensor]:
         """The pictures of `PICTURES`, uint8 [row, 3, height, width], of the first prompts."""
         pictures = self.table.pictures[task.name]
-        cells = self.layout.cells
-        shown = {n: n if n in cells else f"{n}_1" for n in ("example_input", "example_output", "query")}  # of several
-        return {n: crop(pictures["prompt"], shown[n], self.layout) if n in shown else pictures[n] for n in PICTURES}
+        layout, shown = self.layout, ("example_input", "example_output", "query")
+        first = {name: name if name in layout.cells else f"{name}_1" for name in shown}  # of several examples
+        return {n: crop(pictures["prompt"], first[n], layout) if n in first else pictures[n] for n in PICTURES}
 
 
 def load_run(run: str | os.PathLike) -> RunResults:
@@ -101,21 +111,17 @@ def load_run(run: str | os.PathLike) -> RunResults:
     record = read_record(run)
     names = record["settings"]["tasks"]
     folders = {f"fold{fold}": run / f"fold{fold}" for fold in record["settings"]["folds"]} or {"": run}
-    for folder in folders.values():
-        for name in names:
-            if not (folder / "evaluation" / f"{name}.parquet").is_file():
-                raise FileNotFoundError(f"{run} is not finished: {name} is not evaluated yet; run the same `vtv run`.")
+    evaluations = {folder / "evaluation" / f"{name}.parquet": name for name in names for folder in folders.values()}
+    for path, name in evaluations.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"{run} is not finished: {name} is not evaluated yet; run the same `vtv run`.")
     if changed := changed_files(run, record):
         raise ValueError(
             f"{', '.join(str(run / name) for name in changed)}: not as the run wrote it; put it back, or do it again "
             "with the same `vtv run` and --redo."
         )
     with quiet():
-        tables = [
-            _read_table(folder / "evaluation" / f"{name}.parquet", name)
-            for name in names
-            for folder in folders.values()
-        ]
+        table = Table.cat([_read_table(path, name) for path, name in evaluations.items()])
     results = {
         name: {fold: SearchResult.load(folder / "search" / f"{name}.safetensors") for fold, folder in folders.items()}
         for name in names
@@ -123,10 +129,9 @@ def load_run(run: str | os.PathLike) -> RunResults:
     scores = {}
     if len(names) > 1:
         scores = {fold: TaskVectors.load(folder / "vectors.safetensors").score() for fold, folder in folders.items()}
-    layout = next(iter(results[names[0]].values())).patches.space.layout
-    closely = {name: next(iter(folders.values())) / "shown" / f"{name}.safetensors" for name in names}
-    shown = {name: QueryExplorer.load(path) for name, path in closely.items() if path.is_file()}
-    return RunResults(run.resolve().name, record, Table.cat(tables), results, scores, layout, shown)
+    shown = {name: next(iter(folders.values())) / "shown" / f"{name}.safetensors" for name in names}
+    explorers = {name: QueryExplorer.load(path) for name, path in shown.items() if path.is_file()}
+    return RunResults(run.resolve().name, record, table, results, scores, explorers)
 
 
 def _read_table(path: Path, task: str) -> Table:

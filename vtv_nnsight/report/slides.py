@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from vtv_nnsight.images import png_of, strip
-from vtv_nnsight.report.play import sprite
+from vtv_nnsight.report.pictures import sprite
+from vtv_nnsight.report.rendering import render
 
-WIDTH, HEIGHT = 480, 320
-"""Pixels of the large picture, at most."""
+MAX_WIDTH, MAX_HEIGHT = 480, 320
+"""Of the large picture, in pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,21 +53,18 @@ class Slides:
         """The slider: nothing but what its own script makes."""
         frames = torch.stack([pixels.detach().float().cpu() for pixels in self.pictures.values()])
         height, width = frames.shape[-2:]
-        told = {
+        content = {
             "title": self.title,
             "labels": list(self.pictures),
-            "width": round(min(WIDTH, HEIGHT * width / height)),
+            "width": round(min(MAX_WIDTH, MAX_HEIGHT * width / height)),
             "ratio": f"{width} / {height}",
             "picture": sprite(frames.clamp(0, 1).mul(255).round().byte(), across=True),
         }
-        environment = Environment(
-            loader=PackageLoader("vtv_nnsight.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-        )
-        return environment.get_template("slides.html").render(told=told)
+        return render("slides.html", slides=content)
 
     def _ipython_display_(self) -> None:
         from IPython.display import HTML, display
-        from IPython.display import Image as Shown
+        from IPython.display import Image as Picture
 
-        display(Shown(png_of(self.strip()), alt=f"{self.title}: {', '.join(self.pictures)}"))
+        display(Picture(png_of(self.strip()), alt=f"{self.title}: {', '.join(self.pictures)}"))
         display(HTML(self.html()))
