@@ -38,7 +38,7 @@ def shares(explorer: QueryExplorer, layout: Layout) -> pd.DataFrame:
     return pd.DataFrame({"attention of": explorer.looks} | columns)
 
 
-def attention_maps(explorer: QueryExplorer, layout: Layout, keep: Keep) -> dict[str, Any] | None:
+def attention_pictures(explorer: QueryExplorer, layout: Layout, keep: Keep) -> dict[str, Any] | None:
     """What the templates show: a picture for each of `explorer.looks`, and the cell that it looks at most. None without
     any."""
     if not explorer.looks:

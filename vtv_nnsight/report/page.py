@@ -21,7 +21,7 @@ from vtv_nnsight.evaluation.random_controls import specific_sentence, task_verdi
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
 from vtv_nnsight.report import numbers
-from vtv_nnsight.report.attention import attention_maps
+from vtv_nnsight.report.attention import attention_pictures
 from vtv_nnsight.report.figures import Drawn, Keep, all_searches, draw, keep_file
 from vtv_nnsight.report.labels import SITES, legend, plain_label
 from vtv_nnsight.report.pictures import first_pictures, overview, prompt_cells
@@ -86,7 +86,7 @@ def _task(run: RunResults, task: Task, lines: Lines, keep: Keep) -> dict[str, An
         "pictures": first_pictures(run, task),
         "figures": _units(run, task, keep),
         "play": playground(explorer, task, run.space, keep) if explorer else None,
-        "looks": attention_maps(explorer, run.layout, keep) if explorer else None,
+        "looks": attention_pictures(explorer, run.layout, keep) if explorer else None,
     }
 
 
