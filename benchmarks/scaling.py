@@ -103,7 +103,7 @@ def by_units(make: Callable[..., search.Objective], args: Namespace) -> list[dic
         same("nothing or everything patched, by granularity", losses, 1e-5)
 
     def steps(objective: search.Objective) -> search.SearchResult:
-        whole = dict(budget=args.steps * STEP, patience=None, prune=False, progress=False)
+        whole = dict(budget=args.steps * STEP, prune=False, progress=False)
         return search.reinforce.on(objective, seed=args.seed, **whole)
 
     sides, counts = {}, {}

@@ -40,17 +40,14 @@ from vtv_nnsight import MAEVQGAN, VisualPrompt, data, search, tasks
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.search.budget import GRADIENT_COST, Search
-from vtv_nnsight.search.published import PUBLISHED, published
+from vtv_nnsight.search.score_function import PUBLISHED, published
 from vtv_nnsight.studies.bank import BankObjective, cluster_vectors
 from vtv_nnsight.studies.learning import learn_vector
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors
 
 PAPER = "reinforce, published"
 ABLATIONS = {
-    "reinforce, batch baseline": dict(baseline="batch"),
-    "reinforce, independent": dict(antithetic=False),
     "reinforce, not pruned": dict(prune=False),
-    "reinforce, no early stop": dict(patience=None),
     "reinforce, constant rate": dict(decay=0.0, lr=0.15),
     "reinforce, same 10 prompts": dict(prompts=10),
 }

@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import importlib
 import inspect
 import json
 import math
@@ -25,8 +26,7 @@ from vtv_nnsight.patching import PatchSet, PatchSpace, patch
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.search import plots
 from vtv_nnsight.search.budget import GRADIENT_COST, Search
-from vtv_nnsight.search.published import PUBLISHED
-from vtv_nnsight.search.reinforce import _prune, gradient, sample
+from vtv_nnsight.search.score_function import PUBLISHED, _prune, gradient, sample
 from vtv_nnsight.vectors import TaskVectors
 
 ROOT = Path(__file__).parents[1]
@@ -424,7 +424,7 @@ def test_a_loss_that_is_not_a_number_stops_the_search(space):
 def test_unknown_options_are_named(space):
     with pytest.raises(TypeError, match="greedy has no option masks; its own are: images, start"):
         find("greedy", Planted(space), masks=3)
-    for options in (dict(recipe="best"), dict(baseline="none"), dict(masks=3)):
+    for options in (dict(recipe="best"), dict(masks=1)):
         (name,) = options
         with pytest.raises(ValueError, match=name):
             find("reinforce", Planted(space), **options)
@@ -456,45 +456,59 @@ def test_every_algorithm_runs_on_a_model(model, vectors, prompts, space, name):
     assert losses.mean().item() == pytest.approx(result.held_out_loss, abs=1e-5)
 
 
+@pytest.mark.parametrize("recipe", [dict(), dict(recipe="published", budget=100 * 320)])
+def test_sparsity_prefers_fewer_units(space, recipe):
+    options = dict(budget=4000, seed=0) | recipe
+    dense, sparse = (find("reinforce", Planted(space), sparsity=price, **options) for price in (0.0, 2.0))
+    assert sparse.probabilities.sum() < 0.5 * dense.probabilities.sum()
+
+
+def test_steps_end_a_search(space):
+    result = find("reinforce", Planted(space), budget=4000, steps=3, prune=False)
+    assert result.evaluations == 3 * 4 * 4 + len(Planted(space).held_out)
+    assert result.settings["lr"] == 0.3 and result.settings["images"] == 4
+
+
+def test_no_module_has_the_name_of_an_algorithm():
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("vtv_nnsight.search.reinforce")
+    folder = {path.stem for path in Path(search.__file__).parent.glob("*.py")}
+    assert not folder & (search.ALGORITHMS.keys() | set(search.__all__) - {"plots"})
+
+
 # The estimators
 
 
-def test_coupled_gradient_is_unbiased():
+def test_the_gradient_is_unbiased():
     probabilities = torch.tensor([0.2, 0.7, 0.5, 0.9], dtype=torch.float64)
     table = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     bits = 2 ** torch.arange(4)
     every = (torch.arange(16)[:, None] & bits) > 0
     weight = torch.where(every, probabilities, 1 - probabilities).prod(1)
     expected = (weight * table) @ (every.double() - probabilities)
-    for masks, antithetic in ((2, True), (4, True), (2, False)):
-        choices = sample(probabilities, 100_000, masks, antithetic, torch.Generator().manual_seed(0))
+    for masks in (2, 4):
+        choices = sample(probabilities, (100_000, masks), torch.Generator().manual_seed(0))
         losses = table[(choices * bits).sum(-1)]
         advantage = (losses - losses.mean(1, keepdim=True)) * masks / (masks - 1)
-        found = gradient(choices, advantage, probabilities, antithetic)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
+        estimate = gradient(choices, advantage, probabilities)
+        torch.testing.assert_close(estimate, expected, rtol=0, atol=0.01)
 
 
-def test_antithetic_masks_disagree_wherever_they_can():
-    probabilities = torch.tensor([0.3, 0.5, 0.8])
-    pairs = sample(probabilities, 1000, 2, True, torch.Generator().manual_seed(0))
-    assert not (pairs[:, 0] & pairs[:, 1])[:, :2].any() and (pairs[:, 0] | pairs[:, 1])[:, 1:].all()
-    torch.testing.assert_close(pairs.double().mean((0, 1)), probabilities.double(), rtol=0, atol=0.03)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_published_recipe_is_the_papers_update(space, groups):
+@pytest.mark.parametrize(("groups", "options"), [(1, {}), (2, {}), (1, dict(lr=0.2, init=0.5, images=4, sparsity=0.3))])
+def test_published_recipe_is_the_papers_update(space, groups, options):
+    lr, images, sparsity = (options.get(name, getattr(PUBLISHED, name)) for name in ("lr", "images", "sparsity"))
     steps = 3
     objective = Planted(space, prompts=12, held_out=3, groups=groups)
     budget = steps * 320 + 3
-    result = search.reinforce.on(objective, recipe="published", budget=budget, seed=5, progress=False)
+    result = search.reinforce.on(objective, recipe="published", budget=budget, seed=5, progress=False, **options)
 
     generator, n = torch.Generator().manual_seed(5), len(space)
-    theta = [-1.0] * n
+    theta = [options.get("init", -1.0)] * n
     first, second = [0.0] * n, [0.0] * n
     for step in range(1, steps + 1):
         p = [1 / (1 + math.exp(-t)) for t in theta]
         masks = torch.rand(320, n, dtype=torch.float64, generator=generator) < torch.tensor(p, dtype=torch.float64)
-        rows = [i % 10 for i in range(320)]
+        rows = [i % images for i in range(320)]
         losses = [objective._loss(mask[None].double(), torch.tensor([r])).item() for mask, r in zip(masks, rows)]
 
         def standardise(values):
@@ -507,9 +521,10 @@ def test_published_recipe_is_the_papers_update(space, groups):
         advantage = standardise(losses)
         for u in range(n):
             slope = sum(a * (float(m) - p[u]) / n for a, m in zip(advantage, masks[:, u].tolist())) / 320
+            slope += sparsity * p[u] * (1 - p[u]) / n  # of the mean probability, as released
             first[u] = 0.9 * first[u] + 0.1 * slope
             second[u] = 0.999 * second[u] + 0.001 * slope**2
-            theta[u] -= 0.1 * first[u] / (1 - 0.9**step) / (math.sqrt(second[u] / (1 - 0.999**step)) + 1e-8)
+            theta[u] -= lr * first[u] / (1 - 0.9**step) / (math.sqrt(second[u] / (1 - 0.999**step)) + 1e-8)
         if step == 1:
             after_one = torch.tensor(theta, dtype=torch.float64).sigmoid()
             chosen = torch.rand(n, dtype=torch.float64, generator=generator) < after_one
@@ -524,18 +539,22 @@ def test_published_recipe_keeps_the_best_of_its_samples(space):
     result = search.reinforce.on(objective, recipe="published", budget=101 * 320 + 12, seed=0, progress=False)
     assert [step.evaluations for step in result.history] == [324, 51 * 320 + 8, 101 * 320 + 12]
     assert result.held_out_loss == min(step.held_out_loss for step in result.history)
-    assert PUBLISHED == (-1.0, 0.1, 500, 320, 10, 50, 1e-6)
+    assert PUBLISHED == (-1.0, 0.1, 500, 320, 10, 50, 1e-6, 0.0)
 
 
 def test_published_recipe_has_settings_of_its_own(space):
     result = search.reinforce.on(Planted(space), recipe="published", budget=700, progress=False)
     assert result.settings == {"recipe": "published", **PUBLISHED._asdict()}
-    with pytest.raises(ValueError, match="recipe='published' has a lr, images of its own; leave that out"):
-        search.reinforce.on(Planted(space), recipe="published", lr=0.5, images=3, progress=False)
+    options = dict(lr=0.5, images=3, init=0.0, steps=2, sparsity=0.1)
+    result = search.reinforce.on(Planted(space), recipe="published", progress=False, **options)
+    assert result.settings == {"recipe": "published", **PUBLISHED._asdict()} | options
+    assert result.evaluations == 2 * 320 + len(Planted(space).held_out)
+    with pytest.raises(ValueError, match="recipe='published' takes no masks, prune; leave that out"):
+        search.reinforce.on(Planted(space), recipe="published", masks=8, prune=False, progress=False)
 
 
 def test_published_recipe_runs_its_steps_without_a_budget(space, monkeypatch):
-    module = sys.modules["vtv_nnsight.search.published"]
+    module = sys.modules["vtv_nnsight.search.score_function"]
     monkeypatch.setattr(module, "PUBLISHED", PUBLISHED._replace(steps=60, masks=20))
     result = search.reinforce.on(Planted(space, held_out=4), recipe="published", progress=False)
     assert result.evaluations == 60 * 20 + 2 * 4
@@ -659,7 +678,7 @@ def test_a_result_is_saved_whole(result, tmp_path):
     loaded = search.SearchResult.load(tmp_path / "result.safetensors")
     assert loaded.patches == result.patches and torch.equal(loaded.probabilities, result.probabilities)
     assert loaded.history == result.history and loaded.seed == 4 and loaded.algorithm == "reinforce"
-    assert loaded.settings == result.settings and loaded.settings["recipe"] == "coupled"
+    assert loaded.settings == result.settings and loaded.settings["recipe"] == "leave-one-out"
     assert loaded.held_out_loss == result.held_out_loss
     assert f"{len(result.patches)} of {len(result.scores)} units" in repr(loaded) and "seed 4" in repr(loaded)
 

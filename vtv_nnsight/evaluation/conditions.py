@@ -91,7 +91,7 @@ class Condition:
             raise ValueError(f"prompts={self.prompts} asks nothing; give 1 or more, or None for all.")
         if self.prompts_override is not None and self.shot != "one":
             raise ValueError(f"shot={self.shot!r} shows no example; prompts_override= goes with shot='one'.")
-        if self.prompts_override is not None and not self._shown:
+        if self.prompts_override is not None and not self._overrides:
             raise ValueError("prompts_override=[] shows nothing; give a VisualPrompt, or several.")
 
     @classmethod
@@ -121,25 +121,25 @@ class Condition:
         return replace(self, vectors=vectors, ablation=ablation)
 
     @property
-    def _shown(self) -> list[VisualPrompt]:
-        shown = self.prompts_override if self.prompts_override is not None else []
-        return [shown] if isinstance(shown, VisualPrompt) else list(shown)
+    def _overrides(self) -> list[VisualPrompt]:
+        override = self.prompts_override if self.prompts_override is not None else []
+        return [override] if isinstance(override, VisualPrompt) else list(override)
 
-    def check_shown(self, prompts: VisualPrompt, name: str = "") -> None:
+    def check_override(self, prompts: VisualPrompt, name: str = "") -> None:
         """Refuse `prompts_override` that are not of the queries of these prompts, row for row.
 
         Raises:
             ValueError: naming the condition.
         """
-        for shown in self._shown:
-            if len(shown) != len(prompts):
+        for override in self._overrides:
+            if len(override) != len(prompts):
                 raise ValueError(
-                    f"condition {name!r} shows {len(shown)} prompts for {len(prompts)} queries; give one for each."
+                    f"condition {name!r} shows {len(override)} prompts for {len(prompts)} queries; give one for each."
                 )
-            if shown.layout != self._shown[0].layout:
+            if override.layout != self._overrides[0].layout:
                 raise ValueError(f"condition {name!r} shows prompts of several layouts; their answers have no mean.")
-            if shown.layout == prompts.layout and not all(
-                torch.equal(shown.region(cell).float().cpu(), prompts.region(cell).float().cpu())
+            if override.layout == prompts.layout and not all(
+                torch.equal(override.region(cell).float().cpu(), prompts.region(cell).float().cpu())
                 for cell in ("query", "output")
             ):
                 raise ValueError(
@@ -147,10 +147,10 @@ class Condition:
                     "the same ones, row for row."
                 )
 
-    def asked(self, batch: VisualPrompt, start: int) -> list[VisualPrompt]:
-        """The one-shot prompts that are asked for a batch of the evaluated ones, its first row being row `start`."""
+    def prompts_for(self, batch: VisualPrompt, start: int) -> list[VisualPrompt]:
+        """The one-shot prompts to ask for a batch of the evaluated ones, its first row being row `start`."""
         rows = slice(start, start + len(batch))
-        return [shown[rows].to(batch.device).one_shot() for shown in self._shown] or [batch]
+        return [override[rows].to(batch.device).one_shot() for override in self._overrides] or [batch]
 
     def apply(self, model: Any) -> None:
         """Inside a trace: patch, silence, run."""

@@ -52,7 +52,7 @@ def evaluate(
             named "one-shot". A ceiling is left out where nothing bounds the model.
         fold: A number to tell parts of the data apart. `Table.cat` of several folds averages the folds' means, as is
             done for Pascal-5i (NeurIPS 2022, §4.2).
-        batch_size: Rows in a trace; None is `stages.default_batch_size`, 32 for MAE-VQGAN.
+        batch_size: Rows in a trace; None is `models.interface.default_batch_size`, 32 for MAE-VQGAN.
         keep: Answers to keep for `plots.answers`.
         progress: Show a progress bar.
 
@@ -66,62 +66,54 @@ def evaluate(
         conditions = {name: name for name in UNPATCHED}
     if not conditions:
         raise ValueError("there are no conditions to compare; give {name: condition}.")
-    drawn = {name: value if isinstance(value, list) else [value] for name, value in conditions.items()}
-    plans = {(name, i): Condition.of(value, name) for name, own in drawn.items() for i, value in enumerate(own)}
-    device = device_of(model)
-    for (name, _), condition in plans.items():
-        condition.check_shown(prompts, name)
-    plans = {key: condition.to(device) for key, condition in plans.items()}
+    plans = _plans(conditions, prompts, device_of(model))
     loss = next(iter(model.losses), None)
+    counts = {key: min(len(prompts), condition.prompts or len(prompts)) for key, condition in plans.items()}
     values: dict[tuple[str, int], list[torch.Tensor]] = {key: [] for key in plans}
     pictures: dict[str, list[torch.Tensor]] = {name: [] for name in ("prompt", "truth", *conditions)}
-    kept = start = 0
-    counts = {key: min(len(prompts), condition.prompts or len(prompts)) for key, condition in plans.items()}
+    start = 0
     with torch.no_grad(), progress_bar(total=sum(counts.values()), unit="answer", disable=not progress) as bar:
         for batch in prompts.split(batch_size or default_batch_size(model)):
-            batch = batch.to(device).one_shot()
-            truth, codes = batch.region("output"), loss and model.truth(batch)
-            more = min(len(batch), keep - kept)
-            asked = batch.canvas[:more].clone()
-            crop(asked, "output", batch.layout)[:] = 0.5
-            shown = {"prompt": asked, "truth": truth}
-            for (name, i), condition in plans.items():
-                asks = min(len(batch), counts[name, i] - start)
-                if asks <= 0:
+            batch = batch.to(device_of(model)).one_shot()
+            truth = loss and model.truth(batch)
+            cells = {"prompt": without_answers(batch), "truth": batch.region("output")}
+            for (name, draw), condition in plans.items():
+                count = min(len(batch), counts[name, draw] - start)
+                if count <= 0:
                     continue
                 bar.set_postfix_str(f"{task.name}, {name}")
-                own = condition.asked(batch[:asks], start)
-                alike = condition.prompts_override is None and codes is not None
-                aims = [codes[:asks]] if alike else [loss and model.truth(rows) for rows in own]
-                found = [_answer(model, rows, condition, loss, aim) for rows, aim in zip(own, aims)]
-                answers, losses = zip(*found)
+                parts = condition.prompts_for(batch[:count], start)
+                override = condition.prompts_override is not None
+                truths = [loss and model.truth(rows) for rows in parts] if override else [truth]
+                answers, losses = zip(*(_answer(model, *pair, condition, loss) for pair in zip(parts, truths)))
                 if answers[0] is not None:
                     answer = torch.stack(answers).mean(0)
-                    shown.setdefault(name, answer)
-                    scores = task.score(answer, own[0].region("output"))
-                    losses = torch.stack(losses).double().mean(0)
-                    values[name, i].append(torch.stack([scores.double(), losses], 1).cpu())
-                bar.update(asks)
-            for name, cells in shown.items():
-                pictures[name].append(cells[:more].mul(255).round().byte().cpu())
-            kept += more
+                    cells.setdefault(name, answer)
+                    scores = task.score(answer, parts[0].region("output")).double()
+                    values[name, draw].append(torch.stack([scores, torch.stack(losses).double().mean(0)], 1).cpu())
+                bar.update(count)
+            for name, pixels in cells.items():
+                pictures[name].append(pixels[: max(0, keep - start)].mul(255).round().byte().cpu())
             start += len(batch)
-    about = {"task": task.name, "metric": task.metric.name, "label": task.metric.label, "fold": fold}
-    about |= {"loss_name": _label(loss)}
-    asked = pd.DataFrame({"image": range(len(prompts)), "query": prompts.queries.numpy()})
-    frames = []
-    for (name, i), parts in ((key, parts) for key, parts in values.items() if parts):
-        scores, losses = torch.cat(parts).T.numpy()
-        found = about | {"condition": name, "draw": i, "score": scores, "loss": losses}
-        frames.append(asked.iloc[: len(scores)].assign(**found))
-    shown = {task.name: {name: torch.cat(parts) for name, parts in pictures.items() if parts}}
-    if not frames:
-        raise ValueError("nothing bounds this model: there is no ceiling to compare; give other conditions.")
-    return Table(pd.concat(frames, ignore_index=True), shown)
+    kept = {task.name: {name: torch.cat(parts) for name, parts in pictures.items() if parts}}
+    return Table(_frame(task, prompts, values, loss, fold), kept)
+
+
+def _plans(
+    conditions: Mapping[str, Condition | str | tuple | None | Sequence[Condition]],
+    prompts: VisualPrompt,
+    device: torch.device,
+) -> dict[tuple[str, int], Condition]:
+    """(name, number of the draw) → condition on the model's device."""
+    drawn = {name: value if isinstance(value, list) else [value] for name, value in conditions.items()}
+    plans = {(name, i): Condition.of(value, name) for name, draws in drawn.items() for i, value in enumerate(draws)}
+    for (name, _), condition in plans.items():
+        condition.check_override(prompts, name)
+    return {key: condition.to(device) for key, condition in plans.items()}
 
 
 def _answer(
-    model: InContextModel, prompts: VisualPrompt, condition: Condition, loss: Loss | None, truth: torch.Tensor | None
+    model: InContextModel, prompts: VisualPrompt, truth: torch.Tensor | None, condition: Condition, loss: Loss | None
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The output cells [batch, 3, cell, cell] of one-shot prompts, or None for a ceiling that there is not; and the
     losses [batch], NaN where the model was not asked or has none."""
@@ -133,11 +125,39 @@ def _answer(
         return None if best is None else crop(best, "output", prompts.layout), losses
     prompts = prompts.query_only() if condition.shot == "zero" else prompts
     output, _ = forward(model, prompts, condition.apply)
-    if loss is not None:
-        losses = loss.value(output, prompts, truth)
+    if loss is not None and truth is not None:
+        losses = loss.value(output, prompts, truth[: len(prompts)])
     return output_cell(model, output, prompts), losses
 
 
-def _label(loss: Loss | None) -> str:
-    """What a loss is called in tables: "token loss" of "tokens"."""
-    return f"{loss.name.removesuffix('s').replace('_', ' ')} loss" if loss else "loss"
+def without_answers(prompts: VisualPrompt) -> torch.Tensor:
+    """The canvases with grey output cells: [batch, 3, height, width]."""
+    canvas = prompts.canvas.clone()
+    crop(canvas, "output", prompts.layout)[:] = 0.5
+    return canvas
+
+
+def _frame(
+    task: Task,
+    prompts: VisualPrompt,
+    values: Mapping[tuple[str, int], Sequence[torch.Tensor]],
+    loss: Loss | None,
+    fold: int,
+) -> pd.DataFrame:
+    """The rows of a `Table`, of (condition, draw) → scores and losses [row, 2] of every batch.
+
+    Raises:
+        ValueError: when no condition has values.
+    """
+    facts = {"task": task.name, "metric": task.metric.name, "label": task.metric.label, "fold": fold}
+    facts["loss_name"] = f"{loss.name.removesuffix('s').replace('_', ' ')} loss" if loss else "loss"
+    images = pd.DataFrame({"image": range(len(prompts)), "query": prompts.queries.numpy()})
+    frames = []
+    for (name, draw), parts in values.items():
+        if parts:
+            scores, losses = torch.cat(list(parts)).T.numpy()
+            columns = facts | {"condition": name, "draw": draw, "score": scores, "loss": losses}
+            frames.append(images.iloc[: len(scores)].assign(**columns))
+    if not frames:
+        raise ValueError("nothing bounds this model: there is no ceiling to compare; give other conditions.")
+    return pd.concat(frames, ignore_index=True)

@@ -17,10 +17,11 @@ import torch
 from torch.nn import functional as F
 
 from vtv_nnsight.evaluation.attention import answer_positions, attention_maps
+from vtv_nnsight.evaluation.evaluation import without_answers
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching.forward import generate_with_gates
-from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
@@ -136,12 +137,10 @@ def demonstrate(
         for name, cells in painted.items()
     }
     painted |= {"query": shown.region("query"), "truth": truth}
-    canvas = shown.canvas.clone()
-    crop(canvas, "output", shown.layout)[:] = 0.5
     looks = _looks(model, shown.one_shot(), found[task.name])
     return QueryExplorer(
         task.name,
-        {name: _small(cells) for name, cells in painted.items()} | {"canvas": _small(canvas, 2 * SIDE)},
+        {name: _small(cells) for name, cells in painted.items()} | {"canvas": _small(without_answers(shown), 2 * SIDE)},
         measured,
         list(SCALES),
         [space.names[i] for i in kept.tolist()],

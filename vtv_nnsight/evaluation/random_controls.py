@@ -221,7 +221,7 @@ def specificity(
         patches: Task name → its units, a PatchSet or a SearchResult.
         vectors: Task name → vector.
         prompts: Task name → prompts to evaluate on.
-        batch_size: Rows in a trace; None is `stages.default_batch_size`, 32 for MAE-VQGAN.
+        batch_size: Rows in a trace; None is `models.interface.default_batch_size`, 32 for MAE-VQGAN.
         progress: Show a progress bar.
 
     Returns:

@@ -43,7 +43,7 @@ def select_prompts(
         candidates: Random prompts to try.
         seed: Of the candidates, which are those of `task.prompts(images, candidates, seed)`.
         layout: The model's own by default.
-        batch_size: Prompts in a forward; None is `stages.default_batch_size`, 32 for MAE-VQGAN.
+        batch_size: Prompts in a forward; None is `models.interface.default_batch_size`, 32 for MAE-VQGAN.
         progress: Show a progress bar.
         drawn: Candidates of your own (see `tasks.draw`), in the place of random ones.
         duplicates: "apart": of the best prompts first, each that shares no image with those before it, as the paper

@@ -20,7 +20,7 @@ import numpy as np
 from vtv_nnsight.data.pascal_voc import PER_FOLD
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.search.published import PUBLISHED
+from vtv_nnsight.search.score_function import PUBLISHED
 from vtv_nnsight.tasks import Draw, Task, draw_queries
 
 VECTOR_FOLDS = (1, 2, 3)

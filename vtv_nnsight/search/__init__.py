@@ -31,17 +31,13 @@ from pkgutil import iter_modules
 
 from vtv_nnsight.patching.forward import PIXELS
 from vtv_nnsight.search import plots
-from vtv_nnsight.search.attribution import attribution
+from vtv_nnsight.search.baselines import greedy, mediation, random, ranking
 from vtv_nnsight.search.budget import Search, SearchObjective
-from vtv_nnsight.search.gates import gates
-from vtv_nnsight.search.greedy import greedy
-from vtv_nnsight.search.mediation import mediation
+from vtv_nnsight.search.gradients import attribution, gates
 from vtv_nnsight.search.objective import Objective
-from vtv_nnsight.search.random import random
-from vtv_nnsight.search.ranking import ranking
 from vtv_nnsight.search.registry import ALGORITHMS, Algorithm
-from vtv_nnsight.search.reinforce import reinforce
 from vtv_nnsight.search.result import NamedUnits, SearchResult, Step
+from vtv_nnsight.search.score_function import reinforce
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")

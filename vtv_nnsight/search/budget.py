@@ -127,7 +127,7 @@ class Search:
     ) -> None:
         if budget is not None and budget < 1:
             raise ValueError(f"budget={budget} pays for nothing; give the evaluations that the search may spend.")
-        if (images := (settings or {}).get("images", 1)) < 1:
+        if (images := (settings or {}).get("images")) is not None and images < 1:
             raise ValueError(f"images={images} asks no prompt; give the prompts that each set is tried on, 1 or more.")
         _check_objective(objective)
         self.name, self.objective, self.seed = name, objective, seed

@@ -48,7 +48,7 @@ class Objective:
             cross-entropy of the output's logits against the tokenizer's codes of the truth); or "pixels", the task's
             own loss of the painted answer, as published.
         batch_size: Rows of a trace; halved when memory runs out. None: 16 on a CPU, 256 elsewhere, and fewer where the
-            canvas has more patches than MAE-VQGAN's (`stages.default_batch_size`).
+            canvas has more patches than MAE-VQGAN's (`models.interface.default_batch_size`).
         held_out: The share of the prompts that is held out, so that they share no picture with the others (see
             `holdout.split_prompts`), or prompts of their own (a list, for several tasks).
         seed: Of the split.

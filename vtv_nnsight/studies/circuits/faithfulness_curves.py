@@ -77,7 +77,7 @@ def faithfulness(
         direction: "in" or "out".
         sizes: Shares of the units, in (0, 1].
         orders: "signed", "absolute", or both.
-        batch_size: Rows of a trace; None is `stages.default_batch_size`, 32 for MAE-VQGAN.
+        batch_size: Rows of a trace; None is `models.interface.default_batch_size`, 32 for MAE-VQGAN.
         resume: A file that keeps the answers; a run that finds it goes on where it stopped.
 
     Returns:

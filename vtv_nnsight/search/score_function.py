@@ -1,0 +1,220 @@
+"""REINFORCE over independent Bernoullis: score-function gradients of the expected loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vtv_nnsight.search.budget import Search, prefixes
+from vtv_nnsight.search.registry import algorithm
+
+MIN_PROMPTS = 4
+"""With fewer prompts the effect of dropping a unit is not worth measuring."""
+
+
+class Recipe(NamedTuple):
+    """The paper's settings (ECCV 2024, §4.3 and released code)."""
+
+    init: float = -1.0
+    lr: float = 0.1
+    steps: int = 500
+    masks: int = 320
+    images: int = 10
+    validate_every: int = 50
+    epsilon: float = 1e-6
+    sparsity: float = 0.0
+
+
+PUBLISHED = Recipe()
+
+
+@algorithm("score-function gradients of Bernoullis; also the paper's own")
+def reinforce(
+    search: Search,
+    *,
+    recipe: str = "leave-one-out",
+    init: float = -1.0,
+    lr: float | None = None,
+    decay: float = 0.9,
+    steps: int | None = None,
+    images: int | None = None,
+    masks: int = 4,
+    sparsity: float = 0.0,
+    prune: bool = True,
+    tolerance: float = 0.5,
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Score-function gradients of the expected loss (Williams, 1992) over a Bernoulli for every unit.
+
+    `recipe="published"` is the paper's, to the letter (`search.score_function.published`).
+
+    The default differs in three ways. What each is worth, `benchmarks/search_efficiency.py --ablations` measures.
+
+    - *A baseline per prompt.* How hard a prompt is says nothing about a mask, so a mask's loss is compared with that of
+      the other masks of the same prompt only (leave-one-out: Kool et al., 2019).
+    - *Prompts in turn*, not the same ten: the set does not fit itself to ten pictures.
+    - *Threshold, then prune*: the result is not a sample. Of the sets of the most likely units the smallest good one is
+      taken, then the units that it does without are dropped, by their own effect.
+
+    Args:
+        recipe: "leave-one-out" or "published". The second takes init, lr, steps, images and sparsity alone.
+        init: Initial logit of every unit.
+        lr: Adam's learning rate at the start; None is 0.3, published 0.1.
+        decay: The share of it that is gone when the budget is, linearly. (A constant rate of half of it does as well.)
+        steps: Steps at most; None is as many as the budget pays for, published 500.
+        images: Prompts a step; None is 4, published 10. The default steps are small, which suits a hundred units; with
+            more units, a GPU, or several processes to keep busy, give more images.
+        masks: Masks for each of these prompts, 2 or more.
+        sparsity: Price of all units being chosen, in standard deviations of the loss: this times the mean probability
+            is added to the objective (`regularization_strength` of the released code).
+        prune: End with the pruning; False returns the units more likely than not.
+        tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
+
+    Raises:
+        ValueError: when the recipe is unknown or lacks an option that is given, or there are fewer than two masks.
+    """
+    if recipe == "published":
+        unknown = {"decay": decay, "masks": masks, "prune": prune, "tolerance": tolerance}
+        if given := [name for name, value in unknown.items() if value != reinforce.options[name]]:
+            raise ValueError(f"recipe='published' takes no {', '.join(given)}; leave that out, or the recipe.")
+        options = {"init": init, "lr": lr, "steps": steps, "images": images, "sparsity": sparsity}
+        return published(search, PUBLISHED._replace(**{n: value for n, value in options.items() if value is not None}))
+    if recipe != "leave-one-out":
+        raise ValueError(f"recipe={recipe!r} is unknown; choose 'leave-one-out' or 'published'.")
+    if masks < 2:
+        raise ValueError(f"masks={masks} leaves none to compare with; give 2 or more.")
+    lr, images = 0.3 if lr is None else lr, 4 if images is None else images
+    search.settings |= {"lr": lr, "images": images}
+    logits = torch.full((search.units,), init, dtype=torch.float64)
+    adam = torch.optim.Adam([logits], lr)
+    cost, held_out = images * masks, len(search.held_out)
+    reserve = (search.budget // 3 if prune else 0) + held_out
+    every = max(1, search.budget // 12 // cost)
+    search.require(reserve + cost + held_out, "one step and the end")
+    best, best_loss = logits.sigmoid(), float("inf")
+    for step in search.steps(steps):
+        if search.left < reserve + cost + held_out:
+            break
+        rows, probabilities = search.next_prompts(images), logits.sigmoid()
+        choices = sample(probabilities, (images, masks), search.generator)
+        losses = search.losses(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None]).view(images, masks)
+        advantage = _leave_one_out(losses)
+        advantage = advantage / _scale(advantage, search.objective.group[rows])
+        adam.param_groups[0]["lr"] = lr * (1 - decay * search.evaluations / (search.budget - reserve))
+        logits.grad = gradient(choices, advantage, probabilities) + sparsity * probabilities * (1 - probabilities)
+        adam.step()
+        if step % every == every - 1:
+            loss = search.mean(search.validate(logits > 0, losses.mean()), search.held_out).item()
+            if loss < best_loss:
+                best, best_loss = logits.sigmoid(), loss
+    if not prune:
+        search.validate(best > 0.5)
+        return best > 0.5, best, True
+    return _prune(search, best, tolerance), best, True
+
+
+def published(search: Search, recipe: Recipe = PUBLISHED) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """The paper's REINFORCE: `search.reinforce(…, recipe="published")`.
+
+    Each step draws 320 masks, 32 for each of the same 10 training prompts; the advantage is the loss standardised over
+    the step (within each task first, when there are several); the log-probability is the mean over units; after every
+    50th step one sampled mask is tried on the held-out prompts, and the best of these is the result. Without a budget
+    it runs its 500 steps.
+
+    Returns:
+        Its probabilities are those that the best sample was drawn from.
+    """
+    held_out = len(search.held_out)
+    search.settings = {"recipe": "published", **recipe._asdict()}
+    search.set_default_budget(recipe.steps * recipe.masks + -(-recipe.steps // recipe.validate_every) * held_out)
+    search.require(recipe.masks + held_out, "one step")
+    images = search.train[: recipe.images]
+    rows = images[torch.arange(recipe.masks) % len(images)]
+    logits = torch.full((search.units,), recipe.init, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([logits], recipe.lr)
+    best, best_loss = None, float("inf")
+    for step in search.steps(recipe.steps):
+        validates = step % recipe.validate_every == 0
+        if search.left < recipe.masks + validates * held_out:
+            break
+        bernoulli = torch.distributions.Bernoulli(logits.sigmoid().clamp(recipe.epsilon, 1 - recipe.epsilon))
+        choices = sample(bernoulli.probs, (recipe.masks,), search.generator)
+        losses = search.losses(choices, rows[:, None])[:, 0]
+        advantage = losses.clone()
+        groups = search.objective.group[rows]
+        if len(groups.unique()) > 1:
+            for group in groups.unique():
+                advantage[groups == group] = _standardised(advantage[groups == group], recipe.epsilon)
+        advantage = _standardised(advantage, recipe.epsilon)
+        adam.zero_grad()
+        expected = (bernoulli.log_prob(choices.double()).mean(-1) * advantage).mean()
+        (expected + recipe.sparsity * bernoulli.probs.mean()).backward()
+        adam.step()
+        if validates:
+            probabilities = logits.detach().sigmoid().clamp(recipe.epsilon, 1 - recipe.epsilon)
+            drawn = sample(probabilities, (), search.generator)
+            loss = search.mean(search.validate(drawn, losses.mean()), search.held_out).item()
+            search.trajectory.append((search.evaluations, drawn, probabilities))
+            if best is None or loss < best_loss:
+                best, best_loss = (drawn, probabilities), loss
+    return *best, True
+
+
+def sample(probabilities: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Masks from independent Bernoullis: bool [*shape, unit]."""
+    return torch.rand(*shape, len(probabilities), dtype=torch.float64, generator=generator) < probabilities
+
+
+def gradient(choices: torch.Tensor, advantage: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Gradient of the expected loss in the logits: [unit].
+
+    Args:
+        choices: [prompt, mask, unit].
+        advantage: [prompt, mask].
+        probabilities: [unit], which the choices were drawn from.
+    """
+    score = choices.double() - probabilities
+    return torch.einsum("pm,pmu->u", advantage, score) / advantage.numel()
+
+
+def _leave_one_out(losses: torch.Tensor) -> torch.Tensor:
+    """Losses [prompt, mask] against the mean of the other masks of the same prompt."""
+    count = losses.shape[1]
+    return (losses - losses.mean(1, keepdim=True)) * count / (count - 1)
+
+
+def _scale(advantage: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the advantages of each prompt's task: [prompt, 1]."""
+    scale = torch.ones(len(advantage), 1, dtype=advantage.dtype)
+    for group in groups.unique():
+        rows = groups == group
+        scale[rows] = advantage[rows].square().mean().sqrt().clamp(min=1e-12)
+    return scale
+
+
+def _standardised(losses: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return (losses - losses.mean()) / (losses.std() + epsilon)
+
+
+def _prune(search: Search, probabilities: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """The smallest good set of the likeliest units, less the units that it does without: [unit]. Where the budget does
+    not pay for trying all of them, the least likely ones are tried."""
+    order = probabilities.argsort(descending=True, stable=True)
+    likely = order[: max(1, 3 * int((probabilities > 0.5).sum()) // 2)]
+    choices = search.top_units(likely, tolerance=tolerance, spend=search.left // 2)
+    ranked = order[choices[order]]
+    left = search.left - len(search.held_out)
+    tried = ranked.flip(0)[: max(0, left // MIN_PROMPTS - 1) // 2].sort().values
+    if not len(tried) or len(search.train) < MIN_PROMPTS:
+        return choices
+    rows = search.train[: left // (2 * len(tried) + 1)]
+    without = choices.repeat(len(tried), 1)
+    without[torch.arange(len(tried)), tried] = False
+    needs = search.mean(search.losses(without, rows), rows)
+    kept = ranked[: len(ranked) - len(tried)]
+    order = torch.cat([kept, tried[needs.argsort(descending=True, stable=True)]])
+    sets = prefixes(order, search.units, list(range(len(kept), len(ranked) + 1)))
+    losses = search.losses(sets, rows)
+    best = search.smallest_best(sets, losses, rows, tolerance)
+    search.validate(sets[best], search.mean(losses[best], rows))
+    return sets[best]
