@@ -1,6 +1,8 @@
 """What several test modules build: small models with random weights, prompts for them, and their activations read by
 hand. Fixtures are in conftest.py."""
 
+import importlib.util
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,6 +19,21 @@ from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 
 DATA = Path(__file__).parent / "data"
 """Golden numbers and the pictures they are of."""
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks(page):
+    """The Python blocks of a page, such as "docs/your_model.md"."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def import_code(code, path):
+    """Code as a module, in a file that is written: nnsight reads the source of what it traces."""
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_config(**sizes):

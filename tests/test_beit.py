@@ -12,6 +12,7 @@ from vtv_nnsight import BEiT, Layout, PatchSet, PatchSpace, TaskVectors, data, e
 from vtv_nnsight.models import load_model
 from vtv_nnsight.models.baselines.dalle import load_tokenizer
 from vtv_nnsight.models.torch_files import read_tensors
+from vtv_nnsight.testing import check_model
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,13 @@ def test_hidden_patches_are_painted_and_the_rest_stays(model, prompts):
     blank = prompts.canvas.clone()
     blank[..., ~shown] = 0
     assert torch.equal(logits_of(model, blank, prompts.visible, prompts.decoded), logits_of(model, prompts))
+
+
+def test_it_does_what_the_interface_promises(model, dalle_folder, prompts):
+    """But for its layer scale, which no module applies: its attention and MLP are read before it."""
+    check_model(BEiT(beit_module(layer_scale_init_value=0.0), tokenizer=dalle_folder), prompts)
+    with pytest.raises(AssertionError, match="encoder, layer 0: residual is not the layer's input plus its attn and"):
+        check_model(model, prompts)
 
 
 def test_loss_and_ceiling_are_of_the_tokenizers_codes(model, dalle_parts, prompts):

@@ -1,11 +1,11 @@
 """The interface of models: the page "a model of your own" holds, and nothing outside `models` looks behind it."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import import_code, python_blocks
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, ablate, data, patch, search, tasks
 from vtv_nnsight.models.interface import InContextModel, group_positions
@@ -13,22 +13,14 @@ from vtv_nnsight.prompts import crop
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "your_model.md").read_text()
-EXAMPLE, USE, *_ = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-
-
-def imported(code, path):
-    path.write_text(code)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+EXAMPLE, USE, *_ = python_blocks("docs/your_model.md")
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The page's code, run as it stands."""
     torch.manual_seed(0)
-    return imported(EXAMPLE + USE, tmp_path_factory.mktemp("page") / "your_model.py")
+    return import_code(EXAMPLE + USE, tmp_path_factory.mktemp("page") / "your_model.py")
 
 
 def test_the_example_is_short():
@@ -131,8 +123,8 @@ BEHIND = re.compile(
 )
 """A model's own parts. (`settings.vqgan`, and a bundle's own, is where a tokenizer's file is.)"""
 PACKAGE = ROOT / "vtv_nnsight"
-ITS_OWN = ("models/", "training/", "studies/circuits/known_circuit.py")
-"""Pretraining trains MAE-VQGANs, `_moved` names modules, and `ground_truth` builds a model."""
+ITS_OWN = ("models/", "testing/", "training/", "studies/circuits/known_circuit.py")
+"""Training trains MAE-VQGANs, `known_circuit` builds a model, and the conformance suite hooks modules."""
 FILES = [str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")]
 FILES = [name for name in FILES if not name.startswith(ITS_OWN)] + ["models/interface.py"]
 

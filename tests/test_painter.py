@@ -31,6 +31,7 @@ from vtv_nnsight import (
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.models import painter
 from vtv_nnsight.prompts import crop
+from vtv_nnsight.testing import check_model
 
 KINDS = {"painter": Painter, "seggpt": SegGPT}
 CLOSE = dict(rtol=0, atol=1e-4)
@@ -679,6 +680,11 @@ def test_a_vector_of_the_other_type(released, models, prompts, vector):
         patch(other, vector["seggpt"], PatchSet.random(PatchSpace(other), 3))
     with pytest.raises(ValueError, match="does not fit"), models["painter"].trace(prompts):
         patch(models["painter"], vector["seggpt"], PatchSet.random(PatchSpace(models["painter"]), 3))
+
+
+def test_it_does_what_the_interface_promises(kind):
+    model = KINDS[kind](small_painter(kind == "seggpt"))
+    check_model(model, tasks.segmentation.prompts(data.scenes("train", n=40, seed=0), n=2, layout=model.layout))
 
 
 def test_a_whole_round(kind, tmp_path):

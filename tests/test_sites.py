@@ -8,6 +8,7 @@ from helpers import LAYOUT, random_module, random_prompts
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, ablate, patch
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.sites import SITES, at_sites
+from vtv_nnsight.testing import check_model
 from vtv_nnsight.vectors import Activations, zero_vector
 
 LAYERS = ("attn", "mlp", "residual")
@@ -62,6 +63,10 @@ def hooked(module, prompts, change):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_it_does_what_the_interface_promises(model, prompts):
+    check_model(model, prompts)
 
 
 def key(stage, site):

@@ -5,6 +5,7 @@ from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import Layout, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
 from vtv_nnsight.models.vit_mae import ViTMAE
+from vtv_nnsight.testing import check_model
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
@@ -27,6 +28,10 @@ def model(module):
 @pytest.fixture(scope="module")
 def prompts(model):
     return tasks.identity.prompts(data.scenes("train", n=30, seed=0), n=3, layout=model.layout)
+
+
+def test_it_does_what_the_interface_promises(model, prompts):
+    check_model(model, prompts)
 
 
 def test_the_layout_is_the_models(model):
