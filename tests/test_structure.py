@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import pytest
 from helpers import ROOT
 
 PACKAGE = ROOT / "vtv_nnsight"
