@@ -166,7 +166,7 @@ def demo(player):
 
 def says(page, words):
     """Wait until the page says something."""
-    playwright.expect(page.locator("#said")).to_contain_text(re.compile(words), timeout=WAIT)
+    playwright.expect(page.locator("#caption")).to_contain_text(re.compile(words), timeout=WAIT)
 
 
 def test_every_control_changes_the_answer(demo, visit):
@@ -174,8 +174,8 @@ def test_every_control_changes_the_answer(demo, visit):
     says(page, r"task vector, scale 1, 8 of 22 units: mIoU")
     page.get_by_label("one-shot").check()
     says(page, "one-shot: mIoU")
-    page.get_by_label("nothing", exact=True).check()
-    says(page, "nothing: mIoU")
+    page.get_by_label("zero-shot").check()
+    says(page, "zero-shot: mIoU")
     page.get_by_label("task vector", exact=True).check()
     says(page, "task vector, scale 1, 8 of 22")
     page.locator("#scale input[type=number]").fill("0.5")
@@ -193,9 +193,9 @@ def test_every_control_changes_the_answer(demo, visit):
     page.locator("#task input").click()
     page.get_by_role("option", name="lowlight").first.click()
     says(page, "MSE ↓")
-    before = page.locator("#asked img").get_attribute("src")
+    before = page.locator("#query-cell img").get_attribute("src")
     page.locator("#queries button.thumbnail-item, #queries .grid-container button").nth(3).click()
-    playwright.expect(page.locator("#asked img")).not_to_have_attribute("src", before, timeout=WAIT)
+    playwright.expect(page.locator("#query-cell img")).not_to_have_attribute("src", before, timeout=WAIT)
 
 
 def shows(page, expected):
@@ -298,10 +298,10 @@ def test_what_is_downloaded_is_what_is_shown(demo, visit, tmp_path):
 def test_uploads_whole_and_broken(demo, visit, tmp_path):
     page = visit(demo)
     says(page, "8 of 22 units: mIoU")
-    before = page.locator("#asked img").get_attribute("src")
+    before = page.locator("#query-cell img").get_attribute("src")
     upload = page.locator("input[type=file]").first
     upload.set_input_files(DATA / "query_image.png")
-    playwright.expect(page.locator("#asked img")).not_to_have_attribute("src", before, timeout=WAIT)
+    playwright.expect(page.locator("#query-cell img")).not_to_have_attribute("src", before, timeout=WAIT)
     says(page, r"8 of 22 units \(")  # no truth is known, and so no score
     broken = tmp_path / "broken.png"
     broken.write_bytes((DATA / "query_image.png").read_bytes()[:200])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, patch, tasks
 from vtv_nnsight.demo import playing
-from vtv_nnsight.demo.playing import NOTHING, ONE_SHOT, VECTOR, Player
+from vtv_nnsight.demo.playing import ZERO_SHOT, ONE_SHOT, VECTOR, Player
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
 
@@ -22,8 +22,8 @@ def test_answers_are_those_of_the_library(player):
     assert torch.equal(prompt.canvas, tasks.segmentation.prompt(*player.rows[:2], player.space.layout).canvas)
     one_shot = player.answer(prompt, ONE_SHOT)
     assert torch.equal(one_shot, crop(player.model.generate(prompt), "output", prompt.layout)[0])
-    nothing = player.answer(prompt, NOTHING)
-    assert torch.equal(nothing, crop(player.model.generate(prompt.query_only()), "output", prompt.layout)[0])
+    zero_shot = player.answer(prompt, ZERO_SHOT)
+    assert torch.equal(zero_shot, crop(player.model.generate(prompt.query_only()), "output", prompt.layout)[0])
     vector, units = player.vector("segmentation", "lowlight", 0.25), player.found("segmentation", "lowlight")
     assert len(units) == len(player.found("segmentation") | player.found("lowlight"))
     mixed = 0.75 * player.bundle.vectors["segmentation"] + 0.25 * player.bundle.vectors["lowlight"]
@@ -32,7 +32,7 @@ def test_answers_are_those_of_the_library(player):
         canvas = tracer.result.save()
     cell = player.answer(prompt, VECTOR, vector, units, 3.0)
     torch.testing.assert_close(cell, crop(canvas, "output", prompt.layout)[0])
-    assert torch.equal(player.answer(prompt, VECTOR, vector, units, 0.0), nothing)
+    assert torch.equal(player.answer(prompt, VECTOR, vector, units, 0.0), zero_shot)
     with pytest.raises(ValueError, match="mode='two-shot' is unknown"):
         player.answer(prompt, "two-shot")
 
@@ -62,7 +62,7 @@ def test_an_upload_is_checked_and_removed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="4x4 pixels; expected at least 8"):
         playing.upload(path)
     path.write_bytes(small.getvalue())
-    monkeypatch.setattr(playing, "LARGEST", 10)
+    monkeypatch.setattr(playing, "MAX_BYTES", 10)
     with pytest.raises(ValueError, match="has [0-9]+ bytes; give a picture of at most 10"):
         playing.upload(path)
     assert not path.exists()
@@ -80,10 +80,10 @@ def test_what_is_painted_is_the_mask():
 
 
 def test_the_map_has_every_unit_once(player):
-    maps, labels = playing.panels(player.space), playing.unit_labels(player.space)
+    maps = playing.panels(player.space)
     assert [name for own in maps.values() for name in own] != [] and "decoder, output" in maps
     assert sorted(name for own in maps.values() for name in own) == sorted(player.space.names)
-    assert labels["encoder.blocks.1.attn.heads[3] @ query"] == "1.3"
+    assert maps["encoder, query"]["encoder.blocks.1.attn.heads[3] @ query"] == "1.3"
     assert playing.panels(PatchSpace(player.model, granularity="token")) == {}
 
 
@@ -119,7 +119,7 @@ def test_a_score_is_shown_where_the_truth_is_known(player):
         ("segmentation", player.rows[0], bare, False),
         ("segmentation", uploaded, query, False),
     ):
-        _, _, words = called["respond"].fn(task, "none", 0.5, NOTHING, 1.0, example, asked, None)
+        _, _, words = called["respond"].fn(task, "none", 0.5, ZERO_SHOT, 1.0, example, asked, None)
         assert (tasks.get(task).metric.label in words) == known, words
 
 

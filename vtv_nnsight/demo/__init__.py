@@ -2,5 +2,6 @@
 
 >>> launch(make_page(Player.load("tiny")))
 
-`playing` is what is computed, without a browser; `page` is what is shown, and needs gradio.
+`playing` is what is computed, without a browser; `page` is what is shown and `callbacks` what its events call, and both
+need gradio.
 """

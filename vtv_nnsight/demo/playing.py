@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -22,19 +22,20 @@ from vtv_nnsight.models.sites import sites_in
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.patching.forward import generate_with_gates
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.report.play import unit_maps
 from vtv_nnsight.runs import bundles
 from vtv_nnsight.runs.bundles import Bundle
 from vtv_nnsight.search import gates
 from vtv_nnsight.tasks import Draw, Task
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 
-ONE_SHOT, NOTHING, VECTOR = MODES = ("one-shot", "nothing", "task vector")
+ONE_SHOT, ZERO_SHOT, VECTOR = MODES = ("one-shot", "zero-shot", "task vector")
 """How an answer is asked for: with the example, with the query alone, with the vector patched in as well."""
-LARGEST = 10 * 2**20
-"""Bytes of an upload, at most."""
-SIDE = 1024
+MAX_BYTES = 10 * 2**20
+"""Of an upload."""
+MAX_SIDE = 1024
 """Uploads are kept in memory at this size, in pixels, at most."""
-FEWEST = 8
+MIN_PICTURES = 8
 """Pictures that a search needs."""
 BUDGET = 400
 """Evaluations that a search on a visitor's pictures may spend."""
@@ -69,10 +70,10 @@ class Player:
             FileNotFoundError, ValueError: when there is no such bundle, or it is not of this model.
         """
         bundle = bundles.load(vectors)
-        found = bundle.load_model(model, dispatch=True)
+        loaded = bundle.load_model(model, dispatch=True)
         if device:
-            found.to(device)
-        return cls(found, bundle, [*data.scenes("test", n=8, seed=1), *data.pictures("test", n=8, seed=1)])
+            loaded.to(device)
+        return cls(loaded, bundle, [*data.scenes("test", n=8, seed=1), *data.pictures("test", n=8, seed=1)])
 
     @property
     def space(self) -> PatchSpace:
@@ -88,8 +89,8 @@ class Player:
         """
         task, layout = tasks.get(task) if isinstance(task, str) else task, self.space.layout
         if example is None:
-            shown, truth = task.cells(query, layout.cell_size)
-            return VisualPrompt.from_cells({"query": shown} | ({"output": truth} if truth is not None else {}), layout)
+            cell, truth = task.cells(query, layout.cell_size)
+            return VisualPrompt.from_cells({"query": cell} | ({"output": truth} if truth is not None else {}), layout)
         if example.get("answer") is not None:
             cells = {"example_input": example["image"], "example_output": example["answer"], "query": query["image"]}
             return VisualPrompt.from_cells(cells, layout)
@@ -133,17 +134,17 @@ class Player:
         Raises:
             ValueError: when there are too few, or they lack what the task's answer is made of.
         """
-        chosen, layout = tasks.get(task), self.space.layout
-        if len(rows) < FEWEST:
-            raise ValueError(f"{len(rows)} pictures are too few to search on; give {FEWEST} or more.")
-        if chosen.needs != "image":
-            raise ValueError(f"{task} needs a {chosen.needs} of every picture; choose a task that needs none.")
-        prompts = chosen.compose(list(rows), _pairs(len(rows), seed), layout)
+        searched, layout = tasks.get(task), self.space.layout
+        if len(rows) < MIN_PICTURES:
+            raise ValueError(f"{len(rows)} pictures are too few to search on; give {MIN_PICTURES} or more.")
+        if searched.needs != "image":
+            raise ValueError(f"{task} needs a {searched.needs} of every picture; choose a task that needs none.")
+        prompts = searched.compose(list(rows), _pairs(len(rows), seed), layout)
         with self._lock:
             sites = sites_in(next(iter(self.bundle.vectors.values())).mean)
             vectors = TaskVectors.collect(self.model, {task: prompts}, sites=sites, progress=False)
             result = gates(
-                self.model, vectors[task], chosen, prompts.query_only(), self.space, budget=budget, seed=seed,
+                self.model, vectors[task], searched, prompts.query_only(), self.space, budget=budget, seed=seed,
                 progress=False,
             )  # fmt: skip
         vectors = TaskVectors({**self.bundle.vectors, **vectors})
@@ -170,10 +171,10 @@ def upload(path: str | os.PathLike, name: str = "the upload") -> Image.Image:
         content = path.read_bytes()
     finally:
         path.unlink(missing_ok=True)
-    if len(content) > LARGEST:
-        raise ValueError(f"{name} has {len(content):,} bytes; give a picture of at most {LARGEST:,}.")
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{name} has {len(content):,} bytes; give a picture of at most {MAX_BYTES:,}.")
     image = as_rgb(read_picture(io.BytesIO(content), name))
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
 
 
@@ -197,20 +198,10 @@ def enlarged(pixels: torch.Tensor, side: int = 336) -> Image.Image:
     return to_pil(pixels).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def panels(space: PatchSpace) -> dict[str, list[str]]:
-    """The map of units: "encoder, query" → names of its units, layer by layer. Of spaces with a unit a token there is
-    none: they have too many."""
-    if space.granularity == "token":
-        return {}
-    stages = list(space.groups)
-    maps: dict[str, list[str]] = {}
-    for name, stage, group in zip(space.names, space.units.stack.tolist(), space.units.group.tolist()):
-        title = f"{stages[stage]}, {list(space.groups[stages[stage]])[group]}"
-        maps.setdefault(title, []).append(name)
-    return maps
-
-
-def unit_labels(space: PatchSpace) -> Mapping[str, str]:
-    """Name of a unit → its layer and head, in short."""
-    pairs = zip(space.names, space.units.layer.tolist(), space.units.head.tolist())
-    return {name: f"{layer}.{head}" for name, layer, head in pairs}
+def panels(space: PatchSpace) -> dict[str, dict[str, str]]:
+    """The map of units: "encoder, query" → name of each unit → its layer and head, in short. Of spaces with a unit a
+    token there is none: they have too many."""
+    return {
+        title: {name: f"{layer}.{head}" for layer, names in enumerate(rows) for head, name in enumerate(names)}
+        for title, rows in unit_maps(space).items()
+    }

@@ -13,12 +13,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from nnsight import _c, save
 from nnsight.intervention.batching import Batcher
 from nnsight.intervention.envoy import Envoy, eproperty
 from nnsight.intervention.tracer import InterleavingTracer
 
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.prompts import Canvases
+
+
+@contextmanager
+def without_save() -> Iterator[None]:
+    """Within, objects lack the method `save` that nnsight puts on all: some classes cannot be defined with it."""
+    mounted = _c.unmount is not None and hasattr(object, "save")
+    if mounted:
+        _c.unmount("save")
+    try:
+        yield
+    finally:
+        if mounted:
+            _c.mount(save, "save")
 
 
 def heads_of(projection: str, count: str = "num_heads") -> eproperty:

@@ -48,7 +48,7 @@ def attention_pictures(explorer: QueryExplorer, layout: Layout, keep: Keep) -> d
     name = f"{explorer.task}-attention"
     links = {"CSV": keep(f"{name}.csv", table), "PNG": keep(f"{name}.png", png_of(sheet))}
     maps = [
-        {"name": name, "uri": sprite(pixels[None]), "most": cell_in_words(row.idxmax()), "share": float(row.max())}
+        {"name": name, "uri": sprite(pixels[None]), "most": cell_in_words(str(row.idxmax())), "share": float(row.max())}
         for pixels, (name, row) in zip(pictures, table.set_index("attention of").iterrows())
     ]
     return {"explorer": explorer, "maps": maps, "links": links}

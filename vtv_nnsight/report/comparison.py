@@ -25,7 +25,7 @@ from vtv_nnsight.search import plots
 from vtv_nnsight.tasks import Task
 
 
-def compare(runs: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
+def compare(runs: Sequence[str | os.PathLike], path: str | Path) -> Path:
     """Write a page that sets several runs side by side: their settings where they differ; for each task that they share
     their scores, their answers to the same queries, and how far the units agree that they found.
 

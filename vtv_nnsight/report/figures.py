@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import matplotlib
@@ -64,7 +64,7 @@ def draw(
         numbers: What it shows, kept as `name`.csv.
     """
     keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    inks = dict.fromkeys(keys, INK["light"]) | {"legend.framealpha": 0.0, "font.size": 9}
+    inks: dict[Any, Any] = dict.fromkeys(keys, INK["light"]) | {"legend.framealpha": 0.0, "font.size": 9}
     links = {} if keep is None or numbers is None else {"CSV": keep(f"{name}.csv", numbers)}
     with matplotlib.rc_context(inks | {"svg.hashsalt": "vtv", "svg.fonttype": "none"}):
         drawing = figure()
@@ -79,7 +79,7 @@ def draw(
         _change_ink(drawing, INK["light"], INK["dark"])
         dark = _rasterise(drawing)
     uris = [data_uri(png_of(inked.quantize(128, method=Image.Quantize.FASTOCTREE))) for inked in (light, dark)]
-    return Drawn(*uris, int(96 * drawing.get_figwidth()), caption, wide, links)
+    return Drawn(uris[0], uris[1], int(96 * drawing.get_figwidth()), caption, wide, links)
 
 
 def keep_file(run: Path, name: str, content: bytes | pd.DataFrame) -> str:

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import io
-import os
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def animation(explorer: QueryExplorer) -> list[Image.Image]:
     return frames
 
 
-def save_animation(frames: list[Image.Image], path: str | os.PathLike | io.BytesIO, kind: str = "gif") -> None:
+def save_animation(frames: list[Image.Image], path: str | Path | io.BytesIO, kind: str = "gif") -> None:
     """Write frames that repeat for ever, the first and the last of which stay longer.
 
     Args:

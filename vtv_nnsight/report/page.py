@@ -53,7 +53,7 @@ def _content(run: RunResults, keep: Keep) -> dict[str, Any]:
     return {
         "title": f"Visual task vectors: {run.name}",
         "run": run,
-        "paper": PAPERS.get(space.fingerprint.get("model")),
+        "paper": PAPERS.get(space.fingerprint.get("model", "")),
         "prompt": prompt_cells(run),
         "places": "a single token" if space.granularity == "token" else join_words(groups, "or"),
         "parts": join_words(SITES[site][0] for site in space.sites),

@@ -144,6 +144,6 @@ def _read_table(path: Path, task: str) -> Table:
         raise ValueError(f"{path} is of {', '.join(table.tasks)}; expected an evaluation of {task}.")
     if missing := {BASELINE, ZERO_SHOT, PATCHED} - set(table.frame.condition):
         raise ValueError(f"{path} lacks the conditions {', '.join(sorted(missing))}; run the same `vtv run`.")
-    if missing := [name for name in ("prompt", *list(PICTURES)[3:]) if name not in tensors]:
-        raise ValueError(f"{path.with_suffix('.safetensors')} lacks {', '.join(missing)}; run the same `vtv run`.")
+    if absent := [name for name in ("prompt", *list(PICTURES)[3:]) if name not in tensors]:
+        raise ValueError(f"{path.with_suffix('.safetensors')} lacks {', '.join(absent)}; run the same `vtv run`.")
     return Table(table.frame, {task: {name: tensors[name] for name in metadata["names"]}})
