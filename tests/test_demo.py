@@ -12,7 +12,7 @@ from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, patch, tasks
 from vtv_nnsight.demo import playing
-from vtv_nnsight.demo.playing import ZERO_SHOT, ONE_SHOT, VECTOR, Player
+from vtv_nnsight.demo.playing import ONE_SHOT, VECTOR, ZERO_SHOT, Player
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
 
