@@ -39,10 +39,10 @@ from vtv_nnsight.training.curriculum import (
     Swapped,
     UpsideDown,
 )
+from vtv_nnsight.training.loop import CHECKPOINT
 from vtv_nnsight.training.mae import averaged_model
 from vtv_nnsight.training.stream import corpus_prompts
 from vtv_nnsight.training.tokenizer import reconstruction
-from vtv_nnsight.training.training import CHECKPOINT
 
 CONDITIONS = {"ceiling": "tokenizer", "one-shot": "one-shot", "zero-shot": "zero-shot", "floor": "copy"}
 CORRUPTIONS = (tasks.identity, tasks.lowlight, tasks.inpainting, tasks.colorization)

@@ -6,7 +6,7 @@
     >>> model = MAEVQGAN("runs/tiny/mae/model")
 
 The embedded model's card, weights/tiny/README.md, says how it was trained. VP's way, figures with random masks in the
-place of prompts, is `pretrain("mae", …, data="figures")`, or data="my/figures" for a folder of one's own.
+place of prompts, is `pretrain("mae", …, data="figures")`, or data="my/figures" for a folder of yours.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,11 +35,11 @@ __all__ = ["STAGES", "pretrain", "recipes", "train_decoder", "train_mae", "train
 def pretrain(
     stage: str,
     size: str,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
-    images: str | os.PathLike | None = None,
-    data: str | os.PathLike | None = None,
-    start: str | os.PathLike | None = None,
+    images: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    start: str | os.PathLike[str] | None = None,
     steps: int | None = None,
     decay: int | None = None,
     resume: bool = False,
@@ -73,11 +74,12 @@ def pretrain(
         raise ValueError(
             f"data={os.fspath(data)!r} is for the stage 'mae'; the {stage} learns from images, leave data out."
         )
-    chosen, out = recipes.get(size), Path(out)
-    recipe = getattr(chosen, stage)
-    changes = {"steps": steps, "decay": decay}
-    recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
-    options = {
+    out, sizes = Path(out), recipes.get(size)
+    recipe: recipes.Recipe = getattr(sizes, stage)
+    recipe = replace(
+        recipe, steps=recipe.steps if steps is None else steps, decay=recipe.decay if decay is None else decay
+    )
+    options: dict[str, Any] = {
         "corpus": Corpus.read(images),
         "validation": _validation(images),
         "resume": resume,
@@ -87,29 +89,29 @@ def pretrain(
     if start is not None and stage != "mae":
         raise ValueError(f"start={str(start)!r} is for the stage mae; {stage} begins with what {out} holds.")
     if stage == "tokenizer":
-        return train_tokenizer(chosen.config, recipe, out / stage, **options)
+        return train_tokenizer(sizes.config, recipe, out / stage, **options)
     if data is not None:
-        options |= {"canvases": _figures(data, options["corpus"], chosen.config.image_size, seed), "mask": random_mask}
+        options |= {"canvases": _figures(data, options["corpus"], sizes.config.image_size, seed), "mask": random_mask}
     polished = stage == "mae" and (out / "decoder" / WEIGHTS).is_file()
-    vqgan = load_tokenizer(chosen.config, out / ("decoder" if polished else "tokenizer"))
+    vqgan = load_tokenizer(sizes.config, out / ("decoder" if polished else "tokenizer"))
     if stage == "decoder":
-        return train_decoder(chosen.config, vqgan, recipe, out / stage, **options)
+        return train_decoder(sizes.config, vqgan, recipe, out / stage, **options)
     known = None if start is None else MAEVQGAN(start, dispatch=True)._module
-    return train_mae(chosen.config, vqgan, recipe, out / stage, start=known, **options)
+    return train_mae(sizes.config, vqgan, recipe, out / stage, start=known, **options)
 
 
-def _figures(data: str | os.PathLike, corpus: Corpus, size: int, seed: int) -> Callable[[int, int], torch.Tensor]:
+def _figures(data: str | os.PathLike[str], corpus: Corpus, size: int, seed: int) -> Callable[[int, int], torch.Tensor]:
     """The canvases of a step: figures composed of a corpus, or those of a folder."""
     if data == FIGURES:
         return lambda step, n: composed(step, n, size, seed, corpus)
-    own = Corpus.read(data)
-    if not own.has(PHOTO):
+    figures = Corpus.read(data)
+    if not figures.has(PHOTO):
         raise ValueError(f"{data} lists no photographs; give a folder of figures or pictures, or 'figures'.")
-    return lambda step, n: cropped(step, n, size, seed, own)
+    return lambda step, n: cropped(step, n, size, seed, figures)
 
 
-def _validation(images: str | os.PathLike | None) -> Corpus | None:
-    """A corpus's own validation split, where it has one."""
+def _validation(images: str | os.PathLike[str] | None) -> Corpus | None:
+    """The validation split of a corpus that has one."""
     try:
         return Corpus.read(images, "validation")
     except ValueError:

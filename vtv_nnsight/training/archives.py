@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 Member = tuple[str, Callable[[], bytes]]
@@ -53,11 +54,11 @@ def fetch(client: str, name: str, folder: Path, version: str = "") -> Path:
         raise LookupError(f"{name}: {command[0]} is not installed; install it or leave the package out.") from error
     except subprocess.TimeoutExpired as error:
         raise LookupError(f"{name}: {command[0]} had not answered after {MINUTES} minutes; try again.") from error
-    found = sorted(path for path in folder.iterdir() if path.is_file())
-    if done.returncode or not found:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if done.returncode or not files:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise LookupError(f"{name}: {command[0]} cannot give it ({said[-1].strip() if said else 'it said nothing'}).")
-    return found[0]
+    return files[0]
 
 
 def members(archive: Path) -> Iterator[Member]:
@@ -82,25 +83,29 @@ def members(archive: Path) -> Iterator[Member]:
 
 
 def _deb(archive: Path) -> Iterator[Member]:
-    process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE)
-    try:
-        with tarfile.open(fileobj=process.stdout, mode="r|") as file:
-            yield from _tar(file)
-    finally:
-        process.stdout.close()
-        process.wait()
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+        tarfile.open(fileobj=process.stdout, mode="r|") as file,
+    ):
+        yield from _tar(file)
 
 
 def _tar(file: tarfile.TarFile) -> Iterator[Member]:
     for member in file:
         if member.isfile():
-            yield from _nested(member.name.removeprefix("./"), lambda member=member: file.extractfile(member).read())
+            yield from _nested(member.name.removeprefix("./"), partial(_extract, file, member))
+
+
+def _extract(file: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    content = file.extractfile(member)
+    return content.read() if content else b""
 
 
 def _zip(file: zipfile.ZipFile) -> Iterator[Member]:
     for name in file.namelist():
         if not name.endswith("/"):
-            yield from _nested(name, lambda name=name: file.read(name))
+            yield from _nested(name, partial(file.read, name))
 
 
 def _nested(name: str, read: Callable[[], bytes]) -> Iterator[Member]:

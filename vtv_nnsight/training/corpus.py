@@ -48,7 +48,7 @@ class Corpus:
         self.kinds: dict[str, list[Picture]] = {PHOTO: [], TEXTURE: [], CUTOUT: []}
         for picture in pictures:
             self.kinds[picture.kind].append(picture)
-        self._sums = {kind: np.cumsum([p.weight for p in found]) for kind, found in self.kinds.items()}
+        self._sums = {kind: np.cumsum([p.weight for p in listed]) for kind, listed in self.kinds.items()}
         self._classes: dict[str, list[Picture]] = defaultdict(list)
         for picture in self.kinds[CUTOUT]:
             self._classes[picture.label].append(picture)
@@ -57,6 +57,7 @@ class Corpus:
         return sum(map(len, self.kinds.values()))
 
     def has(self, kind: str) -> bool:
+        """Whether there are pictures of a kind."""
         return bool(self.kinds[kind])
 
     def draw(self, kind: str, generator: np.random.Generator) -> Picture:
@@ -103,7 +104,7 @@ def _photographs(images: Iterable[Image.Image]) -> list[Picture]:
     return [Picture(_shrink(as_rgb(image), PHOTO), PHOTO, "") for image in images]
 
 
-def _weight(row: dict[str, str], many: Counter) -> float:
+def _weight(row: dict[str, str], many: Counter[tuple[str, str]]) -> float:
     emphasis = EMPHASIS.get(row["package"], 1.0) if row["kind"] == CUTOUT else 1.0
     return emphasis * many[row["kind"], row["package"]] ** -0.5
 
@@ -117,15 +118,15 @@ def _decode(path: Path, kind: str) -> Image.Image | None:
             return None
         if kind != CUTOUT:
             return _shrink(as_rgb(image), kind)
-        image = image.convert("RGBA")
-        box = image.getchannel("A").getbbox()
-        return None if box is None else _shrink(image.crop(box), kind)
+        cutout = image.convert("RGBA")
+        box = cutout.getchannel("A").getbbox()
+        return None if box is None else _shrink(cutout.crop(box), kind)
 
 
 def _shrink(image: Image.Image, kind: str) -> Image.Image:
     scale = min(1.0, SHORTEST[kind] / min(image.size), LONGEST[kind] / max(image.size))
-    size = tuple(max(1, round(scale * side)) for side in image.size)
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(scale * side)) for side in image.size)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _label(package: str, source: str) -> str:

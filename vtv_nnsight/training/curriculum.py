@@ -1,4 +1,4 @@
-"""What MAE-VQGAN is shown in training: pairs of a corruption of the input and a target, drawn apart.
+"""What MAE-VQGAN learns from: pairs of a corruption of the input and a target, drawn apart.
 
 Were only low-light prompts dark, a model would brighten whatever is dark and never look at the example. So every input
 meets every target, a dark query must sometimes stay dark, and the commonest answer (the inverse mask) is the answer of
@@ -82,7 +82,7 @@ class Inverted(Task):
 
 @dataclass(frozen=True)
 class Mixed(Task):
-    """Image whose red, green and blue changed places → image."""
+    """Image with red, green and blue in other places → image."""
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
         return cell.roll(-1, 0)
@@ -102,17 +102,17 @@ class Blurring(Task):
 
 @dataclass(frozen=True)
 class Copy(Task):
-    """The input as shown."""
+    """The input as it is."""
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        return shown
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
+        return corrupted
 
 
 @dataclass(frozen=True)
 class Negative(Task):
     """One minus the image."""
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         return 1 - cell
 
 
@@ -120,7 +120,7 @@ class Negative(Task):
 class Swapped(Task):
     """Red, green and blue in another order."""
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         return cell.roll(1, 0)
 
 
@@ -128,7 +128,7 @@ class Swapped(Task):
 class Mirrored(Task):
     """Left for right."""
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         return cell.flip(2)
 
 
@@ -136,7 +136,7 @@ class Mirrored(Task):
 class UpsideDown(Task):
     """Top for bottom."""
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         return cell.flip(1)
 
 
@@ -146,7 +146,7 @@ class Luminance(Task):
 
     inverse: bool = False
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         luma = cell.mean(0, keepdim=True)
         return ((luma > luma.median()) ^ self.inverse).to(cell.dtype).expand(3, -1, -1)
 
@@ -157,7 +157,7 @@ class Turned(Task):
 
     quarters: int
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         return cell.rot90(self.quarters, (1, 2))
 
 
@@ -167,7 +167,7 @@ class Hue(Task):
 
     degrees: float
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         angle = np.deg2rad(self.degrees)
         along, across = (1 - np.cos(angle)) / 3, np.sin(angle) / 3**0.5
         turn = cell.new_tensor([[along, along - across, along + across]] * 3)
@@ -179,7 +179,7 @@ class Hue(Task):
 class Grey(Task):
     """The image's luma."""
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         return luma(cell).expand(3, -1, -1)
 
 
@@ -189,7 +189,7 @@ class Relit(Task):
 
     gamma: float
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         return cell**self.gamma
 
 
@@ -199,7 +199,7 @@ class Posterised(Task):
 
     tones: int = 3
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         return (cell * self.tones).floor().clamp(max=self.tones - 1) / (self.tones - 1)
 
 
@@ -207,7 +207,7 @@ class Posterised(Task):
 class Enlarged(Task):
     """The middle of the image, twice as large."""
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
         size, edge = cell.shape[-1], cell.shape[-1] // 4
         middle = cell[None, :, edge : size - edge, edge : size - edge]
         return F.interpolate(middle, size=size, mode="bicubic")[0].clamp(0, 1)
@@ -220,8 +220,8 @@ class Matte(Task):
     ground: float = 1.0
     needs = "mask"
 
-    def target(self, row: Row, cell: torch.Tensor, shown: torch.Tensor) -> torch.Tensor | None:
-        alpha = tasks.segmentation.target(row, cell, shown)
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor | None:
+        alpha = tasks.segmentation.target(row, cell, corrupted)
         return None if alpha is None else alpha * cell + (1 - alpha) * self.ground
 
 

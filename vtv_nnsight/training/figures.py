@@ -1,9 +1,9 @@
-"""Canvases that look like figures of papers: what MAE-VQGAN learns from where it is shown no prompts.
+"""Canvases that look like figures of papers: what MAE-VQGAN learns from where there are no prompts.
 
 VP trains on figures of papers with random masks, and solves prompts since figures set pictures side by side that belong
-together. `composed` makes such figures of a corpus, `cropped` takes a person's own:
+together. `composed` makes such figures of a corpus, `cropped` takes those of a folder:
 
-- Changes: a row shows a picture before and after, each column changed in a way of its own (`curriculum.draw_task`), or
+- Changes: a row shows a picture before and after, each column changed in another way (`curriculum.draw_task`), or
   rows and columns change places. Parts of a task that is held out never stand in one figure.
 - Galleries: a grid of pictures that have nothing to do with one another.
 - Plots: panels of curves, bars, points or a heat map.
@@ -16,24 +16,24 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from vtv_nnsight.data.drawn_scenes import render
 from vtv_nnsight.images import to_pil
-from vtv_nnsight.tasks import Row
+from vtv_nnsight.tasks import Row, Task
 from vtv_nnsight.training.corpus import PHOTO, Corpus
 from vtv_nnsight.training.curriculum import draw_task, is_held_out
-from vtv_nnsight.training.stream import SCENES, draw_rows
+from vtv_nnsight.training.stream import SCENES, as_batch, draw_rows
 
 KINDS = {"changes": 0.5, "gallery": 0.25, "plots": 0.25}
 """How often a figure is of each kind."""
 SHEET = 2.0
 """The longer side of a composed figure over that of the canvas: most parts that are cut are not enlarged."""
-MOST = 4
+MAX_PANELS = 4
 """Rows and columns of a figure."""
 AREA, ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)
 """Share of a figure that is cut out, and its width over its height."""
@@ -51,14 +51,14 @@ def composed(step: int, n: int, size: int, seed: int, corpus: Corpus) -> torch.T
     """The `n` canvases of a training step, parts of figures of a corpus's pictures and of scenes: float
     [n, 3, size, size] in [0, 1]."""
     generator = np.random.default_rng([seed, step, size, 1])
-    return _stacked([fitted(compose_figure(corpus, round(SHEET * size), generator), size, generator) for _ in range(n)])
+    return as_batch([fitted(compose_figure(corpus, round(SHEET * size), generator), size, generator) for _ in range(n)])
 
 
 def cropped(step: int, n: int, size: int, seed: int, corpus: Corpus) -> torch.Tensor:
     """The `n` canvases of a training step, parts of figures that are the corpus's photographs (as those of a folder
     are): float [n, 3, size, size] in [0, 1]."""
     generator = np.random.default_rng([seed, step, size, 2])
-    return _stacked([fitted(corpus.draw(PHOTO, generator).image, size, generator) for _ in range(n)])
+    return as_batch([fitted(corpus.draw(PHOTO, generator).image, size, generator) for _ in range(n)])
 
 
 def fitted(figure: Image.Image, size: int, generator: Generator) -> Image.Image:
@@ -74,14 +74,14 @@ def fitted(figure: Image.Image, size: int, generator: Generator) -> Image.Image:
 def compose_figure(corpus: Corpus, longest: int, generator: Generator, kind: str | None = None) -> Image.Image:
     """A figure of one of `KINDS`, by default any, whose longer side has `longest` pixels or a few less."""
     kind = kind or str(generator.choice(list(KINDS), p=list(KINDS.values())))
-    rows, columns = generator.integers(1, MOST + 1, 2).tolist()
+    rows, columns = generator.integers(1, MAX_PANELS + 1, 2).tolist()
     if kind == "changes":
         columns = max(2, columns)
     pitch = longest / max(rows, columns)
     gap, below, margin = (round(pitch * share) for share in _spaces(generator))
     across = round(pitch) - gap
     down = max(8, across - below)
-    if kind == "changes":  # whose pictures are square, as tasks change them
+    if kind == "changes":  # its pictures are square, as tasks change them
         across = down
         grid = _changed(corpus, rows, columns, across, generator)
         if generator.random() < 0.5:
@@ -132,13 +132,13 @@ def _changed(corpus: Corpus, rows: int, columns: int, side: int, generator: Gene
     """In each row a picture as shown by a task, as that task wants it, and as others do."""
     pictures = _rows(corpus, rows, generator)
     masks, place = all("mask" in row for row in pictures), tuple(generator.random(2))
-    first, *others = [draw_task(generator, masks)]
+    first, others = draw_task(generator, masks), list[Task]()
     while len(others) < columns - 2:
         if not is_held_out(sum([*others, other := draw_task(generator, masks)], start=first)):
             others.append(other)
     grid = []
     for row in pictures:
-        cells = [*first.cells(row, side, place), *(other.cells(row, side, place)[1] for other in others)]
+        cells: list[Any] = [*first.cells(row, side, place), *(other.cells(row, side, place)[1] for other in others)]
         grid.append([to_pil(cell) for cell in cells])
     return grid
 
@@ -147,7 +147,7 @@ def _rows(corpus: Corpus, n: int, generator: Generator) -> list[Row]:
     """`n` pictures of one kind, as the prompts' stream shows them: scenes, or of the corpus."""
     if generator.random() >= SCENES:
         return draw_rows(corpus, n, generator)
-    images, masks, _ = render("train", generator.integers(2**31, size=n))
+    images, masks, _ = render("train", generator.integers(2**31, size=n).tolist())
     return [{"image": Image.fromarray(image), "mask": Image.fromarray(mask)} for image, mask in zip(images, masks)]
 
 
@@ -198,7 +198,3 @@ def _plot(size: tuple[int, int], generator: Generator) -> Image.Image:
         pen.text((left - 4, y(share)), f"{share * most[0]:g}", "black", font, anchor="rm")
         pen.text((left + share * (right - left), bottom + 3), f"{share * most[1]:g}", "black", font, anchor="mt")
     return sheet.reduce(2)
-
-
-def _stacked(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    return rearrange(torch.from_numpy(np.stack(pictures)), "n h w c -> n c h w").float() / 255

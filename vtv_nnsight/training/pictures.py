@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -44,7 +44,7 @@ TIMES = {"train": {"photograph": 6, "render": 1, "drawing": 1}, "test": {"photog
 MAX_RENDERS = {"train": 12, "test": 6}
 """Renderings of one class."""
 
-LARGEST = 640
+MAX_SIDE = 640
 """Source pictures are scaled down to this many pixels on their longer side."""
 
 PLACES = {"fish": ("sea", "water"), **dict.fromkeys(("sofa", "bed", "lamp", "table", "cupboard", "television"),
@@ -75,28 +75,29 @@ def load(rows: Iterable[Row], downloads: Path) -> list[tuple[Row, Image.Image]]:
         LookupError: when a package cannot be had.
         ValueError: when a file is not in its package.
     """
-    packages, found = defaultdict(dict), {}
+    packages: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
+    pictures = {}
     for row in rows:
         packages[row["client"], row["package"], row["version"]][row["file"]] = row
     with progress_bar(packages.items(), desc="packages") as bar:
         for package, wanted in bar:
             for name, read in members(_archive(package, downloads)):
                 if name in wanted:
-                    found[package[1], name] = _cut_out(wanted[name], Image.open(io.BytesIO(read())), downloads)
-    missing = [row["file"] for row in rows if (row["package"], row["file"]) not in found]
+                    pictures[package[1], name] = _cut_out(wanted[name], Image.open(io.BytesIO(read())), downloads)
+    missing = [row["file"] for row in rows if (row["package"], row["file"]) not in pictures]
     if missing:
         raise ValueError(f"{len(missing)} files are not in their packages, {missing[0]} for one; check the credits.")
-    return [(row, found[row["package"], row["file"]]) for row in rows]
+    return [(row, pictures[row["package"], row["file"]]) for row in rows]
 
 
 def compose(sources: Sequence[tuple[Row, Image.Image]], generator: np.random.Generator) -> list[dict]:
     """The rows of a split: the objects among its sources, each as often as `TIMES` says, on its backgrounds."""
     backgrounds = [source for source in sources if not source[0]["label"]]
     labels = features()["label"].names
-    shown, rows = defaultdict(int), []
+    counts, rows = Counter[tuple[str, str]](), []
     for row, picture in sources:
-        shown[row["label"], row["look"]] += 1
-        if not row["label"] or row["look"] == "render" and shown[row["label"], "render"] > MAX_RENDERS[row["split"]]:
+        counts[row["label"], row["look"]] += 1
+        if not row["label"] or row["look"] == "render" and counts[row["label"], "render"] > MAX_RENDERS[row["split"]]:
             continue
         times = TIMES[row["split"]][row["look"]]
         for time in range(times):
@@ -129,13 +130,13 @@ def over(
     thing, corner = _placed(row, picture, generator)
     alpha = Image.new("L", (WORK, WORK))
     alpha.paste(thing.getchannel("A"), corner)
-    colours = Image.new("RGB", (WORK, WORK))
-    colours.paste(thing.convert("RGB"), corner)
-    colours = _lit_like(np.asarray(colours, np.float32), np.asarray(alpha) > 128, np.asarray(behind, np.float32))
+    placed = Image.new("RGB", (WORK, WORK))
+    placed.paste(thing.convert("RGB"), corner)
+    colours = _lit_like(np.asarray(placed, np.float32), np.asarray(alpha) > 128, np.asarray(behind, np.float32))
     opacity = rearrange(np.asarray(alpha, np.float32), "h w -> h w 1") / 255
     shadow = rearrange(_shadow(alpha, row, generator), "h w -> h w 1")
-    image = opacity * colours + (1 - opacity) * (1 - shadow) * np.asarray(behind, np.float32)
-    image = Image.fromarray(image.clip(0, 255).round().astype(np.uint8))
+    pixels = opacity * colours + (1 - opacity) * (1 - shadow) * np.asarray(behind, np.float32)
+    image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
     mask = _binary(alpha.resize((SIZE, SIZE), Image.Resampling.BOX))
     return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS), mask
 
@@ -149,14 +150,14 @@ def _archive(package: tuple[str, str, str], downloads: Path) -> Path:
 
 
 def _cut_out(row: Row, picture: Image.Image, downloads: Path) -> Image.Image:
-    """A source picture as `compose` takes it: of at most `LARGEST` pixels; RGBA where it is of an object."""
+    """A source picture as `compose` takes it: of at most `MAX_SIDE` pixels; RGBA where it is of an object."""
     if not row["label"]:
-        picture.draft("RGB", (LARGEST, LARGEST))  # a JPEG is then decoded at a fraction of its size
+        picture.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a JPEG is then decoded at a fraction of its size
     picture = ImageOps.exif_transpose(picture)
     if row["cut"] == "left half":
         picture = picture.crop((0, 0, picture.width // 2, picture.height))
     picture = picture.convert("RGBA" if row["cut"] in ("alpha", "left half") else "RGB")
-    scale = LARGEST / max(picture.size)
+    scale = MAX_SIDE / max(picture.size)
     if scale < 1:
         picture = picture.resize([round(scale * side) for side in picture.size], Image.Resampling.LANCZOS)
     if row["cut"].isdecimal():
@@ -175,7 +176,7 @@ def _object(picture: Image.Image, side: int, downloads: Path) -> Image.Image:
     import onnxruntime
 
     pixels = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR), np.float32)
-    pixels = rearrange((pixels - 128) / 256, "h w c -> 1 c h w")
+    pixels = rearrange((pixels - np.float32(128)) / np.float32(256), "h w c -> 1 c h w")
     session = onnxruntime.InferenceSession(_isnet(side, downloads))
     alpha = session.run(None, {session.get_inputs()[0].name: pixels})[0].squeeze()
     return Image.fromarray((255 * alpha.clip(0, 1)).astype(np.uint8)).resize(picture.size, Image.Resampling.BILINEAR)
@@ -207,7 +208,7 @@ def _isnet(side: int, downloads: Path) -> bytes:
 
 
 def _choose_background(row: Row, backgrounds: Sequence, generator: np.random.Generator) -> int:
-    """The index of a background where a thing of the row's class may be, none of its own package's where it can."""
+    """The index of a background where a thing of the row's class may be, none of its package where it can."""
     scenes = PLACES.get(row["label"], ("land", "city", "indoor", "water"))
     scene = scenes[generator.integers(len(scenes))]
     fits = [i for i, (other, _) in enumerate(backgrounds) if other["scene"] == scene]
@@ -254,7 +255,7 @@ def _placed(row: Row, picture: Image.Image, generator: np.random.Generator) -> t
 
 
 def _clean_edges(thing: Image.Image) -> Image.Image:
-    """An object whose half transparent edges have its own colours, not those of what it was photographed before."""
+    """An object with its colours at half transparent edges, not those of what it was photographed before."""
     pixels = np.asarray(thing, np.float32)
     alpha = pixels[..., 3]
     solid = Image.fromarray((255 * (alpha > 230)).astype(np.uint8))
@@ -262,8 +263,8 @@ def _clean_edges(thing: Image.Image) -> Image.Image:
     weight = np.asarray(solid.filter(ImageFilter.GaussianBlur(radius)), np.float32)[..., None]
     inside = Image.composite(thing.convert("RGB"), Image.new("RGB", thing.size), solid)
     spread = 255 * np.asarray(inside.filter(ImageFilter.GaussianBlur(radius)), np.float32) / np.maximum(weight, 1)
-    own = (alpha > 230)[..., None] | (weight < 8)
-    colours = np.where(own, pixels[..., :3], spread.clip(0, 255))
+    kept = (alpha > 230)[..., None] | (weight < 8)
+    colours = np.where(kept, pixels[..., :3], spread.clip(0, 255))
     edges = 255 * ((alpha / 255 - 0.1) / 0.85).clip(0, 1)
     return Image.fromarray(np.concatenate([colours, edges[..., None]], -1).round().astype(np.uint8), "RGBA")
 
@@ -272,9 +273,9 @@ def _lit_like(colours: np.ndarray, inside: np.ndarray, behind: np.ndarray) -> np
     """Colours [h, w, 3] of an object, a part of the way to the brightness and tint of what is behind it [h, w, 3]."""
     if not inside.any():
         return colours
-    own, light = colours[inside].mean(0) + 8, rearrange(behind, "h w c -> (h w) c").mean(0) + 8
-    brightness = (light.mean() / own.mean()) ** 0.3
-    tint = ((light / light.mean()) / (own / own.mean())) ** 0.12
+    object_light, light = colours[inside].mean(0) + 8, rearrange(behind, "h w c -> (h w) c").mean(0) + 8
+    brightness = (light.mean() / object_light.mean()) ** 0.3
+    tint = ((light / light.mean()) / (object_light / object_light.mean())) ** 0.12
     return colours * np.clip(brightness, 0.65, 1.3) * tint
 
 
@@ -318,6 +319,7 @@ def _encoded(image: Image.Image, form: str = "WEBP", **options) -> bytes:
 
 
 def main() -> None:
+    """Compose them, as the command line says."""
     parser = argparse.ArgumentParser(description="Compose the pictures that the package carries.")
     parser.add_argument("--downloads", type=Path, required=True, help="a folder for packages, outside the repository")
     parser.add_argument("--out", type=Path, default=EMBEDDED)

@@ -3,6 +3,8 @@ unbroken one would have seen."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -29,9 +31,9 @@ def training_prompts(
     step: int, n: int, layout: Layout, seed: int = 0, corpus: Corpus | None = None, split: str = "train"
 ) -> VisualPrompt:
     """The `n` one-shot prompts of a training step: scenes of a split, pictures composed of the corpus and crops of it,
-    each prompt with a task of its own (`curriculum.draw_task`)."""
-    generator = np.random.default_rng([seed, step])
-    from_scenes = int(generator.binomial(n, SCENES)) if corpus is not None and len(corpus) else n
+    each prompt with another task (`curriculum.draw_task`)."""
+    generator, corpus = np.random.default_rng([seed, step]), corpus or Corpus(())
+    from_scenes = int(generator.binomial(n, SCENES)) if len(corpus) else n
     groups = [*_scene_groups(step, from_scenes, n, layout.examples, seed, split, generator)]
     groups += [draw_rows(corpus, layout.examples + 1, generator) for _ in range(n - from_scenes)]
     prompts = []
@@ -56,11 +58,11 @@ def draw_rows(corpus: Corpus, n: int, generator: np.random.Generator, kind: str 
 def validation_prompts(task: Task, n: int, layout: Layout, corpus: Corpus | None = None) -> dict[str, VisualPrompt]:
     """`n` prompts of a task by what they show: scenes of the validation split, and "pictures" of a corpus, composed
     ones for tasks that need a mask and crops of photographs for others."""
-    found = {"scenes": task.prompts(scenes("validation", n=3 * n), n=n, layout=layout)}
+    prompts = {"scenes": task.prompts(scenes("validation", n=3 * n), n=n, layout=layout)}
     kind = CUTOUT if task.needs == "mask" else PHOTO
     if corpus is not None and corpus.has(kind):
-        found["pictures"] = corpus_prompts(task, n, layout, corpus, kind)
-    return found
+        prompts["pictures"] = corpus_prompts(task, n, layout, corpus, kind)
+    return prompts
 
 
 def corpus_prompts(task: Task, n: int, layout: Layout, corpus: Corpus, kind: str, seed: int = 0) -> VisualPrompt:
@@ -78,16 +80,24 @@ def training_crops(step: int, n: int, size: int, seed: int, corpus: Corpus) -> t
     generator = np.random.default_rng([seed, step, size])
     kinds = [kind for kind in (PHOTO, TEXTURE) if corpus.has(kind)]
     drawn = [crop(corpus.draw(kinds[generator.integers(len(kinds))], generator), generator, size) for _ in range(n)]
-    return rearrange(torch.from_numpy(np.stack(drawn)), "n h w c -> n c h w").float() / 255
+    return as_batch(drawn)
 
 
-def _scene_groups(step: int, count: int, n: int, examples: int, seed: int, split: str, generator: np.random.Generator):
+def as_batch(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """PIL RGB of one size → float [picture, 3, height, width] in [0, 1]."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return rearrange(torch.from_numpy(pixels), "n h w c -> n c h w").float() / 255
+
+
+def _scene_groups(
+    step: int, count: int, n: int, examples: int, seed: int, split: str, generator: np.random.Generator
+) -> Iterator[list[Row]]:
     """Twice as many scenes as prompts and never few, so that most classes come in pairs."""
     if not count:
         return
     many, most = max(2 * count, 32), max(2 * n, 32)
     drawn = render(split, range(step * most, step * most + many), seed)
-    rows = [
+    rows: list[Row] = [
         {"image": Image.fromarray(image), "mask": Image.fromarray(mask), "label": int(label)}
         for image, mask, label in zip(*drawn)
     ]

@@ -36,10 +36,10 @@ from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.training.corpus import PHOTO, Corpus
+from vtv_nnsight.training.loop import CHECKPOINT, LossValue, train
 from vtv_nnsight.training.perceptual import PerceptualDistance
 from vtv_nnsight.training.recipes import Recipe
 from vtv_nnsight.training.stream import SAMPLED_FROM, training_crops, training_prompts, validation_prompts
-from vtv_nnsight.training.training import CHECKPOINT, train
 
 CODEBOOK_DECAY = 0.98
 DEAD = 0.1
@@ -69,7 +69,7 @@ class Distance:
     def __init__(self, perceptual: float = 0.0) -> None:
         self.perceptual, self.features = perceptual, PerceptualDistance() if perceptual else None
 
-    def __call__(self, drawn: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    def __call__(self, drawn: torch.Tensor, target: torch.Tensor) -> LossValue:
         """Of pixels [batch, 3, height, width] in [-1, 1]."""
         squares = F.mse_loss(drawn, target)
         edges = sum((drawn.diff(dim=d) - target.diff(dim=d)).abs().mean() for d in (2, 3))
@@ -83,6 +83,12 @@ class Distance:
 class TokenizerTraining(nn.Module):
     """A VQGAN and the moving averages of its codebook."""
 
+    uses: torch.Tensor
+    sums: torch.Tensor
+    steps: torch.Tensor
+    mean: torch.Tensor
+    components: torch.Tensor
+
     def __init__(self, config: MAEVQGANConfig, perceptual: float = 0.0) -> None:
         super().__init__()
         self.distance = Distance(perceptual)
@@ -95,7 +101,7 @@ class TokenizerTraining(nn.Module):
         self.register_buffer("mean", torch.zeros(3 * config.patch_size**2))
         self.register_buffer("components", torch.zeros(3 * config.patch_size**2, config.code_dim))
 
-    def loss(self, batch: tuple[torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, batch: tuple[torch.Tensor], generator: torch.Generator) -> LossValue:
         """Of a batch of pixels [batch, 3, height, width] in [0, 1]; moves the codebook."""
         (pixels,) = batch
         vqgan, target, alone = self.vqgan, 2 * pixels - 1, self.steps < ALONE
@@ -158,10 +164,10 @@ class TokenizerTraining(nn.Module):
     def _seed(self, which: torch.Tensor, latent: torch.Tensor, generator: torch.Generator) -> None:
         flat = rearrange(latent, "b p c -> (b p) c")
         count = int(which.sum())
-        chosen = torch.randint(len(flat), (count,), generator=generator, device=flat.device)
+        drawn = torch.randint(len(flat), (count,), generator=generator, device=flat.device)
         self.uses[which] = 1.0
-        self.sums[which] = flat[chosen]
-        self.vqgan.codebook.weight[which] = flat[chosen]
+        self.sums[which] = flat[drawn]
+        self.vqgan.codebook.weight[which] = flat[drawn]
 
 
 def _patches(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -236,7 +242,7 @@ def train_decoder(
     for part in (vqgan.encoder, vqgan.quant_conv, vqgan.codebook):
         part.requires_grad_(False)
 
-    def loss(vqgan: VQGAN, batch: tuple[torch.Tensor], generator: torch.Generator):
+    def loss(vqgan: VQGAN, batch: tuple[torch.Tensor], generator: torch.Generator) -> LossValue:
         (pixels,) = batch
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             quantised = vqgan.codebook(vqgan.encode(pixels))
@@ -249,7 +255,8 @@ def train_decoder(
 
 def _pictures(n: int, layout: Layout, seed: int, corpus: Corpus | None, step: int) -> tuple[torch.Tensor]:
     """What a step draws: canvases, and pictures without one where there are photographs."""
-    plain = round(CROPS * n) if corpus is not None and corpus.has(PHOTO) else 0
+    corpus = corpus or Corpus(())
+    plain = round(CROPS * n) if corpus.has(PHOTO) else 0
     canvas = training_prompts(step, n - plain, layout, seed, corpus).canvas
     if plain:
         canvas = torch.cat([canvas, training_crops(step, plain, layout.canvas_size, seed, corpus)])
@@ -258,11 +265,11 @@ def _pictures(n: int, layout: Layout, seed: int, corpus: Corpus | None, step: in
 
 def _validation(layout: Layout, corpus: Corpus | None, device: str) -> Callable[[VQGAN], dict[str, float]]:
     prompts = validation_prompts(tasks.identity, 64, layout, corpus)
-    held_out = {name: shown.canvas.to(device) for name, shown in prompts.items()}
+    canvases = {name: batch.canvas.to(device) for name, batch in prompts.items()}
 
     def validate(vqgan: VQGAN) -> dict[str, float]:
-        found = {name: reconstruction(vqgan, canvas) for name, canvas in held_out.items()}
-        return {f"{key}, {name}": value for name, numbers in found.items() for key, value in numbers.items()}
+        scores = {name: reconstruction(vqgan, canvas) for name, canvas in canvases.items()}
+        return {f"{key}, {name}": value for name, numbers in scores.items() for key, value in numbers.items()}
 
     return validate
 

@@ -19,7 +19,7 @@ pytest.importorskip("skimage")
 
 from vtv_nnsight import MAEVQGAN, Layout, tasks
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.training import pretrain, recipes, training
+from vtv_nnsight.training import loop, pretrain, recipes
 from vtv_nnsight.training.composition import LEAST_SHOWN, compose, crop
 from vtv_nnsight.training.corpus import CUTOUT, PHOTO, TEXTURE, Corpus, Picture
 from vtv_nnsight.training.curriculum import (
@@ -197,7 +197,7 @@ def test_unknown_names(stage, size, word, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
     recipe = Recipe(steps=8, batch_size=1, learning_rate=0.1, warmup=2, ema=0.5, validate=100)
 
     def module():
@@ -213,10 +213,10 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return module(batch + torch.randn(4, 3, generator=generator)).float().square().mean(), {}
 
-    whole = training.train(module(), batches, loss, lambda m: {}, recipe, tmp_path / "whole")
+    whole = loop.train(module(), batches, loss, lambda m: {}, recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        training.train(module(), batches, lambda *a: loss(*a, stop_at=5), lambda m: {}, recipe, tmp_path / "broken")
-    broken = training.train(module(), batches, loss, lambda m: {}, recipe, tmp_path / "broken", resume=True)
+        loop.train(module(), batches, lambda *a: loss(*a, stop_at=5), lambda m: {}, recipe, tmp_path / "broken")
+    broken = loop.train(module(), batches, loss, lambda m: {}, recipe, tmp_path / "broken", resume=True)
     assert not torch.equal(whole.weight, module().weight)
     assert torch.equal(whole.weight, broken.weight)
 
@@ -229,7 +229,7 @@ def test_two_processes_learn_what_one_learns_of_both_batches(tmp_path):
         """
 import sys, torch
 from pathlib import Path
-from vtv_nnsight.training import training
+from vtv_nnsight.training import loop
 from vtv_nnsight.training.recipes import Recipe
 
 together, out = int(sys.argv[1]), Path(sys.argv[2])
@@ -245,8 +245,8 @@ def loss(module, batch, generator):
 
 torch.manual_seed(0)
 recipe = Recipe(steps=6, batch_size=4, learning_rate=0.1, warmup=2, ema=0.5, clip=0.1, validate=100)
-average = training.train(torch.nn.Linear(3, 3), batches, loss, lambda m: {}, recipe, out)
-torch.save(average.state_dict(), out / f"average{training.processes().process_index}.pt")
+average = loop.train(torch.nn.Linear(3, 3), batches, loss, lambda m: {}, recipe, out)
+torch.save(average.state_dict(), out / f"average{loop.processes().process_index}.pt")
 """
     )
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -283,7 +283,7 @@ def test_muon_takes_the_steps_of_pytorchs(monkeypatch):
 def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
     recipe = Recipe(steps=3, batch_size=1, learning_rate=0.1)
     with pytest.raises(FloatingPointError, match="step 0"):
-        training.train(
+        loop.train(
             nn.Linear(1, 1),
             lambda step: (torch.zeros(step),),
             lambda m, *_: (m.weight.sum() * torch.nan, {}),
@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
 
 def test_the_rate_depends_on_the_end_in_the_last_steps_only():
     long, short = (Recipe(steps=n, batch_size=1, learning_rate=1, warmup=4, decay=5) for n in (100, 20))
-    rates = {recipe: [training._schedule(step, recipe) for step in range(20)] for recipe in (long, short)}
+    rates = {recipe: [loop._schedule(step, recipe) for step in range(20)] for recipe in (long, short)}
     assert rates[long][:4] == [0.25, 0.5, 0.75, 1.0] and set(rates[long][4:]) == {1.0}
     assert rates[short][:16] == rates[long][:16]
     assert rates[short][15:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
