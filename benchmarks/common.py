@@ -30,7 +30,7 @@ SIZES = {
     "small": lambda: recipes.get("small").config,
     "vit-l": lambda: recipes.get("published").config,
 }
-"""Name → what makes the configuration of that size: the model in the package, and two of `pretraining.recipes`."""
+"""Name → what makes the configuration of that size: the model in the package, and two of `training.recipes`."""
 
 
 def options(file: str, doc: str, quick: str) -> argparse.ArgumentParser:

@@ -2,8 +2,8 @@
 
     python benchmarks/data_size.py [--quick] [--size smoke] [--steps 400] [--kinds prompts figures pictures]
 
-prompts   Canvases as the embedded model learned from, which hide what a prompt hides (`pretraining.stream`).
-figures   Parts of composed figures, hidden at random (`pretraining.figures`): VP's figures of papers.
+prompts   Canvases as the embedded model learned from, which hide what a prompt hides (`training.stream`).
+figures   Parts of composed figures, hidden at random (`training.figures`): VP's figures of papers.
 pictures  Parts of single photographs, hidden at random: VP's ImageNet.
 
 All learn from a stream of canvases that never repeats; a share of the data is the stream's beginning, again and again,

@@ -26,7 +26,7 @@ more random draws each set beats by metric, uniform and matched by stage and reg
 whether its own vector is surely better there than the best of another task.
 
 In JSON and picture only: sufficiency, the k best-scored units of an algorithm's first seed for several k. The work is
-done by `leaderboard.py`.
+done by `leaderboard/`.
 """
 
 from __future__ import annotations

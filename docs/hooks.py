@@ -82,7 +82,7 @@ def benchmarks() -> str:
     """Every benchmark with the first line of its script."""
     lines = ["| benchmark | what it tells |", "|---|---|"]
     for path in sorted(BENCHMARKS.glob("*.py")):
-        if path.stem not in ("common", "leaderboard"):
+        if path.stem != "common":
             title = path.read_text(encoding="utf-8").removeprefix('"""').partition("\n")[0]
             lines.append(f"| `{path.stem}` | {_cell(title)} |")
     return "\n".join(lines)

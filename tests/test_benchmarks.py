@@ -249,7 +249,7 @@ def test_whose_a_file_is(space, tmp_path):
 
 def test_options_that_make_no_sense():
     good = dict(budget=1, seeds=1, prompts=1, test_prompts=1, batch_size=1, algorithms=("gates",), tasks=("lowlight",))
-    assert list(leaderboard.Leaderboard(**good).chosen) == ["lowlight"]
+    assert list(leaderboard.Leaderboard(**good).by_name) == ["lowlight"]
     for wrong, sentence in (
         ({"test_prompts": 0}, "test_prompts=0 leaves nothing"),
         ({"algorithms": ("gate",)}, "'gate' is not an algorithm"),
@@ -541,7 +541,7 @@ def test_vtv_bench_lists_and_runs(monkeypatch, capsys):
             cli.main()
         return end.value.code, *capsys.readouterr()
 
-    names = {path.stem for path in FOLDER.glob("*.py")} - {"common", "leaderboard"}
+    names = {path.stem for path in FOLDER.glob("*.py")} - {"common"}
     code, out, _ = vtv()
     assert code == 0 and {line.split()[0] for line in out.splitlines()} == names
     assert "'speed' is not a benchmark; choose from ablations" in vtv("speed")[2]

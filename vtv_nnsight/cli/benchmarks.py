@@ -41,4 +41,4 @@ def _benchmarks() -> dict[str, Path]:
     """Name → script: those that were installed, or those of the repository that this package lies in."""
     package = Path(__file__).parents[1]
     found = sorted((package / "benchmarks").glob("*.py")) or sorted((package.parent / "benchmarks").glob("*.py"))
-    return {path.stem: path for path in found if path.stem not in ("common", "leaderboard")}
+    return {path.stem: path for path in found if path.stem != "common"}
