@@ -233,6 +233,7 @@ from vtv_nnsight.training import loop
 from vtv_nnsight.training.recipes import Recipe
 
 together, out = int(sys.argv[1]), Path(sys.argv[2])
+loop.has_fast_bf16 = lambda device: False  # its digits are too few to compare
 
 def batch(i):
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(i))
