@@ -115,7 +115,7 @@ def query_only(model, shown) -> Figure:
 def averaging(model, prompts, space, found) -> Figure:
     """What the best found unit's head says at one place of the answer: six prompts, and the mean of all."""
     unit = best_unit(space, found)
-    stage = model.stages[unit["stack"]]
+    stage = model.stages[unit["stage"]]
     layout = prompts.layout
     region = layout.regions["output" if "output" in layout.regions else "query"]
     with model.trace(prompts):
@@ -176,12 +176,12 @@ def best_unit(space, found) -> dict[str, int]:
     """The found unit of the greatest score, one that sees the answer before others."""
     units = space.units
     names = [list(groups) for groups in space.groups.values()]
-    sees = torch.tensor([names[s][g] == "output" for s, g in zip(units.stack.tolist(), units.group.tolist())])
+    sees = torch.tensor([names[s][g] == "output" for s, g in zip(units.stage.tolist(), units.group.tolist())])
     scores = found.scores.masked_fill(~found.patches.choices, -torch.inf)
     if bool((sees & found.patches.choices).any()):
         scores = scores.masked_fill(~sees, -torch.inf)
     at = int(scores.argmax())
-    return {name: int(getattr(units, name)[at]) for name in ("stack", "layer", "head")}
+    return {name: int(getattr(units, name)[at]) for name in ("stage", "layer", "head")}
 
 
 def asked(shown) -> torch.Tensor:

@@ -218,7 +218,7 @@ def search(
     ] = None,
     loss: Loss = Settings.loss,
     granularity: Granularity = Settings.granularity,
-    stacks: Annotated[
+    stages: Annotated[
         str | None,
         typer.Option(help="Stages to patch, with commas between them.", show_default="all of the model's"),
     ] = None,
@@ -251,7 +251,6 @@ def search(
     """Search for the units to patch so that the model does a task with no examples."""
     from vtv_nnsight.data import load
     from vtv_nnsight.files import write_picture
-    from vtv_nnsight.models.sites import sites_in
     from vtv_nnsight.patching import PatchSpace
     from vtv_nnsight.runs import steps
     from vtv_nnsight.search import ALGORITHMS, plots
@@ -269,8 +268,8 @@ def search(
     layout = steps.layout_for(model, settings)
     rows = load(settings.data, split, max_images, seed)
     chosen = steps.servable(settings, rows)
-    patched = settings.sites if sites else sites_in(next(iter(loaded.values())).mean)
-    space = PatchSpace(model, layout, granularity, listed(stacks), patched)
+    patched = settings.sites if sites else loaded.sites
+    space = PatchSpace(model, layout, granularity, listed(stages), patched)
     result = steps.search(
         model,
         loaded,

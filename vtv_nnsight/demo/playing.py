@@ -18,7 +18,6 @@ from vtv_nnsight import data, tasks
 from vtv_nnsight.images import as_rgb, read_picture, to_pil
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
-from vtv_nnsight.models.sites import sites_in
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.patching.forward import generate_with_gates
 from vtv_nnsight.prompts import VisualPrompt
@@ -141,7 +140,7 @@ class Player:
             raise ValueError(f"{task} needs a {searched.needs} of every picture; choose a task that needs none.")
         prompts = searched.compose(list(rows), _pairs(len(rows), seed), layout)
         with self._lock:
-            sites = sites_in(next(iter(self.bundle.vectors.values())).mean)
+            sites = self.bundle.vectors.sites
             vectors = TaskVectors.collect(self.model, {task: prompts}, sites=sites, progress=False)
             result = gates(
                 self.model, vectors[task], searched, prompts.query_only(), self.space, budget=budget, seed=seed,

@@ -156,11 +156,13 @@ def _looks(model: InContextModel, prompt: VisualPrompt, found: SearchResult) -> 
     answer, those of the highest scores first."""
     maps, space = attention_maps(model, prompt), found.patches.space
     looks = {f"{stage}, all heads": layers.mean((0, 1)) for stage, layers in maps.items()}
-    stages = [stage.name for stage in space.stages]
+    stages = [str(stage.key) for stage in space.stages]
     at_answer = {
-        name: [torch.isin(places, answer_positions(model, name, space.layout)).any() for places in groups.values()]
-        for name, groups in space.groups.items()
-        if name in maps
+        str(key): [
+            torch.isin(places, answer_positions(model, key.stage, space.layout)).any() for places in groups.values()
+        ]
+        for key, groups in space.groups.items()
+        if str(key) in maps
     }
     order = found.scores.argsort(descending=True, stable=True)
     heads: dict[str, torch.Tensor] = {}

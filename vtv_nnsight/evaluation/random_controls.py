@@ -61,7 +61,7 @@ def random_units(patches: Any, draws: int = DRAWS, *, matched: bool = False, see
     if not matched:
         return [PatchSet.random(found.space, len(found), one) for one in seeds]
     units = found.space.units
-    _, kind = torch.stack([units.stack, units.group]).unique(dim=1, return_inverse=True)
+    _, kind = torch.stack([units.stage, units.group]).unique(dim=1, return_inverse=True)
     counts = torch.bincount(kind[found.choices], minlength=int(kind.max()) + 1)
     sets = []
     for one in seeds:

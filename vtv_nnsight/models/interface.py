@@ -12,9 +12,9 @@ of the layout (see `layouts`). A *stage* is a run of layers that share their hea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,12 +35,49 @@ heads, of its attention, of its MLP, and the residual stream that it leaves (see
 HEADS = SITES[0]
 
 
-class ByStage(dict[str, Any]):
-    """Name of a stage → its value."""
+class StageSite(NamedTuple):
+    """Where activations are: a site of the layers of a stage. Written "encoder" for heads, else "encoder.mlp"."""
 
-    def map(self, function: Callable, *others: Mapping[str, Any]) -> ByStage:
-        """`function` of each stage's value, beside those of `others`."""
-        return ByStage({name: function(value, *(other[name] for other in others)) for name, value in self.items()})
+    stage: str
+    site: str = HEADS
+
+    def __str__(self) -> str:
+        return self.stage if self.site == HEADS else f"{self.stage}.{self.site}"
+
+
+class ByStage(dict[StageSite, Any]):
+    """A value for each stage, or for each stage and site: `values["encoder"]` is that of the stage's heads,
+    `values["encoder", "mlp"]` that of another site. Iteration gives `StageSite`s."""
+
+    def __init__(self, values: Mapping[Any, Any] | Iterable[tuple[Any, Any]] = (), **stages: Any) -> None:
+        super().__init__((_key(key), value) for key, value in dict(values, **stages).items())
+
+    def __getitem__(self, key: str | tuple[str, str]) -> Any:
+        return super().__getitem__(_key(key))
+
+    def __setitem__(self, key: str | tuple[str, str], value: Any) -> None:
+        super().__setitem__(_key(key), value)
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(StageSite(key) if isinstance(key, str) else key)
+
+    def get(self, key: str | tuple[str, str], default: Any = None) -> Any:
+        """The value, or `default` where there is none."""
+        return super().get(_key(key), default)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that there are, in the order in which a layer computes them."""
+        return tuple(site for site in SITES if any(key.site == site for key in self))
+
+    def map(self, function: Callable[..., Any], *others: Mapping[Any, Any]) -> ByStage:
+        """`function` of each value, beside those of `others`."""
+        rest = [ByStage(other) for other in others]
+        return ByStage({key: function(value, *(other[key] for other in rest)) for key, value in self.items()})
+
+
+def _key(key: str | tuple[str, str]) -> StageSite:
+    return StageSite(key) if isinstance(key, str) else StageSite(*key)
 
 
 @dataclass(frozen=True)
@@ -53,6 +90,7 @@ class Stage:
         heads: Attention heads of each layer.
         head_dim: Width of a head.
         streams: Rows of the network's own tensors for each row of a batch: 2 where image and target run side by side.
+        site: Where of its layers (see `SITES`); at the sites of whole layers it has one head.
     """
 
     name: str
@@ -60,6 +98,16 @@ class Stage:
     heads: int
     head_dim: int
     streams: int = 1
+    site: str = HEADS
+
+    @property
+    def key(self) -> StageSite:
+        """Its name and site: the key of its values."""
+        return StageSite(self.name, self.site)
+
+    def at(self, site: str) -> Stage:
+        """The stage at another site."""
+        return self if site == self.site else replace(self, heads=1, head_dim=self.width, site=site)
 
     @property
     def width(self) -> int:

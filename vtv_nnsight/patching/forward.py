@@ -17,7 +17,8 @@ import torch
 
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
-from vtv_nnsight.patching.patching import PatchSpace, patch
+from vtv_nnsight.patching.patching import patch
+from vtv_nnsight.patching.spaces import PatchSpace
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVector

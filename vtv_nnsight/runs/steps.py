@@ -61,7 +61,7 @@ from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
 from vtv_nnsight.search.holdout import held_out_count
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.models.interface import HEADS
-from vtv_nnsight.models.sites import validate_sites, sites_in, split_key
+from vtv_nnsight.models.sites import validate_sites
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.vectors.compatibility import differences, fingerprint, geometry, layout_of
 from vtv_nnsight.tasks import Task
@@ -397,7 +397,7 @@ def read_vectors(path: str | os.PathLike, tasks: Sequence[str] = (), sites: Sequ
     vectors = TaskVectors.load(path)
     if missing := [task for task in tasks if task not in vectors]:
         raise ValueError(f"{path} has no vector of {', '.join(map(repr, missing))}; it has {', '.join(vectors)}.")
-    there = sites_in(next(iter(vectors.values())).mean)
+    there = vectors.sites
     if missing := [site for site in sites if site not in there]:
         raise ValueError(
             f"{path} has vectors of {', '.join(there)} and none of {', '.join(missing)}; collect with "
@@ -412,15 +412,14 @@ def space_of(vectors: TaskVectors, granularity: str, model: InContextModel) -> P
     Raises:
         ValueError: when the vectors are of another model.
     """
-    first = next(iter(vectors.values()))
-    layout = layout_of(first.fingerprint)
-    if differ := differences(first.fingerprint, geometry(model, layout)):
+    layout = layout_of(vectors.fingerprint)
+    if differ := differences(vectors.fingerprint, geometry(model, layout)):
         raise ValueError(
-            f"these vectors are of {first.fingerprint['model']}, and this {type(model).__name__} differs: they have "
+            f"these vectors are of {vectors.fingerprint['model']}, and this {type(model).__name__} differs: they have "
             f"{'; '.join(differ)}. Say which model it was (--model)."
         )
-    stacks = list(dict.fromkeys(split_key(name)[0] for name in first.mean))
-    return PatchSpace(model, layout, granularity, stacks, sites_in(first.mean))
+    stages = list(dict.fromkeys(key.stage for key in next(iter(vectors.values())).mean))
+    return PatchSpace(model, layout, granularity, stages, vectors.sites)
 
 
 def score(vectors: TaskVectors, space: PatchSpace) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Pictures of searches: how the loss fell, which units were chosen, and where found sets overlap.
+"""Pictures of searches: how the loss fell, which units were chosen, and where sets overlap.
 
 Each function returns a matplotlib Figure.
 """
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from vtv_nnsight.patching import PatchSet, PatchSpace
+from vtv_nnsight.maps import unit_maps
+from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.search.result import SearchResult
 
 
@@ -22,13 +23,13 @@ def curves(results: Mapping[str, SearchResult | Sequence[SearchResult]]) -> Figu
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="patched evaluations", ylabel="best held-out loss so far")
-    for label, found in results.items():
-        found = [found] if isinstance(found, SearchResult) else list(found)
-        at = np.unique([step.evaluations for result in found for step in result.history])
-        at = at[at >= max(result.history[0].evaluations for result in found)]
-        best = np.stack([best_so_far(result, at) for result in found])
+    for label, value in results.items():
+        runs = [value] if isinstance(value, SearchResult) else list(value)
+        at = np.unique([step.evaluations for run in runs for step in run.history])
+        at = at[at >= max(run.history[0].evaluations for run in runs)]
+        best = np.stack([best_so_far(run, at) for run in runs])
         (line,) = axes.plot(at, best.mean(0), label=label, marker="." if len(at) < 3 else "")
-        if len(found) > 1:
+        if len(runs) > 1:
             axes.fill_between(at, best.min(0), best.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
     axes.legend()
     return figure
@@ -43,50 +44,44 @@ def best_so_far(result: SearchResult, evaluations: np.ndarray) -> np.ndarray:
 
 
 def score_maps(result: SearchResult) -> Figure:
-    """Probabilities or scores as layer x head maps, one a stage and region; chosen units are ringed.
+    """Probabilities or scores as layer × head maps, one a stage and region; chosen units are ringed.
 
     Raises:
         ValueError: for spaces with a unit a token, which have too many regions to draw.
     """
-    space = result.patches.space
-    label = "probability" if result.probabilistic else "score"
-    limits = (0, 1) if result.probabilistic else (result.scores.min().item(), result.scores.max().item())
-    figure, panels = _panels(space)
-    scores, chosen = (space.split(values) for values in (result.scores, result.patches.choices))
-    for (stage, group), axes in panels.items():
-        image = axes.imshow(scores[stage][..., group].numpy(), vmin=limits[0], vmax=limits[1], cmap="viridis")
-        layers, heads = chosen[stage][..., group].numpy().nonzero()
-        for ink, width in (("black", 3.5), ("white", 1.5)):  # a ring that is seen on every colour
-            axes.scatter(heads, layers, s=40, facecolors="none", edgecolors=ink, linewidths=width)
-    figure.colorbar(image, ax=list(panels.values()), label=label)
-    return figure
+    return result.figure()
 
 
 def units(patches: PatchSet) -> Figure:
-    """The units of a set (dark) as layer x head maps, one a stage and region.
+    """The units of a set (dark) as layer × head maps, one a stage and region.
 
     Raises:
         ValueError: as `score_maps`.
     """
-    figure, panels = _panels(patches.space)
-    chosen = patches.space.split(patches.choices)
-    for (stage, group), axes in panels.items():
-        axes.imshow(chosen[stage][..., group].float().numpy(), vmin=0, vmax=1.3, cmap="GnBu")
-    figure.suptitle(f"{len(patches)} of {len(patches.space)} units", fontsize=10)
-    return figure
+    return patches.figure()
 
 
 def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
-    """How far found sets agree, such as those of two tasks or seeds: their Jaccard similarities, and how many of them
-    have each unit, as layer x head maps.
+    """How far sets agree, such as those of two tasks or seeds: their Jaccard similarities, and how many of them have
+    each unit, as layer × head maps.
 
     Args:
         sets: Label → a result or a set, all of one space.
+
+    Raises:
+        ValueError: as `score_maps`.
     """
-    patches = {label: found.patches if isinstance(found, SearchResult) else found for label, found in sets.items()}
-    space = next(iter(patches.values())).space
+    patches = {label: value.patches if isinstance(value, SearchResult) else value for label, value in sets.items()}
     similarity = np.array([[a.jaccard(b) for b in patches.values()] for a in patches.values()])
-    figure, panels = _panels(space, first="Jaccard similarity")
+    counts = sum(one.choices.int() for one in patches.values())
+    space = next(iter(patches.values())).space
+    figure = unit_maps(
+        space.by_region(counts),
+        (0, len(patches)),
+        cmap="magma",
+        label="number of sets that have the unit",
+        first="Jaccard similarity",
+    )
     axes = figure.axes[0]
     image = axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
     figure.colorbar(image, ax=axes, location="left", shrink=0.8, label="shared / all, of two sets")
@@ -94,25 +89,4 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     axes.set_yticks(range(len(patches)), list(patches))
     for (row, column), value in np.ndenumerate(similarity):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
-    counts = space.split(sum(found.choices.int() for found in patches.values()))
-    for (stage, group), axes in panels.items():
-        image = axes.imshow(counts[stage][..., group].numpy(), vmin=0, vmax=len(patches), cmap="magma")
-    figure.colorbar(image, ax=list(panels.values()), label="number of sets that have the unit")
     return figure
-
-
-def _panels(space: PatchSpace, first: str | None = None) -> tuple[Figure, dict[tuple[str, int], object]]:
-    """A row of axes: one with the title `first`, if any, then (stage, group number) → one a region."""
-    if space.granularity == "token":
-        raise ValueError("a space with a unit a token has too many regions to draw; average over positions first.")
-    regions = [(stage, i, name) for stage, groups in space.groups.items() for i, name in enumerate(groups)]
-    count = len(regions) + (first is not None)
-    figure = Figure(figsize=(2.4 * count + 1, 3), layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    if first is not None:
-        axes.pop(0).set_title(first)
-    panels = {}
-    for (stage, group, name), own in zip(regions, axes):
-        own.set(title=f"{stage}, {name}", xlabel="head", ylabel="layer")
-        panels[stage, group] = own
-    return figure, panels

@@ -9,9 +9,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.images import png
+from vtv_nnsight.maps import unit_maps
 from vtv_nnsight.patching import PatchSet, PatchSpace
 
 
@@ -100,11 +102,20 @@ class SearchResult:
         )
 
     def _repr_png_(self) -> bytes | None:
-        """The map of its scores, in a notebook, chosen units ringed; none of units that are too many, or only names."""
-        from vtv_nnsight.search import plots
-
+        """The maps of its scores, in a notebook; none of units that are too many, or only names."""
         drawn = isinstance(self.patches.space, PatchSpace) and self.patches.space.granularity != "token"
-        return png(plots.score_maps(self)) if drawn else None
+        return png(self.figure()) if drawn else None
+
+    def figure(self) -> Figure:
+        """Probabilities or scores as layer × head maps, one a stage and region; the set's units are ringed.
+
+        Raises:
+            ValueError: for a space with a unit a token, which has too many regions to draw.
+        """
+        space, scores = self.patches.space, self.scores
+        limits = (0.0, 1.0) if self.probabilistic else (scores.min().item(), scores.max().item())
+        label, rings = "probability" if self.probabilistic else "score", space.by_region(self.patches.choices)
+        return unit_maps(space.by_region(scores), limits, label=label, rings=rings)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file."""

@@ -47,14 +47,14 @@ def cluster_vectors(run: Activations, space: PatchSpace, count: int, seed: int =
         raise ValueError(f"count={count} clusters cannot be made of {len(run)} prompts; give 1 to {len(run)}.")
     means = [run.values.map(lambda values: values.float().mean(0)) for _ in range(count)]
     for stage in space.stages:
-        values = run.values[stage.name].float()
-        for places in space.groups[stage.name].values():
-            at = places[run.present[stage.name][places]]
+        values = run.values[stage.key].float()
+        for places in space.groups[stage.key].values():
+            at = places[run.present[stage.key][places]]
             for layer in range(stage.layers):
                 for head in range(stage.heads):
                     rows = values[:, layer, at, head].flatten(1)
                     for mean, centre in zip(means, _centres(rows, count, seed)):
-                        mean[stage.name][layer, at, head] = centre.view(len(at), -1)
+                        mean[stage.key][layer, at, head] = centre.view(len(at), -1)
     return [TaskVector(f"cluster {i + 1}", mean, None, len(run), run.fingerprint) for i, mean in enumerate(means)]
 
 

@@ -1,4 +1,5 @@
-"""Task vectors: the mean output of every attention head at every position, task by task.
+"""Task vectors: the mean output of every attention head at every position, task by task; and single prompts'
+activations.
 
 *Finding Visual Task Vectors* (ECCV 2024, arXiv 2404.05729), §4. The activation of a head is z = softmax(qkᵀ/√d)·v,
 before the output projection:
@@ -9,37 +10,31 @@ before the output projection:
     >>> scores = vectors.score()                            # high where a head tells tasks apart
     >>> vectors.save("vectors.safetensors")
 
-Means and scores are dicts by the model's stages (see `stages.ByStage`); beside heads, `sites=("heads", "mlp")` collects
-whole layers' activations (see `sites`). Positions are absolute: 0 is CLS and 1 + i is patch i (see `layouts`). What a
-prompt does not show a stage is NaN: absent, not zero, and arithmetic keeps it so.
+Means and scores are dicts by the model's stages (see `models.interface.ByStage`); beside heads,
+`sites=("heads", "mlp")` collects whole layers' activations: `mean["encoder", "mlp"]` (see `models.sites`). Positions are
+absolute: 0 is CLS and 1 + i is patch i (see `layouts`). What a prompt does not show a stage is NaN: absent, not zero,
+and arithmetic keeps it so.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
 
-from vtv_nnsight.digests import tensor_digest
-from vtv_nnsight.files import read_tensors, write_tensors
+from vtv_nnsight import maps
 from vtv_nnsight.images import png
-from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import HEADS, SITES, ByStage, InContextModel, Stage, default_batch_size
-from vtv_nnsight.models.sites import at_sites, module_path, read, sites_in, split_key, stage_key, validate_sites
-from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel
 from vtv_nnsight.prompts import VisualPrompt, as_rows
-from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, geometry, layout_of, stages_of
-
-SAVE_EVERY = 10.0
-"""Seconds between two writes of a resumable run's state."""
+from vtv_nnsight.vectors.collecting import collect_moments, collect_rows
+from vtv_nnsight.vectors.compatibility import check_compatible, geometry, layout_of
+from vtv_nnsight.vectors.files import present_positions, read_vectors, write_vectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +43,11 @@ class TaskVector:
 
     Args:
         task: Its name.
-        mean: By stage (and site, see `sites`), [layer, position, head, head_dim]; NaN at the positions that the prompts
-            did not show.
+        mean: By stage and site, [layer, position, head, head_dim]; NaN at the positions that the prompts did not show.
         variance: By stage, [layer, position, head]: variance over the prompts (n - 1 below), averaged over the head's
             dimensions; None for a vector that arithmetic made.
         count: Number of prompts.
-        fingerprint: The model and the layout that it belongs to (see `stages.fingerprint`).
+        fingerprint: The model and the layout that it belongs to (see `vectors.compatibility.fingerprint`).
     """
 
     task: str
@@ -79,7 +73,7 @@ class TaskVector:
     @cached_property
     def present(self) -> ByStage:
         """By stage, bool [position]: the positions that are not absent."""
-        return self.mean.map(lambda mean: ~mean[0, :, 0, 0].isnan())
+        return present_positions(self.mean)
 
     def to(self, *args: Any, **kwargs: Any) -> TaskVector:
         """Move or cast, as `torch.Tensor.to` does."""
@@ -109,10 +103,10 @@ class TaskVector:
         return -1 * self
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{stage} {list(mean.shape)}" for stage, mean in self.mean.items())
+        shapes = ", ".join(f"{key} {list(mean.shape)}" for key, mean in self.mean.items())
         return f"TaskVector({self.task!r} of {self.count} prompts: {shapes})"
 
-    def _combine(self, other: TaskVector, sign: str, function: Callable) -> TaskVector:
+    def _combine(self, other: TaskVector, sign: str, function: Callable[..., Any]) -> TaskVector:
         if not isinstance(other, TaskVector):
             return NotImplemented
         _check_alike(other, self)
@@ -125,23 +119,18 @@ class TaskVector:
         )
 
 
-def _finite(values: torch.Tensor, what: str) -> torch.Tensor:
-    if not values.isfinite().all():
-        raise ValueError(f"{what} is not finite in {values.dtype}; look for NaN, or save it as torch.float32.")
-    return values
-
-
 def _check_alike(other: TaskVector, first: TaskVector) -> None:
     check_compatible(other.label, other.fingerprint, f"that of {first.task!r}", first.fingerprint)
     if other.mean.keys() != first.mean.keys():
-        found, own = (", ".join(sites_in(vector.mean)) for vector in (other, first))
-        raise ValueError(f"{other.label} has the sites {found}, that of {first.task!r} {own}; collect the same.")
+        theirs, ours = (", ".join(vector.mean.sites) for vector in (other, first))
+        raise ValueError(f"{other.label} has the sites {theirs}, that of {first.task!r} {ours}; collect the same.")
 
 
 def zero_vector(model: InContextModel, sites: Sequence[str] = (HEADS,)) -> TaskVector:
     """Zeros at every position, whatever the layout: what ablation by zero patches in."""
     places, zero = model.layout.num_positions, torch.zeros(())
-    mean = {s.name: zero.expand(s.layers, places, s.heads, s.head_dim) for s in at_sites(model.stages, sites)}
+    stages = [stage.at(site) for stage in model.stages for site in sites]
+    mean = ByStage({s.key: zero.expand(s.layers, places, s.heads, s.head_dim) for s in stages})
     return TaskVector("zero", mean, None, 0, geometry(model))
 
 
@@ -155,9 +144,9 @@ class Activations:
         ...     patch(model, run, chosen)
 
     Args:
-        values: By stage (and site, see `sites`), [row, layer, position, head, head_dim]; NaN at the positions that the
-            prompts did not show.
-        fingerprint: The model and the layout that they belong to (see `stages.fingerprint`).
+        values: By stage and site, [row, layer, position, head, head_dim]; NaN at the positions that the prompts did not
+            show.
+        fingerprint: The model and the layout that they belong to (see `vectors.compatibility.fingerprint`).
     """
 
     values: ByStage
@@ -180,22 +169,7 @@ class Activations:
         Raises:
             ValueError: when there are no prompts, or the model has no such site.
         """
-        if not len(prompts):
-            raise ValueError("there are no prompts to collect; give at least one.")
-        sites, parts, device = validate_sites(model, sites), [], device_of(model)
-        owner = fingerprint(model, prompts.layout)
-        with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:
-            for batch in prompts.split(batch_size or default_batch_size(model)):
-                found = _read_all(model, batch.to(device), sites, torch.clone)
-                parts.append(found.map(lambda layers: torch.stack(layers, 1).cpu()))
-                bar.update(len(batch))
-        values = ByStage()
-        for name in parts[0]:
-            seen = model.positions(split_key(name)[0], prompts).cpu()
-            own = rearrange(torch.cat([part[name] for part in parts]), "row layer ... -> (row layer) ...")
-            placed = scatter(own, seen, prompts.layout.num_positions)
-            values[name] = rearrange(placed, "(row layer) ... -> row layer ...", row=len(prompts))
-        return cls(values, owner)
+        return cls(*collect_rows(model, prompts, sites, batch_size=batch_size, progress=progress))
 
     @cached_property
     def present(self) -> ByStage:
@@ -215,7 +189,7 @@ class Activations:
         return replace(self, values=self.values.map(lambda x: x.to(*args, **kwargs)))
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{stage} {list(values.shape)}" for stage, values in self.values.items())
+        shapes = ", ".join(f"{key} {list(values.shape)}" for key, values in self.values.items())
         return f"Activations(of {len(self)} prompts: {shapes})"
 
 
@@ -252,6 +226,16 @@ class TaskVectors(Mapping[str, TaskVector]):
     def __repr__(self) -> str:
         return "TaskVectors(\n" + "".join(f"  {vector!r}\n" for vector in self.values()) + ")"
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that were collected, in the order in which a layer computes them."""
+        return next(iter(self.values())).mean.sites
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of its first vector; the others agree with it."""
+        return next(iter(self.values())).fingerprint
+
     def to(self, *args: Any, **kwargs: Any) -> TaskVectors:
         """Move or cast, as `torch.Tensor.to` does."""
         return TaskVectors({name: vector.to(*args, **kwargs) for name, vector in self.items()})
@@ -279,8 +263,8 @@ class TaskVectors(Mapping[str, TaskVector]):
         Args:
             model: The model, on its device and in its dtype.
             prompts: Task name → prompts, one or more of each and all of one layout.
-            sites: What to average: "heads", "attn", "mlp", "residual", or several of them (see `sites`).
-            batch_size: Rows a trace; None is `stages.default_batch_size`, 32 for MAE-VQGAN.
+            sites: What to average: "heads", "attn", "mlp", "residual", or several of them (see `models.sites`).
+            batch_size: Rows a trace; None is `models.interface.default_batch_size`, 32 for MAE-VQGAN.
             resume: A file for the state, written every few seconds; a run that finds it goes on where it stopped.
             progress: Show a progress bar.
 
@@ -288,26 +272,15 @@ class TaskVectors(Mapping[str, TaskVector]):
             ValueError: when a task has no prompts, layouts differ, the model has no such site, an activation is not
                 finite (naming layer and head), or `resume` is of other prompts, other sites or another model.
         """
-        layout, sites = _shared_layout(prompts), validate_sites(model, sites)
-        device = device_of(model)
-        owner = fingerprint(model, layout)
-        found = _read_state(resume, owner, prompts, sites) if resume else {}
-        saved = time.monotonic()
-        total, done = sum(map(len, prompts.values())), sum(moments.count for moments in found.values())
-        with progress_bar(total=total, initial=done, desc="collecting", unit="prompt", disable=not progress) as bar:
-            for task, rows in prompts.items():
-                bar.set_postfix_str(task)
-                rows = rows[found[task].count :] if task in found else rows
-                for batch in rows.split(batch_size or default_batch_size(model)):
-                    new = measure(model, batch.to(device), sites)
-                    found[task] = _merge(found[task], new) if task in found else new
-                    bar.update(len(batch))
-                    if resume and time.monotonic() - saved > SAVE_EVERY:
-                        _write_state(resume, found, owner, prompts)
-                        saved = time.monotonic()
-        if resume:
-            _write_state(resume, found, owner, prompts)
-        return cls({task: found[task].vector(task, owner) for task in prompts})
+        moments, owner = collect_moments(
+            model, prompts, sites, batch_size=batch_size, resume=resume, progress=progress
+        )
+        return cls(
+            {
+                task: TaskVector(task, part.mean.map(torch.Tensor.float), part.variance(), part.count, owner)
+                for task, part in moments.items()
+            }
+        )
 
     def score(self, over: str | None = None) -> ByStage:
         """How well a head tells the tasks apart: the variance of the tasks' means over the mean variance within a task,
@@ -342,18 +315,16 @@ class TaskVectors(Mapping[str, TaskVector]):
             scores = torch.where(between > 0, between / within, 0.0).masked_fill(absent, torch.nan).float()
             return scores if over else rearrange(scores, "layer position head -> layer head position")
 
-        vectors, scores = list(self.values()), ByStage()
-        for stage in vectors[0].mean:
-            scores[stage] = ratio([v.mean[stage] for v in vectors], [v.variance[stage] for v in vectors])
-        return scores
+        vectors = list(self.values())
+        return ByStage(
+            {key: ratio([v.mean[key] for v in vectors], [v.variance[key] for v in vectors]) for key in vectors[0].mean}
+        )
 
     def _repr_png_(self) -> bytes | None:
         """How well each head tells the tasks apart, in a notebook; none of a single task."""
-        from vtv_nnsight import plots  # which is further along, and draws what this is
-
         if len(self) < 2 or any(vector.variance is None for vector in self.values()):
             return None
-        return png(plots.score_map(self.score(), layout_of(next(iter(self.values())).fingerprint)))
+        return png(maps.score_map(self.score(), layout_of(self.fingerprint)))
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a safetensors file: the positions that are present, with counts and fingerprint. `load` gives float32,
@@ -362,18 +333,8 @@ class TaskVectors(Mapping[str, TaskVector]):
         Raises:
             ValueError: when a value is NaN, or too large for the dtype.
         """
-        tensors = {}
-        for name, vector in self.items():
-            for stage, present in vector.present.items():
-                tensors[f"{name}/{stage}/present"] = present
-                for field in FIELDS:
-                    if values := getattr(vector, field):
-                        kept = values[stage][:, present].to(dtype)
-                        tensors[f"{name}/{stage}/{field}"] = _finite(kept, f"the {field} of {name!r}")
-        counts = {name: vector.count for name, vector in self.items()}
-        first = next(iter(self.values()))
-        told = {"counts": counts, "fingerprint": first.fingerprint} | {"sites": list(sites_in(first.mean))}
-        write_tensors(path, KIND, tensors, told)
+        content = {name: (vector.mean, vector.variance, vector.count) for name, vector in self.items()}
+        write_vectors(path, content, self.fingerprint, dtype)
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVectors:
@@ -383,186 +344,5 @@ class TaskVectors(Mapping[str, TaskVector]):
             FileNotFoundError, ValueError: when there is no such file, it is incomplete or damaged, or it is something
                 else.
         """
-        tensors, metadata = read_tensors(path, KIND)
-        try:
-            owner = metadata["fingerprint"]
-            stages, places = at_sites(stages_of(owner), _sites_told(metadata)), layout_of(owner).num_positions
-            vectors = {
-                name: TaskVector(name, *(_read_values(tensors, name, f, stages, places) for f in FIELDS), count, owner)
-                for name, count in metadata["counts"].items()
-            }
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} holds no whole task vectors: {reason}; collect them again.") from error
-        return cls(vectors)
-
-
-KIND = "task vectors"
-FIELDS = ("mean", "variance")
-
-
-def _sites_told(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    sites = tuple(metadata["sites"])
-    if not sites or not set(sites) <= set(SITES):
-        raise ValueError(f"its sites {list(sites)} are unknown")
-    return sites
-
-
-def _read_values(
-    tensors: Mapping[str, torch.Tensor], task: str, field: str, stages: Sequence[Stage], places: int
-) -> ByStage | None:
-    """A field of a task's vector, by stage, from the tensors of a file; None for a variance that it does not have."""
-    values = ByStage()
-    if field == "variance" and f"{task}/{stages[0].name}/{field}" not in tensors:
-        return None
-    for stage in stages:
-        key = f"{task}/{stage.name}"
-        found, present = tensors[f"{key}/{field}"], tensors[f"{key}/present"]
-        sizes = (stage.heads, stage.head_dim)[: 2 if field == "mean" else 1]
-        expected = (stage.layers, int(present.sum()), *sizes)
-        if present.shape != (places,) or present.dtype != torch.bool or found.shape != expected:
-            raise ValueError(
-                f"{key}/{field} has shape {list(found.shape)} at {list(present.shape)} positions, not {list(expected)} "
-                f"at [{places}]"
-            )
-        if not found.isfinite().all():
-            raise ValueError(f"{key}/{field} holds numbers that are NaN or infinite")
-        values[stage.name] = scatter(found.float(), present.nonzero()[:, 0], places)
-    return values
-
-
-class Moments(NamedTuple):
-    """What `collect` keeps of some prompts, in float64, NaN where absent."""
-
-    count: int
-    mean: ByStage
-    """By stage, [layer, position, head, head_dim]."""
-    spread: ByStage
-    """Sums of squared distances to the mean, averaged over the head's dimensions: by stage, [layer, position, head]."""
-
-    def vector(self, task: str, owner: dict[str, Any]) -> TaskVector:
-        """The vector of a task, of the model and layout that a fingerprint tells of."""
-        variance = self.spread.map(lambda spread: (spread / (self.count - 1)).float()) if self.count > 1 else None
-        return TaskVector(task, self.mean.map(torch.Tensor.float), variance, self.count, owner)
-
-
-def measure(model: InContextModel, prompts: VisualPrompt, sites: Sequence[str] = (HEADS,)) -> Moments:
-    """The moments of every head over one batch of prompts, in one trace.
-
-    Raises:
-        ValueError: naming the first layer and head whose activation is not finite.
-    """
-    places = prompts.layout.num_positions
-    means, spreads = ByStage(), ByStage()
-    for name, layers in _read_all(model, prompts, sites, _moments).items():
-        stage, site = split_key(name)
-        mean, spread = (torch.stack(parts).cpu() for parts in zip(*layers))
-        bad = ~mean.isfinite().all(-1).all(1)
-        if bad.any():
-            layer, head = bad.nonzero()[0].tolist()
-            own = f"{module_path(model, stage, layer, site)}.{f'heads[{head}]' if site == HEADS else 'output'}"
-            raise ValueError(
-                f"{own} is not finite (NaN or infinite) on these prompts; check the weights, or load the model in "
-                "another dtype."
-            )
-        seen = model.positions(stage, prompts).cpu()
-        means[name], spreads[name] = scatter(mean, seen, places), scatter(spread, seen, places)
-    return Moments(len(prompts), means, spreads)
-
-
-def _read_all(
-    model: InContextModel, prompts: VisualPrompt, sites: Sequence[str], function: Callable[[torch.Tensor], Any]
-) -> ByStage:
-    """`function` of the activations of every layer, in one trace, which ends with the last of them: by stage and site,
-    a list."""
-    with torch.no_grad(), model.trace(prompts) as tracer:
-        found = {
-            (stage_key(stage.name, site), layer): function(read(model, stage, layer, site))
-            for stage in model.stages
-            for layer in range(stage.layers)
-            for site in sites
-        }.save()
-        tracer.stop()
-    layers = ByStage()
-    for (name, _), value in found.items():
-        layers.setdefault(name, []).append(value)
-    return layers
-
-
-def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
-    mean = z.mean(0)
-    return mean, (z - mean).square().sum(0).mean(-1)
-
-
-def _merge(a: Moments, b: Moments) -> Moments:
-    """The moments of both sets of prompts together."""
-    n, m = a.count, b.count
-    step = b.mean.map(torch.sub, a.mean)
-    mean = a.mean.map(lambda mean, step: mean + step * (m / (n + m)), step)
-    spread = a.spread.map(lambda x, y, step: x + y + step.square().mean(-1) * (n * m / (n + m)), b.spread, step)
-    return Moments(n + m, mean, spread)
-
-
-def scatter(values: torch.Tensor, at: torch.Tensor, places: int) -> torch.Tensor:
-    """[layer, token, ...] → [layer, position, ...], NaN at the positions that no token has."""
-    out = values.new_full((len(values), places, *values.shape[2:]), torch.nan)
-    out[:, at] = values
-    return out
-
-
-def _shared_layout(prompts: Mapping[str, VisualPrompt]) -> Layout:
-    if not prompts:
-        raise ValueError("there are no tasks to collect; give {task name: prompts}.")
-    for task, rows in prompts.items():
-        if not len(rows):
-            raise ValueError(f"there are no prompts of {task!r}; give at least one.")
-    (first, rows), *others = prompts.items()
-    for task, other in others:
-        if other.layout != rows.layout:
-            raise ValueError(
-                f"the prompts of {first!r} are in {rows.layout} and those of {task!r} in {other.layout}; collect one "
-                "layout at a time."
-            )
-    return rows.layout
-
-
-def _write_state(path: str | Path, found: dict[str, Moments], owner: dict, prompts: Mapping[str, VisualPrompt]) -> None:
-    tensors = {
-        f"{task}/{field}/{stage}": values
-        for task, moments in found.items()
-        for field in ("mean", "spread")
-        for stage, values in getattr(moments, field).items()
-    }
-    counts = {task: moments.count for task, moments in found.items()}
-    digests = _digests(prompts)
-    told = {"counts": counts, "prompts": digests, "fingerprint": owner}
-    sites = sites_in(next(iter(found.values())).mean)
-    write_tensors(path, "collection", tensors, told | {"sites": list(sites)})
-
-
-def _read_state(
-    path: str | Path, owner: dict, prompts: Mapping[str, VisualPrompt], sites: tuple[str, ...]
-) -> dict[str, Moments]:
-    if not Path(path).exists():
-        return {}
-    tensors, metadata = read_tensors(path, "collection")
-    check_compatible(f"the state in {path}", metadata["fingerprint"], "this model and layout", owner)
-    if metadata["prompts"] != {
-        task: tensor_digest(rows.canvas, rows.visible, rows.decoded) for task, rows in prompts.items()
-    }:
-        raise ValueError(f"the state in {path} is of other prompts; remove it, or name another file.")
-    if _sites_told(metadata) != sites:
-        raise ValueError(f"the state in {path} is of other sites; remove it, or name another file.")
-
-    def by_stage(task: str, field: str) -> ByStage:
-        return ByStage({s.name: tensors[f"{task}/{field}/{s.name}"] for s in at_sites(stages_of(owner), sites)})
-
-    return {
-        task: Moments(count, by_stage(task, "mean"), by_stage(task, "spread"))
-        for task, count in metadata["counts"].items()
-    }
-
-
-def _digests(prompts: Mapping[str, VisualPrompt]) -> dict[str, str]:
-    return {task: tensor_digest(rows.canvas, rows.visible, rows.decoded) for task, rows in prompts.items()}
+        content, owner = read_vectors(path)
+        return cls({name: TaskVector(name, *fields, owner) for name, fields in content.items()})

@@ -61,10 +61,10 @@ class KnownCircuit(MAEVQGAN):
             chosen = torch.randperm(len(blocks) * number)[:heads].sort().values
         chosen_heads = torch.stack([chosen // number, chosen % number], dim=1)
         with torch.no_grad():
-            for stack in (module.encoder, module.decoder):
-                for layer, block in enumerate(stack.blocks):
+            for stage in (module.encoder, module.decoder):
+                for layer, block in enumerate(stage.blocks):
                     speaks = torch.zeros(number, dtype=torch.bool)
-                    if stack is module.decoder:
+                    if stage is module.decoder:
                         speaks[chosen_heads[chosen_heads[:, 0] == layer, 1]] = True
                     listens = rearrange(block.attn.proj.weight, "out (head dim) -> out head dim", head=number)
                     listens *= speaks[:, None]
@@ -80,7 +80,7 @@ class KnownCircuit(MAEVQGAN):
 
     def circuit(self, space: PatchSpace) -> torch.Tensor:
         """Which units are of heads that are listened to: bool [unit]."""
-        stages = [stage.name for stage in space.stages]
+        decoder = [stage.key for stage in space.stages].index(StageSite("decoder"))
         units = torch.stack([space.units.layer, space.units.head], dim=1)
         listed = (units[:, None] == self.heads).all(-1).any(-1)
-        return listed & (space.units.stack == stages.index("decoder"))
+        return listed & (space.units.stage == decoder)

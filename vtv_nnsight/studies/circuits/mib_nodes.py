@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from vtv_nnsight.files import write_text
-from vtv_nnsight.models.sites import split_key
 from vtv_nnsight.patching import PatchSet, PatchSpace
 
 
@@ -32,10 +31,9 @@ def nodes(space: PatchSpace, scores, chosen: PatchSet | None = None) -> dict[str
         raise ValueError(f"{len(scores)} scores were given; expected one for each of {len(space)} units.")
     starts, total = {}, 0
     for stage in space.stages:
-        name, _ = split_key(stage.name)
-        if name not in starts:
-            starts[name], total = total, total + stage.layers
-    places = [(starts[name], _NODES[site]) for name, site in (split_key(stage.name) for stage in space.stages)]
+        if stage.name not in starts:
+            starts[stage.name], total = total, total + stage.layers
+    places = [(starts[stage.name], _NODES[stage.site]) for stage in space.stages]
     return {
         places[stage][1].format(layer=places[stage][0] + layer, head=head): {
             "score": float(scores[i]),

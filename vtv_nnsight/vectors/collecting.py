@@ -1,0 +1,225 @@
+"""Prompts run through a model batch by batch, and what is kept of their activations: their moments, for task vectors, or
+all of them. A collection can be stopped and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+
+from vtv_nnsight.files import read_tensors, write_tensors
+from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, default_batch_size
+from vtv_nnsight.models.sites import module_path, read, validate_sites
+from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, stages_of
+from vtv_nnsight.vectors.files import read_sites, scatter
+
+SAVE_EVERY = 10.0
+"""Seconds between two writes of a resumable run's state."""
+
+
+class Moments(NamedTuple):
+    """What is kept of some prompts' activations, in float64, NaN where absent.
+
+    Args:
+        count: Number of prompts.
+        mean: By stage and site, [layer, position, head, head_dim].
+        spread: Sums of squared distances to the mean, averaged over the head's dimensions: [layer, position, head].
+    """
+
+    count: int
+    mean: ByStage
+    spread: ByStage
+
+    def variance(self) -> ByStage | None:
+        """By stage and site, [layer, position, head] in float32; None of a single prompt."""
+        return self.spread.map(lambda spread: (spread / (self.count - 1)).float()) if self.count > 1 else None
+
+
+def collect_moments(
+    model: InContextModel,
+    prompts: Mapping[str, VisualPrompt],
+    sites: str | Sequence[str] = HEADS,
+    *,
+    batch_size: int | None = None,
+    resume: str | Path | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Moments], dict[str, Any]]:
+    """Moments of each task's activations, and the fingerprint of what they belong to: see `TaskVectors.collect`."""
+    layout, sites, device = _shared_layout(prompts), validate_sites(model, sites), device_of(model)
+    owner = fingerprint(model, layout)
+    moments = _read_state(resume, owner, prompts, sites) if resume else {}
+    saved = time.monotonic()
+    total, done = sum(map(len, prompts.values())), sum(part.count for part in moments.values())
+    with progress_bar(total=total, initial=done, desc="collecting", unit="prompt", disable=not progress) as bar:
+        for task, rows in prompts.items():
+            bar.set_postfix_str(task)
+            rows = rows[moments[task].count :] if task in moments else rows
+            for batch in rows.split(batch_size or default_batch_size(model)):
+                new = measure(model, batch.to(device), sites)
+                moments[task] = _merge(moments[task], new) if task in moments else new
+                bar.update(len(batch))
+                if resume and time.monotonic() - saved > SAVE_EVERY:
+                    _write_state(resume, moments, owner, prompts)
+                    saved = time.monotonic()
+    if resume:
+        _write_state(resume, moments, owner, prompts)
+    return {task: moments[task] for task in prompts}, owner
+
+
+def collect_rows(
+    model: InContextModel,
+    prompts: VisualPrompt,
+    sites: str | Sequence[str] = HEADS,
+    *,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> tuple[ByStage, dict[str, Any]]:
+    """Every prompt's activations, and the fingerprint of what they belong to: see `Activations.collect`."""
+    if not len(prompts):
+        raise ValueError("there are no prompts to collect; give at least one.")
+    sites, parts, device = validate_sites(model, sites), [], device_of(model)
+    owner = fingerprint(model, prompts.layout)
+    with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:
+        for batch in prompts.split(batch_size or default_batch_size(model)):
+            layers = _read_all(model, batch.to(device), sites, torch.clone)
+            parts.append(layers.map(lambda values: torch.stack(values, 1).cpu()))
+            bar.update(len(batch))
+    values = ByStage()
+    for key in parts[0]:
+        seen = model.positions(key.stage, prompts).cpu()
+        rows = rearrange(torch.cat([part[key] for part in parts]), "row layer ... -> (row layer) ...")
+        placed = scatter(rows, seen, prompts.layout.num_positions)
+        values[key] = rearrange(placed, "(row layer) ... -> row layer ...", row=len(prompts))
+    return values, owner
+
+
+def measure(model: InContextModel, prompts: VisualPrompt, sites: Sequence[str] = (HEADS,)) -> Moments:
+    """The moments of every head over one batch of prompts, in one trace.
+
+    Raises:
+        ValueError: naming the first layer and head that has an activation which is not finite.
+    """
+    places = prompts.layout.num_positions
+    means, spreads = ByStage(), ByStage()
+    layers = _read_all(model, prompts, sites, _moments)
+    for stage in model.stages:
+        seen = model.positions(stage.name, prompts).cpu()
+        for site in sites:
+            key = stage.at(site).key
+            mean, spread = (torch.stack(parts).cpu() for parts in zip(*layers[key]))
+            bad = ~mean.isfinite().all(-1).all(1)
+            if bad.any():
+                layer, head = bad.nonzero()[0].tolist()
+                place = f"{module_path(model, stage.at(site), layer)}.{f'heads[{head}]' if site == HEADS else 'output'}"
+                raise ValueError(
+                    f"{place} is not finite (NaN or infinite) on these prompts; check the weights, or load the model "
+                    "in another dtype."
+                )
+            means[key], spreads[key] = scatter(mean, seen, places), scatter(spread, seen, places)
+    return Moments(len(prompts), means, spreads)
+
+
+def _read_all(
+    model: InContextModel, prompts: VisualPrompt, sites: Sequence[str], function: Callable[[torch.Tensor], Any]
+) -> ByStage:
+    """`function` of the activations of every layer, in one trace, which ends with the last of them: by stage and site,
+    a list."""
+    with torch.no_grad(), model.trace(prompts) as tracer:
+        layers = {
+            (stage.at(site).key, layer): function(read(model, stage.at(site), layer))
+            for stage in model.stages
+            for layer in range(stage.layers)
+            for site in sites
+        }.save()
+        tracer.stop()
+    by_stage = ByStage({stage.at(site).key: [] for stage in model.stages for site in sites})
+    for (key, _), value in layers.items():
+        by_stage[key].append(value)
+    return by_stage
+
+
+def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    mean = z.mean(0)
+    return mean, (z - mean).square().sum(0).mean(-1)
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    """The moments of both sets of prompts together."""
+    n, m = a.count, b.count
+    step = b.mean.map(torch.sub, a.mean)
+    mean = a.mean.map(lambda mean, step: mean + step * (m / (n + m)), step)
+    spread = a.spread.map(lambda x, y, step: x + y + step.square().mean(-1) * (n * m / (n + m)), b.spread, step)
+    return Moments(n + m, mean, spread)
+
+
+def _shared_layout(prompts: Mapping[str, VisualPrompt]) -> Layout:
+    if not prompts:
+        raise ValueError("there are no tasks to collect; give {task name: prompts}.")
+    for task, rows in prompts.items():
+        if not len(rows):
+            raise ValueError(f"there are no prompts of {task!r}; give at least one.")
+    (first, rows), *others = prompts.items()
+    for task, other in others:
+        if other.layout != rows.layout:
+            raise ValueError(
+                f"the prompts of {first!r} are in {rows.layout} and those of {task!r} in {other.layout}; collect one "
+                "layout at a time."
+            )
+    return rows.layout
+
+
+def _write_state(
+    path: str | Path, moments: Mapping[str, Moments], owner: dict[str, Any], prompts: Mapping[str, VisualPrompt]
+) -> None:
+    tensors = {
+        f"{task}/{field}/{key}": values
+        for task, part in moments.items()
+        for field in ("mean", "spread")
+        for key, values in getattr(part, field).items()
+    }
+    metadata = {
+        "counts": {task: part.count for task, part in moments.items()},
+        "prompts": {task: _digest(rows) for task, rows in prompts.items()},
+        "fingerprint": owner,
+        "sites": list(next(iter(moments.values())).mean.sites),
+    }
+    write_tensors(path, "collection", tensors, metadata)
+
+
+def _read_state(
+    path: str | Path, owner: dict[str, Any], prompts: Mapping[str, VisualPrompt], sites: tuple[str, ...]
+) -> dict[str, Moments]:
+    if not Path(path).exists():
+        return {}
+    tensors, metadata = read_tensors(path, "collection")
+    check_compatible(f"the state in {path}", metadata["fingerprint"], "this model and layout", owner)
+    if metadata["prompts"] != {task: _digest(rows) for task, rows in prompts.items()}:
+        raise ValueError(f"the state in {path} is of other prompts; remove it, or name another file.")
+    if read_sites(metadata) != sites:
+        raise ValueError(f"the state in {path} is of other sites; remove it, or name another file.")
+    keys = [stage.at(site).key for stage in stages_of(owner) for site in sites]
+
+    def by_stage(task: str, field: str) -> ByStage:
+        return ByStage({key: tensors[f"{task}/{field}/{key}"] for key in keys})
+
+    return {
+        task: Moments(count, by_stage(task, "mean"), by_stage(task, "spread"))
+        for task, count in metadata["counts"].items()
+    }
+
+
+def _digest(prompts: VisualPrompt) -> str:
+    digest = hashlib.sha256()
+    for tensor in (prompts.canvas, prompts.visible, prompts.decoded):
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

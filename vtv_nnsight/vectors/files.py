@@ -1,0 +1,107 @@
+"""The files of task vectors: the positions that are present, with counts and fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtv_nnsight.files import read_tensors, write_tensors
+from vtv_nnsight.models.interface import SITES, ByStage, Stage
+from vtv_nnsight.vectors.compatibility import layout_of, stages_of
+
+KIND = "task vectors"
+FIELDS = ("mean", "variance")
+
+Content = Mapping[str, tuple[ByStage, ByStage | None, int]]
+"""Name of a vector → its mean, variance and count."""
+
+
+def write_vectors(path: str | Path, vectors: Content, fingerprint: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write task vectors of one fingerprint as a safetensors file.
+
+    Raises:
+        ValueError: when a value is NaN, or too large for the dtype.
+    """
+    tensors = {}
+    for name, (mean, variance, _) in vectors.items():
+        for key, present in present_positions(mean).items():
+            tensors[f"{name}/{key}/present"] = present
+            for field, values in zip(FIELDS, (mean, variance)):
+                if values:
+                    kept = values[key][:, present].to(dtype)
+                    if not kept.isfinite().all():
+                        raise ValueError(
+                            f"the {field} of {name!r} is not finite in {dtype}; look for NaN, or save it as "
+                            "torch.float32."
+                        )
+                    tensors[f"{name}/{key}/{field}"] = kept
+    counts = {name: count for name, (_, _, count) in vectors.items()}
+    sites = list(next(iter(vectors.values()))[0].sites)
+    write_tensors(path, KIND, tensors, {"counts": counts, "fingerprint": fingerprint, "sites": sites})
+
+
+def read_vectors(path: str | Path) -> tuple[Content, dict[str, Any]]:
+    """What `write_vectors` wrote, in float32, and the fingerprint.
+
+    Raises:
+        FileNotFoundError, ValueError: when there is no such file, it is incomplete or damaged, or it is something else.
+    """
+    tensors, metadata = read_tensors(path, KIND)
+    try:
+        owner = metadata["fingerprint"]
+        places = layout_of(owner).num_positions
+        stages = [stage.at(site) for stage in stages_of(owner) for site in read_sites(metadata)]
+
+        def values(name: str, field: str) -> ByStage:
+            return ByStage({stage.key: _read_values(tensors, name, field, stage, places) for stage in stages})
+
+        vectors = {}
+        for name, count in metadata["counts"].items():
+            varied = f"{name}/{stages[0].key}/variance" in tensors
+            vectors[name] = values(name, "mean"), values(name, "variance") if varied else None, count
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} holds no whole task vectors: {reason}; collect them again.") from error
+    return vectors, owner
+
+
+def read_sites(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sites that a file's metadata name.
+
+    Raises:
+        ValueError: when there are none, or one is unknown.
+    """
+    sites = tuple(metadata["sites"])
+    if not sites or not set(sites) <= set(SITES):
+        raise ValueError(f"its sites {list(sites)} are unknown")
+    return sites
+
+
+def _read_values(tensors: Mapping[str, torch.Tensor], name: str, field: str, stage: Stage, places: int) -> torch.Tensor:
+    """A field of a vector at a stage's site, from the tensors of a file."""
+    values, present = tensors[f"{name}/{stage.key}/{field}"], tensors[f"{name}/{stage.key}/present"]
+    sizes = (stage.heads, stage.head_dim)[: 2 if field == "mean" else 1]
+    expected = (stage.layers, int(present.sum()), *sizes)
+    if present.shape != (places,) or present.dtype != torch.bool or values.shape != expected:
+        raise ValueError(
+            f"{name}/{stage.key}/{field} has shape {list(values.shape)} at {list(present.shape)} positions, not "
+            f"{list(expected)} at [{places}]"
+        )
+    if not values.isfinite().all():
+        raise ValueError(f"{name}/{stage.key}/{field} holds numbers that are NaN or infinite")
+    return scatter(values.float(), present.nonzero()[:, 0], places)
+
+
+def present_positions(mean: ByStage) -> ByStage:
+    """By stage, bool [position]: the positions of means [layer, position, head, head_dim] that are not absent."""
+    return mean.map(lambda values: ~values[0, :, 0, 0].isnan())
+
+
+def scatter(values: torch.Tensor, at: torch.Tensor, places: int) -> torch.Tensor:
+    """[layer, token, ...] → [layer, position, ...], NaN at the positions that no token has."""
+    out = values.new_full((len(values), places, *values.shape[2:]), torch.nan)
+    out[:, at] = values
+    return out
