@@ -1,12 +1,12 @@
-"""The paper's ablations: what the stacks, the units' size, the numbers of prompts and the search itself are worth.
+"""The paper's ablations: what the stages, the units' size, the numbers of prompts and the search itself are worth.
 
     python benchmarks/ablations.py [--quick] [--tasks segmentation lowlight] [--budget 4000] [--seeds 3] [-n 128]
     python benchmarks/ablations.py --model mae-vqgan --data pascal:VOCdevkit     # over the four folds of Pascal-5i
 
-The base patches units of both stacks by quadrant, is searched for on 100 prompts, uses a vector averaged over 100, and
+The base patches units of both stages by quadrant, is searched for on 100 prompts, uses a vector averaged over 100, and
 has a set of units a task. Each variation changes one thing and is searched for anew, with the same budget and seed:
 
-- stacks: the encoder only, the decoder only, both.
+- stages: the encoder only, the decoder only, both.
 - granularity: units that are whole heads, quadrants, or single tokens (of which there are many more).
 - training prompts: those that the search trains on, the first few of the same hundred. When it stops is judged by 32
   held-out prompts more, the same for all; with fewer than 4 to train on, no unit is pruned.
@@ -59,7 +59,7 @@ EACH, SHARED, RANDOM, EVERYTHING = MASKS = ("one each", "one for all", "random u
 class Setting(NamedTuple):
     """What a task's own search is given."""
 
-    stacks: str = "both"
+    stages: str = "both"
     granularity: str = "quadrant"
     training_prompts: int = 100
     averaged_prompts: int = 100
@@ -108,13 +108,13 @@ def find(
     def look(names: Sequence[str], setting: Setting) -> dict[str, Found]:
         bar.set_postfix_str(f"seed {seed}, {', '.join([*names, *map(str, setting)])}")
         vectors = {name: vector(name, setting.averaged_prompts) for name in names}
-        stacks = None if setting.stacks == "both" else setting.stacks
+        stages = None if setting.stages == "both" else setting.stages
         result = search.reinforce(
             model,
             list(vectors.values()),
             [tasks.get(name) for name in names],
             [training[name][: setting.training_prompts].query_only() for name in names],
-            PatchSpace(model, granularity=setting.granularity, stacks=stacks),
+            PatchSpace(model, granularity=setting.granularity, stages=stages),
             budget=args.budget * len(names),
             held_out=[held_out[name].query_only() for name in names],
             seed=seed,

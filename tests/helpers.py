@@ -90,7 +90,7 @@ def random_prompts(n, seed=0, layout=LAYOUT):
 
 
 def all_heads(model, prompts):
-    """Every head's activation, without task vectors' code: per stack [layer, prompt, token, head, head_dim]."""
+    """Every head's activation, without task vectors' code: by stage [layer, prompt, token, head, head_dim]."""
     with torch.no_grad(), model.trace(prompts):
         encoder = [block.attn.heads.clone() for block in model.encoder.blocks].save()
         decoder = [block.attn.heads.clone() for block in model.decoder.blocks].save()

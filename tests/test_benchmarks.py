@@ -414,7 +414,7 @@ def test_ablations(tmp_path):
     most = max(found["settings"]["prompts"])
     bases = [row for row in rows.values() if row["is_base"]]
     assert {(row["varies"], row["value"]) for row in bases} == {
-        ("stacks", "both"),
+        ("stages", "both"),
         ("granularity", "quadrant"),
         ("training_prompts", most),
         ("averaged_prompts", most),
@@ -434,7 +434,7 @@ def test_ablations(tmp_path):
     def units(*key):
         return rows[key]["units_to_choose_from"]
 
-    assert units("stacks", "encoder") + units("stacks", "decoder") == units("stacks", "both")
+    assert units("stages", "encoder") + units("stages", "decoder") == units("stages", "both")
     assert units("granularity", "head") < units("granularity", "quadrant") < units("granularity", "token")
     assert rows["masks", "all positions"]["units_patched"] == [units("masks", "one each")]
     assert rows["masks", "random units"]["units_patched"] == rows["masks", "one each"]["units_patched"]

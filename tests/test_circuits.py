@@ -355,7 +355,7 @@ def test_gradients_pass_a_dropped_layer_by(known, known_objective):
         found_losses, found = known_objective.gradient(gates, rows, drop=number)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(found_losses, losses, rtol=1e-4, atol=1e-5)
-        own = (space.units.stack == 1) & (space.units.layer == number - 3)
+        own = (space.units.stage == 1) & (space.units.layer == number - 3)
         assert not found[:, own].any() and not torch.allclose(found, whole)
     _, again = known_objective.gradient(gates, rows)
     torch.testing.assert_close(again, whole)  # nothing is left behind

@@ -19,7 +19,7 @@ from vtv_nnsight.models.mae_vqgan.published import load_checkpoint
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.runs import bundles
 from vtv_nnsight.search.result import SearchResult
-from vtv_nnsight.vectors.values import KIND
+from vtv_nnsight.vectors.files import KIND
 
 SUPPORT, QUERY = DATA / "support_image.png", DATA / "query_image.png"
 
@@ -211,7 +211,7 @@ def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
     loaded = TaskVectors.load(vectors)
     stages = [stage.name for stage in MAEVQGAN(model).stages]
     sites = [f"{stage}.{site}" for stage in stages for site in ("mlp", "residual")]
-    assert list(loaded["lowlight"].mean) == sites and loaded["lowlight"].mean["encoder.mlp"].shape[2] == 1
+    assert list(map(str, loaded["lowlight"].mean)) == sites and loaded["lowlight"].mean["encoder", "mlp"].shape[2] == 1
 
     code, out, _ = vtv("score", vectors, "--model", model, "--top", 3, "--plot", tmp_path / "scores.png")
     assert code == 0 and (".mlp @ " in out or "blocks.0 @ " in out) and "heads" not in out
@@ -220,7 +220,7 @@ def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
     search += ("--size", 3, "-o", units)
     assert vtv(*search)[0] == 0
     assert PatchSet.load(units).space.sites == ("mlp", "residual")  # all that the vectors have
-    assert vtv(*search, "--sites", "mlp", "--stacks", "decoder")[0] == 0
+    assert vtv(*search, "--sites", "mlp", "--stages", "decoder")[0] == 0
     chosen = PatchSet.load(units)
     assert chosen.space.sites == ("mlp",) and len(chosen) == 3 and all("decoder" in n and ".mlp @" in n for n in chosen)
     code, out, complaint = vtv(*search, "--sites", "heads,mlp")

@@ -276,7 +276,7 @@ def test_random_units_are_as_many_and_matched_where_asked(patches):
     space = patches.space
 
     def kinds(one):
-        return sorted(zip(space.units.stack[one.choices].tolist(), space.units.group[one.choices].tolist()))
+        return sorted(zip(space.units.stage[one.choices].tolist(), space.units.group[one.choices].tolist()))
 
     for matched in (False, True):
         sets = random_units(SimpleNamespace(patches=patches), matched=matched, seed=5)

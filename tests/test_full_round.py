@@ -101,7 +101,7 @@ def test_the_steps_one_by_one(runs, folders, tmp_path):
     assert list(again) == list(first) == TASKS.split(",")
     vtv(
         "search", model, *SIZES[2:], "--tasks", "segmentation", "--vectors", vectors, "--algorithm", "random",
-        "--budget", 40, "--stacks", "merged", "-o", units,
+        "--budget", 40, "--stages", "merged", "-o", units,
     )  # fmt: skip
     assert all("query+output" in name for name in PatchSet.load(units))
     vtv(

@@ -104,8 +104,8 @@ def test_what_belongs_to_it_fits_no_other_model(page, tmp_path):
     other = tasks.identity.prompts(data.scenes("train", n=40), n=2, layout=tiny.layout)
     with pytest.raises(ValueError, match="'identity' does not fit this model: it has stages"), tiny.trace(other):
         patch(tiny, again["identity"], loaded)
-    with pytest.raises(ValueError, match=r"stacks=\['encoder'\] are not stages of the model; choose from layers"):
-        PatchSpace(page.model, stacks="encoder")
+    with pytest.raises(ValueError, match=r"stages=\['encoder'\] are not stages of the model; choose from layers"):
+        PatchSpace(page.model, stages="encoder")
 
 
 def test_what_is_missing_is_named():

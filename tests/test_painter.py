@@ -652,7 +652,7 @@ def test_cells(model, prompts):
     assert list(space.groups["merged"]) == ["example_input+example_output", "query+output"]
     for stage, groups in space.groups.items():
         at = torch.cat(list(groups.values()))
-        assert torch.equal(at.sort().values, model.positions(stage, prompts).sort().values)
+        assert torch.equal(at.sort().values, model.positions(stage.stage, prompts).sort().values)
     assert len(space) == 3 * 4 * 4 + 21 * 4 * 2
 
 

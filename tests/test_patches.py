@@ -165,7 +165,7 @@ def test_split_and_average_follow_the_units(model):
     torch.testing.assert_close(space.average(masks), values)
     masks["encoder"][0, 0, 1 + LAYOUT.regions["query"][:5]] = torch.nan
     torch.testing.assert_close(space.average(masks), values)
-    decoder = PatchSpace(model, stacks="decoder")
+    decoder = PatchSpace(model, stages="decoder")
     torch.testing.assert_close(decoder.average(masks), values[24:])
     assert not decoder.mask(torch.ones(len(decoder)))["encoder"].any()
 
@@ -394,14 +394,14 @@ def test_sets(model):
     with pytest.raises(ValueError, match="'region' is unknown"):
         PatchSpace(model, granularity="region")
     with pytest.raises(ValueError, match=r"\['middle'\]"):
-        PatchSpace(model, stacks="middle")
+        PatchSpace(model, stages="middle")
 
 
 def test_equal_sets_have_equal_hashes(model, tmp_path):
     a, b = PatchSet.random(PatchSpace(model), 10), PatchSet.random(PatchSpace(model), 10)
     a.save(tmp_path / "a.json")
     assert a is not b and len({a, b, PatchSet.load(tmp_path / "a.json")}) == 1
-    others = [PatchSet.random(PatchSpace(model), 10, seed=1), PatchSet.random(PatchSpace(model, stacks="decoder"), 10)]
+    others = [PatchSet.random(PatchSpace(model), 10, seed=1), PatchSet.random(PatchSpace(model, stages="decoder"), 10)]
     assert len({a, *others}) == 3
 
 
@@ -412,7 +412,7 @@ def test_equal_sets_have_equal_hashes(model, tmp_path):
         {"space": 3, "patches": []},
         {"space": {}, "patches": []},
         {"space": {"stages": ["encoder"]}, "patches": []},
-        {"space": {"stages": 3, "stacks": [], "granularity": "head"}, "patches": []},
+        {"space": {"stages": 3, "patched_stages": [], "granularity": "head"}, "patches": []},
         {"space": None, "patches": []},
         {"space": {}, "patches": [["nested"]]},
     ],
@@ -474,5 +474,5 @@ def test_rows_that_see_patches_of_their_own(model, module, prompts, vectors):
         found = model.output.logits.save()
     for row in range(3):
         alone = SimpleNamespace(canvas=canvas[row : row + 1], visible=visible[row], decoded=decoded[row])
-        own = {stage: values[row] for stage, values in mask.items()}
+        own = mask.map(lambda values, row=row: values[row])
         torch.testing.assert_close(found[row], by_hand(module, alone, vectors["a"], own)[0], rtol=1e-4, atol=1e-5)

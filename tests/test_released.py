@@ -46,7 +46,7 @@ def projected(module, vector):
     for stack, mean in vector.mean.items():
         present = vector.present[stack]
         layers = []
-        for block, z in zip(getattr(module, stack).blocks, mean[:, present]):
+        for block, z in zip(getattr(module, stack.stage).blocks, mean[:, present]):
             slices = block.attn.proj.weight.unflatten(1, (z.shape[1], -1))
             layers.append(torch.einsum("thd,whd->thw", z, slices) + block.attn.proj.bias)
         stacks.append(torch.stack(layers)[:, None].detach())

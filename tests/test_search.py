@@ -737,10 +737,10 @@ def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, cap
     assert len(search.SearchResult.load(found).patches) == 5
     assert {path.name for path in plot.iterdir()} == {"curve.png", "units.png"}
 
-    both = ["--task", "identity,segmentation", "--algorithm", "random", "--budget", 60, "--stacks", "decoder"]
+    both = ["--task", "identity,segmentation", "--algorithm", "random", "--budget", 60, "--stages", "decoder"]
     code, _, error = vtv(*both, "-o", tmp_path / "both.json")
     assert code == 0, error
-    assert PatchSet.load(tmp_path / "both.json").space.fingerprint["stacks"] == ["decoder"]
+    assert PatchSet.load(tmp_path / "both.json").space.fingerprint["patched_stages"] == ["decoder"]
 
     code, _, error = vtv("--algorithm", "annealing", "-o", found)
     assert code == 1 and "'annealing' is not an algorithm; choose from attribution, gates, greedy" in error

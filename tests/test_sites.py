@@ -7,7 +7,7 @@ from helpers import LAYOUT, random_module, random_prompts
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, ablate, patch
 from vtv_nnsight.layouts import positions
-from vtv_nnsight.models.sites import SITES, at_sites
+from vtv_nnsight.models.interface import SITES
 from vtv_nnsight.testing import check_model
 from vtv_nnsight.vectors import Activations, zero_vector
 
@@ -69,8 +69,10 @@ def test_it_does_what_the_interface_promises(model, prompts):
     check_model(model, prompts)
 
 
-def key(stage, site):
-    return stage if site == "heads" else f"{stage}.{site}"
+def everywhere(model):
+    """A mask of every stage and site, with nothing chosen."""
+    stages = [stage.at(site) for stage in model.stages for site in SITES]
+    return {s.key: torch.zeros(s.layers, 197, s.heads, dtype=torch.bool) for s in stages}
 
 
 def logits(model, prompts, *args, **kwargs):
@@ -84,7 +86,7 @@ def replacing(mask, values, scale=1.0, mode="replace"):
     """A `change` for `hooked`, with loops; values by key, [layer, position, head, dim] or a row in front."""
 
     def change(stage, site, layer, z, seen):
-        z, own = z.clone(), key(stage, site)
+        z, own = z.clone(), (stage, site)
         for row in range(len(z)):
             chosen = mask[own][layer]
             new = values[own][row] if values[own].ndim == 5 else values[own]
@@ -101,7 +103,7 @@ def test_collecting_is_what_hooks_see(model, module, vectors):
     seen_values = {}
 
     def record(stage, site, layer, z, seen):
-        seen_values[key(stage, site), layer] = (z.double(), seen)
+        seen_values[(stage, site), layer] = (z.double(), seen)
         return z
 
     hooked(module, random_prompts(4, 1), record)
@@ -111,7 +113,7 @@ def test_collecting_is_what_hooks_see(model, module, vectors):
         torch.testing.assert_close(found.double(), z.mean(0), rtol=0, atol=1e-5)
         variance = vectors["a"].variance[name][layer, seen]
         torch.testing.assert_close(variance.double(), z.var(0).mean(-1), rtol=1e-4, atol=1e-8)
-    assert set(vectors.score()) == {key(stage, site) for stage in ("encoder", "decoder") for site in SITES}
+    assert set(vectors.score()) == {(stage, site) for stage in ("encoder", "decoder") for site in SITES}
 
 
 @pytest.mark.parametrize("site", [*LAYERS, SITES])
@@ -121,7 +123,7 @@ def test_patches_equal_hooks(model, module, prompts, vectors, site, form):
     chosen = PatchSet.random(space, len(space) // 2, seed=1)
     prompts = prompts.query_only() if form == "query only" else prompts
     mask, values = chosen.mask, vectors["b"].mean
-    full = {s.name: torch.zeros(s.layers, 197, s.heads, dtype=torch.bool) for s in at_sites(model.stages, SITES)} | mask
+    full = everywhere(model) | mask
     expected = hooked(module, prompts, replacing(full, values))
     found = logits(model, prompts, vectors["b"], chosen)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
@@ -134,13 +136,13 @@ def test_patches_equal_hooks(model, module, prompts, vectors, site, form):
 def test_units_have_the_modules_names(model):
     space = PatchSpace(model, sites=("mlp", "heads", "residual"))
     assert space.sites == ("heads", "mlp", "residual")
-    assert [stage.name for stage in space.stages][:4] == ["encoder", "encoder.mlp", "encoder.residual", "decoder"]
+    assert [str(stage.key) for stage in space.stages][:4] == ["encoder", "encoder.mlp", "encoder.residual", "decoder"]
     assert "encoder.blocks.1.mlp @ query" in space.index_of and "decoder.blocks.1 @ output" in space.index_of
     assert "decoder.blocks.1.attn.heads[1] @ cls" in space.index_of
     assert len(space) == 36 + 2 * (3 * 2 + 2 * 3)
     whole = PatchSpace(model, granularity="head", sites="attn")
     assert whole.names == [f"{s}.blocks.{i}.attn" for s, n in (("encoder", 3), ("decoder", 2)) for i in range(n)]
-    assert PatchSpace(model, stacks="decoder", sites="mlp").names[0] == "decoder.blocks.0.mlp @ cls"
+    assert PatchSpace(model, stages="decoder", sites="mlp").names[0] == "decoder.blocks.0.mlp @ cls"
 
 
 def test_float_gates_and_their_gradients(model, prompts, vectors):
@@ -221,7 +223,7 @@ def test_a_prompts_own_activations(model, module, prompts):
 
 def test_ablation(model, module, prompts, vectors):
     chosen = PatchSet.random(PatchSpace(model, sites=("attn", "mlp")), 8)
-    full = {s.name: torch.zeros(s.layers, 197, s.heads, dtype=torch.bool) for s in at_sites(model.stages, SITES)}
+    full = everywhere(model)
     own = Activations.collect(model, random_prompts(3, 9), sites=("attn", "mlp"), progress=False)
     zero, mean = zero_vector(model, SITES), vectors.mean()
     for to, values in (("zero", zero.mean), (vectors, mean.mean), (mean, mean.mean), (own, own.values)):
@@ -248,8 +250,8 @@ def test_files(model, vectors, tmp_path):
         collected = TaskVectors.collect(
             model, prompts, sites=("heads", "mlp"), resume=tmp_path / "state", progress=False
         )
-        mean = vectors["a"].mean["decoder.mlp"]
-        torch.testing.assert_close(collected["a"].mean["decoder.mlp"], mean, equal_nan=True)
+        mean = vectors["a"].mean["decoder", "mlp"]
+        torch.testing.assert_close(collected["a"].mean["decoder", "mlp"], mean, equal_nan=True)
     with pytest.raises(ValueError, match="is of other sites"):
         TaskVectors.collect(model, prompts, resume=tmp_path / "state", progress=False)
 
@@ -320,7 +322,7 @@ def test_other_families(make):
                 for rows in (others, prompts):
                     expected = list(network(rows.canvas, rows.visible, rows.decoded).values())[0]
             handle.remove()
-            space = PatchSpace(model, stacks=stage, sites=site)
+            space = PatchSpace(model, stages=stage, sites=site)
             chosen = PatchSet.named(space, [name for name in space.names if f"layers.{first}" in name])
             with torch.no_grad(), model.trace(prompts):
                 patch(model, run, chosen)

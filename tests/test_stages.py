@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from helpers import random_module, random_prompts
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, patch
 from vtv_nnsight.models import digests as weights
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import ByStage
+from vtv_nnsight.models.interface import ByStage, StageSite
 from vtv_nnsight.vectors.compatibility import check_compatible, differences, fingerprint, stages_of
 
 DATA = Path(__file__).parent / "data"
@@ -199,5 +200,18 @@ def test_resuming_notices_other_weights(module, tmp_path):
 
 def test_values_by_stage():
     values = ByStage(encoder=2, decoder=3)
-    assert values.map(lambda a, b: a * b, {"encoder": 5, "decoder": 7}) == {"encoder": 10, "decoder": 21}
-    assert copy.deepcopy(values) == values and list(values) == ["encoder", "decoder"]
+    assert values.map(lambda a, b: a * b, {"encoder": 5, "decoder": 7}) == ByStage(encoder=10, decoder=21)
+    assert copy.deepcopy(values) == values and list(map(str, values)) == ["encoder", "decoder"]
+
+
+def test_a_stage_at_a_site_is_a_value_of_two_fields():
+    values = ByStage({"encoder": 1, ("encoder", "mlp"): 2, StageSite("decoder", "residual"): 3})
+    assert values["encoder"] == 1 == values["encoder", "heads"] and values["encoder", "mlp"] == 2
+    assert "encoder" in values and ("decoder", "residual") in values and "decoder" not in values
+    assert "encoder.mlp" not in values and values.get("decoder") is None and values.get(("encoder", "mlp")) == 2
+    assert [str(key) for key in values] == ["encoder", "encoder.mlp", "decoder.residual"]
+    assert [(key.stage, key.site) for key in values][1] == ("encoder", "mlp")
+    assert values.sites == ("heads", "mlp", "residual")
+    assert pickle.loads(pickle.dumps(values)) == values
+    with pytest.raises(KeyError, match="decoder"):
+        values["decoder"]

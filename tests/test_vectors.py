@@ -6,7 +6,7 @@ from helpers import LAYOUT, all_heads, random_module, random_prompts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import vtv_nnsight.vectors.values as code
+import vtv_nnsight.vectors.collecting as code
 from vtv_nnsight import MAEVQGAN, Layout, TaskVectors
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.interface import ByStage

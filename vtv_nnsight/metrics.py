@@ -245,3 +245,16 @@ def _pair(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor,
             "[batch, 3, height, width]; crop both to the same cell."
         )
     return prediction, target
+
+
+def silhouette(points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean silhouette of labelled points [..., point, dim] by Euclidean distance: [...]. A cluster's only point counts
+    0, as in scikit-learn."""
+    points = points.double()
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    members = torch.nn.functional.one_hot(labels).double()
+    sums, sizes = distances @ members, members.sum(0)
+    own = sums.gather(-1, labels[:, None].expand(*sums.shape[:-1], 1))[..., 0] / (sizes[labels] - 1).clamp(min=1)
+    others = (sums / sizes).masked_fill(members.bool(), torch.inf).amin(-1)
+    widths = (others - own) / torch.maximum(others, own).clamp(min=torch.finfo(torch.float64).tiny)
+    return widths.masked_fill(sizes[labels] == 1, 0.0).mean(-1)

@@ -488,7 +488,7 @@ def import_released(
     vectors, residuals = released.read_activations(model, activations) if activations else (None, {})
     output.mkdir(parents=True, exist_ok=True)
     for task, residual in residuals.items():
-        both = ", ".join(f"{stack} {value:.1e}" for stack, value in residual.items())
+        both = ", ".join(f"{stage} {value:.1e}" for stage, value in residual.items())
         say(f"{task}: {vectors[task].count} prompts, residual {both}")
     if vectors is not None:
         vectors.save(output / "vectors.safetensors")

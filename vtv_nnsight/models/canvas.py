@@ -32,7 +32,7 @@ HUB_OPTIONS = ("token", "cache_dir", "subfolder", "local_files_only", "force_dow
 
 
 class Inputs(NamedTuple):
-    """What the network is given: canvases, and the patches that its two stacks see, shared by the batch ([patch]) or
+    """What the network is given: canvases, and the patches that its two stages see, shared by the batch ([patch]) or
     for each row ([batch, patch])."""
 
     canvas: torch.Tensor

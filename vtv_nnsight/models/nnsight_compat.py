@@ -1,4 +1,4 @@
-"""What every model here adds to nnsight's envoys: heads that can be told apart, and stacks that know where their tokens
+"""What every model here adds to nnsight's envoys: heads that can be told apart, and stages that know where their tokens
 lie.
 
 A model says which of its modules get which envoy (`envoys={Attention: AttentionEnvoy}`), and a batch's rows are cut by
@@ -50,7 +50,7 @@ def heads_of(projection: str, count: str = "num_heads") -> eproperty:
     def heads(self, value: Any) -> torch.Tensor:
         """Output z = softmax(qkᵀ/√d)·v of every head, before the output projection: [batch, token, head, head_dim].
 
-        Token 0 is CLS; the others are the patches that the stack sees, in the prompt's order. For `tracer.cache`, it is
+        Token 0 is CLS; the others are the patches that the stage sees, in the prompt's order. For `tracer.cache`, it is
         the input of the output projection:
 
             cache = tracer.cache(modules=[attn.proj], include_inputs=True)
@@ -122,10 +122,10 @@ class StackEnvoy(Envoy):
 
     @eproperty(key="input", description="absolute positions of the tokens, [token]")
     def positions(self, value: Any) -> torch.Tensor:
-        """Absolute position of every token of the stack, 0 for CLS and 1 + i for patch i: LongTensor [token], or
+        """Absolute position of every token of the stage, 0 for CLS and 1 + i for patch i: LongTensor [token], or
         [batch, token] where every row was given patches of its own.
 
-        Like any input, it comes before what is inside the stack: read it first.
+        Like any input, it comes before what is inside the stage: read it first.
         """
         (*_, seen), _ = value
         return positions(seen)

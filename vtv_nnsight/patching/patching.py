@@ -1,8 +1,8 @@
 """The intervention itself.
 
-    >>> with model.trace(prompts.query_only()):
-    ...     patch(model, vectors["segmentation"], patches)
-    ...     logits = model.output.logits.save()
+>>> with model.trace(prompts.query_only()):
+...     patch(model, vectors["segmentation"], patches)
+...     logits = model.output.logits.save()
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vtv_nnsight.layouts import place_names
 from vtv_nnsight.models.interface import HEADS, SITES, ByStage, InContextModel, Stage
 from vtv_nnsight.models.sites import read, write
 from vtv_nnsight.patching.sets import PatchSet
+from vtv_nnsight.text import join_names
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors, zero_vector
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, stages_of
 

@@ -1,7 +1,7 @@
 """Sets of units: what a search finds, and what is patched.
 
-    >>> patches = PatchSet.random(space, 40)
-    >>> patches.save("patches.json")
+>>> patches = PatchSet.random(space, 40)
+>>> patches.save("patches.json")
 """
 
 from __future__ import annotations

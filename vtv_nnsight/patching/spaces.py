@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.interface import HEADS, SITES, ByStage, InContextModel, StageSite
+from vtv_nnsight.models.interface import HEADS, SITES, ByStage, InContextModel
 from vtv_nnsight.models.sites import module_path, validate_sites
 from vtv_nnsight.vectors.compatibility import geometry, layout_of, stages_of
 
@@ -196,7 +196,9 @@ class PatchSpace:
         if self.granularity == "token":
             raise ValueError("a space with a unit a token has too many regions to draw; average over positions first.")
         parts = self.split(values)
-        return {f"{key}, {name}": parts[key][..., i] for key, names in self.groups.items() for i, name in enumerate(names)}
+        return {
+            f"{key}, {name}": parts[key][..., i] for key, names in self.groups.items() for i, name in enumerate(names)
+        }
 
     def mask(self, choices: torch.Tensor) -> ByStage:
         """The positions of the chosen units.

@@ -1,5 +1,5 @@
-"""Prompts run through a model batch by batch, and what is kept of their activations: their moments, for task vectors, or
-all of them. A collection can be stopped and resumed."""
+"""Prompts run through a model batch by batch, and what is kept of their activations: their moments, for task vectors,
+or all of them. A collection can be stopped and resumed."""
 
 from __future__ import annotations
 

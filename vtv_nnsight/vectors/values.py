@@ -11,9 +11,9 @@ before the output projection:
     >>> vectors.save("vectors.safetensors")
 
 Means and scores are dicts by the model's stages (see `models.interface.ByStage`); beside heads,
-`sites=("heads", "mlp")` collects whole layers' activations: `mean["encoder", "mlp"]` (see `models.sites`). Positions are
-absolute: 0 is CLS and 1 + i is patch i (see `layouts`). What a prompt does not show a stage is NaN: absent, not zero,
-and arithmetic keeps it so.
+`sites=("heads", "mlp")` collects whole layers' activations: `mean["encoder", "mlp"]` (see `models.sites`). Positions
+are absolute: 0 is CLS and 1 + i is patch i (see `layouts`). What a prompt does not show a stage is NaN: absent, not
+zero, and arithmetic keeps it so.
 """
 
 from __future__ import annotations
@@ -272,9 +272,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             ValueError: when a task has no prompts, layouts differ, the model has no such site, an activation is not
                 finite (naming layer and head), or `resume` is of other prompts, other sites or another model.
         """
-        moments, owner = collect_moments(
-            model, prompts, sites, batch_size=batch_size, resume=resume, progress=progress
-        )
+        moments, owner = collect_moments(model, prompts, sites, batch_size=batch_size, resume=resume, progress=progress)
         return cls(
             {
                 task: TaskVector(task, part.mean.map(torch.Tensor.float), part.variance(), part.count, owner)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from einops import rearrange
 
+from vtv_nnsight.models.interface import StageSite
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.traced import MAEVQGAN
 from vtv_nnsight.models.mae_vqgan.transformer import MAEVQGANModel
