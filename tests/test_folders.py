@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
-from helpers import make_config
+from helpers import make_config, vit_mae_config
 from safetensors.torch import load_file, save_file
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import MAEVQGAN, ViTMAE
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
@@ -105,9 +105,7 @@ def test_an_index_that_lies(folder):
 
 
 def test_folders_of_other_models_are_checked_alike(tmp_path):
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32)
-    decoder = dict(decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
-    ViTMAEForPreTraining(ViTMAEConfig(**sizes, **decoder, decoder_intermediate_size=16)).save_pretrained(tmp_path)
+    ViTMAEForPreTraining(vit_mae_config()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for settings, words in (
         ({"num_attention_heads": 0}, "no model can be built of the config of "),

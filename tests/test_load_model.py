@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from helpers import make_config
-from transformers import SegGptConfig, SegGptForImageSegmentation, ViTMAEConfig, ViTMAEForPreTraining
+from helpers import make_config, vit_mae_config
+from transformers import SegGptConfig, SegGptForImageSegmentation, ViTMAEForPreTraining
 
 from vtv_nnsight import MAEVQGAN, data, tasks
 from vtv_nnsight.models import load_model
@@ -22,9 +22,7 @@ def seggpt(typed):
 
 
 def vit_mae():
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32)
-    decoder = dict(decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
-    return ViTMAEForPreTraining(ViTMAEConfig(**sizes, **decoder, decoder_intermediate_size=16))
+    return ViTMAEForPreTraining(vit_mae_config())
 
 
 @pytest.mark.parametrize(

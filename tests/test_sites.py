@@ -3,11 +3,14 @@
 import pytest
 import torch
 from einops import rearrange
-from helpers import LAYOUT, random_module, random_prompts
+from helpers import LAYOUT, random_module, random_prompts, small_painter, vit_mae_config
+from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, ablate, patch
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.interface import SITES
+from vtv_nnsight.models.painter import SegGPT
+from vtv_nnsight.models.vit_mae import ViTMAE
 from vtv_nnsight.testing import check_model
 from vtv_nnsight.vectors import Activations, zero_vector
 
@@ -276,24 +279,11 @@ def test_odd_sites_and_modes_are_told(model, prompts, vectors):
 
 
 def vit_mae():
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    from vtv_nnsight.models.vit_mae import ViTMAE
-
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=64)
-    decoder = dict(decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
-    return ViTMAE(ViTMAEForPreTraining(ViTMAEConfig(**sizes, **decoder, decoder_intermediate_size=16)).eval())
+    return ViTMAE(ViTMAEForPreTraining(vit_mae_config()).eval())
 
 
 def painter():
-    from transformers import SegGptConfig, SegGptForImageSegmentation
-
-    from vtv_nnsight.models.painter import SegGPT
-
-    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=(64, 32), patch_size=8)
-    more = dict(pretrain_image_size=32, decoder_hidden_size=8, merge_index=0, initializer_range=0.3)
-    module = SegGptForImageSegmentation(SegGptConfig(**sizes, **more, intermediate_hidden_state_indices=[1, 2]))
-    return SegGPT(module.eval())
+    return SegGPT(small_painter(True).eval())
 
 
 @pytest.mark.parametrize("make", [vit_mae, painter])
@@ -307,7 +297,7 @@ def test_other_families(make):
     prompts, others = (random_prompts(2, seed, model.layout).query_only() for seed in (0, 1))
     run = Activations.collect(model, others, sites=LAYERS, progress=False)
     layers = network.decoder.layers if make is vit_mae else network.encoder.layers
-    stages = {"decoder": 0} if make is vit_mae else {"streams": 0, "merged": 1}
+    stages = {"decoder": 0} if make is vit_mae else {"streams": 0, "merged": 2}
     for stage, first in stages.items():
         own = layers[first]
         for site, module in (("attn", own.attention), ("mlp", own.mlp), ("residual", own)):
