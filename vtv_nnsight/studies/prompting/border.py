@@ -10,6 +10,7 @@ In the paper they lie 30 pixels wide within pictures of 224, which gives 69,840 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ def learn_border(
         width: Of the border in pixels; None is the paper's share of a cell's side, 30 of 224.
         loss: The name of one of the model's losses that have gradients, by default its first.
         steps, lr, batch_size: Of Adam; pixels are in [0, 1].
-        held_out: The share of the prompts that is held out, or prompts of their own.
+        held_out: The share of the prompts that is held out, or other prompts.
         seed: Of the split and the order.
         progress: Show a progress bar.
 
@@ -91,19 +92,10 @@ def learn_border(
     frame = torch.ones(size, size, device=device_of(model))
     frame[width : size - width, width : size - width] = 0
     pixels = torch.zeros(3, size, size, device=frame.device, requires_grad=True)
-    (best,) = descend(
-        model,
-        prompts,
-        [pixels],
-        show=lambda rows: Border(frame * pixels, layout)(rows),
-        loss=loss,
-        steps=steps,
-        lr=lr,
-        batch_size=batch_size,
-        held_out=held_out,
-        seed=seed,
-        progress=progress,
+    options: dict[str, Any] = dict(
+        loss=loss, steps=steps, lr=lr, batch_size=batch_size, held_out=held_out, seed=seed, progress=progress
     )
+    (best,) = descend(model, prompts, [pixels], show=lambda rows: Border(frame * pixels, layout)(rows), **options)
     return Border(frame * best, layout)
 
 

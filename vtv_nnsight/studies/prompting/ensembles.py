@@ -17,6 +17,7 @@ import torch
 
 from vtv_nnsight.layouts import ORDERS
 from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.prompts import VisualPrompt, crop
 
 RULES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -64,15 +65,16 @@ def generate(
             or they differ in number, in where their outputs lie, or in what the decoder sees; or when the rule is
             unknown.
     """
-    _check_codes(model)
+    if not any(loss.name == "tokens" for loss in model.losses):
+        raise ValueError(
+            f"{type(model).__name__} has no loss 'tokens', so it gives no scores of codes to ensemble; give a "
+            "MAEVQGAN, or a BEiT with its tokenizer's encoder."
+        )
     if not prompts:
         raise ValueError("there is nothing to ensemble; give at least one VisualPrompt.")
     for prompt in prompts[1:]:
         _check(prompts[0], prompt)
-    outputs = []
-    for prompt in prompts:
-        with model.trace(prompt):
-            outputs.append(model.output.save())
+    outputs = [forward(model, prompt)[0] for prompt in prompts]
     combined = replace(outputs[0], logits=combine([output.logits for output in outputs], rule))
     return model.paint(combined, prompts[0].to(model.device), paste)
 
@@ -102,10 +104,9 @@ def average(model: Any, prompts: VisualPrompt, views: Sequence[str] = ("swapped 
         raise ValueError("there is nothing to average; give at least one view.")
     answers = []
     for name in views:
-        shown, cell = view(prompts, name)
-        with model.trace(shown):
-            output = model.output.save()
-        answer = crop(model.paint(output, shown.to(model.device)), cell, shown.layout)
+        turned, cell = view(prompts, name)
+        output, _ = forward(model, turned)
+        answer = crop(model.paint(output, turned.to(model.device)), cell, turned.layout)
         answers.append(answer.transpose(2, 3) if name.endswith("transposed") else answer)
     return torch.stack(answers).mean(0)
 
@@ -121,24 +122,15 @@ def view(prompts: VisualPrompt, name: str) -> tuple[VisualPrompt, str]:
     layout, canvas, hidden = prompts.layout, prompts.canvas.clone(), "output"
     if name.startswith("swapped"):
         hidden, cells = "query", list(layout.cells.values())
-        for shown, answer in zip(cells[::2], cells[1::2]):
-            canvas[(..., *shown)] = prompts.canvas[(..., *answer)]
-            canvas[(..., *answer)] = prompts.canvas[(..., *shown)]
+        for question, answer in zip(cells[::2], cells[1::2]):
+            canvas[(..., *question)] = prompts.canvas[(..., *answer)]
+            canvas[(..., *answer)] = prompts.canvas[(..., *question)]
     if name.endswith("transposed"):
         canvas = canvas.transpose(2, 3)
         layout = replace(layout, order=next(order for order in ORDERS if order != layout.order))
     patches = layout.all_patches
     visible = patches[~torch.isin(patches, layout.regions[hidden])]
     return VisualPrompt(canvas, visible.to(canvas.device), patches.to(canvas.device), layout), hidden
-
-
-def _check_codes(model: InContextModel) -> None:
-    """Refuse a model whose logits are not scores of codes, as its losses tell."""
-    if not any(loss.name == "tokens" for loss in model.losses):
-        raise ValueError(
-            f"{type(model).__name__} has no loss 'tokens', so it gives no scores of codes to ensemble; give a "
-            "MAEVQGAN, or a BEiT with its tokenizer's encoder."
-        )
 
 
 def _check(first: VisualPrompt, other: VisualPrompt) -> None:

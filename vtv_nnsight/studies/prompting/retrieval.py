@@ -9,7 +9,7 @@ In-Context Learning?*, arXiv 2301.13670, §3.2: unsupervised prompt retrieval).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,18 +46,18 @@ def retrieve(
     has labels. A query's picture is never its own example, whichever row it lies in.
 
     Args:
-        model: Whose cells are compared, and whose own `encoder_features` where none are given.
+        model: Its cells are compared, by its `encoder_features` where no others are given.
         task: What is asked: pictures are compared as it shows them, such as darkened.
         images: A datasets.Dataset or a sequence of rows, those that were drawn from.
         drawn: What `tasks.draw` or `tasks.draw_queries` drew.
         features: Another way to look at pictures, such as CLIP's.
         examples: For each query, the most similar first.
         pool: Numbers of the rows that may be examples; None is all.
-        batch_size: Pictures at once; None is `stages.default_batch_size`, 32 for MAE-VQGAN.
+        batch_size: Pictures at once; None is `default_batch_size(model)`, 32 for MAE-VQGAN.
         progress: Show a progress bar.
 
     Returns:
-        What `task.compose` makes prompts of, the examples chosen.
+        What `task.compose` makes prompts of, with these examples.
 
     Raises:
         ValueError: when a query has too few others to choose from, a row is not there, or features are not numbers
@@ -68,23 +68,23 @@ def retrieve(
     if outside := [int(row) for row in (*candidates, *queries) if not 0 <= row < len(images)]:
         raise ValueError(f"row {outside[0]} is not among the {len(images)} rows of these images.")
     features, batch_size = features or encoder_features(model), batch_size or default_batch_size(model)
+    size = model.layout.cell_size
     with progress_bar(total=len(candidates) + len(queries), unit="picture", disable=not progress) as bar:
 
-        def seen(rows: np.ndarray, places: list[Place]) -> tuple[np.ndarray, torch.Tensor]:
-            """Digests of pictures [row] and unit features of them as the task shows them [row, width]."""
-            names, found = [], []
-            for part, at in _batches(rows, places, batch_size):
-                pictures, shown = zip(
-                    *(task._cells(images[int(row)], model.layout.cell_size, place)[:2] for row, place in zip(part, at))
-                )
-                names += [digest(picture) for picture in pictures]
-                found.append(_unit(features(torch.stack(shown)), len(part)))
-                bar.update(len(part))
-            return np.array(names), torch.cat(found)
+        def describe(rows: np.ndarray, places: list[Place]) -> tuple[np.ndarray, torch.Tensor]:
+            """Digests of pictures [row], and features of unit length of them as the task shows them [row, width]."""
+            digests, described = [], []
+            for start in range(0, len(rows), batch_size):
+                batch = zip(rows[start : start + batch_size], places[start : start + batch_size])
+                pictures, cells, _ = zip(*(task._cells(images[int(row)], size, place) for row, place in batch))
+                digests += map(digest, pictures)
+                described.append(_normalised(features(torch.stack(cells)), len(cells)))
+                bar.update(len(cells))
+            return np.array(digests), torch.cat(described)
 
-        asked, queried = seen(queries, [tuple(place) for place in drawn.places.tolist()])
-        offered, known = seen(candidates, [CENTER] * len(candidates))
-    allowed = asked[:, None] != offered[None]
+        query_digests, query_features = describe(queries, [tuple(place) for place in drawn.places.tolist()])
+        candidate_digests, candidate_features = describe(candidates, [CENTER] * len(candidates))
+    allowed = query_digests[:, None] != candidate_digests[None]
     allowed &= queries[:, None] != candidates[None]
     if (labels := labels_of(images)) is not None:
         allowed &= labels[queries][:, None] == labels[candidates][None]
@@ -95,7 +95,7 @@ def retrieve(
             f"row {queries[row]} has {allowed[row].sum()} {others} to choose from and a prompt needs {examples}; "
             "give a larger pool."
         )
-    similarity = (queried @ known.T).masked_fill(~torch.from_numpy(allowed), -torch.inf)
+    similarity = (query_features @ candidate_features.T).masked_fill(~torch.from_numpy(allowed), -torch.inf)
     nearest = candidates[similarity.topk(examples).indices.numpy()]
     return Draw(np.concatenate([nearest, queries[:, None]], axis=1), drawn.places)
 
@@ -116,13 +116,9 @@ def encoder_features(model: InContextModel) -> Features:
     return features
 
 
-def _batches(rows: np.ndarray, places: list[Place], size: int) -> Iterator[tuple[np.ndarray, list[Place]]]:
-    return ((rows[start : start + size], places[start : start + size]) for start in range(0, len(rows), size))
-
-
-def _unit(found: Any, rows: int) -> torch.Tensor:
+def _normalised(features: Any, rows: int) -> torch.Tensor:
     """Features of unit length, [row, width], on the CPU."""
-    if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != rows or not found.isfinite().all():
-        shape = f"{list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
-        raise ValueError(f"features of {rows} pictures are {shape}; expected finite numbers [{rows}, width].")
-    return F.normalize(found.detach().float().cpu(), dim=1)
+    if isinstance(features, torch.Tensor) and features.shape[:-1] == (rows,) and features.isfinite().all():
+        return F.normalize(features.detach().float().cpu(), dim=1)
+    shape = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+    raise ValueError(f"features of {rows} pictures are {shape}; expected finite numbers [{rows}, width].")
