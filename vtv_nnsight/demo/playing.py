@@ -63,7 +63,7 @@ class Player:
 
     @classmethod
     def load(cls, vectors: str = bundles.EMBEDDED, model: str | None = None, device: str | None = None) -> Player:
-        """The player of a bundle's source (see `bundles.load`), with the model of its run unless told otherwise.
+        """The player of a bundle's source (see `bundles.load`), with the model of its run where `model` names no other.
 
         Raises:
             FileNotFoundError, ValueError: when there is no such bundle, or it is not of this model.
@@ -80,7 +80,7 @@ class Player:
         return self.bundle[next(iter(self.bundle))][1].space
 
     def prompt(self, task: Task | str, example: Row | None, query: Row) -> VisualPrompt:
-        """A prompt. The task makes input and output of each picture; an example with an answer of its own is shown as
+        """A prompt. The task makes input and output of each picture; an example that comes with its answer is shown as
         it is, as is then the query.
 
         Raises:
@@ -128,7 +128,7 @@ class Player:
             return generate_with_gates(self.model, prompt, vector, self.space, scale * on[None])[0]
 
     def search(self, task: str, rows: Sequence[Row], budget: int = BUDGET, seed: int = 0) -> Player:
-        """The same player, whose vector and units of a task are those of a visitor's own pictures.
+        """The same player, with a task's vector and units collected and found on a visitor's pictures.
 
         Raises:
             ValueError: when there are too few, or they lack what the task's answer is made of.

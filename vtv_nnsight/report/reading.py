@@ -95,8 +95,8 @@ class RunResults(NamedTuple):
     def cells(self, task: Task) -> dict[str, torch.Tensor]:
         """The pictures of `PICTURES`, uint8 [row, 3, height, width], of the first prompts."""
         pictures = self.table.pictures[task.name]
-        layout, shown = self.layout, ("example_input", "example_output", "query")
-        first = {name: name if name in layout.cells else f"{name}_1" for name in shown}  # of several examples
+        layout, asking = self.layout, ("example_input", "example_output", "query")
+        first = {name: name if name in layout.cells else f"{name}_1" for name in asking}  # of several examples
         return {n: crop(pictures["prompt"], first[n], layout) if n in first else pictures[n] for n in PICTURES}
 
 
@@ -129,8 +129,8 @@ def load_run(run: str | os.PathLike) -> RunResults:
     scores = {}
     if len(names) > 1:
         scores = {fold: TaskVectors.load(folder / "vectors.safetensors").score() for fold, folder in folders.items()}
-    shown = {name: next(iter(folders.values())) / "shown" / f"{name}.safetensors" for name in names}
-    explorers = {name: QueryExplorer.load(path) for name, path in shown.items() if path.is_file()}
+    explored = {name: next(iter(folders.values())) / "shown" / f"{name}.safetensors" for name in names}
+    explorers = {name: QueryExplorer.load(path) for name, path in explored.items() if path.is_file()}
     return RunResults(run.resolve().name, record, table, results, scores, explorers)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from vtv_nnsight.layouts import ORDERS
-from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.prompts import VisualPrompt, crop
 
@@ -44,9 +43,7 @@ def combine(logits: Sequence[torch.Tensor], rule: str = "softmax") -> torch.Tens
 
 
 @torch.no_grad()
-def generate(
-    model: InContextModel, prompts: Sequence[VisualPrompt], rule: str = "softmax", paste: bool = True
-) -> torch.Tensor:
+def generate(model: Any, prompts: Sequence[VisualPrompt], rule: str = "softmax", paste: bool = True) -> torch.Tensor:
     """Complete the canvases of the first of `prompts` with the codes that all of them agree on.
 
     Args:

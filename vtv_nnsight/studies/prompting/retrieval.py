@@ -43,7 +43,7 @@ def retrieve(
     """Choose the examples whose inputs are most similar to each query, by the cosine of their features.
 
     Queries and places stay as they were drawn. As in `tasks.draw`, an example is of the query's class where the data
-    has labels. A query's picture is never its own example, whichever row it lies in.
+    has labels. A query's picture is never its example, in whatever row it lies.
 
     Args:
         model: Its cells are compared, by its `encoder_features` where no others are given.
@@ -73,7 +73,8 @@ def retrieve(
 
         def describe(rows: np.ndarray, places: list[Place]) -> tuple[np.ndarray, torch.Tensor]:
             """Digests of pictures [row], and features of unit length of them as the task shows them [row, width]."""
-            digests, described = [], []
+            digests: list[int] = []
+            described = []
             for start in range(0, len(rows), batch_size):
                 batch = zip(rows[start : start + batch_size], places[start : start + batch_size])
                 pictures, cells, _ = zip(*(task._cells(images[int(row)], size, place) for row, place in batch))
