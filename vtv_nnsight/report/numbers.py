@@ -50,7 +50,7 @@ def of_scores(scores: ByStage, layout: Layout) -> pd.DataFrame:
             layers, heads = np.indices(values.shape[:2])
             means = values[..., places].nanmean(-1).numpy()
             columns = {"layer": layers.ravel(), "head": heads.ravel(), "region": region, "score": means.ravel()}
-            parts.append(pd.DataFrame({"stage": stage} | columns))
+            parts.append(pd.DataFrame({"stage": str(stage)} | columns))
     return pd.concat(parts).dropna()
 
 

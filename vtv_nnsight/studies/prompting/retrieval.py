@@ -105,13 +105,14 @@ def encoder_features(model: InContextModel) -> Features:
     """What a model's first stage makes of a picture that is shown as the query, alone: the mean over tokens of the
     residual stream that its last layer leaves, or of that layer's heads where the model does not tell."""
     stage, layout = model.stages[0], model.layout
-    site = "residual" if "residual" in model.outputs(stage.name, stage.layers - 1) else sites.HEADS
+    if "residual" in model.outputs(stage.name, stage.layers - 1):
+        stage = stage.at("residual")
 
     @torch.no_grad()
     def features(pictures: torch.Tensor) -> torch.Tensor:
         prompts = [VisualPrompt.from_cells({"query": picture}, layout) for picture in pictures.cpu()]
         with model.trace(VisualPrompt.cat(prompts).query_only().to(device_of(model))):
-            tokens = sites.read(model, stage, stage.layers - 1, site).save()
+            tokens = sites.read(model, stage, stage.layers - 1).save()
         return tokens.mean(1).flatten(1)
 
     return features
