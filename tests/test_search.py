@@ -418,7 +418,7 @@ def test_a_loss_that_is_not_a_number_stops_the_search(space):
     objective = Planted(space)
     objective.levels[objective.train[5]] = torch.nan
     with pytest.raises(ValueError, match=r"step 1 of reinforce, after 32 evaluations: a loss is nan"):
-        find("reinforce", objective, budget=1000, images=4)
+        find("reinforce", objective, budget=1000, images=4, masks=4)
 
 
 def test_unknown_options_are_named(space):
@@ -465,8 +465,8 @@ def test_sparsity_prefers_fewer_units(space, recipe):
 
 def test_steps_end_a_search(space):
     result = find("reinforce", Planted(space), budget=4000, steps=3, prune=False)
-    assert result.evaluations == 3 * 4 * 4 + len(Planted(space).held_out)
-    assert result.settings["lr"] == 0.3 and result.settings["images"] == 4
+    assert result.evaluations == 3 * 2 * 8 + len(Planted(space).held_out)
+    assert result.settings["lr"] == 0.3 and result.settings["images"] == 2
 
 
 def test_no_module_has_the_name_of_an_algorithm():
@@ -550,7 +550,7 @@ def test_published_recipe_has_settings_of_its_own(space):
     assert result.settings == {"recipe": "published", **PUBLISHED._asdict()} | options
     assert result.evaluations == 2 * 320 + len(Planted(space).held_out)
     with pytest.raises(ValueError, match="recipe='published' takes no masks, prune; leave that out"):
-        search.reinforce.on(Planted(space), recipe="published", masks=8, prune=False, progress=False)
+        search.reinforce.on(Planted(space), recipe="published", masks=4, prune=False, progress=False)
 
 
 def test_published_recipe_runs_its_steps_without_a_budget(space, monkeypatch):

@@ -199,14 +199,6 @@ def test_changed_values_are_noticed_by_their_checksum(journal):
             resume([lines[0], damaged, *lines[2:]])
 
 
-def test_a_journal_of_version_01_is_read(journal):
-    lines, resume = journal
-    bare = [{n: v for n, v in json.loads(line).items() if n != "checksum"} for line in lines[1:]]
-    objective = Coins()
-    resume([lines[0], *(json.dumps(line).encode() + b"\n" for line in bare)], objective)
-    assert objective.asked == 0
-
-
 @pytest.mark.parametrize("line", [b'{"vtv search": 3}\n', b'{"other": {}}\n', b"[]\n", b"7\n", b"\xff\n"])
 def test_a_file_that_is_no_journal_is_named(journal, line):
     lines, resume = journal

@@ -139,6 +139,12 @@ class InContextModel(ABC):
     VisualPrompt, one or one for each invoke, and each invoke sees its own rows only.
     """
 
+    trace: Any
+    edit: Any
+    output: Any
+    state_dict: Any
+    parameters: Any
+
     @property
     @abstractmethod
     def layout(self) -> Layout:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from nnsight import save
 
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
@@ -47,8 +48,8 @@ def forward(
         if edit is not None:
             edit(model)
         if restrict:
-            answered = model.restrict_to_output(prompts).save()
-        output = model.output.save()
+            answered = save(model.restrict_to_output(prompts))
+        output = save(model.output)
     return output, answered
 
 

@@ -153,10 +153,9 @@ def ranking(
                 "ranking needs scores, or the vectors of two tasks or more (vectors=…) to compute them from."
             )
         scores = search.vectors.score()
-    if not isinstance(scores, torch.Tensor):
-        scores = search.objective.space.average(scores)
-    if scores.shape != (search.units,):
-        raise ValueError(f"scores of shape {list(scores.shape)} are not one for each of {search.units} units.")
-    scores = scores.cpu().double()
-    order = scores.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
-    return search.top_units(order, size, tolerance), scores
+    by_unit: torch.Tensor = scores if isinstance(scores, torch.Tensor) else search.objective.space.average(scores)
+    if by_unit.shape != (search.units,):
+        raise ValueError(f"scores of shape {list(by_unit.shape)} are not one for each of {search.units} units.")
+    by_unit = by_unit.cpu().double()
+    order = by_unit.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
+    return search.top_units(order, size, tolerance), by_unit

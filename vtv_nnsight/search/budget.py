@@ -17,10 +17,10 @@ this folder is all that a new one takes:
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -31,29 +31,13 @@ from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.search.journal import Answer, Journal
 from vtv_nnsight.search.result import SearchResult, Step
-
-if TYPE_CHECKING:
-    from vtv_nnsight.vectors import TaskVectors
+from vtv_nnsight.vectors import TaskVectors
 
 BUDGET = 8000
 """Patched evaluations that a search may spend unless told otherwise."""
 
 GRADIENT_COST = 3
 """Evaluations that a forward and a backward of one prompt count as: a backward is the work of two forwards."""
-
-
-class Space(Protocol):
-    """The units that a search chooses from: a `PatchSpace`, or the `NamedUnits` of an objective without a model."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """One for each unit."""
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells the space from others, as JSON can hold it."""
-
-    def __len__(self) -> int: ...
 
 
 class SearchObjective(Protocol):
@@ -71,8 +55,8 @@ class SearchObjective(Protocol):
       of another fingerprint.
     """
 
-    space: Space
-    """The units."""
+    space: Any
+    """The units: a `PatchSpace`, `NamedUnits`, or another with `names`, a `fingerprint` and a length."""
     train: torch.Tensor
     """LongTensor [training prompt] of prompt numbers, tasks taking turns."""
     held_out: torch.Tensor
@@ -82,7 +66,6 @@ class SearchObjective(Protocol):
 
     def __call__(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Losses [row] of the sets [row, unit] (bool), each on the prompt of its number `rows` [row]."""
-        ...
 
 
 class Search:
@@ -122,7 +105,7 @@ class Search:
         seed: int = 0,
         settings: dict[str, Any] | None = None,
         vectors: TaskVectors | None = None,
-        resume: str | os.PathLike | None = None,
+        resume: str | Path | None = None,
         progress: bool = True,
     ) -> None:
         if budget is not None and budget < 1:
@@ -137,8 +120,10 @@ class Search:
         self.units = len(objective.space)
         self.train, self.held_out = objective.train, objective.held_out
         self.generator = torch.Generator().manual_seed(seed)
-        self.evaluations, self.step, self.history, self.trajectory = 0, 0, [], []
-        self._next_prompt, self._held_out_losses = 0, {}
+        self.evaluations, self.step, self._next_prompt = 0, 0, 0
+        self.history: list[Step] = []
+        self.trajectory: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._held_out_losses: dict[str, float] = {}
         self._journal = self._open(resume)
         self._started = time.perf_counter()
         self._bar = progress_bar(
@@ -190,13 +175,12 @@ class Search:
         Returns:
             Float64 [set, prompt].
         """
-        sets, (rows, which) = choices, _pairs(choices, rows)
-
-        def ask(piece: slice) -> tuple[tuple, Callable]:
-            pairs = sets[which[piece]], rows.flatten()[piece]
-            return pairs, lambda: self.objective(*pairs)
-
-        return self._answers(ask, rows.numel(), width=1, cost=1).view(rows.shape)
+        rows = rows.expand(len(choices), rows.shape[-1])
+        which = torch.arange(len(choices)).repeat_interleave(rows.shape[1])
+        flat = rows.flatten()
+        return self._answers(
+            self.objective, lambda piece: (choices[which[piece]], flat[piece]), len(flat), width=1, cost=1
+        ).view(rows.shape)
 
     def gradient(
         self, gates: torch.Tensor, rows: torch.Tensor, drop: int | None = None
@@ -211,26 +195,27 @@ class Search:
         Raises:
             TypeError: when the objective has no gradient.
         """
-        if not hasattr(self.objective, "gradient"):
+        gradient = getattr(self.objective, "gradient", None)
+        if gradient is None:
             raise TypeError(
                 f"{self.name} reads gradients and {type(self.objective).__name__} has no gradient(gates, rows); "
                 "take an algorithm that reads losses alone, such as reinforce."
             )
-
-        def ask(piece: slice) -> tuple[tuple, Callable]:
-            pairs = gates[piece], rows[piece]
-            if drop is None:
-                return pairs, lambda: torch.column_stack(self.objective.gradient(*pairs))
-            return (*pairs, torch.tensor(drop)), lambda: torch.column_stack(self.objective.gradient(*pairs, drop=drop))
-
-        values = self._answers(ask, len(rows), width=1 + self.units, cost=GRADIENT_COST)
+        options, layer = ({}, ()) if drop is None else ({"drop": drop}, (torch.tensor(drop),))
+        values = self._answers(
+            lambda gates, rows, *_: torch.column_stack(gradient(gates, rows, **options)),
+            lambda piece: (gates[piece], rows[piece], *layer),
+            len(rows),
+            width=1 + self.units,
+            cost=GRADIENT_COST,
+        )
         return values[:, 0], values[:, 1:]
 
     def mean(self, losses: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Mean over prompts of losses [..., prompt], every task counting alike."""
         return losses @ self._weights(rows)
 
-    def validate(self, choices: torch.Tensor, train_loss: float = float("nan")) -> torch.Tensor:
+    def validate(self, choices: torch.Tensor, train_loss: float | torch.Tensor = float("nan")) -> torch.Tensor:
         """Try a set [unit] on the held-out prompts: a line of the history. Returns the losses [prompt]."""
         losses = self.losses(choices[None], self.held_out)[0]
         held_out = self.mean(losses, self.held_out).item()
@@ -283,9 +268,9 @@ class Search:
             fine = sizes(coarse[max(0, at - 1)], coarse[min(at + 1, len(coarse) - 1)])
             size, train_loss = self._best_size(order, fine, rows, tolerance)
         self.require(len(self.held_out), "the held-out loss")
-        chosen = prefixes(order, self.units, [size])[0]
-        self.validate(chosen, train_loss)
-        return chosen
+        choices = prefixes(order, self.units, [size])[0]
+        self.validate(choices, train_loss)
+        return choices
 
     def _best_size(
         self, order: torch.Tensor, lengths: list[int], rows: torch.Tensor, tolerance: float
@@ -311,25 +296,32 @@ class Search:
         )
 
     def close(self) -> None:
+        """Close the progress bar and the journal."""
         self._bar.close()
         self._journal.close()
 
-    def _answers(self, ask: Callable, count: int, width: int, cost: int) -> torch.Tensor:
-        """Values [row, width] for `count` rows, piece by piece: from the journal as far as it goes, then from the
-        objective. `ask` of a piece of the rows gives what is asked about them, and a function that finds the answer."""
+    def _answers(
+        self,
+        evaluate: Callable[..., torch.Tensor],
+        questions: Callable[[slice], tuple[torch.Tensor, ...]],
+        count: int,
+        width: int,
+        cost: int,
+    ) -> torch.Tensor:
+        """`evaluate` of the `questions` of `count` rows, piece by piece: from the journal as far as it goes, then from
+        the objective. Values [row, width]; a row costs `cost` evaluations."""
         answers, start, stride = [], 0, getattr(self.objective, "stride", count)
         while start < count:
             known = self._journal.peek()
-            piece = slice(start, min(count, start + (known.count if known else stride)))
-            size = piece.stop - start
-            arguments, evaluate = ask(piece)
-            query = tensor_digest(*arguments)
+            piece = slice(start, min(count, start + (known.rows if known else stride)))
+            size, rows = piece.stop - start, questions(piece)
+            query = tensor_digest(*rows)
             self.evaluations += cost * size
             if known:
                 known = self._journal.take(query, size, size * width)
                 self._started = time.perf_counter() - known.seconds
             else:
-                values = self._checked(evaluate(), (size, width))
+                values = self._checked(evaluate(*rows), (size, width))
                 known = Answer(query, size, self.seconds, values.flatten())
                 self._journal.write(known)
             self._bar.update(cost * size)
@@ -357,38 +349,35 @@ class Search:
     def _weights(self, rows: torch.Tensor) -> torch.Tensor:
         """Float64 [prompt] that sums to one, each task's share the same."""
         groups, inverse, counts = self.objective.group[rows].unique(return_inverse=True, return_counts=True)
-        return 1 / (len(groups) * counts[inverse].double())
+        weights: torch.Tensor = 1 / (len(groups) * counts[inverse].double())
+        return weights
 
-    def _open(self, path: str | os.PathLike | None) -> Journal:
-        """The journal. The main process reads it, tells the others what it says, and is the only one to write it."""
-        state = processes()
+    def _open(self, path: str | Path | None) -> Journal:
+        """The journal. The main process reads it, sends its answers to the others, and is the only one to write it."""
         settings = {"algorithm": self.name, "seed": self.seed, "budget": self.budget} | self.settings
         settings |= getattr(self.objective, "fingerprint", {})
-        journal, answers, error = None, [], None
+        journal, error = Journal(None, settings), None
+        state = processes()
         if state.is_main_process:
             try:
                 journal = Journal(path, settings)
-                answers = journal.answers
             except ValueError as raised:
                 error = raised
         if state.num_processes > 1:
-            told = [answers, error]
-            broadcast_object_list(told)
-            answers, error = told
+            shared: list[Any] = [journal.answers, error]
+            broadcast_object_list(shared)
+            journal.answers, error = shared
         if error is not None:
             raise error
-        if journal is None:
-            journal = Journal(None, settings)
-            journal.answers = answers
         return journal
 
 
 def _check_objective(objective: Any) -> None:
-    lacking = [name for name in ("space", "train", "held_out", "group") if not hasattr(objective, name)]
-    lacking += [] if callable(objective) else ["a call with (choices, rows)"]
-    if lacking:
+    missing = [name for name in ("space", "train", "held_out", "group") if not hasattr(objective, name)]
+    missing += [] if callable(objective) else ["a call with (choices, rows)"]
+    if missing:
         raise TypeError(
-            f"{type(objective).__name__} is no objective of a search: it lacks {', '.join(lacking)}; "
+            f"{type(objective).__name__} is no objective of a search: it lacks {', '.join(missing)}; "
             "see vtv_nnsight.search.SearchObjective."
         )
 
@@ -405,9 +394,3 @@ def prefixes(order: torch.Tensor, units: int, lengths: list[int]) -> torch.Tenso
     for row, length in enumerate(lengths):
         sets[row, order[:length]] = True
     return sets
-
-
-def _pairs(choices: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [set, prompt], and for each of them, flattened, the number of its set."""
-    rows = rows.expand(len(choices), rows.shape[-1])
-    return rows, torch.arange(len(choices)).repeat_interleave(rows.shape[1])

@@ -57,7 +57,7 @@ def dropped_falls(search: Search, rows: torch.Tensor, steps: int, layers: int) -
     """How much each unit matters by GradDrop (AtP*, eq. 11): [unit]. Its own layer's gradient is nothing to a unit, so
     that one layer less is counted."""
     falls = [search.mean(_falls(search, rows, steps, layer).abs().T, rows) for layer in range(layers)]
-    return sum(falls) / (layers - 1)
+    return sum(falls, torch.zeros(search.units, dtype=torch.float64)) / (layers - 1)
 
 
 def _falls(search: Search, rows: torch.Tensor, steps: int, drop: int | None = None) -> torch.Tensor:

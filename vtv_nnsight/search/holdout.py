@@ -33,7 +33,9 @@ def hold_out(
     """
     if isinstance(held_out, (int, float)):
         sides = split_prompts(prompts, held_out, seed)
-        return [(own[train.to(own.device)], own[held.to(own.device)]) for own, (train, held) in zip(prompts, sides)]
+        return [
+            (rows[train.to(rows.device)], rows[held.to(rows.device)]) for rows, (train, held) in zip(prompts, sides)
+        ]
     for train, held in zip(prompts, held_out):
         _check_sides(len(train), len(held), f"{len(train)} prompts and {len(held)} held-out prompts")
     return list(zip(prompts, held_out))
@@ -76,15 +78,15 @@ def split_prompts(
         When more than a tenth of the prompts is left out, or when too few pictures leave a task nothing to train on
         otherwise, so that its split is by prompt.
     """
-    counts = [len(own) for own in prompts]
+    counts = [len(rows) for rows in prompts]
     task = np.repeat(np.arange(len(counts)), counts)
     wanted = np.array([held_out_count(count, share) for count in counts])
     places = np.concatenate([torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy() for n in counts])
     starts = np.cumsum([0, *counts])[task]
     shuffled = starts + places  # within each task
     turns = shuffled[np.argsort(np.arange(len(task)) - starts, kind="stable")]  # the tasks take turns
-    known = all(own.pictures is not None for own in prompts)
-    linked = _linked([shown for own in prompts for shown in (_named(own) if known else _looked_at(own))])
+    named = all(rows.pictures is not None for rows in prompts)
+    linked = _linked([pictures for rows in prompts for pictures in (_named(rows) if named else _looked_at(rows))])
     held = _choose(linked, task, wanted, turns)
     train = (linked @ held.astype(np.int64) == 0) & ~held  # a prompt that shows no picture is linked to none
     if not all(train[task == i].any() for i in range(len(counts))):
@@ -103,36 +105,38 @@ def split_prompts(
             "held-out prompts; draw prompts from more images.",
             stacklevel=2,
         )
-    return [
-        tuple(torch.from_numpy(places[task == i][side[shuffled[task == i]]]) for side in (train, held))
-        for i in range(len(counts))
-    ]
+    sides = []
+    for i in range(len(counts)):
+        rows = task == i
+        train_rows, held_rows = (torch.from_numpy(places[rows][side[shuffled[rows]]]) for side in (train, held))
+        sides.append((train_rows, held_rows))
+    return sides
 
 
 def _named(prompts: VisualPrompt) -> list[set[int]]:
     """The pictures of each prompt, as the task that made it says."""
-    return [set(row) for row in prompts.pictures.tolist()]
+    return [] if prompts.pictures is None else [set(row) for row in prompts.pictures.tolist()]
 
 
 def _looked_at(prompts: VisualPrompt) -> list[set[int]]:
     """The pictures of each prompt, as its cells show them, those of the truth included: an input with a hole, or in
     grey, is found by the answer that belongs to it. Cells of one colour are no pictures."""
     cells = prompts.layout.cells.values()
-    found = []
+    pictures = []
     for canvas in prompts.canvas.cpu():
         pixels = (canvas[:, rows, columns] for rows, columns in cells)
-        found.append({digest(p) for p in pixels if (p.amax((1, 2)) > p.amin((1, 2))).any()})
-    return found
+        pictures.append({digest(p) for p in pixels if (p.amax((1, 2)) > p.amin((1, 2))).any()})
+    return pictures
 
 
 def _linked(digests: Sequence[set[int]]) -> csr_array:
     """Which prompts share a picture: bool [prompt, prompt]. A picture that all prompts show (a fixed example) does not
     count, for no split could keep it apart, unless they show nothing else."""
-    shown = set().union(*digests)
+    anywhere: set[int] = set().union(*digests)
     everywhere = set.intersection(*digests) if len(digests) > 1 else set()
-    everywhere = set() if everywhere == shown else everywhere
-    number = {name: i for i, name in enumerate(sorted(shown))}
-    pairs = [(row, number[name]) for row, own in enumerate(digests) for name in own - everywhere]
+    everywhere = set() if everywhere == anywhere else everywhere
+    number = {name: i for i, name in enumerate(sorted(anywhere))}
+    pairs = [(row, number[name]) for row, names in enumerate(digests) for name in names - everywhere]
     rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     shows = csr_array((np.ones(len(rows), np.int64), (rows, columns)), shape=(len(digests), max(1, len(number))))
     return shows @ shows.T

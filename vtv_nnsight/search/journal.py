@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -34,13 +34,13 @@ class Answer(NamedTuple):
 
     Args:
         query: Digest of what was asked.
-        count: How many rows were asked about.
+        rows: How many rows were asked about.
         seconds: When in the search it was answered.
         values: Float64 [value].
     """
 
     query: str
-    count: int
+    rows: int
     seconds: float
     values: torch.Tensor
 
@@ -56,13 +56,14 @@ class Journal:
         ValueError: naming the setting that differs, or the line that is damaged, or why the file cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike | None, settings: Mapping[str, Any]) -> None:
-        self.path = Path(path) if path is not None else None
+    def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
         self.answers: list[Answer] = []
         self._next = 0
-        self._file = None
-        if self.path is None:
+        self._file: BinaryIO | None = None
+        self._synced = time.monotonic()
+        if path is None:
             return
+        self.path = Path(path)
         settings = json.loads(json.dumps(settings))
         try:
             size = self._read(settings) if self.path.exists() else 0
@@ -74,26 +75,25 @@ class Journal:
             ) from error
         self._file.truncate(size)
         self._file.seek(size)
-        self._synced = time.monotonic()
         if not size:
-            self._append({"vtv search": settings})
+            self._append(self._file, {"vtv search": settings})
 
     def peek(self) -> Answer | None:
         """The answer to the next question, when it was answered before."""
         return self.answers[self._next] if self._next < len(self.answers) else None
 
-    def take(self, query: str, count: int, values: int) -> Answer:
+    def take(self, query: str, rows: int, values: int) -> Answer:
         """The next answer.
 
         Args:
-            query, count: What is asked now, and about how many rows.
+            query, rows: What is asked now, and about how many rows.
             values: How many values the answer has.
 
         Raises:
             ValueError: when it answers another question.
         """
         answer = self.answers[self._next]
-        if (answer.query, answer.count, answer.values.numel()) != (query, count, values):
+        if (answer.query, answer.rows, answer.values.numel()) != (query, rows, values):
             raise ValueError(
                 f"{self.path} answers other questions than this search asks, from answer {self._next + 1} on; it was "
                 "written for other scores, or with another version of the library or of torch: start afresh with "
@@ -103,24 +103,27 @@ class Journal:
         return answer
 
     def write(self, answer: Answer) -> None:
+        """Append an answer."""
         if self._file is None:
             return
         values = base64.b64encode(answer.values.numpy().astype("<f8").tobytes()).decode()
-        line = {"query": answer.query, "count": answer.count, "seconds": answer.seconds, "values": values}
-        self._append(line | {"checksum": tensor_digest(answer.values)})
+        line = {"query": answer.query, "count": answer.rows, "seconds": answer.seconds, "values": values}
+        self._append(self._file, line | {"checksum": tensor_digest(answer.values)})
         if time.monotonic() - self._synced > SYNC_EVERY:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
 
     def close(self) -> None:
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
-    def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+    @staticmethod
+    def _append(file: BinaryIO, line: dict[str, Any]) -> None:
+        file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
 
-    def _read(self, settings: dict[str, Any]) -> int:
+    def _read(self, settings: Mapping[str, Any]) -> int:
         """Take in the whole lines of the file, and tell how many bytes they are."""
         lines, size = self.path.read_bytes().splitlines(keepends=True), 0
         for number, line in enumerate(lines, start=1):
@@ -144,7 +147,7 @@ class Journal:
 def _header(line: bytes, path: Path) -> dict[str, Any]:
     """The settings in a journal's first line."""
     try:
-        settings = json.loads(line)["vtv search"]
+        settings: dict[str, Any] = json.loads(line)["vtv search"]
         settings.items()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the journal of a search (line 1).") from error
@@ -155,18 +158,19 @@ def _answer(line: bytes) -> Answer:
     """The answer in a line; raises where it is none."""
     content = json.loads(line)
     query, count, seconds = content["query"], content["count"], float(content["seconds"])
-    values = np.frombuffer(base64.b64decode(content["values"], validate=True), "<f8").astype(np.float64)
-    values = torch.from_numpy(values)
+    numbers = np.frombuffer(base64.b64decode(content["values"], validate=True), "<f8")
+    values = torch.from_numpy(numbers.astype(np.float64))
     whole = type(query) is str and type(count) is int and count > 0 and len(values) and len(values) % count == 0
     whole = whole and math.isfinite(seconds) and bool(values.isfinite().all())
-    if not whole or content.get("checksum", tensor_digest(values)) != tensor_digest(values):  # 0.1 wrote no checksum
+    if not whole or content["checksum"] != tensor_digest(values):
         raise ValueError("the answer is not whole")
     return Answer(query, count, seconds, values)
 
 
-def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path, within: str = "") -> None:
-    for name in sorted(found.keys() | expected.keys()):
-        ours, theirs = expected.get(name), found.get(name)
+def _compare(written: Mapping[str, Any], expected: Mapping[str, Any], path: Path, within: str = "") -> None:
+    """Refuse the settings of another search, naming one that differs."""
+    for name in sorted(written.keys() | expected.keys()):
+        ours, theirs = expected.get(name), written.get(name)
         if isinstance(ours, dict) and isinstance(theirs, dict):
             _compare(theirs, ours, path, f"{within}{name} ")
         elif ours != theirs:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import reduce
@@ -81,13 +81,13 @@ class Objective:
         held_out: float | VisualPrompt | Sequence[VisualPrompt] = 0.25,
         seed: int = 0,
     ) -> None:
-        vectors, self.tasks, groups = _listed(vector), _listed(task), _listed(prompts)
-        apart = _listed(held_out) if not isinstance(held_out, (int, float)) else [held_out] * len(groups)
-        counts = [len(part) for part in (vectors, self.tasks, groups, apart)]
-        if len(set(counts)) > 1:
-            names = ("vectors", "tasks", "prompts", "held_out")
-            given = ", ".join(f"{count} {name}" for count, name in zip(counts, names))
-            raise ValueError(f"{given} were given; give one of each, or as many of each.")
+        share = held_out if isinstance(held_out, (int, float)) else None
+        given = {"vectors": _listed(vector), "tasks": _listed(task), "prompts": _listed(prompts)}
+        given["held_out"] = _listed(held_out) if share is None else [share] * len(given["prompts"])
+        if len({len(values) for values in given.values()}) > 1:
+            counts = ", ".join(f"{len(values)} {name}" for name, values in given.items())
+            raise ValueError(f"{counts} were given; give one of each, or as many of each.")
+        self.tasks: list[Task] = given["tasks"]
         device = device_of(model)
         self.model, self.space = model, space
         self._loss_of = [find_loss(model, loss, task) for task in self.tasks]
@@ -96,17 +96,17 @@ class Objective:
             raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
         self.batch_size = batch_size or default_batch_size(model, 16 if device.type == "cpu" else 256)
         self._fits = self.batch_size
-        self.vectors = [v.to(device) for v in vectors]
-        parts = hold_out(groups, held_out if isinstance(held_out, (int, float)) else apart, seed)
+        self.vectors = [values.to(device) for values in given["vectors"]]
+        parts = hold_out(given["prompts"], given["held_out"] if share is None else share, seed)
         self.prompts = VisualPrompt.cat([rows for pair in parts for rows in pair]).to(device)
         sizes = torch.tensor([[len(rows) for rows in pair] for pair in parts])
         self.group = torch.arange(len(parts)).repeat_interleave(sizes.sum(1))
         self._first = sizes.sum(1).cumsum(0) - sizes.sum(1)
-        for own, count in zip(self.vectors, sizes.sum(1).tolist()):
-            if isinstance(own, Activations) and (len(own) != count or isinstance(held_out, (int, float))):
+        for values, count in zip(self.vectors, sizes.sum(1).tolist()):
+            if isinstance(values, Activations) and (len(values) != count or share is not None):
                 raise ValueError(
-                    f"activations of {len(own)} prompts were given for {count}; collect them of the prompts and then "
-                    "of the held-out prompts, and give held_out as prompts."
+                    f"activations of {len(values)} prompts were given for {count}; collect them of the prompts and "
+                    "then of the held-out prompts, and give held_out as prompts."
                 )
         numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
@@ -120,7 +120,7 @@ class Objective:
     @property
     def stride(self) -> int:
         """Rows worth asking for at once: a batch or a few of every task for every process."""
-        batches = len(self.tasks) * processes().num_processes * (1 if self._truth.device.type == "cpu" else 4)
+        batches: int = len(self.tasks) * processes().num_processes * (1 if self._truth.device.type == "cpu" else 4)
         return self.batch_size * batches
 
     @property
@@ -149,16 +149,16 @@ class Objective:
             Float64 [row], on the CPU.
         """
         with torch.no_grad():
-            losses = self._shared(lambda batch: self._losses(choices[batch], rows[batch]).double()[:, None], rows, 1)
-            return losses[:, 0]
+            values = self._shared(lambda batch: self._losses(choices[batch], rows[batch]).double()[:, None], rows, 1)
+            return values[:, 0]
 
     @property
     def layers(self) -> int:
         """Layers that gradients can be kept out of: all of the model's, or none where it does not tell where the
         residual stream is."""
         stages = self.model.stages
-        told = "residual" in self.model.outputs(stages[0].name, 0)
-        return sum(stage.layers for stage in stages) if told else 0
+        known = "residual" in self.model.outputs(stages[0].name, 0)
+        return sum(stage.layers for stage in stages) if known else 0
 
     def gradient(
         self, gates: torch.Tensor, rows: torch.Tensor, drop: int | None = None
@@ -180,11 +180,11 @@ class Objective:
         find_loss(self.model, self.loss, self.tasks[0], gradient=True)
 
         def batch_gradient(batch: torch.Tensor) -> torch.Tensor:
-            own = gates[batch].to(self._truth.device, torch.float32).requires_grad_()
+            leaf = gates[batch].to(self._truth.device, torch.float32).requires_grad_()
             with torch.enable_grad():
-                losses = self._losses(own, rows[batch], drop)
-                (gradient,) = torch.autograd.grad(losses.sum(), own)
-            return torch.column_stack([losses.detach(), gradient]).double()
+                values = self._losses(leaf, rows[batch], drop)
+                (gradient,) = torch.autograd.grad(values.sum(), leaf)
+            return torch.column_stack([values.detach(), gradient]).double()
 
         values = self._shared(batch_gradient, rows, 1 + len(self.space))
         return values[:, 0], values[:, 1:]
@@ -193,9 +193,8 @@ class Objective:
         """`function` of batches of row numbers → [row, width], each batch done by one of the processes."""
         state = processes()
         values = torch.zeros(len(rows), width, dtype=torch.float64)
-        own = list(self._batches(rows))[state.process_index :: state.num_processes]
-        for batch, value in [(batch, self._fitting(function, batch)) for batch in own]:
-            values[batch] = value.cpu()
+        for batch in list(self._batches(rows))[state.process_index :: state.num_processes]:
+            values[batch] = self._fitting(function, batch).cpu()
         self.evaluations += len(rows)
         if state.num_processes > 1:
             values = reduce(values.to(state.device), "sum").cpu()
@@ -225,7 +224,7 @@ class Objective:
         stage, layer = [(stage, layer) for stage in self.model.stages for layer in range(stage.layers)][drop]
         with self.model.edit() as (_, edited):
             stop_gradient(edited, stage, layer)
-        return edited
+        return cast(InContextModel, edited)
 
     def _losses(self, choices: torch.Tensor, rows: torch.Tensor, drop: int | None = None) -> torch.Tensor:
         """Losses [row] of one batch of one task."""
@@ -243,7 +242,7 @@ class Objective:
         return partial(patch, vector=vector, patches=self.space.mask(choices))
 
 
-def _listed(value: Any) -> list:
+def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -254,5 +253,5 @@ def _in_turn(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(some in str(error).lower() for some in words)
+    sentences = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(sentence in str(error).lower() for sentence in sentences)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec
+from pathlib import Path
+from typing import Any, Concatenate, Generic, ParamSpec
 
 import torch
 
 from vtv_nnsight.digests import tensor_digest
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.patching import PatchSpace
+from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.search.result import SearchResult
+from vtv_nnsight.tasks import Task
+from vtv_nnsight.vectors import TaskVector, TaskVectors
 
-if TYPE_CHECKING:
-    from vtv_nnsight.models.interface import InContextModel
-    from vtv_nnsight.patching import PatchSpace
-    from vtv_nnsight.prompts import VisualPrompt
-    from vtv_nnsight.tasks import Task
-    from vtv_nnsight.vectors import TaskVector, TaskVectors
-
-ALGORITHMS: dict[str, Algorithm] = {}
+ALGORITHMS: dict[str, Algorithm[...]] = {}
 """Name → algorithm, in alphabetical order."""
 
 Options = ParamSpec("Options")
@@ -48,11 +46,11 @@ class Algorithm(Generic[Options]):
         functools.update_wrapper(self, function)
         self.function, self.description, self.needs_gradient = function, description, needs_gradient
         self.name = function.__name__
-        own = list(inspect.signature(function).parameters.values())[1:]
-        self.options = {parameter.name: parameter.default for parameter in own}
+        options = list(inspect.signature(function).parameters.values())[1:]
+        self.options = {parameter.name: parameter.default for parameter in options}
         shared = list(inspect.signature(Algorithm.__call__).parameters.values())[1:-2]
         shared = [p.replace(kind=p.KEYWORD_ONLY) if p.default is not p.empty else p for p in shared]
-        self.__signature__ = inspect.Signature(shared + own, return_annotation=SearchResult)
+        self.__signature__ = inspect.Signature(shared + options, return_annotation=SearchResult)
 
     @property
     def needs_scores(self) -> bool:
@@ -77,16 +75,16 @@ class Algorithm(Generic[Options]):
         batch_size: int | None = None,
         held_out: float | VisualPrompt | Sequence[VisualPrompt] = 0.25,
         vectors: TaskVectors | None = None,
-        resume: str | os.PathLike | None = None,
+        resume: str | Path | None = None,
         progress: bool = True,
         *more: Options.args,
         **options: Options.kwargs,
     ) -> SearchResult:
-        self._check_options(more, options)
+        self._check_options(*more, **options)
         objective = Objective(
             model, vector, task, prompts, space, loss=loss, batch_size=batch_size, held_out=held_out, seed=seed
         )
-        return self.on(objective, budget, seed, vectors, resume, progress, **options)
+        return self.on(objective, budget, seed, vectors, resume, progress, *more, **options)
 
     def on(
         self,
@@ -94,24 +92,24 @@ class Algorithm(Generic[Options]):
         budget: int | None = None,
         seed: int = 0,
         vectors: TaskVectors | None = None,
-        resume: str | os.PathLike | None = None,
+        resume: str | Path | None = None,
         progress: bool = True,
         *more: Options.args,
         **options: Options.kwargs,
     ) -> SearchResult:
         """Run it on any objective: see `SearchObjective`."""
-        self._check_options(more, options)
+        self._check_options(*more, **options)
         settings = {name: _plain(options.get(name, default)) for name, default in self.options.items()}
         search = Search(self.name, objective, budget, seed, settings, vectors, resume, progress)
         try:
-            return search.result(*self.function(search, **options))
+            return search.result(*self.function(search, *more, **options))
         finally:
             search.close()
 
     def __repr__(self) -> str:
         return f"search.{self.name}: {self.description}"
 
-    def _check_options(self, more: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def _check_options(self, *more: Any, **options: Any) -> None:
         if more:
             raise TypeError(f"{self.name} takes its own options by name: {', '.join(self.options)}.")
         if unknown := sorted(options.keys() - self.options.keys()):
@@ -129,8 +127,9 @@ def algorithm(
     """Make a public algorithm of a function, and enter it in `ALGORITHMS`. The arguments are those of `Algorithm`."""
 
     def declare(function: Callable[Concatenate[Search, Options], tuple[Any, ...]]) -> Algorithm[Options]:
-        made = ALGORITHMS[function.__name__] = Algorithm(function, description, needs_gradient)
-        return made
+        declared = Algorithm(function, description, needs_gradient)
+        ALGORITHMS[declared.name] = declared
+        return declared
 
     return declare
 

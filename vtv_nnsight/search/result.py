@@ -1,11 +1,11 @@
-"""What a search found, and how it got there."""
+"""What a search returns: a set of units, their scores, and how it got there."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,7 @@ class NamedUnits:
 
     @cached_property
     def index_of(self) -> dict[str, int]:
+        """Name of a unit → its number."""
         return {name: i for i, name in enumerate(self.names)}
 
     def __len__(self) -> int:
@@ -117,7 +118,7 @@ class SearchResult:
         label, rings = "probability" if self.probabilistic else "score", space.by_region(self.patches.choices)
         return unit_maps(space.by_region(scores), limits, label=label, rings=rings)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
         tensors = {
             "choices": self.patches.choices,
@@ -139,7 +140,7 @@ class SearchResult:
         write_tensors(path, "search result", tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> SearchResult:
+    def load(cls, path: str | Path) -> SearchResult:
         """Read what `save` wrote. The space of a search without a model comes back as `NamedUnits`.
 
         Raises:
@@ -147,8 +148,8 @@ class SearchResult:
         """
         tensors, metadata = read_tensors(path, "search result")
         try:
-            found, names = metadata.pop("space"), metadata.pop("names", None)
-            space = PatchSpace.from_metadata(found) if names is None else NamedUnits(names, found)
+            description, names = metadata.pop("space"), metadata.pop("names", None)
+            space: Any = PatchSpace.from_metadata(description) if names is None else NamedUnits(names, description)
             rows = tensors["history"].tolist()
             history = tuple(Step(int(n), seconds, train, held, int(size)) for n, seconds, train, held, size in rows)
             patches, scores = PatchSet(space, tensors["choices"]), tensors["scores"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +39,7 @@ def reinforce(
     decay: float = 0.9,
     steps: int | None = None,
     images: int | None = None,
-    masks: int = 4,
+    masks: int = 8,
     sparsity: float = 0.0,
     prune: bool = True,
     tolerance: float = 0.5,
@@ -62,7 +62,7 @@ def reinforce(
         lr: Adam's learning rate at the start; None is 0.3, published 0.1.
         decay: The share of it that is gone when the budget is, linearly. (A constant rate of half of it does as well.)
         steps: Steps at most; None is as many as the budget pays for, published 500.
-        images: Prompts a step; None is 4, published 10. The default steps are small, which suits a hundred units; with
+        images: Prompts a step; None is 2, published 10. The default steps are small, which suits a hundred units; with
             more units, a GPU, or several processes to keep busy, give more images.
         masks: Masks for each of these prompts, 2 or more.
         sparsity: Price of all units being chosen, in standard deviations of the loss: this times the mean probability
@@ -77,13 +77,13 @@ def reinforce(
         unknown = {"decay": decay, "masks": masks, "prune": prune, "tolerance": tolerance}
         if given := [name for name, value in unknown.items() if value != reinforce.options[name]]:
             raise ValueError(f"recipe='published' takes no {', '.join(given)}; leave that out, or the recipe.")
-        options = {"init": init, "lr": lr, "steps": steps, "images": images, "sparsity": sparsity}
+        options: dict[str, Any] = {"init": init, "lr": lr, "steps": steps, "images": images, "sparsity": sparsity}
         return published(search, PUBLISHED._replace(**{n: value for n, value in options.items() if value is not None}))
     if recipe != "leave-one-out":
         raise ValueError(f"recipe={recipe!r} is unknown; choose 'leave-one-out' or 'published'.")
     if masks < 2:
         raise ValueError(f"masks={masks} leaves none to compare with; give 2 or more.")
-    lr, images = 0.3 if lr is None else lr, 4 if images is None else images
+    lr, images = 0.3 if lr is None else lr, 2 if images is None else images
     search.settings |= {"lr": lr, "images": images}
     logits = torch.full((search.units,), init, dtype=torch.float64)
     adam = torch.optim.Adam([logits], lr)
@@ -132,7 +132,7 @@ def published(search: Search, recipe: Recipe = PUBLISHED) -> tuple[torch.Tensor,
     rows = images[torch.arange(recipe.masks) % len(images)]
     logits = torch.full((search.units,), recipe.init, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([logits], recipe.lr)
-    best, best_loss = None, float("inf")
+    best, best_loss = (torch.zeros(0), torch.zeros(0)), float("inf")
     for step in search.steps(recipe.steps):
         validates = step % recipe.validate_every == 0
         if search.left < recipe.masks + validates * held_out:
@@ -155,7 +155,7 @@ def published(search: Search, recipe: Recipe = PUBLISHED) -> tuple[torch.Tensor,
             drawn = sample(probabilities, (), search.generator)
             loss = search.mean(search.validate(drawn, losses.mean()), search.held_out).item()
             search.trajectory.append((search.evaluations, drawn, probabilities))
-            if best is None or loss < best_loss:
+            if loss < best_loss:
                 best, best_loss = (drawn, probabilities), loss
     return *best, True
 
