@@ -29,16 +29,7 @@ from vtv_nnsight.images import to_pil
 from vtv_nnsight.metrics import mse
 from vtv_nnsight.training import recipes
 from vtv_nnsight.training.corpus import CUTOUT, PHOTO, Corpus
-from vtv_nnsight.training.curriculum import (
-    HELD_OUT,
-    INVERSE_MASK,
-    PURPLE_MASK,
-    Copy,
-    Mirrored,
-    Negative,
-    Swapped,
-    UpsideDown,
-)
+from vtv_nnsight.training.curriculum import HELD_OUT, INVERSE_MASK, PURPLE_MASK, Copy, Target
 from vtv_nnsight.training.loop import CHECKPOINT
 from vtv_nnsight.training.mae import averaged_model
 from vtv_nnsight.training.stream import corpus_prompts
@@ -46,9 +37,9 @@ from vtv_nnsight.training.tokenizer import reconstruction
 
 CONDITIONS = {"ceiling": "tokenizer", "one-shot": "one-shot", "zero-shot": "zero-shot", "floor": "copy"}
 CORRUPTIONS = (tasks.identity, tasks.lowlight, tasks.inpainting, tasks.colorization)
-TARGETS = (tasks.identity, Copy(), tasks.segmentation, INVERSE_MASK, Negative(), Swapped(), Mirrored())
+TARGETS = (tasks.identity, Copy(), tasks.segmentation, INVERSE_MASK, *map(Target, ("negative", "swapped", "mirrored")))
 """What the same query is asked for when it is tested whether the example decides."""
-UNSEEN = (PURPLE_MASK, UpsideDown())
+UNSEEN = (PURPLE_MASK, Target("upsidedown"))
 """Targets held out of training that the same query is asked for as well."""
 LINE, ACROSS = 0.1, 0.9
 """A line differs by so much from what is two pixels to either side, in this share of its length."""

@@ -5,12 +5,12 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from compose_pictures import compose
 from PIL import Image
 
 from vtv_nnsight import data, tasks
 from vtv_nnsight.data.embedded_pictures import EMBEDDED, SIZE, credits
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.training.pictures import compose
 
 FREE = {"public domain", "CC0", "MIT", "Apache-2.0", "BSD", "OFL-1.1", *(f"CC BY {n}.0" for n in range(1, 5))}
 

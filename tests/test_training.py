@@ -29,8 +29,7 @@ from vtv_nnsight.training.curriculum import (
     TARGETS,
     Copy,
     Hole,
-    Hue,
-    Swapped,
+    Target,
     draw_task,
     is_held_out,
 )
@@ -394,8 +393,9 @@ def test_every_corruption_and_target_keeps_to_the_unit_range():
 
 def test_a_hue_turned_by_a_third_swaps_the_channels():
     cell = torch.rand(3, 4, 4)
-    assert torch.allclose(Hue(120).target({}, cell, cell), Swapped().target({}, cell, cell), atol=1e-5)
-    assert torch.allclose(Hue(360).target({}, cell, cell), cell, atol=1e-5)
+    turned, swapped = Target("hue", 120).target({}, cell, cell), Target("swapped").target({}, cell, cell)
+    assert torch.allclose(turned, swapped, atol=1e-5)
+    assert torch.allclose(Target("hue", 360).target({}, cell, cell), cell, atol=1e-5)
 
 
 def test_squares_and_darkness_of_any_kind_are_held_out_with_the_papers():

@@ -9,7 +9,7 @@ There are fewer sources than rows: an object serves up to six times, each time a
 background. `credits` lists every source picture, with its licence and author: all are in the public domain or under
 CC0, CC BY or MIT. Train and test share none, and no picture of "test" is in what the embedded model was trained on.
 
-The rows were composed by `vtv_nnsight.training.pictures` from what `credits` lists.
+The rows were composed of what `credits` lists, by the script docs/compose_pictures.py of the repository.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pictures(split: str = "train", n: int | None = None, seed: int = 0) -> Datas
 def credits() -> list[dict[str, str]]:
     """The source pictures, a dict each: split, label (empty for a background), look ("photograph", "render" or
     "drawing"), licence, author, client (the package manager), package, version, file (its path in the package) and
-    title; cut and scene say how `vtv_nnsight.training.pictures` treats it."""
+    title; cut and scene say how docs/compose_pictures.py treats it."""
     with open(EMBEDDED / "credits.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

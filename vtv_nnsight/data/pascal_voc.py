@@ -52,13 +52,8 @@ VOC = "VOCtrainval_11-May-2012.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc20
 SBD = (
     "SegmentationClassAug, VOC2012's masks with SBD's (see the data preparation of Volumetric-Aggregation-Transformer)"
 )
-DOWNLOADS = {
-    "JPEGImages": VOC,
-    "SegmentationClassAug": SBD,
-    "ImageSets/Segmentation": VOC,
-    "ImageSets/Main": VOC,
-    "Annotations": VOC,
-}
+DOWNLOADS = {"SegmentationClassAug": SBD}
+DOWNLOADS |= dict.fromkeys(("JPEGImages", "ImageSets/Segmentation", "ImageSets/Main", "Annotations"), VOC)
 """The folders of VOC2012 that are read, and what to download for them."""
 
 

@@ -10,6 +10,7 @@ example is read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,7 @@ class Hole(Task):
     level: float = 0.0
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
+        """The cell with a square of one tone: [3, size, size]."""
         size = cell.shape[-1]
         side = round(self.share * size)
         top, left = (int(p * (size - side + 1)) for p in place)
@@ -45,59 +47,10 @@ class Noisy(Task):
     strength: float
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
+        """The cell with noise: [3, size, size]."""
         seed = hash((*place, float(cell.double().mean()))) % 2**31
         noise = torch.randn(cell.shape, generator=torch.Generator().manual_seed(seed))
         return (cell + self.strength * noise).clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class Pixelated(Task):
-    """Image in coarse blocks → image."""
-
-    factor: int = 4
-
-    def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
-        size = cell.shape[-1]
-        coarse = F.interpolate(cell[None], size=-(-size // self.factor), mode="area")
-        return F.interpolate(coarse, size=size, mode="nearest")[0]
-
-
-@dataclass(frozen=True)
-class Faded(Task):
-    """Image of little contrast → image."""
-
-    contrast: float = 0.35
-
-    def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
-        return 0.5 + self.contrast * (cell - 0.5)
-
-
-@dataclass(frozen=True)
-class Inverted(Task):
-    """Negative → image."""
-
-    def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
-        return 1 - cell
-
-
-@dataclass(frozen=True)
-class Mixed(Task):
-    """Image with red, green and blue in other places → image."""
-
-    def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
-        return cell.roll(-1, 0)
-
-
-@dataclass(frozen=True)
-class Blurring(Task):
-    """Image without detail → image."""
-
-    factor: int = 5
-
-    def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
-        size = cell.shape[-1]
-        coarse = F.interpolate(cell[None], size=size // self.factor, mode="area")
-        return F.interpolate(coarse, size=size, mode="bilinear")[0].clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -105,112 +58,8 @@ class Copy(Task):
     """The input as it is."""
 
     def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
+        """The corrupted cell: [3, size, size]."""
         return corrupted
-
-
-@dataclass(frozen=True)
-class Negative(Task):
-    """One minus the image."""
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        return 1 - cell
-
-
-@dataclass(frozen=True)
-class Swapped(Task):
-    """Red, green and blue in another order."""
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        return cell.roll(1, 0)
-
-
-@dataclass(frozen=True)
-class Mirrored(Task):
-    """Left for right."""
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        return cell.flip(2)
-
-
-@dataclass(frozen=True)
-class UpsideDown(Task):
-    """Top for bottom."""
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        return cell.flip(1)
-
-
-@dataclass(frozen=True)
-class Luminance(Task):
-    """White where the image is brighter than its median, black elsewhere; or the inverse."""
-
-    inverse: bool = False
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        luma = cell.mean(0, keepdim=True)
-        return ((luma > luma.median()) ^ self.inverse).to(cell.dtype).expand(3, -1, -1)
-
-
-@dataclass(frozen=True)
-class Turned(Task):
-    """A quarter turn to the left, as many times."""
-
-    quarters: int
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        return cell.rot90(self.quarters, (1, 2))
-
-
-@dataclass(frozen=True)
-class Hue(Task):
-    """Colours turned about the grey axis."""
-
-    degrees: float
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        angle = np.deg2rad(self.degrees)
-        along, across = (1 - np.cos(angle)) / 3, np.sin(angle) / 3**0.5
-        turn = cell.new_tensor([[along, along - across, along + across]] * 3)
-        turn = torch.stack([row.roll(i) for i, row in enumerate(turn)]) + np.cos(angle) * torch.eye(3)
-        return einsum(turn, cell, "to of, of h w -> to h w").clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class Grey(Task):
-    """The image's luma."""
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        return luma(cell).expand(3, -1, -1)
-
-
-@dataclass(frozen=True)
-class Relit(Task):
-    """The image in another light: value to the power of gamma."""
-
-    gamma: float
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        return cell**self.gamma
-
-
-@dataclass(frozen=True)
-class Posterised(Task):
-    """The image in a few tones a channel."""
-
-    tones: int = 3
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        return (cell * self.tones).floor().clamp(max=self.tones - 1) / (self.tones - 1)
-
-
-@dataclass(frozen=True)
-class Enlarged(Task):
-    """The middle of the image, twice as large."""
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-        size, edge = cell.shape[-1], cell.shape[-1] // 4
-        middle = cell[None, :, edge : size - edge, edge : size - edge]
-        return F.interpolate(middle, size=size, mode="bicubic")[0].clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -221,9 +70,92 @@ class Matte(Task):
     needs = "mask"
 
     def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor | None:
+        """The cell where the mask is white, `ground` elsewhere: [3, size, size]; None where there is no mask."""
         alpha = tasks.segmentation.target(row, cell, corrupted)
         return None if alpha is None else alpha * cell + (1 - alpha) * self.ground
 
+
+@dataclass(frozen=True)
+class Change(Task):
+    """What is common to `Corruption` and `Target`: a function of the cell, and a number where it takes one."""
+
+    kind: str
+    amount: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The kind, and the number in brackets."""
+        return self.kind if self.amount is None else f"{self.kind}({self.amount:g})"
+
+
+@dataclass(frozen=True)
+class Corruption(Change):
+    """What one of `CORRUPTING` leaves of the image → image."""
+
+    def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
+        """The cell as the function leaves it: [3, size, size]."""
+        return CORRUPTING[self.kind](cell, self.amount)
+
+
+@dataclass(frozen=True)
+class Target(Change):
+    """Image → what one of `CHANGING` makes of it."""
+
+    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
+        """The clean cell as the function changes it: [3, size, size]."""
+        return CHANGING[self.kind](cell, self.amount)
+
+
+def _coarse(cell: torch.Tensor, size: int, mode: str) -> torch.Tensor:
+    """A cell without the detail that `size` pixels cannot hold."""
+    return F.interpolate(F.interpolate(cell[None], size=size, mode="area"), size=cell.shape[-1], mode=mode)[0]
+
+
+def _turn_hue(cell: torch.Tensor, degrees: float) -> torch.Tensor:
+    """Colours turned about the grey axis."""
+    angle = np.deg2rad(degrees)
+    along, across = (1 - np.cos(angle)) / 3, np.sin(angle) / 3**0.5
+    turn = cell.new_tensor([[along, along - across, along + across]] * 3)
+    turn = torch.stack([row.roll(i) for i, row in enumerate(turn)]) + np.cos(angle) * torch.eye(3)
+    return einsum(turn, cell, "to of, of h w -> to h w").clamp(0, 1)
+
+
+def _brighter_than_median(cell: torch.Tensor, inverse: float) -> torch.Tensor:
+    """White where the image is brighter than its median, black elsewhere; or the inverse."""
+    grey = cell.mean(0, keepdim=True)
+    return ((grey > grey.median()) ^ bool(inverse)).to(cell.dtype).expand(3, -1, -1)
+
+
+def _enlarge(cell: torch.Tensor, _: float | None) -> torch.Tensor:
+    """The middle of the image, twice as large."""
+    size, edge = cell.shape[-1], cell.shape[-1] // 4
+    middle = cell[None, :, edge : size - edge, edge : size - edge]
+    return F.interpolate(middle, size=size, mode="bicubic")[0].clamp(0, 1)
+
+
+CORRUPTING: dict[str, Callable[..., torch.Tensor]] = {
+    "blurring": lambda cell, factor: _coarse(cell, cell.shape[-1] // factor, "bilinear").clamp(0, 1),
+    "pixelated": lambda cell, factor: _coarse(cell, -(-cell.shape[-1] // factor), "nearest"),
+    "faded": lambda cell, contrast: 0.5 + contrast * (cell - 0.5),
+    "inverted": lambda cell, _: 1 - cell,
+    "mixed": lambda cell, _: cell.roll(-1, 0),  # red, green and blue change places
+}
+"""A cell [3, size, size] and a number → what is left of it."""
+
+CHANGING: dict[str, Callable[..., torch.Tensor]] = {
+    "negative": lambda cell, _: 1 - cell,
+    "swapped": lambda cell, _: cell.roll(1, 0),  # red, green and blue in another order
+    "mirrored": lambda cell, _: cell.flip(2),
+    "upsidedown": lambda cell, _: cell.flip(1),
+    "luminance": _brighter_than_median,
+    "turned": lambda cell, quarters: cell.rot90(quarters, (1, 2)),  # to the left
+    "hue": _turn_hue,
+    "grey": lambda cell, _: luma(cell).expand(3, -1, -1),
+    "relit": lambda cell, gamma: cell**gamma,
+    "posterised": lambda cell, tones: (cell * tones).floor().clamp(max=tones - 1) / (tones - 1),
+    "enlarged": _enlarge,
+}
+"""A clean cell [3, size, size] and a number → what is wanted."""
 
 INVERSE_MASK = Segmentation("black", "white")
 PURPLE_MASK = Segmentation(tasks.YELLOW, tasks.PURPLE)
@@ -240,14 +172,14 @@ CORRUPTIONS: dict[Task, float] = {
     Hole(0.40, level=1.0): 0.02,
     tasks.Lowlight(0.3): 0.02,
     tasks.Lowlight(0.7): 0.02,
-    Blurring(): 0.03,
-    Blurring(3): 0.02,
+    Corruption("blurring", 5): 0.03,
+    Corruption("blurring", 3): 0.02,
     Noisy(0.1): 0.02,
     Noisy(0.25): 0.02,
-    Pixelated(): 0.02,
-    Faded(): 0.02,
-    Inverted(): 0.02,
-    Mixed(): 0.02,
+    Corruption("pixelated", 4): 0.02,
+    Corruption("faded", 0.35): 0.02,
+    Corruption("inverted"): 0.02,
+    Corruption("mixed"): 0.02,
 }
 """How often each corruption of the input is drawn; the identity leaves it clean."""
 
@@ -266,26 +198,26 @@ TARGETS: dict[Task, float] = {
     Matte(): 0.02,
     Matte(0.0): 0.01,
     Copy(): 0.06,
-    Negative(): 0.04,
-    Swapped(): 0.03,
-    Mirrored(): 0.03,
-    Turned(1): 0.01,
-    Turned(2): 0.01,
-    Turned(3): 0.01,
-    Hue(60): 0.01,
-    Hue(180): 0.01,
-    Grey(): 0.02,
-    Relit(0.5): 0.01,
-    Relit(2.0): 0.01,
-    Posterised(): 0.01,
-    Enlarged(): 0.02,
+    Target("negative"): 0.04,
+    Target("swapped"): 0.03,
+    Target("mirrored"): 0.03,
+    Target("turned", 1): 0.01,
+    Target("turned", 2): 0.01,
+    Target("turned", 3): 0.01,
+    Target("hue", 60): 0.01,
+    Target("hue", 180): 0.01,
+    Target("grey"): 0.02,
+    Target("relit", 0.5): 0.01,
+    Target("relit", 2.0): 0.01,
+    Target("posterised", 3): 0.01,
+    Target("enlarged"): 0.02,
 }
 """How often each target is drawn for a picture with a mask; the identity wants the clean image."""
 
 MASKLESS: dict[Task, Task] = {
     **{target: tasks.identity for target in TARGETS if target.needs == "mask"},
-    tasks.segmentation: Luminance(),
-    INVERSE_MASK: Luminance(inverse=True),
+    tasks.segmentation: Target("luminance", 0),
+    INVERSE_MASK: Target("luminance", 1),
 }
 """What stands for a target of masks where a picture has none."""
 
@@ -293,7 +225,7 @@ HELD_OUT: tuple[Task, ...] = (
     tasks.inpainting + tasks.lowlight,
     tasks.segmentation + tasks.inpainting,
     PURPLE_MASK,
-    UpsideDown(),
+    Target("upsidedown"),
 )
 """Tasks that training never shows."""
 

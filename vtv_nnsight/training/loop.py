@@ -170,7 +170,6 @@ def _load_ahead(batches: Batches, step: int, steps: int, device: torch.device) -
         sampler=range(*(n * ours.num_processes for n in (step, steps)))[ours.process_index :: ours.num_processes],
         num_workers=1 if device.type == "cpu" else max(1, (os.cpu_count() or 1) - 2),
         prefetch_factor=AHEAD,
-        worker_init_fn=_stand_aside,
     )
 
 
@@ -182,16 +181,6 @@ class _Steps(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         return self.batches(step)
-
-
-def _stand_aside(worker: int) -> None:
-    """Where a trainer was started to run before others (`nice -n -20 taskset -c 1 …`), let the process that makes its
-    batches run beside it: on the cores that the trainer leaves free, at half its priority."""
-    if hasattr(os, "nice") and (niceness := os.nice(0)) < 0:
-        os.nice(-niceness // 2)
-        if hasattr(os, "sched_setaffinity"):
-            free = set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0)
-            os.sched_setaffinity(0, free or os.sched_getaffinity(0))
 
 
 def _average_gradients(module: nn.Module) -> None:

