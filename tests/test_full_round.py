@@ -16,6 +16,7 @@ from transformers import ViTMAEForPreTraining
 from vtv_nnsight import PatchSet, TaskVectors, cli
 from vtv_nnsight.demo.playing import Player
 from vtv_nnsight.evaluation import Table
+from vtv_nnsight.models import load_model
 from vtv_nnsight.report import reading
 from vtv_nnsight.runs.steps import space_of
 from vtv_nnsight.search import SearchResult
@@ -139,7 +140,7 @@ def test_scores_of_a_runs_vectors(runs, folders, tmp_path, capsys):
     vtv("score", vectors, *own, "--top", "3", "--plot", tmp_path / "scores.png")
     assert "@ query" in capsys.readouterr().out and Image.open(tmp_path / "scores.png").width > 300
     with pytest.raises(ValueError, match="of SegGPT.*--model"):
-        space_of(TaskVectors.load(vectors), "quadrant")
+        space_of(TaskVectors.load(vectors), "quadrant", load_model("tiny"))
 
 
 def test_the_leaderboard(runs, folders):
