@@ -33,13 +33,9 @@ def algorithms() -> str:
 
 def commands() -> str:
     """Every command of `vtv`: what it does, its arguments and options with their defaults, its examples."""
-    import typer
+    from vtv_nnsight.cli.group import load_commands
 
-    from vtv_nnsight.cli import app
-
-    group = typer.main.get_command(app)
-    context = group.make_context("vtv", [], resilient_parsing=True)
-    return "\n\n".join(_command(name, command) for name, command in group.commands.items() if context)
+    return "\n\n".join(_command(name, command) for name, command in load_commands().items())
 
 
 def _command(name: str, command: Any) -> str:
@@ -48,21 +44,12 @@ def _command(name: str, command: Any) -> str:
     for parameter in command.params:
         option = parameter.param_type_name == "option"
         usage = ", ".join(parameter.opts) if option else (parameter.metavar or parameter.name.upper())
-        lines[-1] += f"\n| `{usage}` | {_cell(_listed(parameter.help or ''))} | {_cell(_default(parameter))} |"
+        lines[-1] += f"\n| `{usage}` | {_cell(parameter.help or '')} | {_cell(_default(parameter))} |"
     if not command.params:
         lines.pop()
     if command.epilog:
         lines.append("```text\n" + command.epilog.replace("\n\n", "\n") + "\n```")
     return "\n\n".join(lines)
-
-
-def _listed(text: str) -> str:
-    """A help text with what the registries hold."""
-    from vtv_nnsight.data import SOURCES
-    from vtv_nnsight.search import ALGORITHMS
-
-    sources = ", ".join(source.usage for source in SOURCES.values())
-    return text.replace("{algorithms}", ", ".join(ALGORITHMS)).replace("{sources}", sources)
 
 
 def _default(parameter: Any) -> str:

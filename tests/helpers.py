@@ -16,6 +16,8 @@ from vtv_nnsight import Layout, VisualPrompt
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
+from vtv_nnsight.report import page
+from vtv_nnsight.runs import pipeline
 
 DATA = Path(__file__).parent / "data"
 """Golden numbers and the pictures they are of."""
@@ -34,6 +36,11 @@ def import_code(code, path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run(out, settings, **options):
+    """`runs.run` with its report → the report's path."""
+    return pipeline.run(out, settings, report=lambda folder: page.write(folder), **options) / "report.html"
 
 
 def make_config(**sizes):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DATA
+from helpers import DATA, run
 from PIL import Image
 
 from vtv_nnsight import PatchSet, TaskVectors, data
@@ -19,7 +19,6 @@ from vtv_nnsight.images import as_rgb
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.report import compare
 from vtv_nnsight.report.slides import Slides
-from vtv_nnsight.runs import run
 from vtv_nnsight.runs.settings import Settings
 
 playwright = pytest.importorskip("playwright.sync_api")

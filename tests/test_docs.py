@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 
-from vtv_nnsight.cli import app
+from vtv_nnsight.cli.group import load_commands
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXTS = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 PAGES = [page for page, text in TEXTS.items() if "\n```python\n" in text]
 SHOWN = {**TEXTS, "README.md": (DOCS.parent / "README.md").read_text(encoding="utf-8")}
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS = load_commands()
 
 
 def blocks(page: str, language: str = "python") -> list[str]:

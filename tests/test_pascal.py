@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import VOC_MAPS, VOC_SIZE, annotation, label_map
+from helpers import VOC_MAPS, VOC_SIZE, annotation, label_map, run
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,7 +16,7 @@ from vtv_nnsight.evaluation import Table
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.report import page as report
 from vtv_nnsight.report import reading
-from vtv_nnsight.runs import Settings, protocol, run, steps
+from vtv_nnsight.runs import Settings, folds, protocol, steps
 from vtv_nnsight.vectors import TaskVectors
 
 DIGEST = "ab33f1b4f213fe8a26c921f9bbd2e27ed002cc1148c1b364a7e988e93df3347c"
@@ -122,7 +122,7 @@ def test_lists_beside_the_pictures_are_in_the_root_that_was_given(splits, voc_ro
     for own, into in (("~", splits), ("~/VOCdevkit", voc_root / "VOCdevkit" / "splits")):
         splits = splits.rename(into)
         spec = f"pascal:{own}:0:splits"
-        ((fold,), _) = steps.load_folds(tmp_path / "run", Settings(data=spec))
+        ((fold,), _) = folds.load_folds(tmp_path / "run", Settings(data=spec))
         assert names(fold.train) == names(data.load(spec, "train")) == [("a2", 2), ("a3", 2)]
         assert names(fold.test) == names(data.load(spec, "test")) == [("b1", 1), ("b2", 1)]
 

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import run
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
@@ -29,7 +30,8 @@ from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import numbered_steps, progress_bar
 from vtv_nnsight.report import comparison, figures, labels, pictures, reading
 from vtv_nnsight.report import page as report
-from vtv_nnsight.runs import STEPS, run
+from vtv_nnsight.runs import STEPS, outputs, pipeline
+from vtv_nnsight.runs import folds as of_folds
 from vtv_nnsight.runs import steps as runs
 from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
 from vtv_nnsight.search import Objective, SearchResult
@@ -106,8 +108,8 @@ def test_kept_prompts_are_exact(tmp_path, model):
     rows = data.scenes("train", 40, 0)
     made = runs.select(None, tasks.lowlight, rows, Settings(**SMALL | {"prompts": 20}), layout)
     assert (made.canvas == tasks.lowlight.prompts(rows, 20, 0, layout).canvas).all()
-    runs.write_prompts(tmp_path / "prompts.safetensors", {"lowlight": made})
-    read = runs.read_prompts(tmp_path / "prompts.safetensors", layout)
+    outputs.write_prompts(tmp_path / "prompts.safetensors", {"lowlight": made})
+    read = outputs.read_prompts(tmp_path / "prompts.safetensors", layout)
     assert (read["lowlight"].canvas == made.canvas).all()
 
 
@@ -265,7 +267,8 @@ def test_two_processes_write_what_one_writes(finished, model, tmp_path):
     script = tmp_path / "run.py"
     settings = f"Settings(model={model!r}, **{SMALL!r})"
     script.write_text(
-        f"from vtv_nnsight.runs import Settings, run\nrun({str(tmp_path / 'run')!r}, {settings}, progress=False)\n"
+        "from vtv_nnsight.report import page\nfrom vtv_nnsight.runs import Settings, run\n"
+        f"run({str(tmp_path / 'run')!r}, {settings}, progress=False, report=page.write)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
     package = str(Path(__file__).parents[1])
@@ -559,7 +562,7 @@ def test_an_unfinished_run_has_no_report(copy, tmp_path):
 def vtv(monkeypatch):
     """vtv(*args) → (exit code, what was said, the Settings that a run was asked for)."""
     asked = []
-    monkeypatch.setattr(runs, "run", lambda out, settings, **options: asked.append((out, settings, options)) or out)
+    monkeypatch.setattr(pipeline, "run", lambda out, settings, **options: asked.append((out, settings, options)) or out)
     monkeypatch.setattr(start, "summarise", lambda page: None)
 
     def call(*args):
@@ -572,7 +575,7 @@ def vtv(monkeypatch):
 def test_options_become_settings(vtv, tmp_path, monkeypatch):
     code, said, (out, settings, options) = vtv("run")
     assert (code, settings, str(out)) == (0, Settings(), "runs/pictures") and "wrote runs/pictures" in said
-    assert options == {"redo": False, "device": None, "batch_size": None}
+    assert options == {"redo": False, "device": None, "batch_size": None, "report": report.write}
     args = ("--images", tmp_path, "--tasks", "lowlight,identity", "--redo", "--seed", 3)
     _, _, (out, settings, options) = vtv("run", *args)
     assert settings == Settings(data=str(tmp_path), tasks=("lowlight", "identity"), seed=3)
@@ -588,13 +591,13 @@ def test_options_become_settings(vtv, tmp_path, monkeypatch):
     assert "Open it in a browser" in said and "Next: vtv run --images" in said
     opened = []
     monkeypatch.setattr(start.webbrowser, "open", opened.append)
-    assert vtv("run", "--open", "-o", tmp_path)[0] == 0 and opened == [tmp_path.as_uri()]
+    assert vtv("run", "--open", "-o", tmp_path)[0] == 0 and opened == [(tmp_path / "report.html").as_uri()]
     code, said, _ = vtv("run", "--images", tmp_path, "--data", "pascal:VOCdevkit")
     assert code == 1 and "give one" in said
 
 
 def test_a_run_ends_with_its_table(finished, capsys):
-    start.summarise(finished / "report.html")
+    start.summarise(finished)
     said = capsys.readouterr().out
     table = Table.load(finished / "evaluation" / "lowlight.parquet")
     assert all(name in said for name in (*TASKS, "mIoU ↑", "MSE ↓", "one-shot", "zero-shot", "task vector"))
@@ -606,7 +609,7 @@ def test_interrupting_says_how_to_go_on(vtv, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "run", interrupt)
+    monkeypatch.setattr(pipeline, "run", interrupt)
     assert vtv("run")[:2] == (130, "Stopped. The same command goes on where it stopped.\n")
 
 
@@ -642,7 +645,7 @@ def test_folds_have_folders_of_their_own(monkeypatch, tmp_path):
     asked = []
     rows = [data.scenes(split, 8) for split in ("train", "test")]
     monkeypatch.setattr(data, "split_data", lambda spec, *args: asked.append(spec) or rows)
-    folds, _ = runs.load_folds(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(3, 1, 3)))
+    folds, _ = of_folds.load_folds(tmp_path, Settings(data="pascal:data/VOCdevkit", folds=(3, 1, 3)))
     assert [(fold.name, fold.folder, fold.number) for fold in folds] == [
         ("fold1", tmp_path / "fold1", 1),
         ("fold3", tmp_path / "fold3", 3),
@@ -653,7 +656,7 @@ def test_folds_have_folders_of_their_own(monkeypatch, tmp_path):
 def test_a_quarter_is_set_aside_of_data_without_splits(photographs, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ((fold,), _) = runs.load_folds(tmp_path, Settings(data=str(photographs)))
+        ((fold,), _) = of_folds.load_folds(tmp_path, Settings(data=str(photographs)))
     sizes = [[row["image"].width for row in rows] for rows in (fold.train, fold.test)]
     assert sorted(sizes[0] + sizes[1]) == [40 + 9 * i for i in range(10)] and len(sizes[1]) == 2
 

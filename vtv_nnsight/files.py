@@ -56,6 +56,7 @@ def file_name(*parts: Any) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """A text file, in UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -144,6 +145,7 @@ def physical_memory() -> float:
 
 
 def package_version() -> str:
+    """The version of this package; "unknown" where it is not installed."""
     try:
         return version("vtv-nnsight")
     except PackageNotFoundError:

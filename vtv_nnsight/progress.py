@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from tqdm.auto import tqdm
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from vtv_nnsight.text import duration
 
@@ -56,6 +57,7 @@ def numbered_steps(total: int, disable: bool = False) -> Callable[[str], Abstrac
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars of other libraries, about what takes a moment."""
+    logging: Any = transformers_logging
     transformers_bars, datasets_bars = logging.is_progress_bar_enabled(), is_progress_bar_enabled()
     logging.disable_progress_bar()
     disable_progress_bars()

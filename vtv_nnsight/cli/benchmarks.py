@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vtv_nnsight.cli.app import BENCHMARKS, app, say
+from vtv_nnsight.cli.group import app
+from vtv_nnsight.cli.output import say
 
 
 @app.command(
-    rich_help_panel=BENCHMARKS,
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Examples: vtv bench patch_sets mine.json --tasks segmentation\n\nvtv bench all --quick",
@@ -20,10 +22,7 @@ def bench(
     ctx: typer.Context,
     name: Annotated[str | None, typer.Argument(help="A benchmark, or all; without a name they are listed.")] = None,
 ) -> None:
-    """Run a benchmark with options of its own (`vtv bench NAME --help`), or list them."""
-    import subprocess
-    import sys
-
+    """Run a benchmark with its own options (`vtv bench NAME --help`), or list them."""
     scripts = _benchmarks()
     if name in (None, "-h", "--help"):
         for path in scripts.values():
@@ -40,5 +39,5 @@ def bench(
 def _benchmarks() -> dict[str, Path]:
     """Name → script: those that were installed, or those of the repository that this package lies in."""
     package = Path(__file__).parents[1]
-    found = sorted((package / "benchmarks").glob("*.py")) or sorted((package.parent / "benchmarks").glob("*.py"))
-    return {path.stem: path for path in found if path.stem != "common"}
+    paths = sorted((package / "benchmarks").glob("*.py")) or sorted((package.parent / "benchmarks").glob("*.py"))
+    return {path.stem: path for path in paths if path.stem != "common"}

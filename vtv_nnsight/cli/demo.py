@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
-from vtv_nnsight.cli.app import START, Device, app
+from vtv_nnsight.cli import options
+from vtv_nnsight.cli.group import app
+from vtv_nnsight.demo.playing import Player
 
 
-@app.command(rich_help_panel=START, epilog="Examples: vtv demo\n\nvtv demo --vectors runs/holiday --port 8000")
+@app.command(epilog="Examples: vtv demo\n\nvtv demo --vectors runs/holiday --port 8000")
 def demo(
     vectors: Annotated[
         str,
@@ -27,14 +29,13 @@ def demo(
     ] = None,
     share: Annotated[bool, typer.Option("--share", help="Ask gradio for a public address, for anybody.")] = False,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Play with task vectors on a page: pictures of your own, scales, mixtures, units on and off.
 
     It listens on this machine alone, unless --host or --share say otherwise. Uploads are not kept. Needs gradio:
     pip install "vtv-nnsight[demo]".
     """
-    from vtv_nnsight.demo.page import launch, make_page
-    from vtv_nnsight.demo.playing import Player
+    from vtv_nnsight.demo.page import launch, make_page  # which needs gradio, and this help does not
 
     launch(make_page(Player.load(vectors, model, device)), host, port, share, inbrowser=show)

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.markup import escape
+from rich.table import Table
 
-from vtv_nnsight.cli.app import MODEL, VQGAN, Source, app, say, wrote
+from vtv_nnsight.cli import options
+from vtv_nnsight.cli.group import app
+from vtv_nnsight.cli.output import say, wrote
+from vtv_nnsight.models import load_model
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.mae_vqgan import published
+from vtv_nnsight.patching import PatchSpace
+from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.search import PIXELS
 
-if TYPE_CHECKING:
-    from vtv_nnsight.models.interface import InContextModel
 
-
-@app.command(
-    rich_help_panel=MODEL,
-    epilog="Examples: vtv info checkpoint-3400.pth --vqgan last.ckpt\n\nvtv info BAAI/seggpt-vit-large",
-)
-def info(source: Source, vqgan: VQGAN = None) -> None:
+@app.command(epilog="Examples: vtv info checkpoint-3400.pth --vqgan last.ckpt\n\nvtv info BAAI/seggpt-vit-large")
+def info(source: options.Source, vqgan: options.VQGAN = None) -> None:
     """Show a model's sizes, parameters, losses and units, and what a task's vectors take on disk. Reads no weights."""
-    from rich.table import Table
-
-    from vtv_nnsight.models import load_model
-    from vtv_nnsight.patching import PatchSpace
-    from vtv_nnsight.search import PIXELS
-
-    model = load_model(source, vqgan=vqgan)
+    model: Any = load_model(source, vqgan=vqgan)
     size, patch = model.layout.canvas_size, model.layout.patch_size
     title = f"{type(model).__name__}, canvas {size}x{size}, patches {patch}x{patch}"
     table = Table(title=title, caption=escape(source))
@@ -36,8 +34,8 @@ def info(source: Source, vqgan: VQGAN = None) -> None:
     for name, text in model.parts.items():
         table.add_row(name, text, f"{_parameters(getattr(model, name)):,}")
     table.add_section()
-    own = f"tokenizer from {escape(str(vqgan or source))}" if "vqgan" in model.parts else ""
-    table.add_row("all", own, f"{_parameters(model):,}")
+    origin = f"tokenizer from {escape(str(vqgan or source))}" if "vqgan" in model.parts else ""
+    table.add_row("all", origin, f"{_parameters(model):,}")
     table.add_section()
     table.add_row("losses", ", ".join([*(loss.name for loss in model.losses), PIXELS]))
     if model.stages:
@@ -46,34 +44,26 @@ def info(source: Source, vqgan: VQGAN = None) -> None:
     say(table)
 
 
-@app.command(rich_help_panel=MODEL, epilog="Example: vtv convert checkpoint-3400.pth mae-vqgan --vqgan last.ckpt")
+@app.command(epilog="Example: vtv convert checkpoint-3400.pth mae-vqgan --vqgan last.ckpt")
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="A published .pth file.")],
     out_dir: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    vqgan: VQGAN = None,
+    vqgan: options.VQGAN = None,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads of the encoder; the file does not tell.")] = 16,
     decoder_heads: Annotated[int, typer.Option(min=1, help="Attention heads of the decoder.")] = 16,
 ) -> None:
     """Write a published checkpoint as a safetensors folder, for from_pretrained and MAEVQGAN."""
-    from vtv_nnsight.models.mae_vqgan import published as checkpoints
-
-    checkpoints.convert(
-        checkpoint, out_dir, vqgan, num_attention_heads=heads, decoder_num_attention_heads=decoder_heads
-    )
+    published.convert(checkpoint, out_dir, vqgan, num_attention_heads=heads, decoder_num_attention_heads=decoder_heads)
     wrote(out_dir)
 
 
 def _vector_bytes(model: InContextModel) -> int:
     """The size of what `TaskVectors.save` writes of a task: a mean and a variance of every head at every position that
     one-shot prompts show, in float32."""
-    import torch
-
-    from vtv_nnsight.prompts import VisualPrompt
-
     size = model.layout.canvas_size
     prompt = VisualPrompt.from_canvas(torch.zeros(1, 3, size, size), model.layout)
-    shown = {stage.name: len(model.positions(stage.name, prompt)) for stage in model.stages}
-    return sum(4 * s.layers * shown[s.name] * s.heads * (s.head_dim + 1) for s in model.stages)
+    positions = {stage.name: len(model.positions(stage.name, prompt)) for stage in model.stages}
+    return sum(4 * s.layers * positions[s.name] * s.heads * (s.head_dim + 1) for s in model.stages)
 
 
 def _parameters(module: Any) -> int:

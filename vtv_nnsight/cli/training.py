@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vtv_nnsight.cli.app import TRAINING, Seed, app, wrote
+from vtv_nnsight.cli import options
+from vtv_nnsight.cli.group import app
+from vtv_nnsight.cli.output import wrote
+from vtv_nnsight.runs.settings import Settings
+from vtv_nnsight.training import pretrain as train
+from vtv_nnsight.training.gather import gather
 
 
 @app.command(
-    rich_help_panel=TRAINING,
     epilog="Examples: vtv pretrain tokenizer --config tiny --out runs/tiny\n\n"
     "vtv pretrain mae --config tiny --out runs/tiny --resume\n\nvtv pretrain mae --data figures --out runs/tiny"
-    "\n\nvtv pretrain corpus --out corpus",
+    "\n\nvtv pretrain corpus --out corpus"
 )
 def pretrain(
     stage: Annotated[
@@ -53,19 +57,13 @@ def pretrain(
         typer.Option(min=1, help="Last steps, over which the rates fall to zero.", show_default="the config's"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    seed: Seed = 0,
+    seed: options.Seed = Settings.seed,
     device: Annotated[
         str | None, typer.Option(help="Where the model is trained, such as cuda.", show_default="the first GPU, or cpu")
     ] = None,
 ) -> None:
     """Train a MAE-VQGAN of your own: its tokenizer, then its transformer."""
     if stage == "corpus":
-        from vtv_nnsight.training.gather import gather
-
         return wrote(gather(out, images=images, data=data))
-    from vtv_nnsight.training import pretrain as run
-
-    options = dict(
-        images=images, data=data, start=start, steps=steps, decay=decay, resume=resume, seed=seed, device=device
-    )
-    wrote(run(stage, config, out, **options))
+    keywords: dict[str, Any] = dict(images=images, data=data, start=start, steps=steps, decay=decay)
+    wrote(train(stage, config, out, resume=resume, seed=seed, device=device, **keywords))

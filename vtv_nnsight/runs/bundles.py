@@ -25,16 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
 
 from vtv_nnsight.files import write_text
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models import load_model
+from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.runs.record import read_record
 from vtv_nnsight.search.result import SearchResult
-from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
-from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.vectors import TaskVector, TaskVectors
+from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
 
 EMBEDDED = "tiny"
 """The bundle that the package carries, of the model of that name."""
@@ -135,7 +137,7 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         kept = torch.zeros(layout.num_positions, dtype=torch.bool).index_fill(0, positions(layout.query_band), True)
         return replace(self, vectors=TaskVectors({name: _keep(v, kept) for name, v in self.vectors.items()}))
 
-    def save(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+    def save(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write a folder, which is made; vectors in float16 take half the room, and lose a part in two thousand."""
         folder = Path(folder)
         (folder / "search").mkdir(parents=True, exist_ok=True)
@@ -181,8 +183,6 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         Returns:
             The address of the commit.
         """
-        from huggingface_hub import HfApi
-
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:
@@ -205,8 +205,6 @@ def from_hub(repo_id: str, *, revision: str | None = None, token: str | None = N
     Raises:
         ValueError, OSError: when there is no such repository, or it holds no bundle.
     """
-    from huggingface_hub import snapshot_download
-
     wanted = [VECTORS, "search/*.safetensors", ABOUT, "table.md", "table.csv", "answers.png"]
     folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
     if not (folder / VECTORS).is_file():
@@ -214,7 +212,7 @@ def from_hub(repo_id: str, *, revision: str | None = None, token: str | None = N
     return replace(load(folder), name=repo_id)
 
 
-def load(source: str | os.PathLike = EMBEDDED) -> Bundle:
+def load(source: str | os.PathLike[str] = EMBEDDED) -> Bundle:
     """A bundle: of a folder that `vtv run` or `Bundle.save` wrote, of the Hub ("hub:OWNER/NAME"), or "tiny", that of
     the embedded model.
 
@@ -242,14 +240,12 @@ def load(source: str | os.PathLike = EMBEDDED) -> Bundle:
 
 def _source_of(folder: Path) -> dict[str, Any]:
     """The "model" and the "vqgan" that a shared folder tells of, or the run that a folder is of, or is a fold of."""
-    from vtv_nnsight.runs.record import read_record  # which is further along, and imports this package's searches
-
     if (folder / ABOUT).is_file():
-        told = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        return told if isinstance(told, dict) else {}
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        return about if isinstance(about, dict) else {}
     for place in (folder, folder.parent):
         if (place / "run.json").is_file():
-            return read_record(place)["settings"]
+            return dict(read_record(place)["settings"])
     return {}
 
 

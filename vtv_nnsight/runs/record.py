@@ -27,8 +27,8 @@ from accelerate.utils import broadcast_object_list
 
 from vtv_nnsight.digests import file_digest
 from vtv_nnsight.files import replacing, write_text
-from vtv_nnsight.text import in_words
 from vtv_nnsight.parallel import processes
+from vtv_nnsight.text import in_words
 
 STEPS = {
     "select": ("model", "vqgan", "embedding_type", "dtype", "weights", "data", "folds", "pictures", "tasks", "order")
@@ -62,7 +62,7 @@ READERS = {
 """Step → the steps that depend on what it wrote."""
 
 
-def read_record(run: str | os.PathLike) -> dict[str, Any]:
+def read_record(run: str | os.PathLike[str]) -> dict[str, Any]:
     """run.json of a run's folder.
 
     Raises:
@@ -73,7 +73,7 @@ def read_record(run: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{run} holds no run.json; make it with `vtv run --out {run}`.")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); name another folder, or remove this one.") from error
     settings = record.get("settings") if isinstance(record, dict) else None
@@ -82,7 +82,7 @@ def read_record(run: str | os.PathLike) -> dict[str, Any]:
     files = record.setdefault("files", {})
     if not isinstance(files, dict) or not all(isinstance(d, str) and step_of(n) for n, d in files.items()):
         raise ValueError(f"{path} names files that no run writes; name another folder, or remove this one.")
-    return {"notes": [], "versions": {}, "machine": {}, "seconds": {}} | record
+    return {"notes": [], "versions": {}, "machine": {}, "seconds": {}, **record}
 
 
 def step_of(name: str) -> str | None:
@@ -100,7 +100,7 @@ def fold_of(name: str) -> Path:
     return Path(first if re.fullmatch(r"fold\d+", first) else ".")
 
 
-def changed_files(run: str | os.PathLike, record: dict[str, Any]) -> list[str]:
+def changed_files(run: str | os.PathLike[str], record: dict[str, Any]) -> list[str]:
     """Files, relative to the run's folder, that are there and not as the run wrote them. (0.1 kept no digests.)
 
     Raises:
@@ -167,11 +167,10 @@ class RunRecord:
         }
         if found:
             spoilt = self._spoilt_by_settings(found["settings"], redo)
-            changed = changed_files(out, found)
-            changed = [name for name in changed if step_of(name) not in spoilt]
+            changed = [name for name in changed_files(out, found) if step_of(name) not in spoilt]
             if changed and not redo:
-                own = {step_of(name) for name in changed}
-                steps = own.union(*(READERS[step] for step in own))
+                writers = {step_of(name) or "" for name in changed}
+                steps = writers.union(*(READERS[step] for step in writers))
                 raise ValueError(
                     f"{', '.join(str(out / name) for name in changed)}: not as this run wrote it; put it back, or do "
                     f"{', '.join(step for step in STEPS if step in steps)} again with redo (--redo)."
@@ -185,7 +184,7 @@ class RunRecord:
             for name in changed:
                 (out / name).unlink()
                 del self.content["files"][name]
-                self._forget_readers(step_of(name), self.out / fold_of(name))
+                self._forget_readers(name)
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         self.write()
@@ -203,7 +202,7 @@ class RunRecord:
         before = self.content["files"].get(name)
         self.content["files"][name] = digest
         if before not in (None, digest):
-            self._forget_readers(step_of(name), self.out / fold_of(name))
+            self._forget_readers(name)
         self.write()
 
     def note(self, texts: Iterable[str]) -> None:
@@ -216,6 +215,7 @@ class RunRecord:
         self.write()
 
     def write(self) -> None:
+        """Write run.json as it stands."""
         self.content["peak memory (MiB)"] = _peak_memory()
         write_text(self.out / "run.json", json.dumps(self.content, indent=1) + "\n")
 
@@ -235,9 +235,10 @@ class RunRecord:
             )
         return steps
 
-    def _forget_readers(self, step: str, folder: Path) -> None:
-        for reader in READERS[step]:
-            self._remove(folder, reader)
+    def _forget_readers(self, name: str) -> None:
+        """Remove what was made of a file."""
+        for reader in READERS[step_of(name) or ""]:
+            self._remove(self.out / fold_of(name), reader)
 
     def _remove(self, folder: Path, step: str) -> None:
         for file in (file for pattern in FILES[step] for file in folder.glob(pattern)):
@@ -278,6 +279,7 @@ class StepFiles:
         return answer[0]
 
     def working_on(self, what: str) -> None:
+        """Say what is being done; a step that never does was done before."""
         self.worked = True
         self.show(what)
 
@@ -300,6 +302,7 @@ class StepFiles:
             (self.folder / name).unlink(missing_ok=True)
 
     def wait(self) -> None:
+        """Wait for the other processes."""
         processes().wait_for_everyone()
 
     def path(self, name: str) -> Path:

@@ -1,0 +1,183 @@
+"""`vtv evaluate`: task vectors beside what they are compared with, for one model or several."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from vtv_nnsight import plots
+from vtv_nnsight.cli import options
+from vtv_nnsight.cli.group import app
+from vtv_nnsight.cli.output import say, wrote
+from vtv_nnsight.evaluation import Table, verdicts
+from vtv_nnsight.files import write_picture, write_text
+from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.runs import steps
+from vtv_nnsight.runs.folds import folds_to_test
+from vtv_nnsight.runs.settings import PUBLISHED, Settings
+from vtv_nnsight.search.result import SearchResult
+from vtv_nnsight.tasks import Task, scored_by
+from vtv_nnsight.vectors import TaskVectors
+
+ResultsFolder = Annotated[Path, typer.Option("--output", "-o", help="A folder for tables, values and pictures.")]
+PatchesFile = Annotated[
+    Path | None, typer.Option(help="Where to patch: a patch set (.json) or a search result (.safetensors).")
+]
+MaxImages = Annotated[
+    int | None, typer.Option(min=1, help="The most pictures to draw prompts from.", show_default="two per prompt")
+]
+TestPrompts = Annotated[
+    int | None,
+    typer.Option(
+        "--prompts",
+        "--n",
+        "--test-prompts",
+        min=1,
+        help="Prompts per task to evaluate on.",
+        show_default=f"{Settings.test_prompts}; {PUBLISHED['test_prompts']} with --published",
+    ),
+]
+Beside = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Another model, on the same prompts, as many times as there are models: of another kind, too, such as "
+        "facebook/vit-mae-large.",
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="Score answers by another metric: mse, lpips (with the extra of that name), or for VP's reasoning tasks "
+        "color_blind_iou or shape_accuracy.",
+        show_default="each task's own",
+    ),
+]
+Published = Annotated[
+    bool,
+    typer.Option(
+        "--published",
+        help="On pascal:ROOT, evaluate as both papers' released code does: in each fold, the pictures of its list in "
+        "their order as queries; then the mean over folds.",
+    ),
+]
+
+
+@app.command(
+    epilog="Examples: vtv evaluate tiny --tasks segmentation,lowlight --data scenes --prompts 100 -o results\n\n"
+    "vtv evaluate tiny --tasks segmentation --vectors vectors.safetensors --patches segmentation.json -o results"
+)
+def evaluate(
+    ctx: typer.Context,
+    source: options.Source,
+    output: ResultsFolder,
+    tasks: options.Tasks = "segmentation",
+    vectors: Annotated[Path | None, typer.Option(help="The vectors that `vtv collect` wrote.")] = None,
+    patches: PatchesFile = None,
+    data: options.Data = Settings.data,
+    images: options.Images = None,
+    split: options.Split = "test",
+    max_images: MaxImages = None,
+    test_prompts: TestPrompts = None,
+    beside: Beside = None,
+    metric: Metric = None,
+    published: Published = False,
+    order: options.Order = Settings.order,
+    seed: options.Seed = Settings.seed,
+    batch_size: options.BatchSize = None,
+    vqgan: options.VQGAN = None,
+    embedding_type: options.EmbeddingType = None,
+    dtype: options.DType = None,
+    device: options.Device = None,
+) -> None:
+    """Compare one-shot, zero-shot and, with vectors and patches, task vectors, on the same prompts.
+
+    Writes table.md, table.csv, values.parquet and a picture of the first answers for every task; of several models in a
+    folder for each, and models.md with all of them.
+    """
+    if (vectors is None) != (patches is None):
+        raise ValueError("--vectors and --patches go together; give both or neither.")
+    if beside and vectors:
+        raise ValueError("--vectors are of one model; leave them out, or --beside.")
+    preset = {name: PUBLISHED[name] for name in ("protocol", "test_prompts")} if published else None
+    settings = options.settings_of(ctx, preset, model=source)
+    units = _patches(patches) if patches else None
+    sites = () if units is None else getattr(units.space, "sites", ())  # of a space that is no model's there are none
+    by_task = steps.read_vectors(vectors, settings.tasks, sites) if vectors else None
+    folds = folds_to_test(settings, split, max_images)
+    unscored = steps.servable(settings, folds[0][1])
+    to_evaluate = [scored_by(task, metric) if metric else task for task in unscored]
+    if by_task and metric:  # they are named as the tasks were without it
+        names = {task.name: scored.name for task, scored in zip(unscored, to_evaluate)}
+        renamed = [replace(vector, task=names.get(name, name)) for name, vector in by_task.items()]
+        by_task = TaskVectors({vector.task: vector for vector in renamed})
+    tables = {}
+    for name in dict.fromkeys([source, *(beside or [])]):
+        of_source = dict(vqgan=vqgan, embedding_type=embedding_type) if name == source else {}
+        model = steps.load_model(name, device=device, dtype=dtype, **of_source)
+        layout = steps.layout_for(model, settings)
+        tables[name] = Table.cat(
+            [
+                steps.evaluate(model, task, rows, settings, layout, by_task, units, fold, batch_size)
+                for task in to_evaluate
+                for fold, rows in folds
+            ]
+        )
+    if len(tables) == 1:
+        _write_table(tables[source], to_evaluate, output)
+    else:
+        _write_tables(tables, to_evaluate, output)
+
+
+def _write_tables(tables: Mapping[str, Table], tasks: Sequence[Task], output: Path) -> None:
+    """Write the evaluations of several models, each in a folder, and one table of them all."""
+    for i, (name, table) in enumerate(tables.items()):
+        say(name)
+        _write_table(table, tasks, output / f"{i}_{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}")
+    comparison = _models(tables)
+    say(comparison)
+    write_text(output / "models.md", comparison + "\n")
+    wrote(output / "models.md")
+
+
+def _write_table(table: Table, tasks: Sequence[Task], output: Path) -> None:
+    """Print a table of evaluations and what it says, and write it in every form."""
+    said = verdicts(table)
+    say("\n".join([str(table), "", *said]).strip())
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "table.md", "\n\n".join([table.markdown(), *said]) + "\n")
+    table.to_csv(output / "table.csv")
+    table.to_parquet(output / "values.parquet")
+    written = ["table.md", "table.csv", "values.parquet"]
+    for task in tasks:
+        write_picture(output / f"{task.name}.png", plots.answers(table, task.name).savefig, dpi=150)
+        written.append(f"{task.name}.png")
+    for name in written:
+        wrote(output / name)
+
+
+def _models(tables: Mapping[str, Table]) -> str:
+    """Several models' scores under every condition, as Markdown: a row for each task and model."""
+    rows = []
+    for name, table in tables.items():
+        labels = table.frame.groupby("task", sort=False)[["label", "metric"]].first()
+        for line in table.lines():
+            if line.measure == labels.metric[line.task]:
+                score = f"{line.mean:.3f} [{line.low:.3f}, {line.high:.3f}]"
+                rows.append((f"{line.task}, {labels.label[line.task]}", name, line.condition, score))
+    frame = pd.DataFrame(rows, columns=["task", "model", "condition", "score"])
+    conditions = list(dict.fromkeys(frame.condition))
+    order = list(dict.fromkeys(zip(frame.task, frame.model)))
+    wide = frame.pivot(index=["task", "model"], columns="condition", values="score").loc[sorted(order), conditions]
+    return wide.fillna("").reset_index().to_markdown(index=False, disable_numparse=True)
+
+
+def _patches(path: Path) -> PatchSet:
+    """The patch set in a file of its own, or in a search result."""
+    return PatchSet.load(path) if path.suffix != ".safetensors" else SearchResult.load(path).patches

@@ -1,0 +1,39 @@
+"""How commands speak: text and tables on stdout, complaints on stderr."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+EXPECTED = (ValueError, TypeError, OSError, ImportError)
+"""Errors whose message is meant for the user; of others the kind is told as well."""
+
+
+def say(what: str | Table) -> None:
+    """Print text as it is, whatever brackets are in it, or a table; of several processes the first prints."""
+    plain: dict[str, Any] = dict(markup=False, highlight=False, soft_wrap=True) if isinstance(what, str) else {}
+    if os.environ.get("RANK", "0") == "0":
+        Console().print(what, **plain)
+
+
+def wrote(path: Path) -> None:
+    """Say where something was written."""
+    say(f"wrote {path}")
+
+
+def complain(markup: str) -> None:
+    """Say something on stderr; of several processes the first says it."""
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True).print(markup, highlight=False, soft_wrap=True)
+
+
+def sentence(error: Exception) -> str:
+    """An error's message on one line."""
+    words = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    if isinstance(error, EXPECTED) and words:
+        return words
+    return f"{type(error).__name__}{': ' if words else ''}{words} (--debug shows where)"

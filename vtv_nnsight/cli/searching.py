@@ -1,0 +1,130 @@
+"""`vtv search`: the search of `vtv run`, with the options of its algorithms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vtv_nnsight.cli import options
+from vtv_nnsight.cli.group import app
+from vtv_nnsight.cli.output import say, wrote
+from vtv_nnsight.data import load
+from vtv_nnsight.files import write_picture
+from vtv_nnsight.patching import PatchSpace
+from vtv_nnsight.runs import steps
+from vtv_nnsight.runs.settings import Settings
+from vtv_nnsight.search import ALGORITHMS, SearchResult, plots
+
+ResultFile = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        callback=options.place_for_file,
+        help="The result (.safetensors), or its patch set alone (.json).",
+    ),
+]
+AlgorithmName = Annotated[str, typer.Option("--algorithm", "--search", help=options.SEARCHES)]
+TaskNames = Annotated[
+    str, typer.Option("--tasks", "--task", help="A task; with several, commas between them, one set is to serve all.")
+]
+Budget = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Evaluations to spend, one mask on one prompt each.",
+        show_default=f"{Settings.budget}; the paper's with published",
+    ),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Units in the set, for attribution, mediation, ranking and random.", show_default="searched for"
+    ),
+]
+Stages = Annotated[
+    str | None, typer.Option(help="Stages to patch, with commas between them.", show_default="all of the model's")
+]
+CollectedSites = Annotated[
+    str | None,
+    typer.Option(
+        help='What of a layer is patched, with commas between them: "heads", "attn", "mlp", "residual", of those that '
+        "were collected.",
+        show_default="all that the vectors have",
+    ),
+]
+Prompts = Annotated[
+    int, typer.Option("--prompts", "--n", min=1, help="Prompts per task; a quarter of them is held out.")
+]
+
+
+@app.command(
+    epilog="Examples: vtv search tiny --algorithm reinforce --tasks segmentation --vectors vectors.safetensors "
+    "--budget 20000 -o segmentation.safetensors\n\n"
+    "vtv search tiny --algorithm gates --tasks segmentation,lowlight --vectors vectors.safetensors -o both.json"
+)
+def search(
+    ctx: typer.Context,
+    source: options.Source,
+    vectors: options.Vectors,
+    output: ResultFile,
+    algorithm: AlgorithmName = Settings.search,
+    tasks: TaskNames = "segmentation",
+    recipe: Annotated[str | None, typer.Option(help='"published" makes reinforce the paper\'s.')] = None,
+    budget: Budget = None,
+    size: Size = None,
+    loss: options.Loss = Settings.loss,
+    granularity: options.Granularity = Settings.granularity,
+    stages: Stages = None,
+    sites: CollectedSites = None,
+    data: options.Data = Settings.data,
+    images: options.Images = None,
+    split: options.Split = "train",
+    max_images: options.MaxImages = Settings.max_images,
+    prompts: Prompts = Settings.prompts,
+    candidates: options.Candidates = Settings.candidates,
+    order: options.Order = Settings.order,
+    seed: options.Seed = Settings.seed,
+    batch_size: options.BatchSize = None,
+    resume: Annotated[Path | None, typer.Option(help="A file that keeps what a long run has learnt.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A folder for pictures of the search and of what it found.")] = None,
+    vqgan: options.VQGAN = None,
+    embedding_type: options.EmbeddingType = None,
+    dtype: options.DType = None,
+    device: options.Device = None,
+) -> None:
+    """Search for the units to patch so that the model does a task with no examples."""
+    if algorithm not in (*ALGORITHMS, "published"):
+        raise ValueError(f"{algorithm!r} is not an algorithm; choose from {', '.join(ALGORITHMS)}, or published.")
+    preset = {"budget": None} if "published" in (algorithm, recipe) else None
+    settings = options.settings_of(ctx, preset, model=source, search=algorithm)
+    by_task = steps.read_vectors(vectors, settings.tasks, settings.sites if sites else ())
+    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
+    layout = steps.layout_for(model, settings)
+    rows = load(settings.data, split, max_images, seed)
+    to_serve = steps.servable(settings, rows)
+    patched = settings.sites if sites else by_task.sites
+    space = PatchSpace(model, layout, granularity, options.listed(stages) if stages else None, patched)
+    to_search = [steps.select(model, task, rows, settings, layout, batch_size) for task in to_serve]
+    keywords = options.given(recipe=recipe, size=size)
+    result = steps.search(
+        model, by_task, to_serve, to_search, space, settings, batch_size=batch_size, resume=resume, **keywords
+    )
+    say(str(result))
+    (result.patches if output.suffix == ".json" else result).save(output)
+    wrote(output)
+    if plot:
+        _draw(plot, algorithm, result)
+
+
+def _draw(folder: Path, algorithm: str, result: SearchResult) -> None:
+    """Write the curve of a search, and the scores of its units where they are few enough to show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"curve.png": plots.curves({algorithm: result})}
+    if result.patches.space.granularity != "token":
+        figures["units.png"] = plots.score_maps(result)
+    for name, figure in figures.items():
+        write_picture(folder / name, figure.savefig, dpi=150)
+        wrote(folder / name)

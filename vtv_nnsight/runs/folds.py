@@ -1,0 +1,94 @@
+"""The pictures of a run: of one fold, or of each of several."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset
+
+from vtv_nnsight import data
+from vtv_nnsight.runs.protocol import VECTOR_FOLDS
+from vtv_nnsight.runs.settings import Settings
+
+PICTURES_PER_PROMPT = 4
+"""Pictures per prompt, at least, for prompts to be selected: each serves in one only."""
+
+
+class Fold(NamedTuple):
+    """The pictures of one fold, or of all data where there are no folds.
+
+    Args:
+        search: Pictures to search on, in the published protocol; else searches have the prompts that were collected on.
+        shares: The folder whose prompts, vectors and sets are this fold's, too, in the published protocol.
+    """
+
+    name: str
+    folder: Path
+    number: int
+    train: Dataset
+    test: Dataset
+    search: Dataset | None = None
+    shares: Path | None = None
+
+
+def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
+    """The data of every fold, pictures to learn from and to test on apart; and what loading them had to say."""
+    names = {"": settings.data}
+    if settings.data.startswith("pascal:"):
+        root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
+        numbers = settings.folds or (range(4) if fold is None else (fold,))
+        if is_published_pascal(settings):
+            return published_folds(out, settings, root, lists, numbers), []
+        names = {f"fold{fold}": f"pascal:{root}:{fold}" + f":{lists}" * (lists != "published") for fold in numbers}
+    elif settings.folds:
+        raise ValueError(f"{settings.data!r} has no folds; they go with data='pascal:ROOT'.")
+    folds = []
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", UserWarning)
+        for name, spec in names.items():
+            number = int(name.removeprefix("fold") or 0)
+            parts = data.split_data(spec, settings.max_images, 2 * settings.test_prompts, settings.seed)
+            folds.append(Fold(name, out / name, number, *parts))
+    notes = list(dict.fromkeys(str(warning.message) for warning in heard if warning.category is UserWarning))
+    fewest = min(len(fold.train) for fold in folds)
+    if fewest < PICTURES_PER_PROMPT * settings.prompts:
+        notes.append(
+            f"{fewest} pictures to learn from are few: prompts are drawn at random, and pictures serve in several."
+        )
+    return folds, notes
+
+
+def is_published_pascal(settings: Settings) -> bool:
+    """Whether the released protocol on Pascal-5i is followed; see `runs.protocol`."""
+    return settings.protocol == "published" and settings.data.startswith("pascal:")
+
+
+def folds_to_test(settings: Settings, split: str = "test", max_images: int | None = None) -> list[tuple[int, Dataset]]:
+    """Number and pictures of each fold to evaluate on: all that the published protocol tests on, else one."""
+    if not is_published_pascal(settings):
+        return [(0, data.load(settings.data, split, max_images or 2 * settings.test_prompts, settings.seed))]
+    root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
+    half = "trn" if split == "train" else "val"
+    return [(f, data.pascal(root, f, half, splits=lists)) for f in (range(4) if fold is None else (fold,))]
+
+
+def published_folds(out: Path, settings: Settings, root: str, lists: str, numbers: Sequence[int]) -> list[Fold]:
+    """The folds of the released protocol: each is tested on, the first finds vectors and sets for all of them."""
+    train = data.pascal(root, VECTOR_FOLDS, "trn", splits=lists)
+    search = data.pascal(root, settings.search_fold, "trn", splits=lists)
+    first = out / f"fold{numbers[0]}"
+    return [
+        Fold(
+            f"fold{number}", out / f"fold{number}", number, train, data.pascal(root, number, "val", splits=lists),
+            search, first if number != numbers[0] else None,
+        )
+        for number in numbers
+    ]  # fmt: skip
+
+
+def selects(settings: Settings, rows: Dataset) -> bool:
+    """Whether there are enough pictures for prompts to be selected among candidates."""
+    return len(rows) >= PICTURES_PER_PROMPT * settings.prompts

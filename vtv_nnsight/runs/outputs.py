@@ -1,0 +1,72 @@
+"""What a run writes beside vectors, sets and tables: prompts, pictures, scores, and what its numbers depend on."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtv_nnsight import data
+from vtv_nnsight.digests import json_digest
+from vtv_nnsight.evaluation import Table
+from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
+from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.sites import validate_sites
+from vtv_nnsight.patching import PatchSpace
+from vtv_nnsight.patching.forward import find_loss
+from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.runs.folds import Fold
+from vtv_nnsight.runs.settings import Settings
+from vtv_nnsight.tasks import Task
+from vtv_nnsight.vectors.compatibility import fingerprint
+
+SIXTEENTH = 255 * 128
+"""Prompts are kept as 16-bit numbers: pixels of 8 bits, and those darkened to a half, are kept exactly."""
+
+
+def write_prompts(path: Path, prompts: Mapping[str, VisualPrompt]) -> None:
+    """The canvases of every task's prompts, of any layout, as a safetensors file."""
+    canvases = {name: rows.canvas.mul(SIXTEENTH).round().short().cpu() for name, rows in prompts.items()}
+    write_tensors(path, "prompts", canvases, {"tasks": list(prompts)})
+
+
+def read_prompts(path: Path, layout: Layout) -> dict[str, VisualPrompt]:
+    """Task → the prompts that `write_prompts` wrote, in the layout that they had."""
+    canvases, metadata = read_tensors(path, "prompts")
+    return {name: VisualPrompt.from_canvas(canvases[name].float() / SIXTEENTH, layout) for name in metadata["tasks"]}
+
+
+def write_pictures(path: Path, table: Table, task: Task) -> None:
+    """The first answers of an evaluation, which a Parquet file has no place for."""
+    shown = table.pictures[task.name]
+    write_tensors(path, "answers", shown, {"names": list(shown)})
+
+
+def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:
+    """Units and their scores [unit], the highest first, as CSV."""
+    order = scores.nan_to_num(-1).argsort(descending=True).tolist()
+    text = io.StringIO()
+    rows = [("unit", "score"), *((space.names[i], f"{scores[i]:.6g}") for i in order)]
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def identity(settings: Settings, model: InContextModel, folds: Sequence[Fold], tasks: Sequence[Task]) -> dict[str, Any]:
+    """What the numbers of a run depend on, as run.json has it: settings, weights, pictures and version."""
+    return asdict(settings) | {
+        "loss": find_loss(model, settings.loss, tasks[0]).name,
+        "sites": validate_sites(model, settings.sites),
+        "tasks": [task.name for task in tasks],
+        "folds": [fold.number for fold in folds if fold.name],
+        "weights": json_digest(fingerprint(model)),
+        "pictures": json_digest([data.identities(fold.train) for fold in folds if not fold.shares]),
+        "search pictures": json_digest([data.identities(fold.search) for fold in folds[:1] if fold.search is not None]),
+        "test pictures": json_digest([data.identities(fold.test) for fold in folds]),
+        "version": package_version(),
+    }

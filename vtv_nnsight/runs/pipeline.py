@@ -1,0 +1,221 @@
+"""The paper from end to end, in a folder: *Finding Visual Task Vectors* (ECCV 2024), §4 and §5.
+
+    >>> run("runs/pictures", Settings(budget=20_000))      # `vtv run --budget 20000` does it, and draws the report
+
+The folder, and what is written in it:
+
+    run.json                     settings, seeds, versions, the machine, seconds per step, a digest of every other file
+    prompts.safetensors          prompts that the model does well one-shot, of every task
+    vectors.safetensors          the task vectors of these prompts (`TaskVectors`)
+    scores.csv                   how well each unit tells the tasks apart
+    search/TASK.safetensors      the units to patch (`SearchResult`)
+    evaluation/TASK.parquet      scores of all conditions, image by image; the first answers beside them
+    shown/TASK.safetensors       one query looked at closely (`QueryExplorer`)
+    report.html, table.csv, …    see `vtv_nnsight.report`; figures/ has each of its figures as CSV, PNG and SVG
+
+Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`runs.protocol`) these have
+the same vectors and sets. A step whose file is there is not done again, a search or a collection that was interrupted
+goes on, and a folder that was made with other settings is refused, as are files that the run did not write. Of several
+processes (`torchrun --nproc-per-node 2 -m vtv_nnsight run`) the first writes, and searches are shared out; the files
+are those of one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from vtv_nnsight.evaluation import Table
+from vtv_nnsight.evaluation.conditions import PATCHED
+from vtv_nnsight.evaluation.explorer import demonstrate
+from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.parallel import processes
+from vtv_nnsight.patching import PatchSpace
+from vtv_nnsight.progress import numbered_steps, quiet
+from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.runs import steps
+from vtv_nnsight.runs.folds import Fold, load_folds
+from vtv_nnsight.runs.outputs import identity, read_prompts, write_pictures, write_prompts, write_scores
+from vtv_nnsight.runs.protocol import search_prompts
+from vtv_nnsight.runs.record import STEPS, RunRecord, StepFiles, begin_step
+from vtv_nnsight.runs.settings import Settings
+from vtv_nnsight.runs.trial import check
+from vtv_nnsight.search import SearchResult
+from vtv_nnsight.tasks import Task
+from vtv_nnsight.vectors import TaskVectors
+
+SHARED = ("select", "collect", "search")
+"""The steps whose files the folds of the published protocol share."""
+
+
+def run(
+    out: str | os.PathLike[str],
+    settings: Settings | None = None,
+    *,
+    redo: bool = False,
+    device: str | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    report: Callable[[Path], object] | None = None,
+) -> Path:
+    """Find the task vectors of a model and say what they are worth. Called again, it goes on where it stopped.
+
+    Args:
+        out: The folder; it is made.
+        settings: The defaults take some minutes on two CPU cores.
+        redo: When the settings are not those that the folder was begun with, or a file in it was changed, do again what
+            depends on them.
+        device: Where the model runs.
+        batch_size: Prompts per forward; by default `default_batch_size` of the model, and as many as the device likes
+            for searches.
+        progress: Show which step is being done.
+        report: The last step, called with the folder, such as `report.page.write`; none by default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: before anything is done, when the folder was begun with other settings or a file in it was changed,
+            naming them and the steps that depend on them; when the data cannot serve a task; or when a search cannot be
+            done with these settings.
+    """
+    out, settings, state = Path(out), settings or Settings(), processes()
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
+    with quiet():
+        model = steps.load_model(
+            settings.model, settings.vqgan, device, embedding_type=settings.embedding_type, dtype=settings.dtype
+        )
+        folds, notes = load_folds(out, settings)
+        tasks = steps.servable(settings, folds[0].train)
+        layout = steps.layout_for(model, settings)
+        space = PatchSpace(model, layout, settings.granularity, sites=settings.sites)
+        check(settings, folds, tasks, space, model)
+        record = None
+        if state.is_main_process:
+            facts = identity(settings, model, folds, tasks)
+            record = RunRecord.open(out, facts, [fold.folder for fold in folds], notes, device_of(model), redo)
+        state.wait_for_everyone()
+        total = len(STEPS) * len(folds) + (report is not None)
+        step = numbered_steps(total, disable=not (progress and state.is_main_process))
+        for fold in folds:
+            work = _Work(model, settings, tasks, layout, space, batch_size, record, step, fold)
+            prompts = work.select()
+            vectors = work.collect(prompts)
+            work.score(vectors)
+            results = work.search(prompts, vectors)
+            work.evaluate(vectors, results)
+            work.demonstrate(vectors, results)
+        if report is not None:
+            with begin_step(record, out, "report", step("report")) as files:
+                if state.is_main_process:
+                    files.working_on("")
+                    report(out)
+                files.wait()
+    return out
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The steps of one fold: each makes the files that it lacks, and returns what they hold."""
+
+    model: InContextModel
+    settings: Settings
+    tasks: Sequence[Task]
+    layout: Layout
+    space: PatchSpace
+    batch_size: int | None
+    record: RunRecord | None
+    step: Callable[[str], AbstractContextManager[Callable[[str], None]]]
+    fold: Fold
+
+    def begin(self, name: str) -> AbstractContextManager[StepFiles]:
+        shares = self.fold.shares if name in SHARED else None
+        return begin_step(self.record, self.fold.folder, name, self.step(f"{name} {self.fold.name}".strip()), shares)
+
+    def select(self) -> dict[str, VisualPrompt]:
+        with self.begin("select") as files:
+            if files.lacks("prompts.safetensors"):
+                prompts = {
+                    task.name: steps.select(
+                        self.model, task, self.fold.train, self.settings, self.layout, self.batch_size
+                    )
+                    for task in files.each(self.tasks)
+                }
+                files.save("prompts.safetensors", write_prompts, prompts)
+            return read_prompts(files.path("prompts.safetensors"), self.layout)
+
+    def collect(self, prompts: Mapping[str, VisualPrompt]) -> TaskVectors:
+        with self.begin("collect") as files:
+            if files.lacks("vectors.safetensors"):
+                files.working_on("")
+                state = self.fold.folder / "vectors.state"
+                vectors = steps.collect(self.model, prompts, self.batch_size, state, self.settings.sites)
+                files.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
+                files.remove("vectors.state")
+            return TaskVectors.load(files.path("vectors.safetensors"))
+
+    def score(self, vectors: TaskVectors) -> None:
+        with self.begin("score") as files:
+            scores = steps.score(vectors, self.space)
+            if scores is not None and files.lacks("scores.csv"):
+                files.working_on("")
+                files.save("scores.csv", partial(write_scores, space=self.space), scores)
+
+    def search(self, prompts: Mapping[str, VisualPrompt], vectors: TaskVectors) -> dict[str, SearchResult]:
+        results = {}
+        with self.begin("search") as files:
+            for task in self.tasks:
+                name = f"search/{task.name}"
+                if files.everyone_lacks(f"{name}.safetensors"):
+                    files.working_on(task.name)
+                    result = self._search(task, prompts[task.name], vectors, self.fold.folder / f"{name}.journal")
+                    files.save(f"{name}.safetensors", lambda path, result: result.save(path), result)
+                    files.remove(f"{name}.journal")
+                results[task.name] = SearchResult.load(files.path(f"{name}.safetensors"))
+        return results
+
+    def _search(self, task: Task, prompts: VisualPrompt, vectors: TaskVectors, journal: Path) -> SearchResult:
+        held_out = {}
+        if self.fold.search is not None:
+            prompts, others = search_prompts(task, self.fold.search, self.layout, self.settings.seed)
+            held_out = {"held_out": [others.query_only()]}
+        return steps.search(
+            self.model, vectors, [task], [prompts], self.space, self.settings, batch_size=self.batch_size,
+            resume=journal, **held_out,
+        )  # fmt: skip
+
+    def evaluate(self, vectors: TaskVectors, results: Mapping[str, SearchResult]) -> None:
+        with self.begin("evaluate") as files:
+            for task in self.tasks:
+                names = [f"evaluation/{task.name}.{kind}" for kind in ("safetensors", "parquet")]
+                if any([files.lacks(name) for name in names]):
+                    files.working_on(task.name)
+                    table = steps.evaluate(
+                        self.model, task, self.fold.test, self.settings, self.layout, vectors,
+                        results[task.name].patches, self.fold.number, self.batch_size,
+                    )  # fmt: skip
+                    files.save(names[0], partial(write_pictures, task=task), table)
+                    files.save(names[1], lambda path, table: table.to_parquet(path), table)
+            files.wait()
+
+    def demonstrate(self, vectors: TaskVectors, results: Mapping[str, SearchResult]) -> None:
+        with self.begin("demonstrate") as files:
+            for task in self.tasks:
+                name = f"shown/{task.name}.safetensors"
+                if files.lacks(name):
+                    files.working_on(task.name)
+                    table = Table.load(self.fold.folder / f"evaluation/{task.name}.parquet")
+                    scores = table.values(task.name, PATCHED)
+                    prompts = steps.prompts_to_test(task, self.fold.test, self.settings, self.layout)
+                    explorer = demonstrate(
+                        self.model, task, prompts, scores, vectors, results, batch_size=self.batch_size
+                    )
+                    files.save(name, lambda path, explorer: explorer.save(path), explorer)
+            files.wait()
