@@ -11,7 +11,7 @@ from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
 from vtv_nnsight.evaluation.attention import attention_maps
-from vtv_nnsight.evaluation.explorer import LOOKS, SCALES, QueryExplorer, demonstrate, median
+from vtv_nnsight.evaluation.explorer import MAX_LOOKS, SCALES, QueryExplorer, demonstrate, median
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.traced import AttentionEnvoy
 from vtv_nnsight.patching.forward import generate_with_gates
@@ -138,7 +138,7 @@ def test_a_demonstration_keeps_the_attention_of_the_heads_patched_at_the_answer(
     assert shown.looks[0] == "decoder, all heads"
     torch.testing.assert_close(shown.attention[0], maps.mean((0, 1)))
     order = sorted(space.names, key=lambda name: -everything.scores[space.index_of[name]])
-    heads = [name for name in order if name.startswith("decoder") and name.endswith("@ output")][:LOOKS]
+    heads = [name for name in order if name.startswith("decoder") and name.endswith("@ output")][:MAX_LOOKS]
     assert len(heads) == len(shown.looks) - 1 == 2
     for name, look, own in zip(heads, shown.looks[1:], shown.attention[1:]):
         layer, head = int(name.split(".")[2]), int(name.split("[")[1].split("]")[0])

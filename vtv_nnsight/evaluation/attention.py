@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import torch
+from nnsight import save
 
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import device_of
@@ -40,20 +41,21 @@ def attention_maps(model: InContextModel, prompts: VisualPrompt) -> dict[str, to
         return {}
     positions = prompts.layout.num_positions
     with eager_attention(model), model.trace(prompts):
-        found = {
+        maps = {
             stage.name: [
                 _spread(model.attention(stage.name, layer).pattern, askers, positions) for layer in range(stage.layers)
             ]
             for stage, askers in asking.items()
-        }.save()
-    return {name: torch.stack(layers).cpu() for name, layers in found.items()}
+        }
+        maps = save(maps)
+    return {name: torch.stack(layers).cpu() for name, layers in maps.items()}
 
 
 def answer_positions(model: InContextModel, stage: str, layout: Layout) -> torch.Tensor:
     """The positions of a stage that stand for the answer, alone or with another cell: LongTensor [position]."""
     groups = model.groups(stage, "quadrant", layout)
-    own = [places for name, places in groups.items() if "output" in name.split("+")]
-    return torch.cat(own) if own else torch.tensor([], dtype=torch.long)
+    parts = [places for name, places in groups.items() if "output" in name.split("+")]
+    return torch.cat([torch.tensor([], dtype=torch.long), *parts])
 
 
 def _askers(model: InContextModel, stage: Stage, prompts: VisualPrompt) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -74,7 +74,7 @@ class Condition:
     def __post_init__(self) -> None:
         patched = self.patches is not None or self.run is not None
         object.__setattr__(self, "shot", self.shot or ("zero" if patched and self.prompts_override is None else "one"))
-        object.__setattr__(self, "patches", found_sets(self.patches))
+        object.__setattr__(self, "patches", sets_of(self.patches))
         if self.shot not in SHOTS:
             raise ValueError(f"shot={self.shot!r} is unknown; choose one of {', '.join(SHOTS)}.")
         if patched and self.shot in ("copy", "ceiling"):
@@ -95,7 +95,7 @@ class Condition:
             raise ValueError("prompts_override=[] shows nothing; give a VisualPrompt, or several.")
 
     @classmethod
-    def of(cls, value: Condition | str | tuple | None, name: str = "") -> Condition:
+    def of(cls, value: Condition | str | tuple[Any, ...] | None, name: str = "") -> Condition:
         """A condition of a short form: None, a name of `SHORT`, (vector, patches), (vector, patches, "one-shot").
 
         Raises:
@@ -177,7 +177,7 @@ def comparison(
         others: Vectors of all tasks by name.
         seed: Of the random units.
     """
-    patches = found_sets(patches)
+    patches = sets_of(patches)
     conditions = {
         BASELINE: Condition("one"),
         ZERO_SHOT: Condition("zero"),
@@ -185,15 +185,16 @@ def comparison(
         BOTH: Condition("one", vector, patches),
         RANDOM: Condition("zero", vector, PatchSet.random(patches.space, len(patches), CONTROL + seed)),
     }
-    names = list(others or ())
+    others = others or {}
+    names = list(others)
     if rest := [name for name in names if name != vector.task]:
         after = names[(names.index(vector.task) + 1) % len(names)] if vector.task in names else rest[0]
         conditions[f"{OTHER}{after}"] = Condition("zero", others[after], patches)
     return conditions | {CEILING: Condition("ceiling"), FLOOR: Condition("copy")}
 
 
-def found_sets(patches: Any) -> Any:
+def sets_of(patches: Any) -> Any:
     """The sets of search results, one or a list; all else as it is."""
     if isinstance(patches, list):
-        return [found_sets(one) for one in patches]
+        return [sets_of(item) for item in patches]
     return getattr(patches, "patches", patches)

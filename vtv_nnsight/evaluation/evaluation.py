@@ -11,6 +11,7 @@ loss, the mean cross-entropy of the output's logits against the tokenizer's code
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -32,7 +33,7 @@ def evaluate(
     model: InContextModel,
     task: Task,
     prompts: VisualPrompt,
-    conditions: Mapping[str, Condition | str | tuple | None | Sequence[Condition]] | None = None,
+    conditions: Mapping[str, Condition | str | tuple[Any, ...] | None | Sequence[Condition]] | None = None,
     *,
     fold: int = 0,
     batch_size: int | None = None,
@@ -75,7 +76,7 @@ def evaluate(
     with torch.no_grad(), progress_bar(total=sum(counts.values()), unit="answer", disable=not progress) as bar:
         for batch in prompts.split(batch_size or default_batch_size(model)):
             batch = batch.to(device_of(model)).one_shot()
-            truth = loss and model.truth(batch)
+            truth = model.truth(batch) if loss else None
             cells = {"prompt": without_answers(batch), "truth": batch.region("output")}
             for (name, draw), condition in plans.items():
                 count = min(len(batch), counts[name, draw] - start)
@@ -84,8 +85,9 @@ def evaluate(
                 bar.set_postfix_str(f"{task.name}, {name}")
                 parts = condition.prompts_for(batch[:count], start)
                 override = condition.prompts_override is not None
-                truths = [loss and model.truth(rows) for rows in parts] if override else [truth]
-                answers, losses = zip(*(_answer(model, *pair, condition, loss) for pair in zip(parts, truths)))
+                truths = [model.truth(rows) if loss else None for rows in parts] if override else [truth]
+                pairs = zip(parts, truths)
+                answers, losses = zip(*(_answer(model, rows, condition, loss, aim) for rows, aim in pairs))
                 if answers[0] is not None:
                     answer = torch.stack(answers).mean(0)
                     cells.setdefault(name, answer)
@@ -100,7 +102,7 @@ def evaluate(
 
 
 def _plans(
-    conditions: Mapping[str, Condition | str | tuple | None | Sequence[Condition]],
+    conditions: Mapping[str, Condition | str | tuple[Any, ...] | None | Sequence[Condition]],
     prompts: VisualPrompt,
     device: torch.device,
 ) -> dict[tuple[str, int], Condition]:
@@ -113,7 +115,7 @@ def _plans(
 
 
 def _answer(
-    model: InContextModel, prompts: VisualPrompt, truth: torch.Tensor | None, condition: Condition, loss: Loss | None
+    model: InContextModel, prompts: VisualPrompt, condition: Condition, loss: Loss | None, truth: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The output cells [batch, 3, cell, cell] of one-shot prompts, or None for a ceiling that there is not; and the
     losses [batch], NaN where the model was not asked or has none."""
@@ -149,14 +151,14 @@ def _frame(
     Raises:
         ValueError: when no condition has values.
     """
-    facts = {"task": task.name, "metric": task.metric.name, "label": task.metric.label, "fold": fold}
+    facts: dict[str, Any] = {"task": task.name, "metric": task.metric.name, "label": task.metric.label, "fold": fold}
     facts["loss_name"] = f"{loss.name.removesuffix('s').replace('_', ' ')} loss" if loss else "loss"
     images = pd.DataFrame({"image": range(len(prompts)), "query": prompts.queries.numpy()})
     frames = []
     for (name, draw), parts in values.items():
         if parts:
             scores, losses = torch.cat(list(parts)).T.numpy()
-            columns = facts | {"condition": name, "draw": draw, "score": scores, "loss": losses}
+            columns: dict[str, Any] = facts | {"condition": name, "draw": draw, "score": scores, "loss": losses}
             frames.append(images.iloc[: len(scores)].assign(**columns))
     if not frames:
         raise ValueError("nothing bounds this model: there is no ceiling to compare; give other conditions.")

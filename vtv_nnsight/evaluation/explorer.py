@@ -7,10 +7,10 @@ all pictures were computed before.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from vtv_nnsight.vectors import TaskVectors
 
 SCALES = tuple(round(0.05 * step, 2) for step in range(21))
 """How far the vector goes: as the model's own activation, to the vector's."""
-UNITS = 60
+MAX_UNITS = 60
 """Units that are left out one by one, at most: those of the highest scores."""
-LOOKS = 5
+MAX_LOOKS = 5
 """Heads whose attention is kept, at most: those of the highest scores."""
 SIDE = 112
 """Pictures are made no larger than this, in pixels; the whole canvas, twice that."""
@@ -65,24 +65,22 @@ class QueryExplorer:
     looks: list[str] = field(default_factory=list)
     attention: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        told = ("task", "scores", "scales", "units", "vectors", "queries", "looks")
-        tensors = self.pictures | {"attention": self.attention}
-        write_tensors(path, KIND, tensors, {name: getattr(self, name) for name in told})
+        facts = {name: value for name, value in vars(self).items() if name not in ("pictures", "attention")}
+        write_tensors(path, KIND, self.pictures | {"attention": self.attention}, facts)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> QueryExplorer:
+    def load(cls, path: str | Path) -> QueryExplorer:
         """Read what `save` wrote.
 
         Raises:
             FileNotFoundError, ValueError: when there is no such file, or it is damaged or something else.
         """
-        tensors, told = read_tensors(path, KIND)
-        attention = tensors.pop("attention", torch.zeros(0, 0))
+        pictures, facts = read_tensors(path, KIND)
         try:
-            return cls(pictures=tensors, attention=attention, **told)
-        except TypeError as error:
+            return cls(attention=pictures.pop("attention"), pictures=pictures, **facts)
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no whole demonstration: {error}; make it again.") from error
 
 
@@ -99,7 +97,7 @@ def demonstrate(
     prompts: VisualPrompt,
     scores: np.ndarray,
     vectors: TaskVectors,
-    found: Mapping[str, SearchResult],
+    results: Mapping[str, SearchResult],
     *,
     batch_size: int | None = None,
 ) -> QueryExplorer:
@@ -109,41 +107,34 @@ def demonstrate(
         prompts: Of the task, with the truth in their output cells.
         scores: Of each, patched with the task's vector, [prompt].
         vectors: Of all tasks.
-        found: Task → the units that were found for it.
+        results: Task → its search.
     """
     row = median(scores, prompts.queries)
-    shown, truth = prompts[row], prompts[row].region("output")
-    space, choices = found[task.name].patches.space, found[task.name].patches.choices
-    scale = torch.tensor(SCALES)[:, None] * choices
-    kept = found[task.name].scores.masked_fill(~choices, -torch.inf).argsort(descending=True)
-    kept = kept[: min(UNITS, int(choices.sum()))].sort().values
-    without = choices.float().repeat(len(kept), 1)
-    without[torch.arange(len(kept)), kept] = 0
-    names = [name for name in vectors if name in found]
-    painted: dict[str, torch.Tensor] = {
-        "scale": generate_with_gates(model, shown, vectors[task.name], space, scale, batch_size=batch_size),
-        "without": generate_with_gates(model, shown, vectors[task.name], space, without, batch_size=batch_size)
-        if len(kept)
-        else truth[:0],
-        "vectors": torch.cat(
-            [
-                generate_with_gates(model, shown, vectors[name], space, found[name].patches.choices[None])
-                for name in names
-            ]
-        ),
+    prompt, truth, result = prompts[row], prompts[row].region("output"), results[task.name]
+    space, choices = result.patches.space, result.patches.choices
+    units = result.scores.masked_fill(~choices, -torch.inf).argsort(descending=True)
+    units = units[: min(MAX_UNITS, len(result.patches))].sort().values
+    without = choices.float().repeat(len(units), 1)
+    without[torch.arange(len(units)), units] = 0
+    names = [name for name in vectors if name in results]
+    answer = partial(generate_with_gates, model, prompt, space=space, batch_size=batch_size)
+    cells = {
+        "scale": answer(vectors[task.name], gates=torch.tensor(SCALES)[:, None] * choices),
+        "without": answer(vectors[task.name], gates=without) if len(units) else truth[:0],
+        "vectors": torch.cat([answer(vectors[name], gates=results[name].patches.choices[None]) for name in names]),
     }
-    measured: dict[str, Any] = {
-        name: task.score(cells, truth.cpu().expand(len(cells), -1, -1, -1)).tolist() if len(cells) else []
-        for name, cells in painted.items()
+    measured: dict[str, list[float]] = {
+        name: task.score(answers, truth.cpu().expand(len(answers), -1, -1, -1)).tolist() if len(answers) else []
+        for name, answers in cells.items()
     }
-    painted |= {"query": shown.region("query"), "truth": truth}
-    looks = _looks(model, shown.one_shot(), found[task.name])
+    cells |= {"query": prompt.region("query"), "truth": truth}
+    looks = _looks(model, prompt.one_shot(), result)
     return QueryExplorer(
         task.name,
-        {name: _small(cells) for name, cells in painted.items()} | {"canvas": _small(without_answers(shown), 2 * SIDE)},
+        {name: _small(part) for name, part in cells.items()} | {"canvas": _small(without_answers(prompt), 2 * SIDE)},
         measured,
         list(SCALES),
-        [space.names[i] for i in kept.tolist()],
+        [space.names[i] for i in units.tolist()],
         names,
         len(prompts.queries.unique()),
         list(looks),
@@ -151,27 +142,21 @@ def demonstrate(
     )
 
 
-def _looks(model: InContextModel, prompt: VisualPrompt, found: SearchResult) -> dict[str, torch.Tensor]:
+def _looks(model: InContextModel, prompt: VisualPrompt, result: SearchResult) -> dict[str, torch.Tensor]:
     """What looks → [position]: all heads of each stage that holds the answer, then the heads that are patched at the
     answer, those of the highest scores first."""
-    maps, space = attention_maps(model, prompt), found.patches.space
+    maps, space = attention_maps(model, prompt), result.patches.space
     looks = {f"{stage}, all heads": layers.mean((0, 1)) for stage, layers in maps.items()}
-    stages = [str(stage.key) for stage in space.stages]
-    at_answer = {
-        str(key): [
-            torch.isin(places, answer_positions(model, key.stage, space.layout)).any() for places in groups.values()
-        ]
-        for key, groups in space.groups.items()
-        if str(key) in maps
-    }
-    order = found.scores.argsort(descending=True, stable=True)
+    answers = {str(key): answer_positions(model, key.stage, space.layout) for key in space.groups if str(key) in maps}
+    order = result.scores.argsort(descending=True, stable=True)
     heads: dict[str, torch.Tensor] = {}
-    for i in order[found.patches.choices[order]].tolist():
+    for i in order[result.patches.choices[order]].tolist():
         stage, layer, head, group = (int(part[i]) for part in space.units)
-        name = stages[stage]
-        if name in maps and at_answer[name][group]:
-            heads.setdefault(f"{name}, layer {layer}, head {head}", maps[name][layer, head])
-    return looks | dict(list(heads.items())[:LOOKS])
+        key = space.stages[stage].key
+        places = list(space.groups[key].values())[group]
+        if str(key) in maps and torch.isin(places, answers[str(key)]).any():
+            heads.setdefault(f"{key}, layer {layer}, head {head}", maps[str(key)][layer, head])
+    return looks | dict(list(heads.items())[:MAX_LOOKS])
 
 
 def _small(cells: torch.Tensor, side: int = SIDE) -> torch.Tensor:

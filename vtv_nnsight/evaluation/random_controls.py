@@ -26,10 +26,10 @@ from vtv_nnsight.evaluation.conditions import (
     PATCHED,
     RANDOM,
     Condition,
-    found_sets,
+    sets_of,
 )
 from vtv_nnsight.evaluation.evaluation import evaluate
-from vtv_nnsight.evaluation.table import Line, Table
+from vtv_nnsight.evaluation.table import Table
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.prompts import VisualPrompt
@@ -39,6 +39,8 @@ DRAWS = 16
 """One draw says little: with 16, the mIoU of segmentation at random units of the embedded model went from 0.12 to
 0.74."""
 _STRIDE = 1_000_003
+NUMBERS = ("images", "mean", "low", "high", "difference", "difference_low", "difference_high")
+"""What `specificity` takes of a `Line`."""
 
 
 def random_units(patches: Any, draws: int = DRAWS, *, matched: bool = False, seed: int = 0) -> list[PatchSet]:
@@ -56,20 +58,18 @@ def random_units(patches: Any, draws: int = DRAWS, *, matched: bool = False, see
     """
     if draws < 1:
         raise ValueError(f"draws={draws} draws nothing; give 1 or more.")
-    found = found_sets(patches)
-    seeds = [CONTROL + seed + _STRIDE * i for i in range(draws)]
-    if not matched:
-        return [PatchSet.random(found.space, len(found), one) for one in seeds]
-    units = found.space.units
-    _, kind = torch.stack([units.stage, units.group]).unique(dim=1, return_inverse=True)
-    counts = torch.bincount(kind[found.choices], minlength=int(kind.max()) + 1)
-    sets = []
-    for one in seeds:
-        order = torch.randperm(len(found.space), generator=torch.Generator().manual_seed(one))
-        choices = torch.zeros(len(found.space), dtype=torch.bool)
+    patches = sets_of(patches)
+    space, sets = patches.space, []
+    kind = torch.zeros(len(space), dtype=torch.long)
+    if matched:
+        _, kind = torch.stack([space.units.stage, space.units.group]).unique(dim=1, return_inverse=True)
+    counts = torch.bincount(kind[patches.choices], minlength=int(kind.max()) + 1)
+    for draw in range(draws):
+        order = torch.randperm(len(space), generator=torch.Generator().manual_seed(CONTROL + seed + _STRIDE * draw))
+        choices = torch.zeros(len(space), dtype=torch.bool)
         for number, count in enumerate(counts.tolist()):
             choices[order[kind[order] == number][:count]] = True
-        sets.append(PatchSet(found.space, choices))
+        sets.append(PatchSet(space, choices))
     return sets
 
 
@@ -94,15 +94,14 @@ def controls(
         prompts: Ask only so many prompts, the first ones, with the vectors of other tasks, and a quarter of them with
             each draw. Tables say how many; None asks all.
     """
-    found = found_sets(patches)
-    few = prompts and -(-prompts // 4)
+    quarter = prompts and -(-prompts // 4)
     conditions: dict[str, Condition | list[Condition]] = {}
     for name, matched in ((RANDOM, False), (MATCHED, True)):
-        sets = random_units(found, draws, matched=matched, seed=seed)
-        conditions[name] = [Condition("zero", vector, one, prompts=few) for one in sets]
+        sets = random_units(patches, draws, matched=matched, seed=seed)
+        conditions[name] = [Condition("zero", vector, units, prompts=quarter) for units in sets]
     for name, other in (others or {}).items():
         if name != vector.task:
-            conditions[f"{OTHER}{name}"] = Condition("zero", other, found, prompts=prompts)
+            conditions[f"{OTHER}{name}"] = Condition("zero", other, patches, prompts=prompts)
     return conditions
 
 
@@ -133,11 +132,11 @@ def rank_among_draws(table: Table, task: str, among: str = RANDOM, condition: st
     Raises:
         ValueError: when the table lacks one of them.
     """
-    drawn = table.draws(task, among)
-    (own,) = table.draws(task, condition, same_images_as=among)
+    draws = table.draws(task, among)
+    (mean,) = table.draws(task, condition, same_images_as=among)
     sign = 1 if _metric(table, task).higher_is_better else -1
-    drawn = pd.Series(sign * drawn)
-    return RankAmongDraws(int((sign * own > drawn).sum()), len(drawn), sign * drawn.min(), sign * drawn.max())
+    drawn = pd.Series(sign * draws)
+    return RankAmongDraws(int((sign * mean > drawn).sum()), len(drawn), sign * drawn.min(), sign * drawn.max())
 
 
 def vector_pairs(table: Table) -> pd.DataFrame:
@@ -152,10 +151,10 @@ def vector_pairs(table: Table) -> pd.DataFrame:
         names = [c for c in rows.condition.unique() if c == PATCHED or c.startswith(OTHER)]
         if PATCHED not in names or len(names) < 2:
             continue
+        vectors = {c: str(name) if c == PATCHED else c.removeprefix(OTHER) for c in names}
         rows = rows[rows.condition.isin(names)]
-        asked = rows.groupby(["fold", "image"]).condition.transform("nunique") == len(names)
-        vectors = {c: name if c == PATCHED else c.removeprefix(OTHER) for c in names}
-        parts.append(_pairs(Table(rows[asked]), vectors, PATCHED))
+        shared = rows.groupby(["fold", "image"]).condition.transform("nunique") == len(names)
+        parts.append(_pairs(Table(rows[shared]), vectors, PATCHED))
     if not parts:
         raise ValueError("the table has no vector of another task to compare with; evaluate with `controls`.")
     return pd.concat(parts, ignore_index=True)
@@ -164,7 +163,7 @@ def vector_pairs(table: Table) -> pd.DataFrame:
 def verdicts(table: Table) -> list[str]:
     """What a table says of each task's found units, in a few sentences each: where they stand between floor and ceiling
     and among random units, and whether it takes the task's own vector."""
-    return [" ".join(said) for task in table.tasks if (said := task_verdict(table, task))]
+    return [" ".join(sentences) for task in table.tasks if (sentences := task_verdict(table, task))]
 
 
 def task_verdict(table: Table, task: str) -> list[str]:
@@ -173,27 +172,24 @@ def task_verdict(table: Table, task: str) -> list[str]:
     lines = {line.condition: line for line in table.lines() if line.task == task and line.measure == metric.name}
     if PATCHED not in lines:
         return []
-    found = lines[PATCHED].mean
-    said = [f"{task}: {metric.label} {found:.3f} with the task vector"]
-    bounds = [
-        f"{name}, {'the floor' if name == FLOOR else 'the ceiling'}, has {lines[name].mean:.3f}"
-        for name in (FLOOR, CEILING)
-        if name in lines
-    ]
-    said[0] += f"; {' and '.join(bounds)}." if bounds else "."
-    if FLOOR in lines and metric.better(lines[FLOOR].mean, found):
-        said.append("Copying the query scores better than the task vector does.")
+    mean = lines[PATCHED].mean
+    known = {"the floor": FLOOR, "the ceiling": CEILING}
+    bounds = [f"{name}, {what}, has {lines[name].mean:.3f}" for what, name in known.items() if name in lines]
+    end = f"; {' and '.join(bounds)}." if bounds else "."
+    sentences = [f"{task}: {metric.label} {mean:.3f} with the task vector{end}"]
+    if FLOOR in lines and metric.better(lines[FLOOR].mean, mean):
+        sentences.append("Copying the query scores better than the task vector does.")
     for name in (RANDOM, MATCHED):
         if name in lines and lines[name].draws > 1:
-            place = rank_among_draws(table, task, name)
-            said.append(
-                f"The found units beat {place.beaten} of {place.draws} draws of {name} (from {place.worst:.3f} to "
-                f"{place.best:.3f}; {lines[name].images} queries)."
+            rank = rank_among_draws(table, task, name)
+            sentences.append(
+                f"The found units beat {rank.beaten} of {rank.draws} draws of {name} (from {rank.worst:.3f} to "
+                f"{rank.best:.3f}; {lines[name].images} queries)."
             )
-    rows = table.frame[table.frame.task == task]
     if any(name.startswith(OTHER) for name in lines):
-        said.append(specific_sentence(best_others(vector_pairs(Table(rows))).iloc[0]))
-    return said
+        pairs = vector_pairs(Table(table.frame[table.frame.task == task]))
+        sentences.append(specific_sentence(best_others(pairs).iloc[0]))
+    return sentences
 
 
 def specific_sentence(best: Any) -> str:
@@ -233,12 +229,13 @@ def specificity(
         ValueError: when a task lacks its vector or its prompts.
     """
     parts = []
-    for name, found in patches.items():
+    for name, units in patches.items():
         if name not in vectors or name not in prompts:
             raise ValueError(f"{name!r} has units and no {'vector' if name not in vectors else 'prompts'}; give both.")
-        task = registry.get(name)
-        conditions = {other: Condition("zero", vector, found) for other, vector in vectors.items()}
-        table = evaluate(model, task, prompts[name], conditions, batch_size=batch_size, keep=0, progress=progress)
+        conditions = {other: Condition("zero", vector, units) for other, vector in vectors.items()}
+        table = evaluate(
+            model, registry.get(name), prompts[name], conditions, batch_size=batch_size, keep=0, progress=progress
+        )
         parts.append(_pairs(table, {other: other for other in vectors}, name))
     return pd.concat(parts, ignore_index=True)
 
@@ -253,17 +250,20 @@ def best_others(pairs: pd.DataFrame) -> pd.DataFrame:
     return others.loc[goodness.groupby(others.task, sort=False).idxmax()].reset_index(drop=True)
 
 
-def _pairs(table: Table, vectors: Mapping[str, str], own: str) -> pd.DataFrame:
+def _pairs(table: Table, vectors: Mapping[str, str], baseline: str) -> pd.DataFrame:
     """The rows of `specificity` of a table of one task.
 
     Args:
-        vectors: Condition → the task whose vector it patches in.
-        own: The condition of the task's own vector.
+        vectors: Condition → the task that its vector is of.
+        baseline: The condition of the task's own vector.
     """
-    metric = _metric(table, table.tasks[0])
-    about = {"metric": metric.name, "label": metric.label, "higher_is_better": metric.higher_is_better}
-    lines = {line.condition: line for line in table.lines(baseline=own) if line.measure == metric.name}
-    rows = [{"task": table.tasks[0], "vector": name} | about | _numbers(lines[c]) for c, name in vectors.items()]
+    (task,), metric = table.tasks, _metric(table, table.tasks[0])
+    facts = {"metric": metric.name, "label": metric.label, "higher_is_better": metric.higher_is_better}
+    lines = {line.condition: line for line in table.lines(baseline=baseline) if line.measure == metric.name}
+    rows = [
+        {"task": task, "vector": name} | facts | {number: getattr(lines[condition], number) for number in NUMBERS}
+        for condition, name in vectors.items()
+    ]
     return pd.DataFrame(rows)
 
 
@@ -271,8 +271,3 @@ def _metric(table: Table, task: str) -> metrics.Metric:
     """What a table scores a task by, which need not be the task's own metric (`tasks.scored_by`)."""
     name = table.frame.metric[table.frame.task == task].iloc[0]
     return metrics.METRICS.get(name) or registry.get(task).metric
-
-
-def _numbers(line: Line) -> dict[str, float]:
-    names = ("images", "mean", "low", "high", "difference", "difference_low", "difference_high")
-    return {name: getattr(line, name) for name in names}

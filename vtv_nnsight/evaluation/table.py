@@ -1,4 +1,4 @@
-"""What an evaluation found, and how sure that is: means, intervals, differences, in every form."""
+"""The values of an evaluation, and how sure that is: means, intervals, differences, in every form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
 @dataclass(eq=False)
 class Table:
-    """What `evaluate` found. `print` it; in a notebook it is a table.
+    """What `evaluate` returns. `print` it; in a notebook it is a table.
 
     Args:
         frame: One row for each image and condition: task, metric (its name), label (of the metric, for people),
@@ -77,7 +77,7 @@ class Table:
     def cat(cls, tables: Iterable[Table]) -> Table:
         """Tables of several tasks or folds as one."""
         tables = list(tables)
-        pictures = {task: shown for table in reversed(tables) for task, shown in table.pictures.items()}
+        pictures = {task: answers for table in reversed(tables) for task, answers in table.pictures.items()}
         return cls(pd.concat([table.frame for table in tables], ignore_index=True), pictures)
 
     @classmethod
@@ -96,6 +96,7 @@ class Table:
 
     @property
     def tasks(self) -> list[str]:
+        """Their names, in order."""
         return list(self.frame.task.unique())
 
     def values(self, task: str, condition: str, measure: str = "score") -> np.ndarray:
@@ -130,12 +131,12 @@ class Table:
             ValueError: when there is no such task or condition.
         """
         frame = self.frame[self.frame.task == task]
-        own, other = (frame[frame.condition == name] for name in (condition, same_images_as or condition))
-        if not len(own) or not len(other):
-            raise ValueError(f"the table has no {(same_images_as if len(own) else condition)!r} of {task!r}.")
+        rows, other = (frame[frame.condition == name] for name in (condition, same_images_as or condition))
+        if not len(rows) or not len(other):
+            raise ValueError(f"the table has no {(same_images_as if len(rows) else condition)!r} of {task!r}.")
         images = pd.MultiIndex.from_frame(other[["fold", "image"]])
-        own = own[pd.MultiIndex.from_frame(own[["fold", "image"]]).isin(images)]
-        return own.groupby(["draw", "fold"]).score.mean().groupby("draw").mean().to_numpy()
+        rows = rows[pd.MultiIndex.from_frame(rows[["fold", "image"]]).isin(images)]
+        return rows.groupby(["draw", "fold"]).score.mean().groupby("draw").mean().to_numpy()
 
     def lines(self, baseline: str = BASELINE) -> list[Line]:
         """Means and intervals of all conditions: the task's metric, then the model's loss. With several folds, a mean
@@ -194,41 +195,38 @@ class Table:
         return "".join(self.summary(task).to_html(index=False, border=0) for task in self.tasks)
 
     def _text(self, form: str) -> str:
-        tables = (self.summary(task) for task in self.tasks)
-        align = {"disable_numparse": True, "colalign": ("left", *["right"] * 4)}
-        return "\n\n".join(table.to_markdown(index=False, tablefmt=form, **align) for table in tables)
+        options: dict[str, Any] = {"disable_numparse": True, "colalign": ("left", *["right"] * 4), "tablefmt": form}
+        return "\n\n".join(self.summary(task).to_markdown(index=False, **options) for task in self.tasks)
 
 
 def _lines(frame: pd.DataFrame, baseline: str) -> list[Line]:
     """The lines of one task's rows."""
     key = ["fold", "image", "repeat"]
-    frame = frame.assign(repeat=frame.groupby(["condition", "draw", "fold", "image"]).cumcount(), asked=True)
-    wide = frame.pivot(index=key, columns=["condition", "draw"], values=["score", "loss", "asked"])
+    frame = frame.assign(repeat=frame.groupby(["condition", "draw", "fold", "image"]).cumcount(), there=True)
+    wide: Any = frame.pivot(index=key, columns=["condition", "draw"], values=["score", "loss", "there"])
     queries = frame.groupby(key)["query"].first().loc[wide.index].to_numpy()
     folds = wide.index.get_level_values("fold").to_numpy()
-    asked = wide["asked"].notna()
+    there = wide["there"].notna()
     names = list(frame.condition.unique())
-    together = [names] if asked.all(axis=None) else [[name] for name in names]  # those of the same images
-    series = {}
-    for column in ("score", "loss"):
+    measures = {"score": frame.metric.iloc[0], "loss": frame.loss_name.iloc[0]}
+    series: dict[tuple[str, str, str], np.ndarray] = {}
+    for column in measures:
         values = wide[column].astype(float)
         base = values[baseline].mean(axis=1) if baseline in names else np.nan
         series |= {(column, name, "mean"): values[name].to_numpy() for name in names}
         series |= {(column, name, "change"): values[name].sub(base, axis=0).to_numpy() for name in names}
-    found = {}
-    for group in together:
-        rows = asked[group[0]].iloc[:, 0].to_numpy()
-        own = {key: one[rows] for key, one in series.items() if key[1] in group}
-        found |= dict(zip(own, intervals(list(own.values()), folds[rows], queries[rows])))
-    images = {name: int(asked[name].iloc[:, 0].sum()) for name in names}
-    draws = {name: asked[name].shape[1] for name in names}
-    measures = {"score": frame.metric.iloc[0], "loss": frame.loss_name.iloc[0]}
+    numbers: dict[tuple[str, str, str], tuple[float, float, float]] = {}
+    for group in [names] if there.all(axis=None) else [[name] for name in names]:  # those of the same images
+        rows = there[group[0]].iloc[:, 0].to_numpy()
+        part = {place: values[rows] for place, values in series.items() if place[1] in group}
+        numbers |= dict(zip(part, intervals(list(part.values()), folds[rows], queries[rows])))
     lines = []
     for column, measure in measures.items():
         for name in names:
-            change = found[column, name, "change"] if name != baseline else (np.nan,) * 3
-            mean = found[column, name, "mean"]
-            lines.append(Line(frame.task.iloc[0], name, measure, images[name], *mean, *change, draws[name]))
+            mean = numbers[column, name, "mean"]
+            change = numbers[column, name, "change"] if name != baseline else (np.nan, np.nan, np.nan)
+            images, draws = int(there[name].iloc[:, 0].sum()), there[name].shape[1]
+            lines.append(Line(frame.task.iloc[0], name, measure, images, *mean, *change, draws))
     return lines
 
 
@@ -287,13 +285,11 @@ def intervals(
         means.append(part.mean(0))
         resampled.append((weights @ sums) / (weights @ counts)[:, None])
     mean, again = np.mean(means, axis=0), np.mean(resampled, axis=0)
-    found, start = [], 0
-    for column in columns:
-        own = slice(start, start := start + column.shape[1])
-        draws = again[:, own]
+    numbers, ends = [], np.cumsum([column.shape[1] for column in columns])[:-1]
+    for part, draws in zip(np.split(mean, ends), np.split(again, ends, axis=1)):
         if draws.shape[1] > 1:
-            chosen = np.random.default_rng(seed).integers(draws.shape[1], size=draws.shape)
-            draws = np.take_along_axis(draws, chosen, axis=1)
+            drawn = np.random.default_rng(seed).integers(draws.shape[1], size=draws.shape)
+            draws = np.take_along_axis(draws, drawn, axis=1)
         low, high = np.quantile(draws.mean(1), [0.025, 0.975])
-        found.append((float(mean[own].mean()), float(low), float(high)))
-    return found
+        numbers.append((float(part.mean()), float(low), float(high)))
+    return numbers
