@@ -19,7 +19,7 @@ from vtv_nnsight.images import as_rgb, read_picture, to_pil
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSet, PatchSpace
-from vtv_nnsight.patching.forward import generate_with_gates
+from vtv_nnsight.patching.forward import forward, generate_with_gates, output_cell
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report.play import unit_maps
 from vtv_nnsight.runs import bundles
@@ -69,7 +69,7 @@ class Player:
             FileNotFoundError, ValueError: when there is no such bundle, or it is not of this model.
         """
         bundle = bundles.load(vectors)
-        loaded = bundle.load_model(model, dispatch=True)
+        loaded: Any = bundle.load_model(model, dispatch=True)
         if device:
             loaded.to(device)
         return cls(loaded, bundle, [*data.scenes("test", n=8, seed=1), *data.pictures("test", n=8, seed=1)])
@@ -122,7 +122,7 @@ class Player:
             raise ValueError(f"mode={mode!r} is unknown; choose from {', '.join(MODES)}.")
         with self._lock, torch.no_grad():  # a model is traced by one visitor at a time
             if mode == ONE_SHOT:
-                return self.model.generate(prompt.to(device_of(self.model))).answer[0].float().cpu()
+                return output_cell(self.model, *forward(self.model, prompt.to(device_of(self.model))))[0].float().cpu()
             vector = vector if vector is not None else self.vector(next(iter(self.bundle)))
             on = units.choices if mode == VECTOR and units is not None else torch.zeros(len(self.space))
             return generate_with_gates(self.model, prompt, vector, self.space, scale * on[None])[0]

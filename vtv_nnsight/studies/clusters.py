@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from nnsight import save
 
 from vtv_nnsight.layouts import Layout, named_positions
 from vtv_nnsight.metrics import silhouette
@@ -47,23 +48,26 @@ def activations(
         raise ValueError("there are no prompts of some task; give at least one of each.")
     device = device_of(model)
     layers = {stage.name: stage.layers for stage in model.stages}
-    found: dict[str, dict[str, list]] = {stage: {task: [] for task in prompts} for stage in layers}
+    batches: dict[str, dict[str, list]] = {stage: {task: [] for task in prompts} for stage in layers}
     with progress_bar(total=sum(map(len, prompts.values())), unit="prompt", disable=not progress) as bar:
         for task, rows in prompts.items():
             tokens = {stage: _tokens(rows.layout, model.positions(stage, rows), region) for stage in layers}
-            index = {stage: own.to(device) for stage, own in tokens.items() if len(own)}
+            index = {stage: at.to(device) for stage, at in tokens.items() if len(at)}
             if not index:
                 raise ValueError(f"no stage sees {region!r} of these prompts; choose another region.")
             for batch in rows.split(batch_size or default_batch_size(model)):
                 with torch.no_grad(), model.trace(batch.to(device)):
                     means = {
-                        stage: [model.attention(stage, i).heads[:, own].mean(1).float() for i in range(layers[stage])]
-                        for stage, own in index.items()
-                    }.save()
+                        stage: [model.attention(stage, i).heads[:, at].mean(1).float() for i in range(layers[stage])]
+                        for stage, at in index.items()
+                    }
+                    save(means)
                 for stage, values in means.items():
-                    found[stage][task].append(torch.stack(values, 1).cpu())
+                    batches[stage][task].append(torch.stack(values, 1).cpu())
                 bar.update(len(batch))
-    return ByStage({s: {t: torch.cat(parts) for t, parts in found[s].items()} if s in index else None for s in layers})
+    return ByStage(
+        {s: {t: torch.cat(parts) for t, parts in batches[s].items()} if s in index else None for s in layers}
+    )
 
 
 def _tokens(layout: Layout, seen: torch.Tensor, region: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnsight import save
 from torch.nn import functional as F
 
 from vtv_nnsight.images import digest
@@ -112,7 +113,7 @@ def encoder_features(model: InContextModel) -> Features:
     def features(pictures: torch.Tensor) -> torch.Tensor:
         prompts = [VisualPrompt.from_cells({"query": picture}, layout) for picture in pictures.cpu()]
         with model.trace(VisualPrompt.cat(prompts).query_only().to(device_of(model))):
-            tokens = sites.read(model, stage, stage.layers - 1).save()
+            tokens = save(sites.read(model, stage, stage.layers - 1))
         return tokens.mean(1).flatten(1)
 
     return features
