@@ -119,7 +119,7 @@ def resize(image: Image.Image, size: int, method: str = "bicubic") -> Image.Imag
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture in its own pixels, on black where the picture is smaller; as torchvision's CenterCrop."""
+    """The middle of a picture, not resized, on black where the picture is smaller; as torchvision's CenterCrop."""
     left, top = (int(round((side - size) / 2)) if side > size else -((size - side) // 2) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 

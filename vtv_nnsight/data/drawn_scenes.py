@@ -330,7 +330,7 @@ def _uniform(keys: Array, stream: int, k: int) -> Array:
 
 
 def _mix(x: Array) -> Array:
-    """SplitMix64's finaliser: a bijection of 64-bit integers whose outputs look independent."""
+    """SplitMix64's finaliser: a bijection of 64-bit integers; its outputs look independent."""
     x = x.astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,7 +1,7 @@
 """Real photographs, carried inside the wheels of scikit-image, scikit-learn and matplotlib: nothing is downloaded.
 
 `PHOTOGRAPHS` lists them with their licences. The documents, drawings and scientific measurements beside them are left
-out, and so are photographs whose terms nobody states.
+out, and so are photographs that come without terms.
 """
 
 from importlib.util import find_spec

@@ -96,7 +96,7 @@ def pascal(
         fold: 0 to 3, for classes 5 fold to 5 fold + 4; several, one after the other; None for all twenty.
         split: "trn", where VTV collects and searches, or "val", where both papers report.
         splits: "published", the lists in the package. "masks": every picture with every class in its mask, where "val"
-            is VOC's own (`ImageSets/Segmentation/val.txt`) and all other masks are "trn". "splits", or the path of
+            is VOC's (`ImageSets/Segmentation/val.txt`) and all other masks are "trn". "splits", or the path of
             another folder: `ROOT/splits/{split}/fold{fold}.txt` with lines such as `2008_000009__10`.
         cache_dir: Where that list is kept; the datasets library's cache by default.
 
@@ -160,7 +160,7 @@ def published_list(split: str, fold: int) -> list[Entry]:
 def detection(root: str | os.PathLike[str], split: str = "val", *, largest: float = 0.5) -> Dataset:
     """VOC's pictures of a single object (VP §4.2): columns image, mask ("L", the object's box filled) and label.
 
-    Pictures with several objects or none are left out, and those whose box covers more than `largest` of the picture.
+    Pictures with several objects or none are left out, and those with a box of more than `largest` of the picture.
 
     Args:
         root: The folder that holds `VOCdevkit/VOC2012`, with `JPEGImages`, `Annotations` and `ImageSets/Main`.
@@ -195,7 +195,7 @@ def detection(root: str | os.PathLike[str], split: str = "val", *, largest: floa
 def _dataset(
     images: Iterable[Path], masks: list[dict[str, Any]], labels: Sequence[int], draw: Callable[..., Image.Image]
 ) -> Dataset:
-    """Rows whose masks are drawn, `draw(**mask)`, when they are read."""
+    """Rows with masks that are drawn, `draw(**mask)`, when they are read."""
     columns = {"image": [str(path) for path in images], "label": list(labels)}
     features = Features(image=datasets.Image(), label=ClassLabel(names=list(CLASSES)))
     rows = Dataset.from_dict(columns, features).add_column("mask", masks)

@@ -109,7 +109,7 @@ def _pascal(argument: str, split: str | None, n: int, seed: int) -> Dataset:
 
 @_source("detection", "ROOT[:LARGEST]")
 def _detection(argument: str, split: str | None, n: int, seed: int) -> Dataset:
-    """single objects of Pascal VOC whose boxes cover at most LARGEST of the picture: 0.5 (the paper's, the default) or
+    """single objects of Pascal VOC with boxes of at most LARGEST of the picture: 0.5 (the paper's, the default) or
     0.2 (the released code's)"""
     root, _, share = argument.rpartition(":")
     try:
@@ -167,7 +167,7 @@ def load(spec: str, split: str | None = None, n: int | None = None, seed: int = 
 
     No picture of "train" is in "validation" or "test", whatever the seeds. Where a source has two parts, these two are
     the same part. A source that is not divided (a folder; one split of a Hub data set) keeps a quarter of its pictures
-    for them, always the same ones, told by their contents.
+    for them, always the same ones, by their contents.
 
     Args:
         spec: "scenes", "pascal:ROOT:0", … (see `SOURCES`), or the path of a folder of pictures. The names of sources

@@ -1,7 +1,7 @@
-"""What is asked of the model: how a picture becomes an input and a target, and how an answer is scored.
+"""What a model is to do: how a picture becomes an input and a target, and how an answer is scored.
 
-A task is a value. The papers' own are instances in this module, and `+` asks for two at once. A task's name says all
-that it is, so that `get` makes an equal one of it:
+A task is a value. Those of the papers are instances in this package, and `+` asks for two at once. A task's name says
+all that it is, so that `get` makes an equal one of it:
 
     >>> tasks.get("inpainting+lowlight") == tasks.inpainting + tasks.lowlight
     True

@@ -216,7 +216,7 @@ def scored_by(task: Task, metric: metrics.Metric | str) -> Task:
     """The task with another metric.
 
     Raises:
-        ValueError: when there is no such metric, or the task's score is its own, as a mask's is.
+        ValueError: when there is no such metric, or the task does not score by its metric alone, as of masks.
     """
     metric = metrics.get(metric)
     if metric == task.metric:
@@ -234,7 +234,7 @@ def answer_cell(row: Row, cell: torch.Tensor, fit: str = "bicubic") -> torch.Ten
 
 
 def _open_row(row: Row | Picture) -> Row:
-    """A row whose pictures are PIL images, not paths."""
+    """A row with PIL images, not paths."""
     if not isinstance(row, Mapping):
         return {"image": open_picture(row)}
     if "image" not in row:

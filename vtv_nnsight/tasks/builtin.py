@@ -172,7 +172,7 @@ class Colorization(Task):
 
     Args:
         metric: A `Metric` or its name: "mse", "lpips" (an optional package; see `metrics.lpips`), ….
-        fit: "bicubic" resizes pictures, as VTV does; "crop" takes their middle in its own pixels, as VP does.
+        fit: "bicubic" resizes pictures, as VTV does; "crop" takes their middle, not resized, as VP does.
     """
 
     metric: metrics.Metric | str = metrics.MSE  # type: ignore[assignment]
@@ -213,7 +213,7 @@ edges = Edges()
 pairs = Pairs()
 
 VTV = (segmentation, lowlight, identity, inpainting, colorization)
-"""The five tasks whose vectors VTV finds."""
+"""The five tasks of VTV."""
 
 
 def _outline(mask: Image.Image) -> Image.Image:

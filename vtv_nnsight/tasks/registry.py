@@ -21,7 +21,7 @@ def register(task: _Registered) -> _Registered:
     """Let `get`, and with it the command line, find a task by its name, and its kind with any settings.
 
     Args:
-        task: A task, or a class of tasks whose settings have defaults (so that it decorates a class).
+        task: A task, or a class of tasks with a default for every setting (so that it decorates a class).
 
     Returns:
         What was given.

@@ -65,7 +65,7 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
     The rows of a prompt are distinct and of one class where the data has labels.
 
     Raises:
-        TypeError: when the data cannot be asked for a row by its number, such as a streaming data set.
+        TypeError: when the data have no rows by number, such as a streaming data set.
         ValueError: when no class has enough images.
     """
     if n < 1:

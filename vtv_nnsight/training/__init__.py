@@ -54,7 +54,7 @@ def pretrain(
             without it, the photographs that scikit-image and scikit-learn carry.
         data: For "mae", what is learned from, with random masks, in the place of prompts: "figures" that are composed
             of `images` (`figures.composed`), or a folder of figures or pictures ("./figures" where it has that name).
-        start: A model, by its name or folder, whose transformer the transformer begins with: of the same size or
+        start: A model, by its name or folder, to begin the transformer with: of the same size or
             smaller (`growth.widen`), whatever its codes.
         steps: Optimiser steps in place of the recipe's; a resumed run may change them.
         decay: Last steps, over which the rates fall to zero, in place of the recipe's. To end a long run early, resume

@@ -1,7 +1,7 @@
 """Training pictures that are put together: crops at many scales, and cut-out objects pasted over them.
 
 A composed picture shows one to three objects, one of which its mask shows: scaled, turned, relit, with a soft shadow,
-at their own alpha's edges, over a crop of a photograph or a texture, or a plain ground. All of it is done by Pillow on
+at the edges of their alpha, over a crop of a photograph or a texture, or a plain ground. All of it is done by Pillow on
 pictures of `SIZE` pixels, which tasks then bring to the size of a cell.
 """
 
@@ -22,7 +22,7 @@ GROUNDS = {PHOTO: 0.62, TEXTURE: 0.28, "plain": 0.10}
 OBJECTS = (0.7, 0.2, 0.1)
 """How often a picture has one, two and three objects."""
 SAME = 0.4
-"""Share of the prompts whose example and query show the very same object, not another of its class."""
+"""Share of the prompts that show the very same object in example and query, not another of its class."""
 SHADOW = 0.4
 LEAST_SHOWN = 0.05
 """A mask covers at least this share of the picture."""
@@ -55,7 +55,7 @@ def recolour(image: Image.Image, generator: np.random.Generator, reach: float = 
 
 
 def compose(corpus: Corpus, n: int, generator: np.random.Generator) -> list[Row]:
-    """`n` pictures, the examples and the query of a prompt, whose masks all show an object of one class."""
+    """`n` pictures, the examples and the query of a prompt; their masks all show an object of one class."""
     first = corpus.draw(CUTOUT, generator)
     alike = generator.random() < SAME
     wanted = [first, *(first if alike else corpus.another(first, generator) for _ in range(n - 1))]

@@ -27,7 +27,7 @@ LONGEST = {PHOTO: 480, TEXTURE: 240, CUTOUT: 160}
 SHORTEST = {PHOTO: 200, TEXTURE: 160, CUTOUT: 160}
 """Pictures are kept at no more than this on their longer and their shorter side: several cells of a canvas."""
 EMPHASIS = {"tuxpaint-stamps-default": 3.0, "scratch": 3.0, "gcompris-qt-data": 3.0}
-"""Packages whose cut-outs are photographs, among many that are drawn."""
+"""Packages with cut-outs of photographs, among many that are drawn."""
 MANIFEST = "manifest.csv"
 
 

@@ -5,7 +5,7 @@ meets every target, a dark query must sometimes stay dark, and the commonest ans
 none of the papers' tasks: what a query wants can be read off its example only. The more there are of both, the more the
 example is read.
 
-`HELD_OUT` are tasks that training never shows: two of the papers' sums, whose parts are known, and two new targets.
+`HELD_OUT` are tasks that training never shows: two of the papers' sums of known parts, and two new targets.
 """
 
 from __future__ import annotations

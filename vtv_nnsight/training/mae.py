@@ -88,7 +88,7 @@ def train_mae(
     mask: Callable[[Layout, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]] = draw_mask,
 ) -> Path:
     """Train the transformer over a trained tokenizer; `out` receives `checkpoint.pt`, `log.jsonl` and the averaged
-    model as a folder for `from_pretrained`, whose path is returned.
+    model as a folder for `from_pretrained`; its path is returned.
 
     Args:
         start: A model to begin with (`widen`).

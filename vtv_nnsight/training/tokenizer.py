@@ -10,7 +10,7 @@ From there on the codebook follows the encoder's outputs by moving averages (van
 Representation Learning*, NeurIPS 2017, appendix A.1); entries that nobody uses are re-seeded from the current batch.
 The decoder learns from the pixels' absolute and squared errors, the absolute error of their differences between
 neighbours (which keeps edges sharp), and a distance of features (`PerceptualDistance`). Most pictures are canvases,
-whose gutters must survive; some are crops without one.
+their gutters must survive; some are crops without one.
 
 The decoder is never done, and the transformer needs the codes only. So the decoder may go on learning by itself
 (`train_decoder`) while the transformer is trained.
@@ -48,7 +48,7 @@ COMMITMENT = 0.02
 ANCHOR = 0.1
 """Weight of the latent's distance to the principal components."""
 ALONE = 200
-"""Steps in which the encoder only learns to find the principal components, whose codes the decoder draws."""
+"""Steps in which the encoder only learns to find the principal components; the decoder draws their codes."""
 SAMPLE, ITERATIONS = 500, 12
 """Pictures that the components and the first codebook are found on, and rounds of k-means."""
 EDGES = 0.5
@@ -56,7 +56,7 @@ SQUARES = 2.0
 CROPS = 0.125
 """Share of a batch that are pictures without a canvas."""
 LOOKED_AT = 0.25
-"""Share of a batch, from its end, whose perceptual distance is measured."""
+"""Share of a batch, from its end, on which the perceptual distance is measured."""
 WEIGHTS = "vqgan.safetensors"
 
 
@@ -196,7 +196,7 @@ def train_tokenizer(
     device: str = "cpu",
 ) -> Path:
     """Train a tokenizer on the canvases of the training stream; `out` receives `checkpoint.pt`, `log.jsonl` and the
-    averaged weights, `vqgan.safetensors`, whose path is returned. `validation` are the pictures to validate on, beside
+    averaged weights, `vqgan.safetensors`; its path is returned. `validation` are the pictures to validate on, beside
     scenes.
 
     Raises:
@@ -237,7 +237,7 @@ def train_decoder(
     seed: int = 0,
     device: str = "cpu",
 ) -> Path:
-    """Train the decoder of a tokenizer on, whose codes stay what they are; otherwise as `train_tokenizer`."""
+    """Train the decoder of a tokenizer on; the codes stay what they are. Otherwise as `train_tokenizer`."""
     distance = Distance(recipe.perceptual)
     for part in (vqgan.encoder, vqgan.quant_conv, vqgan.codebook):
         part.requires_grad_(False)
