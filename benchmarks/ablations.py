@@ -86,7 +86,7 @@ def plan(numbers: Sequence[int]) -> dict[tuple[str, Any], Setting | str]:
 
 def find(
     model: MAEVQGAN,
-    asked: Mapping[tuple[str, Any], Setting | str],
+    plan: Mapping[tuple[str, Any], Setting | str],
     held_out: Mapping[str, VisualPrompt],
     args: Namespace,
     seed: int,
@@ -95,7 +95,7 @@ def find(
     fold: str = "",
 ) -> dict[str, dict[Setting | str, Found]]:
     """One seed's sets of every task. The held-out prompts are those of all tasks that share a set."""
-    most, base = max(args.prompts), asked["masks", EACH]
+    most, base = max(args.prompts), plan["masks", EACH]
     averaged, training = (
         {name: tasks.get(name).prompts(images, most, first + seed, model.layout) for name in held_out}
         for first in (0, 1000)
@@ -124,27 +124,27 @@ def find(
         bar.update()
         return {name: Found(v, result.patches, result.evaluations, result.held_out_loss) for name, v in vectors.items()}
 
-    settings = dict.fromkeys(key for key in asked.values() if isinstance(key, Setting))
-    found = {name: {setting: look([name], setting)[name] for setting in settings} for name in args.tasks}
+    settings = dict.fromkeys(key for key in plan.values() if isinstance(key, Setting))
+    sets = {name: {setting: look([name], setting)[name] for setting in settings} for name in args.tasks}
     together = look(list(held_out), base)
-    for name, own in found.items():
-        agree(name, own, judge(model, name, held_out[name], own))
-        best, space = own[base], own[base].patches.space
-        own[SHARED] = together[name]
-        own[RANDOM] = Found(best.vector, PatchSet.random(space, len(best.patches), seed))
-        own[EVERYTHING] = Found(best.vector, PatchSet(space, torch.ones(len(space))))
-    return found
+    for name, of_task in sets.items():
+        agree(name, of_task, judge(model, name, held_out[name], of_task))
+        best, space = of_task[base], of_task[base].patches.space
+        of_task[SHARED] = together[name]
+        of_task[RANDOM] = Found(best.vector, PatchSet.random(space, len(best.patches), seed))
+        of_task[EVERYTHING] = Found(best.vector, PatchSet(space, torch.ones(len(space))))
+    return sets
 
 
-def judge(model: MAEVQGAN, name: str, prompts: VisualPrompt, found: Mapping[Any, Found], fold: int = 0) -> Table:
+def judge(model: MAEVQGAN, name: str, prompts: VisualPrompt, sets: Mapping[Any, Found], fold: int = 0) -> Table:
     """`evaluate` the references and what was found, under the names of its keys."""
-    conditions = {name: name for name in REFERENCES} | {str(k): (one.vector, one.patches) for k, one in found.items()}
+    conditions = {name: name for name in REFERENCES} | {str(k): (one.vector, one.patches) for k, one in sets.items()}
     return evaluate(model, tasks.get(name), prompts, conditions, fold=fold, keep=0, progress=False)
 
 
-def agree(name: str, found: Mapping[Any, Found], judged: Table) -> None:
+def agree(name: str, sets: Mapping[Any, Found], judged: Table) -> None:
     """Stop where `evaluate` does not find the loss that a search ended with."""
-    for key, one in found.items():
+    for key, one in sets.items():
         loss = judged.values(name, str(key), "token_loss").mean()
         if not np.isclose(loss, one.held_out_loss, rtol=1e-4, atol=1e-4):
             raise SystemExit(
@@ -157,16 +157,16 @@ def pictures(spec: str, n: int) -> dict[str, tuple[Dataset, Dataset, Dataset]]:
     """Name of each fold ("" where there are none) → pictures to average and train on, to hold out, and to test on."""
     if spec == "scenes":
         return {"": (data.scenes("train", 500, 0), data.scenes("validation", 200, 0), data.scenes("test", 500, 0))}
-    specs, found = {"": spec}, {}
+    specs, parts = {"": spec}, {}
     if spec.startswith("pascal:"):
         root, fold, lists = data.pascal_argument(spec.removeprefix("pascal:"))
         specs = {f"fold{f}": f"pascal:{root}:{f}:{lists}" for f in (range(4) if fold is None else (fold,))}
-    for name, own in specs.items():
-        train, test = data.split_data(own, None, 4 * n)
+    for name, source in specs.items():
+        train, test = data.split_data(source, None, 4 * n)
         keys = np.array(data.identities(train))
         held = np.isin(keys, np.unique(keys)[::5])
-        found[name] = train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held)), test
-    return found
+        parts[name] = train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held)), test
+    return parts
 
 
 def summary(values: np.ndarray, base: np.ndarray, folds: np.ndarray | None = None) -> dict[str, Any]:
@@ -176,15 +176,15 @@ def summary(values: np.ndarray, base: np.ndarray, folds: np.ndarray | None = Non
     return numbers | {"of_seeds": values.mean(1).tolist()}
 
 
-def lines(name: str, asked: Mapping, found: Sequence[Mapping[Any, Found]], judged: Sequence[Table]) -> list[dict]:
+def lines(name: str, plan: Mapping, searched: Sequence[Mapping[Any, Found]], judged: Sequence[Table]) -> list[dict]:
     """One task's rows; `found` are the seeds' and folds', `judged` the seeds', of all folds."""
-    task, base, rows = tasks.get(name), asked["masks", EACH], []
-    for (varies, value), key in ({("reference", name): name for name in REFERENCES} | dict(asked)).items():
+    task, base, rows = tasks.get(name), plan["masks", EACH], []
+    for (varies, value), key in ({("reference", name): name for name in REFERENCES} | dict(plan)).items():
         row = {"task": name, "metric": task.metric.name, "varies": varies, "value": value, "is_base": key == base}
-        own = [sets[key] for sets in found if key in sets]
-        row["units_patched"] = [len(one.patches) for one in own]
-        row["units_to_choose_from"] = len(own[0].patches.space) if own else 0
-        row["evaluations"] = [one.evaluations for one in own]
+        of_key = [sets[key] for sets in searched if key in sets]
+        row["units_patched"] = [len(one.patches) for one in of_key]
+        row["units_to_choose_from"] = len(of_key[0].patches.space) if of_key else 0
+        row["evaluations"] = [one.evaluations for one in of_key]
         for measure in ("score", "token_loss"):
             values = [np.stack([t.values(name, str(k), measure) for t in judged]) for k in (key, base)]
             one = judged[0].frame[(judged[0].frame.condition == str(base)) & (judged[0].frame.task == name)]
@@ -221,22 +221,22 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
     drawn = Figure(figsize=(14, 0.7 + 2.7 * len(names)), layout="constrained")
     panels = drawn.subplots(len(names), len(columns), sharey="row", squeeze=False)
     for i, name in enumerate(names):
-        own = [row for row in rows if row["task"] == name]
+        of_task = [row for row in rows if row["task"] == name]
         for varies, panel in zip(columns, panels[i]):
-            for row, style in zip(own, (("black", (0, (5, 3))), ("grey", (0, (1, 2))))):
+            for row, style in zip(of_task, (("black", (0, (5, 3))), ("grey", (0, (1, 2))))):
                 panel.axhline(row["score"]["mean"], color=style[0], linestyle=style[1], label=row["value"])
-            points(panel, [row for row in own if row["varies"] == varies], f"C{i}")
+            points(panel, [row for row in of_task if row["varies"] == varies], f"C{i}")
             panel.set_title(varies.replace("_", " ") if i == 0 else "", fontsize=10)
-        bounded = metrics.get(own[0]["metric"]).higher_is_better
+        bounded = metrics.get(of_task[0]["metric"]).higher_is_better
         first = panels[i, 0]
-        first.set_ylabel(f"{name}\n{label(own[0])}" + ("" if bounded else ", log scale"), color=f"C{i}")
+        first.set_ylabel(f"{name}\n{label(of_task[0])}" + ("" if bounded else ", log scale"), color=f"C{i}")
         if not bounded:
             first.set_yscale("log")
             label_decades(first.yaxis)
         first.tick_params(axis="y", labelsize=8)
     panels[0, 0].plot([], [], "o", color="C0", label="the base")
-    shown = dict(reversed(list(zip(*reversed(panels[0, 0].get_legend_handles_labels())))))
-    drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize=9)
+    handles = dict(reversed(list(zip(*reversed(panels[0, 0].get_legend_handles_labels())))))
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
     return drawn
 
 
@@ -278,27 +278,27 @@ def main() -> None:
     if min(args.seeds, args.n, *args.prompts) < 1:
         parser.error("--seeds, -n and --prompts count from 1.")
 
-    model, asked = MAEVQGAN(args.model).to(args.device), plan(args.prompts)
+    model, varied = MAEVQGAN(args.model).to(args.device), plan(args.prompts)
     names = dict.fromkeys(args.tasks + [task.name for task in tasks.VTV])
     folds = pictures(args.data, args.n)
-    seeds, settings = range(args.seed, args.seed + args.seeds), {s for s in asked.values() if isinstance(s, Setting)}
-    found: list[dict[str, dict]] = []
+    seeds, settings = range(args.seed, args.seed + args.seeds), {s for s in varied.values() if isinstance(s, Setting)}
+    searched: list[dict[str, dict]] = []
     judged: dict[str, list[list[Table]]] = {name: [[] for _ in seeds] for name in args.tasks}
     with progress_bar(total=len(folds) * args.seeds * (len(args.tasks) * len(settings) + 1), unit="search") as bar:
         for number, (fold, (images, fresh, unseen)) in enumerate(folds.items()):
             able = [name for name in names if tasks.get(name).needs in images.column_names]
             held_out = {name: tasks.get(name).prompts(fresh, args.held_out, 0, model.layout) for name in able}
             for seed, tables in zip(seeds, zip(*judged.values())):
-                sets = find(model, asked, held_out, args, seed, bar, images, fold)
-                found.append(sets)
-                for name, own in zip(args.tasks, tables):
+                sets = find(model, varied, held_out, args, seed, bar, images, fold)
+                searched.append(sets)
+                for name, of_task in zip(args.tasks, tables):
                     test = tasks.get(name).prompts(unseen, args.n, 0, model.layout)
-                    own.append(judge(model, name, test, sets[name], number))
+                    of_task.append(judge(model, name, test, sets[name], number))
     rows = []
     print(f"{args.model}, {args.n} test prompts; units and evaluations are means over {args.seeds} seeds")
     for name in args.tasks:
-        own = [sets[name] for sets in found]
-        rows += lines(name, asked, own, [Table.cat(tables) for tables in judged[name]])
+        of_task = [sets[name] for sets in searched]
+        rows += lines(name, varied, of_task, [Table.cat(tables) for tables in judged[name]])
         print("\n" + show([row for row in rows if row["task"] == name]), flush=True)
     save(args, {"rows": rows}, figure(rows))
 

@@ -23,15 +23,15 @@ from vtv_nnsight.studies.prompting.prompt_engineering import attention_to_region
 def looked_at(model: MAEVQGAN, prompts: VisualPrompt) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Region → share of the attention by decoder layer, over prompts; and what would be even."""
     parts = list(prompts.split(16))
-    found = [attention_to_regions(model, part) for part in parts]
+    by_part = [attention_to_regions(model, part) for part in parts]
     weights = torch.tensor([len(part) for part in parts], dtype=torch.float32) / len(prompts)
     shares = {
-        name: einsum(weights, torch.stack([own[name] for own in found]), "part, part layer -> layer")
-        for name in found[0]
+        name: einsum(weights, torch.stack([shares_of[name] for shares_of in by_part]), "part, part layer -> layer")
+        for name in by_part[0]
     }
     tokens = 1 + len(prompts.decoded)
     even = {name: 1 / tokens if name == "cls" else len(prompts.layout.regions[name]) / tokens for name in shares}
-    return {name: own.tolist() for name, own in shares.items()}, even
+    return {name: shares_of.tolist() for name, shares_of in shares.items()}, even
 
 
 def measured(args: argparse.Namespace, model: MAEVQGAN) -> list[dict]:
@@ -39,9 +39,9 @@ def measured(args: argparse.Namespace, model: MAEVQGAN) -> list[dict]:
     scenes, rows = data.scenes("test", n=4 * args.test, seed=args.seed), []
     for name in args.tasks:
         prompts = tasks.get(name).prompts(scenes, args.test, args.seed, model.layout).to(args.device)
-        for shown, own in {"one-shot": prompts, "zero-shot": prompts.query_only()}.items():
-            shares, even = looked_at(model, own)
-            rows.append({"task": name, "prompts": shown, "shares": shares, "even": even})
+        for form, batch in {"one-shot": prompts, "zero-shot": prompts.query_only()}.items():
+            shares, even = looked_at(model, batch)
+            rows.append({"task": name, "prompts": form, "shares": shares, "even": even})
     return rows
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     for row in rows:
         print(f"\n{args.model}, {row['task']}, {row['prompts']}, {args.test} prompts")
         layers = range(len(next(iter(row["shares"].values()))))
-        body = [[name, *own, row["even"][name]] for name, own in row["shares"].items()]
+        body = [[name, *shares, row["even"][name]] for name, shares in row["shares"].items()]
         print(table(["from the output to", *(f"layer {layer}" for layer in layers), "even"], body))
     save(args, {"rows": rows}, draw(rows))
 

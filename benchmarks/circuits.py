@@ -63,8 +63,8 @@ class Bench:
         collected = {t.name: self.draw(t, self.images, args.collected, 0) for t in {*tasks.VTV, self.task}}
         self.vectors = TaskVectors.collect(self.model, collected)
         fresh, count = data.scenes("validation", n=500, seed=0), args.held_out + args.test
-        own, others = (self.draw(task, fresh, count, 1) for task in (self.task, self.other))
-        self.held_out, self.test = own[: args.held_out], own[args.held_out :]
+        prompts, others = (self.draw(task, fresh, count, 1) for task in (self.task, self.other))
+        self.held_out, self.test = prompts[: args.held_out], prompts[args.held_out :]
         self.held_out_others, self.test_others = others[: args.held_out], others[args.held_out :]
         self.spaces = {
             "in": PatchSpace(self.model, granularity="quadrant"),
@@ -92,8 +92,8 @@ class Bench:
             vector = self.vectors.mean()
         else:
             others = self.draw(self.other, self.images, self.args.prompts, 100 + seed)
-            shown = [counterfactual(train, others), counterfactual(held_out, self.held_out_others)]
-            vector = Activations.collect(self.model, type(train).cat(shown), progress=False)
+            counterfactuals = [counterfactual(train, others), counterfactual(held_out, self.held_out_others)]
+            vector = Activations.collect(self.model, type(train).cat(counterfactuals), progress=False)
         return search.Objective(self.model, vector, self.task, train, self.spaces[direction], held_out=held_out)
 
     def replacement(self, direction: str, ablation: str | None):
@@ -108,14 +108,14 @@ class Bench:
 
     def scores(self, direction: str, ablation: str | None) -> dict[str, list[torch.Tensor]]:
         """Ranking → the scores of every seed."""
-        found, seeds = {name: [] for name in self.args.rankings}, range(self.args.seeds)
+        scores, seeds = {name: [] for name in self.args.rankings}, range(self.args.seeds)
         for seed in progress_bar(seeds, desc=f"rankings, {way(direction, ablation)}"):
             objective = self.objective(direction, ablation, self.args.seed + seed)
             for name in self.args.rankings:
                 file = journal(self.args.resume, name, way(direction, ablation), seed)
                 shared = dict(budget=self.args.budget, seed=self.args.seed + seed, vectors=self.vectors, resume=file)
-                found[name].append(rank_units(name, objective, direction, progress=False, **shared))
-        return found
+                scores[name].append(rank_units(name, objective, direction, progress=False, **shared))
+        return scores
 
 
 def known_circuits(args: argparse.Namespace) -> list[dict]:
@@ -124,10 +124,10 @@ def known_circuits(args: argparse.Namespace) -> list[dict]:
     images = data.scenes("train", n=100, seed=0)
     for seed in progress_bar(range(args.seed, args.seed + args.seeds), desc="known circuits"):
         model = KnownCircuit(seed=seed)
-        own, others = (tasks.get(t).prompts(images, 24, seed, model.layout) for t in ("segmentation", "identity"))
+        prompts, others = (tasks.get(t).prompts(images, 24, seed, model.layout) for t in ("segmentation", "identity"))
         space = PatchSpace(model, granularity="head")
-        replaced = Activations.collect(model, counterfactual(own, others), progress=False)
-        objective = search.Objective(model, replaced, tasks.segmentation, own[:16], space, held_out=own[16:])
+        replaced = Activations.collect(model, counterfactual(prompts, others), progress=False)
+        objective = search.Objective(model, replaced, tasks.segmentation, prompts[:16], space, held_out=prompts[16:])
         for row in rows:
             scores = rank_units(row["ranking"], objective, "out", budget=args.budget, seed=seed, progress=False)
             row["signed"].append(auroc(scores, model.circuit(space)))
@@ -171,35 +171,37 @@ def main() -> None:
     for direction, ablation in [("in", None), *(("out", one) for one in args.ablations)]:
         name, space = way(direction, ablation), bench.spaces[direction]
         scores = bench.scores(direction, ablation)
-        found = faithfulness(
+        measured = faithfulness(
             bench.model,
             bench.replacement(direction, ablation),
             bench.test,
             space,
             scores,
-            [bench.measures[own]() for own in args.measures],
+            [bench.measures[measure]() for measure in args.measures],
             direction=direction,
             resume=journal(args.resume, "curves", name),
         )
-        for own, curves in zip(args.measures, found):
-            curves.save(folder / f"{file_name(name, own)}.json")
-            rows += [{"way": name, "measure": own} | row for row in curves.summary().to_dict("records")]
+        for measure, curves in zip(args.measures, measured):
+            curves.save(folder / f"{file_name(name, measure)}.json")
+            rows += [{"way": name, "measure": measure} | row for row in curves.summary().to_dict("records")]
             panels.append(curves)
-            titles.append(f"{name}; m: {own}")
+            titles.append(f"{name}; m: {measure}")
         heads = PatchSpace(bench.model, granularity="head")
-        for ranking, own in scores.items():
+        for ranking, of_seeds in scores.items():
             file = folder / f"nodes-{file_name(name, ranking)}.json"
-            write_nodes(file, heads, by_head(space, torch.stack(own).nanmean(0)))
+            write_nodes(file, heads, by_head(space, torch.stack(of_seeds).nanmean(0)))
 
     columns = [f"{name} {scale}" for scale in ("linear", "log") for name in ("CPR", "CMD")]
     for name in dict.fromkeys(row["way"] for row in rows):
-        for own in args.measures:
-            chosen = [row for row in rows if (row["way"], row["measure"]) == (name, own) and not is_repeated(row, rows)]
+        for measure in args.measures:
+            listed = [
+                row for row in rows if (row["way"], row["measure"]) == (name, measure) and not is_repeated(row, rows)
+            ]
             body = [
                 [row["ranking"], row["order"], *(cell(row, name) for name in columns)]
-                for row in sorted(chosen, key=lambda row: -row["CPR log"])
+                for row in sorted(listed, key=lambda row: -row["CPR log"])
             ]
-            print(f"\n{args.model}, {args.task}; {name}; m: {own}")
+            print(f"\n{args.model}, {args.task}; {name}; m: {measure}")
             print(table(["ranking", "order", *columns], body))
     known = known_circuits(args)
     print(f"\nAUROC on {args.seeds} known circuits")

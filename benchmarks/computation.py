@@ -32,9 +32,9 @@ def answer(model: MAEVQGAN, prompts: VisualPrompt) -> None:
 
 
 @torch.no_grad()
-def patched(model: MAEVQGAN, prompts: VisualPrompt, vector, chosen: PatchSet) -> None:
+def patched(model: MAEVQGAN, prompts: VisualPrompt, vector, units: PatchSet) -> None:
     with model.generate(prompts):
-        patch(model, vector, chosen)
+        patch(model, vector, units)
 
 
 def flops(run) -> int:
@@ -44,16 +44,16 @@ def flops(run) -> int:
     return counter.get_total_flops()
 
 
-def draw(found: list[dict]) -> Figure:
-    figure = Figure(figsize=(2 + 2.2 * len(found), 3.5), layout="constrained")
+def draw(cases: list[dict]) -> Figure:
+    figure = Figure(figsize=(2 + 2.2 * len(cases), 3.5), layout="constrained")
     axes = figure.add_subplot(ylabel="zero-shot in place of one-shot saves (%)", ylim=(0, 100))
     bars = ("FLOPs of the transformer", "FLOPs", "seconds")
     for i, name in enumerate(bars):
-        shown = axes.bar([j + 0.27 * (i - 1) for j in range(len(found))], [c["saved"][name] for c in found], 0.25)
-        axes.bar_label(shown, fmt="%.0f", fontsize=8)
-        shown.set_label(name)
+        bars = axes.bar([j + 0.27 * (i - 1) for j in range(len(cases))], [c["saved"][name] for c in cases], 0.25)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+        bars.set_label(name)
     axes.axhline(22.5, color="black", linewidth=0.8, linestyle=":", label="ECCV 2024: 22.5 %")
-    axes.set_xticks(range(len(found)), [case["size"] for case in found])
+    axes.set_xticks(range(len(cases)), [case["size"] for case in cases])
     axes.legend(fontsize=8)
     return figure
 
@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.sizes, args.rounds, args.seconds = ["embedded"], 3, 0
-    found = []
+    cases = []
     for size in progress_bar(args.sizes, unit="size"):
         module, prompts = made_up(size, args.batch, args.seed, args.device)
         model = MAEVQGAN(module.to(getattr(torch, args.dtype)))
@@ -77,9 +77,9 @@ def main() -> None:
         space = PatchSpace(model)
         everything = PatchSet(space, torch.ones(len(space), dtype=torch.bool))
         ways = {"one-shot": prompts, "zero-shot": prompts.query_only()}
-        sides = {name: partial(answer, model, shown) for name, shown in ways.items()}
+        sides = {name: partial(answer, model, form) for name, form in ways.items()}
         sides["zero-shot, patched"] = partial(patched, model, ways["zero-shot"], vector, everything)
-        counted = {name: flops(partial(transformer, model, shown)) for name, shown in ways.items()}
+        counted = {name: flops(partial(transformer, model, form)) for name, form in ways.items()}
         whole = {name: flops(sides[name]) for name in ways}
         rounds = alternate(sides, args.device, args.seconds, args.rounds)
         saved = {
@@ -91,17 +91,17 @@ def main() -> None:
         case["GFLOPs of the transformer a canvas"] = {n: f / 1e9 / args.batch for n, f in counted.items()}
         case["GFLOPs a canvas"] = {name: value / 1e9 / args.batch for name, value in whole.items()}
         case["seconds a canvas"] = {name: statistics.median(times) / args.batch for name, times in rounds.items()}
-        found.append(case)
+        cases.append(case)
     head = ["size", "what", "one-shot", "zero-shot", "saved (%)"]
     rows = []
-    for case in found:
+    for case in cases:
         for name in ("FLOPs of the transformer", "FLOPs"):
             what = f"G{name} a canvas"
             rows.append([case["size"], what, *case[what].values(), case["saved"][name]])
         one, _, zero = case["seconds a canvas"].values()
         rows.append([case["size"], "seconds a canvas, patched", one, zero, case["saved"]["seconds"]])
     print(table(head, rows))
-    save(args, {"cases": found}, draw(found))
+    save(args, {"cases": cases}, draw(cases))
 
 
 if __name__ == "__main__":

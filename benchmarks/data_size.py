@@ -87,31 +87,31 @@ def trained(
     module, losses = averaged_model(config, out).to(args.device), {}
     for name, steps in some.items():
         generator = torch.Generator(args.device).manual_seed(args.seed)
-        own = []
+        values = []
         for step in steps:
             canvas = stream(step, recipe.batch_size).to(args.device)
             hidden = mask(config.layout, len(canvas), generator)
             with torch.no_grad():
-                own.append(masked_loss(module, canvas, module.vqgan.encode(canvas), *hidden).item())
-        losses[name] = statistics.mean(own)
+                values.append(masked_loss(module, canvas, module.vqgan.encode(canvas), *hidden).item())
+        losses[name] = statistics.mean(values)
     return MAEVQGAN(model).to(args.device), losses
 
 
-def measured(model: MAEVQGAN, asked: dict[str, VisualPrompt]) -> dict[str, dict]:
+def measured(model: MAEVQGAN, by_task: dict[str, VisualPrompt]) -> dict[str, dict]:
     """Task → score and token loss, each by condition as [mean, low, high], and the score's floor and ceiling."""
-    found: dict[str, dict] = {}
-    for name, prompts in asked.items():
+    scores: dict[str, dict] = {}
+    for name, prompts in by_task.items():
         task = tasks.get(name)
         for line in evaluate(model, task, prompts, CONDITIONS, keep=0).lines():
             measure = "score" if line.measure == task.metric.name else "loss"
-            own = found.setdefault(name, {"metric": task.metric.label, "score": {}, "loss": {}})
-            own[measure][line.condition] = [line.mean, line.low, line.high]
-    return found
+            of_task = scores.setdefault(name, {"metric": task.metric.label, "score": {}, "loss": {}})
+            of_task[measure][line.condition] = [line.mean, line.low, line.high]
+    return scores
 
 
 def mean_loss(row: dict, condition: str) -> float:
     """The token loss over all tasks."""
-    return statistics.mean(own["loss"][condition][0] for own in row["tasks"].values())
+    return statistics.mean(of_task["loss"][condition][0] for of_task in row["tasks"].values())
 
 
 def draw(rows: list[dict], names: list[str]) -> Figure:
@@ -119,16 +119,16 @@ def draw(rows: list[dict], names: list[str]) -> Figure:
     figure = Figure(figsize=(3.1 * (1 + len(names)), 3.2), layout="constrained")
     panels = figure.subplots(1, 1 + len(names))
     for colour, kind in enumerate(dict.fromkeys(row["kind"] for row in rows)):
-        own = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["share"])
-        shares, style = [100 * row["share"] for row in own], dict(color=f"C{colour}", marker="o", markersize=4)
-        panels[0].plot(shares, [mean_loss(row, "one-shot") for row in own], label=kind, **style)
-        panels[0].plot(shares, [row["unseen"] for row in own], linestyle="--", **style)
-        panels[0].plot(shares, [row["seen"] for row in own], linestyle=":", **style)
+        of_kind = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["share"])
+        shares, style = [100 * row["share"] for row in of_kind], dict(color=f"C{colour}", marker="o", markersize=4)
+        panels[0].plot(shares, [mean_loss(row, "one-shot") for row in of_kind], label=kind, **style)
+        panels[0].plot(shares, [row["unseen"] for row in of_kind], linestyle="--", **style)
+        panels[0].plot(shares, [row["seen"] for row in of_kind], linestyle=":", **style)
         for panel, name in zip(panels[1:], names):
-            means, lows, highs = zip(*(row["tasks"][name]["score"]["one-shot"] for row in own))
+            means, lows, highs = zip(*(row["tasks"][name]["score"]["one-shot"] for row in of_kind))
             errors = [[m - low for m, low in zip(means, lows)], [high - m for m, high in zip(means, highs)]]
             panel.errorbar(shares, means, yerr=errors, capsize=2, **style)
-            panel.set_title(f"{name}, {own[0]['tasks'][name]['metric']}", fontsize=9)
+            panel.set_title(f"{name}, {of_kind[0]['tasks'][name]['metric']}", fontsize=9)
     panels[0].set_title("token loss: prompts, unseen (--), seen (··)", fontsize=9)
     panels[0].legend(fontsize=8)
     for panel in panels:
@@ -162,14 +162,14 @@ def main() -> None:
     corpus, shared = Corpus.read(args.images), dict(resume=True, seed=args.seed, device=args.device)
     train_tokenizer(size.config, drawing, folder / "tokenizer", corpus=corpus, **shared)
     scenes, names = data.scenes("test", n=4 * args.test, seed=args.seed), [task.name for task in tasks.VTV]
-    asked = {name: tasks.get(name).prompts(scenes, args.test, args.seed, size.config.layout) for name in names}
+    test_prompts = {name: tasks.get(name).prompts(scenes, args.test, args.seed, size.config.layout) for name in names}
 
     rows = []
     for kind, share in progress_bar([(k, s) for k in args.kinds for s in args.shares], desc="models"):
         model, losses = trained(args, recipe, corpus, folder, kind, share)
         distinct = max(1, round(share * args.steps)) * batch
-        found = measured(model, {name: prompts.to(args.device) for name, prompts in asked.items()})
-        rows.append({"kind": kind, "share": share, "canvases": distinct, **losses, "tasks": found})
+        scores = measured(model, {name: prompts.to(args.device) for name, prompts in test_prompts.items()})
+        rows.append({"kind": kind, "share": share, "canvases": distinct, **losses, "tasks": scores})
 
     labels = [f"{name}, {rows[0]['tasks'][name]['metric']}" for name in names]
     print(f"\n{args.size}, {args.steps} steps of {batch} canvases, {args.test} test prompts of each task, one-shot")

@@ -75,9 +75,9 @@ def main() -> None:
 
     lines += ["| data | tokenizer PSNR (dB) | codes in use |", "|---|---|---|"]
     for name, source in sources.items():
-        found = reconstruction(model._module.vqgan, source(tasks.identity, n).canvas.to(args.device))
-        numbers[f"tokenizer, {name}"] = found
-        lines.append(f"| {name} | {found['psnr']:.1f} | {100 * found['codes']:.0f} % |")
+        fidelity = reconstruction(model._module.vqgan, source(tasks.identity, n).canvas.to(args.device))
+        numbers[f"tokenizer, {name}"] = fidelity
+        lines.append(f"| {name} | {fidelity['psnr']:.1f} | {100 * fidelity['codes']:.0f} % |")
 
     lines += ["", "| data | task | metric | " + " | ".join(CONDITIONS) + " |"]
     lines += ["|---|---|---|" + "---|" * len(CONDITIONS)]
@@ -128,18 +128,18 @@ def draw(numbers: dict, sources: list[str]) -> Figure:
     axes = figure.subplots(2, len(sources), squeeze=False, sharey="row")
     colours = dict(zip(CONDITIONS, ("tab:green", "tab:blue", "tab:red", "0.5")))
     for column, source in enumerate(sources):
-        own = {name: value for name, value in numbers.items() if name.startswith(f"{source}, ")}
-        found = {tuple(name.removeprefix(f"{source}, ").rsplit(", ", 1)): value for name, value in own.items()}
-        titles = list(dict.fromkeys(title for title, _ in found))
+        of_source = {name: value for name, value in numbers.items() if name.startswith(f"{source}, ")}
+        scores = {tuple(name.removeprefix(f"{source}, ").rsplit(", ", 1)): value for name, value in of_source.items()}
+        titles = list(dict.fromkeys(title for title, _ in scores))
         for row, masks in enumerate((True, False)):
-            panel, shown = axes[row, column], [t for t in titles if t.startswith("segmentation") == masks]
+            panel, labels = axes[row, column], [t for t in titles if t.startswith("segmentation") == masks]
             for condition, colour in colours.items():
-                means, lows, highs = torch.tensor([found[title, condition] for title in shown]).view(-1, 3).T
+                means, lows, highs = torch.tensor([scores[title, condition] for title in labels]).view(-1, 3).T
                 error = torch.stack([means - lows, highs - means])
-                panel.errorbar(range(len(shown)), means, error, fmt="o", color=colour, label=condition, capsize=3)
-            panel.set_xticks(range(len(shown)), shown, rotation=30, ha="right")
+                panel.errorbar(range(len(labels)), means, error, fmt="o", color=colour, label=condition, capsize=3)
+            panel.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
             panel.set_yscale("linear" if masks else "log")
-            panel.set_visible(bool(shown))
+            panel.set_visible(bool(labels))
         next(panel for panel in axes[:, column] if panel.get_visible()).set_title(source)
     axes[0, 0].set_ylabel("mIoU")
     axes[1, 0].set_ylabel("MSE")
@@ -180,35 +180,35 @@ def example_decides(model: MAEVQGAN, corruption: tasks.Task, source: Source, n: 
     """The same corrupted queries under examples of every target: the share of answers that are nearer (MSE) to the
     truth of the task shown than to that of any other, for targets that training showed and for those held out."""
     targets = [t for t in TARGETS if not (corruption == tasks.identity and isinstance(t, Copy))]
-    asked = [source(corruption + t, n) for t in (*targets, *UNSEEN)]
-    queries = [prompts.region("query") for prompts in asked]
+    variants = [source(corruption + t, n) for t in (*targets, *UNSEEN)]
+    queries = [prompts.region("query") for prompts in variants]
     assert all(torch.equal(query, queries[0]) for query in queries), "the queries differ between tasks"
-    painted = [generate_with_gates(model, prompts) for prompts in asked]
-    distance = torch.stack([torch.stack([mse(a, p.region("output")) for p in asked]) for a in painted])
-    right = distance.argmin(1) == torch.arange(len(asked))[:, None]
+    painted = [generate_with_gates(model, prompts) for prompts in variants]
+    distance = torch.stack([torch.stack([mse(a, p.region("output")) for p in variants]) for a in painted])
+    right = distance.argmin(1) == torch.arange(len(variants))[:, None]
     return right[: len(targets)].double().mean().item(), right[len(targets) :].double().mean().item()
 
 
 def lined(model: MAEVQGAN, source: Source, n: int) -> float:
     """The share of answers to VTV's tasks that have a line from side to side which the truth has not."""
-    found = [
+    lines = [
         line_across(generate_with_gates(model, prompts) - prompts.region("output"))
         for task in tasks.VTV
         if (prompts := source(task, n)) is not None
     ]
-    return torch.cat(found).double().mean().item()
+    return torch.cat(lines).double().mean().item()
 
 
 def line_across(error: torch.Tensor) -> torch.Tensor:
     """Whether an error [batch, 3, size, size] has a row or a column that is brighter, or darker, than those two pixels
     to either side of it, nearly everywhere along it: [batch]."""
-    found = torch.zeros(len(error), dtype=torch.bool)
+    across = torch.zeros(len(error), dtype=torch.bool)
     for pixels in (error.mean(1), -error.mean(1)):
         for along in (pixels, pixels.mT):
             beside = F.pad(along, (0, 0, 2, 2), value=-1.0)
             higher = along - torch.maximum(beside[:, :-4], beside[:, 4:]) > LINE
-            found |= (higher.double().mean(2) >= ACROSS).any(1)
-    return found
+            across |= (higher.double().mean(2) >= ACROSS).any(1)
+    return across
 
 
 def filled(model: MAEVQGAN, prompts: VisualPrompt) -> tuple[float, float]:
@@ -217,8 +217,8 @@ def filled(model: MAEVQGAN, prompts: VisualPrompt) -> tuple[float, float]:
     truth = prompts.region("output")
     hole = (prompts.region("query") != truth).any(1, keepdim=True)
     painted = generate_with_gates(model, prompts)
-    shown = hole.flatten(1).any(1)  # a black square on black is no hole
-    hole, painted, truth = hole[shown], painted[shown], truth[shown]
+    visible = hole.flatten(1).any(1)  # a black square on black is no hole
+    hole, painted, truth = hole[visible], painted[visible], truth[visible]
     mean, wanted = ((hole * pixels).flatten(1).sum(1) / (3 * hole.flatten(1).sum(1)) for pixels in (painted, truth))
     return (mean.mean() / wanted.mean()).item(), ((mean / wanted - 1).abs() <= 0.1).double().mean().item()
 

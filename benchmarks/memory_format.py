@@ -28,12 +28,12 @@ def drawn(vqgan: torch.nn.Module, z: torch.Tensor) -> torch.Tensor:
     return vqgan.decoder(vqgan.post_quant_conv(z))
 
 
-def draw(found: list[dict]) -> Figure:
-    figure = Figure(figsize=(1.5 + 1.3 * len(found), 3.5), layout="constrained")
+def draw(cases: list[dict]) -> Figure:
+    figure = Figure(figsize=(1.5 + 1.3 * len(cases), 3.5), layout="constrained")
     axes = figure.add_subplot(ylabel="times as fast when contiguous")
-    axes.bar(range(len(found)), [case["times as fast"] for case in found], 0.5)
+    axes.bar(range(len(cases)), [case["times as fast"] for case in cases], 0.5)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(found)), [f"{case['size']}\n{case['dtype']}" for case in found])
+    axes.set_xticks(range(len(cases)), [f"{case['size']}\n{case['dtype']}" for case in cases])
     return figure
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.sizes, args.rounds, args.seconds = ["embedded"], 3, 0
-    found = []
+    cases = []
     for size, dtype in progress_bar([(size, dtype) for size in args.sizes for dtype in args.dtypes], unit="case"):
         module, prompts = made_up(size, args.batch, args.seed, args.device)
         vqgan = module.vqgan.to(getattr(torch, dtype))
@@ -60,11 +60,11 @@ def main() -> None:
         rounds = alternate(sides, args.device, args.seconds, args.rounds)
         each = {name: 1e3 * statistics.median(times) / args.batch for name, times in rounds.items()}
         case = {"size": size, "dtype": dtype, "batch": args.batch, "milliseconds a canvas": each}
-        found.append(case | {"times as fast": ratio(rounds, *FORMATS)})
+        cases.append(case | {"times as fast": ratio(rounds, *FORMATS)})
     head = ["size", "dtype", *(f"{name} (ms a canvas)" for name in FORMATS), "times as fast"]
-    rows = [[c["size"], c["dtype"], *c["milliseconds a canvas"].values(), c["times as fast"]] for c in found]
+    rows = [[c["size"], c["dtype"], *c["milliseconds a canvas"].values(), c["times as fast"]] for c in cases]
     print(table(head, rows))
-    save(args, {"cases": found}, draw(found))
+    save(args, {"cases": cases}, draw(cases))
 
 
 if __name__ == "__main__":

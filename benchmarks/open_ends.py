@@ -79,7 +79,7 @@ def carried(bench: Bench) -> list[dict]:
     classes = sorted(set(by_class), key=by_class.count)[-2:]
     parts = {}
     for label in classes:
-        rows = bench.images["train"].select([i for i, own in enumerate(by_class) if own == label])
+        rows = bench.images["train"].select([i for i, other in enumerate(by_class) if other == label])
         parts[f"class {label}"] = tasks.segmentation.prompts(
             rows, bench.args.collected, bench.args.seed, bench.model.layout
         ).to(bench.args.device)
@@ -116,28 +116,28 @@ def transfer(bench: Bench) -> list[dict]:
 def arithmetic(bench: Bench) -> list[dict]:
     task = tasks.get("inpainting+lowlight")
     parts = bench.vectors({one.name: one for one in (task, tasks.inpainting, tasks.lowlight, tasks.identity)})
-    own, a, b, neutral = parts.values()
+    whole, a, b, neutral = parts.values()
     made = {
-        "its own": own,
+        "its own": whole,
         "lowlight + inpainting - identity": b + a - neutral,
         "their mean": 0.5 * (a + b),
         "inpainting": a,
         "lowlight": b,
         "identity": neutral,
     }
-    rows = compared(bench, task, own, made)
+    rows = compared(bench, task, whole, made)
     for row in rows:
         if row["vector"] in made:
-            row["cosine to its own"] = cosine(made[row["vector"]] - neutral, own - neutral)
+            row["cosine to its own"] = cosine(made[row["vector"]] - neutral, whole - neutral)
     return rows
 
 
-def compared(bench: Bench, task: tasks.Task, own: TaskVector, vectors: Mapping[str, TaskVector]) -> list[dict]:
+def compared(bench: Bench, task: tasks.Task, whole: TaskVector, vectors: Mapping[str, TaskVector]) -> list[dict]:
     """Vectors at the units of a task's own, beside one-shot and nothing patched."""
-    units = bench.units(task, own, bench.space)
-    found = {"one-shot": bench.loss(task, own, None, "one"), "nothing": bench.loss(task, own, None)}
-    found |= {name: bench.loss(task, vector, units) for name, vector in vectors.items()}
-    return [{"vector": name, "token loss": mean, "±": half} for name, (mean, half) in found.items()]
+    units = bench.units(task, whole, bench.space)
+    losses = {"one-shot": bench.loss(task, whole, None, "one"), "nothing": bench.loss(task, whole, None)}
+    losses |= {name: bench.loss(task, vector, units) for name, vector in vectors.items()}
+    return [{"vector": name, "token loss": mean, "±": half} for name, (mean, half) in losses.items()]
 
 
 def layouts(bench: Bench) -> list[dict]:
@@ -147,19 +147,19 @@ def layouts(bench: Bench) -> list[dict]:
     vectors = {order: bench.vectors({task.name: task}, layout)[task.name] for order, layout in orders.items()}
     units = {order: bench.units(task, vectors[order], spaces[order]) for order in orders}
     for order, space in spaces.items():
-        for source, found in units.items():
-            moved = PatchSet.named(space, found)
+        for source, names in units.items():
+            moved = PatchSet.named(space, names)
             mean, half = bench.loss(task, vectors[order], moved)
             rows.append({"prompts": order, "units of": source, "units": len(moved), "token loss": mean, "±": half})
         drawn = PatchSet.random(space, len(units[order]), bench.args.seed)
         nothing = PatchSet.random(space, 0)
-        for name, chosen, shot in (
+        for name, patches, shot in (
             ("chance", drawn, "zero"),
             ("nothing", nothing, "zero"),
             ("one-shot", nothing, "one"),
         ):
-            mean, half = bench.loss(task, vectors[order], chosen, shot)
-            rows.append({"prompts": order, "units of": name, "units": len(chosen), "token loss": mean, "±": half})
+            mean, half = bench.loss(task, vectors[order], patches, shot)
+            rows.append({"prompts": order, "units of": name, "units": len(patches), "token loss": mean, "±": half})
     return rows
 
 
@@ -176,7 +176,7 @@ def geometry(bench: Bench) -> tuple[list[dict], ByStage]:
     centred = {name: vector - mean for name, vector in vectors.items()}
     rows = [{"task": a} | {b: cosine(centred[a], centred[b]) for b in centred} for a in centred]
     squares = [v.mean.map(lambda x: x.nan_to_num().square().sum(-1).mean(1)) for v in centred.values()]
-    spread = ByStage({stage: torch.stack([own[stage] for own in squares]).mean(0).sqrt() for stage in mean.mean})
+    spread = ByStage({stage: torch.stack([square[stage] for square in squares]).mean(0).sqrt() for stage in mean.mean})
     return rows, spread
 
 
@@ -194,7 +194,7 @@ def draw(rows: list[dict], spread: ByStage) -> Figure:
     panels[0].set_yticks(range(len(names)), names, fontsize=8)
     panels[0].set_title("cosine of centred vectors", fontsize=9)
     for panel, (stage, values) in zip(panels[1:], spread.items()):
-        picture = panel.imshow(values, vmin=0, vmax=max(float(own.max()) for own in spread.values()))
+        picture = panel.imshow(values, vmin=0, vmax=max(float(distances.max()) for distances in spread.values()))
         panel.set(xlabel="head", ylabel="layer", xticks=range(values.shape[1]), yticks=range(values.shape[0]))
         panel.set_title(f"{stage}: distance of tasks", fontsize=9)
     figure.colorbar(picture, ax=panels[1:])

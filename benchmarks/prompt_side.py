@@ -41,12 +41,12 @@ def compared(args: argparse.Namespace, model: MAEVQGAN, task: tasks.Task) -> Tab
     """Every way to tell the model the task, on the same queries."""
     layout, k, learning = model.layout, args.examples, dict(steps=args.steps, seed=args.seed)
     train, test = data.split_data(args.data, args.images, args.images)
-    own = task.prompts(train, args.collected, args.seed, layout).to(args.device)
-    vector = TaskVectors.collect(model, {task.name: own})[task.name]
+    collected = task.prompts(train, args.collected, args.seed, layout).to(args.device)
+    vector = TaskVectors.collect(model, {task.name: collected})[task.name]
     searched = dict(budget=args.budget, seed=args.seed)
-    units = search.gates(model, vector, task, own.query_only(), PatchSpace(model), **searched).patches
-    better = learn_vector(model, vector, units, own.query_only(), **learning)
-    border = learn_border(model, own, **learning)
+    units = search.gates(model, vector, task, collected.query_only(), PatchSpace(model), **searched).patches
+    better = learn_vector(model, vector, units, collected.query_only(), **learning)
+    border = learn_border(model, collected, **learning)
 
     drawn = tasks.draw(test, args.test, k, args.seed)
     singly = [task.compose(test, Draw(drawn.rows[:, [i, -1]], drawn.places), layout) for i in range(k)]
@@ -66,11 +66,11 @@ def compared(args: argparse.Namespace, model: MAEVQGAN, task: tasks.Task) -> Tab
     return evaluate(model, task, singly[0], conditions, keep=0)
 
 
-def summarise(found: Table) -> list[dict]:
+def summarise(table: Table) -> list[dict]:
     """A row for each task and condition: score and loss, each as [mean, low, high], and their differences to the task
     vector's."""
     rows: dict[tuple, dict] = {}
-    for line in found.lines(baseline=VECTOR):
+    for line in table.lines(baseline=VECTOR):
         task = tasks.get(line.task)
         row = rows.setdefault(
             (line.task, line.condition),
@@ -92,13 +92,13 @@ def draw(rows: list[dict]) -> Figure:
     names = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(2.2 + 3 * len(names), 3.4), layout="constrained")
     for i, (name, panel) in enumerate(zip(names, figure.subplots(1, len(names), squeeze=False)[0])):
-        own = [row for row in rows if row["task"] == name][::-1]
-        for place, row in enumerate(own):
+        of_task = [row for row in rows if row["task"] == name][::-1]
+        for place, row in enumerate(of_task):
             mean, low, high = row["score"]
             colour = "C1" if row["prompts"].startswith(VECTOR) else "C0"
             panel.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
-        panel.set_yticks(range(len(own)), [row["prompts"] if i == 0 else "" for row in own], fontsize=8)
-        panel.set_xlabel(own[0]["metric"])
+        panel.set_yticks(range(len(of_task)), [row["prompts"] if i == 0 else "" for row in of_task], fontsize=8)
+        panel.set_xlabel(of_task[0]["metric"])
         panel.set_title(name, fontsize=9)
         panel.grid(axis="x", alpha=0.3)
     return figure
@@ -126,12 +126,12 @@ def main() -> None:
     model = MAEVQGAN(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
     rows = [row for name in args.tasks for row in summarise(compared(args, model, tasks.get(name)))]
     for name in args.tasks:
-        own = [row for row in rows if row["task"] == tasks.get(name).name]
-        print(f"\n{args.model}, {args.data}, {name}, {own[0]['images']} queries")
-        head = ["prompts", own[0]["metric"], f"− {VECTOR}", "loss ↓", f"− {VECTOR}"]
+        of_task = [row for row in rows if row["task"] == tasks.get(name).name]
+        print(f"\n{args.model}, {args.data}, {name}, {of_task[0]['images']} queries")
+        head = ["prompts", of_task[0]["metric"], f"− {VECTOR}", "loss ↓", f"− {VECTOR}"]
         cells = [
             [row["prompts"]] + [written(row[key], sign) for key, sign in zip(MEASURES, ("", "+", "", "+"))]
-            for row in own
+            for row in of_task
         ]
         print(table(head, cells))
     save(args, {"rows": rows}, draw(rows))

@@ -77,7 +77,7 @@ def draw(objective: search.Objective, count: int, seed: int) -> tuple[torch.Tens
 def same(what: str, losses: Mapping[Any, torch.Tensor], tolerance: float) -> dict[Any, float]:
     """The largest difference of each side's losses to the first one's; stops where it is above the tolerance."""
     first = next(iter(losses))
-    gaps = {side: (own - losses[first]).abs().max().item() for side, own in losses.items()}
+    gaps = {side: (values - losses[first]).abs().max().item() for side, values in losses.items()}
     for side, gap in gaps.items():
         if not gap <= tolerance:
             raise SystemExit(f"{what}: the losses of {side} are up to {gap:.2g} off those of {first}.")
@@ -111,9 +111,9 @@ def by_units(make: Callable[..., search.Objective], args: Namespace) -> list[dic
         pairs, result = draw(o, args.evaluations, args.seed), steps(o)
         counts[g] = (result.evaluations - len(result.history)) // STEP  # one held-out prompt for each of the history
         sides |= {(g, "call"): lambda o=o, pairs=pairs: o(*pairs), (g, "search"): lambda o=o: steps(o)}
-    found = medians("units", sides, args)
+    seconds = medians("units", sides, args)
     values = [
-        (g, len(o.space), found[g, "call"] / args.evaluations, found[g, "search"] / counts[g])
+        (g, len(o.space), seconds[g, "call"] / args.evaluations, seconds[g, "search"] / counts[g])
         for g, o in objectives.items()
     ]
     return [dict(zip(COLUMNS["units"], row)) for row in values]
@@ -126,8 +126,8 @@ def by_prompts(make: Callable[..., search.Objective], args: Namespace) -> list[d
     first = {n: o(pairs[n][0][:few], o.train[:1].expand(few)) for n, o in objectives.items()}
     same("the first prompt, by the number of prompts", first, 1e-5)
     calls = {(n, "call"): lambda n=n: objectives[n](*pairs[n]) for n in args.prompts}
-    found = medians("prompts", calls | {(n, "set up"): lambda n=n: make(count=n) for n in args.prompts}, args)
-    values = [(n, found[n, "call"] / args.evaluations, found[n, "set up"]) for n in args.prompts]
+    medians_of = medians("prompts", calls | {(n, "set up"): lambda n=n: make(count=n) for n in args.prompts}, args)
+    values = [(n, medians_of[n, "call"] / args.evaluations, medians_of[n, "set up"]) for n in args.prompts]
     return [dict(zip(COLUMNS["prompts"], row)) for row in values]
 
 
@@ -137,8 +137,8 @@ def by_masks(make: Callable[..., search.Objective], args: Namespace) -> list[dic
     whole = objective(choices, rows)
     for n in args.masks:
         same("masks", {"one call": whole[:n], f"a call of {n}": objective(choices[:n], rows[:n])}, 1e-4)
-    found = medians("masks", {n: lambda n=n: objective(choices[:n], rows[:n]) for n in args.masks}, args)
-    return [dict(zip(COLUMNS["masks"], (n, seconds / n, seconds))) for n, seconds in found.items()]
+    medians_of = medians("masks", {n: lambda n=n: objective(choices[:n], rows[:n]) for n in args.masks}, args)
+    return [dict(zip(COLUMNS["masks"], (n, seconds / n, seconds))) for n, seconds in medians_of.items()]
 
 
 def by_processes(args: Namespace) -> list[dict[str, Any]]:
@@ -147,10 +147,10 @@ def by_processes(args: Namespace) -> list[dict[str, Any]]:
     sides = list(dict.fromkeys(alone + [(n, max(1, cores // n)) for n in args.processes if n > 1]))
     launches = {side: [] for side in sides}
     medians("launches", {s: lambda s=s: launches[s].append(launch(args, *s)) for s in sides}, args)
-    every = {(s, i): torch.tensor(one["losses"]) for s, found in launches.items() for i, one in enumerate(found)}
+    every = {(s, i): torch.tensor(one["losses"]) for s, several in launches.items() for i, one in enumerate(several)}
     gaps = same("processes", every, 1e-5)
     seconds = {
-        call: {s: [statistics.median(one["seconds"][call]) for one in found] for s, found in launches.items()}
+        call: {s: [statistics.median(one["seconds"][call]) for one in several] for s, several in launches.items()}
         for call in ("large", "step")
     }
     sizes = {"large": len(next(iter(every.values()))), "step": STEP}
@@ -167,22 +167,22 @@ def launch(args: Namespace, processes: int, threads: int) -> dict[str, Any]:
     """What `work` writes, run in several processes. (`--cpu` starts one whatever is asked for, unless there is MPI;
     `--multi_gpu` starts as many, which may then use the CPU.)"""
     where = ["--multi_gpu"] if processes > 1 else ["--cpu"] if args.device == "cpu" else []
-    asked = ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    options = ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
     with tempfile.TemporaryDirectory() as folder:
-        own = {name: value for name, value in vars(args).items() if name not in ("out", "name")}
+        settings = {name: value for name, value in vars(args).items() if name not in ("out", "name")}
         task = Path(folder) / "task.json"
-        task.write_text(json.dumps(own | {"threads": threads}))
-        command = [sys.executable, "-m", "accelerate.commands.launch", *where, *asked]
+        task.write_text(json.dumps(settings | {"threads": threads}))
+        command = [sys.executable, "-m", "accelerate.commands.launch", *where, *options]
         command += ["--main_process_port", 0, "--num_cpu_threads_per_process", threads, __file__, "--worker", task]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{processes} processes with {threads} threads each failed:\n{done.stderr[-2000:]}")
-        found = json.loads((Path(folder) / "found.json").read_text())
-    if (found["processes"], found["threads"]) != (processes, threads):
-        came = f"{found['processes']} with {found['threads']}"
+        report = json.loads((Path(folder) / "found.json").read_text())
+    if (report["processes"], report["threads"]) != (processes, threads):
+        came = f"{report['processes']} with {report['threads']}"
         raise SystemExit(f"{processes} processes with {threads} threads each were asked for, and {came} came.")
-    return found
+    return report
 
 
 def work(task: Path) -> None:
@@ -196,9 +196,9 @@ def work(task: Path) -> None:
     calls = {"large": lambda: objective(choices, rows), "step": lambda: objective(choices[:STEP], rows[:STEP])}
     seconds = alternate(calls, str(state.device), 0, args.calls)
     if state.is_main_process:
-        found = {"processes": state.num_processes, "threads": torch.get_num_threads()}
-        found |= {"losses": losses.tolist(), "seconds": seconds}
-        (task.parent / "found.json").write_text(json.dumps(found))
+        report = {"processes": state.num_processes, "threads": torch.get_num_threads()}
+        report |= {"losses": losses.tolist(), "seconds": seconds}
+        (task.parent / "found.json").write_text(json.dumps(report))
     state.destroy_process_group()
 
 

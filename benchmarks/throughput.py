@@ -45,7 +45,7 @@ from vtv_nnsight.vectors import TaskVectors
 
 TASK = tasks.identity
 LOSSES = ("tokens", search.PIXELS)
-STACKS = (("encoder", "visible"), ("decoder", "decoded"))
+STAGES = (("encoder", "visible"), ("decoder", "decoded"))
 COMPARED = 4
 """Evaluations, and prompts, on which both ways of working must agree."""
 GOALS = {"cpu": {"tokens": 15, "pixels": 3}, "cuda": {"tokens": 200, "pixels": 30}}
@@ -67,12 +67,12 @@ class Released:
         output = layout.regions["output"]
         codes = module.vqgan.encode(prompt.canvas)[:, output]
         hooks = []
-        for name, seen in STACKS:
+        for name, seen in STAGES:
             at = positions(getattr(prompt, seen))
             for layer, block in enumerate(getattr(module, name).blocks):
-                own = mask[name][layer, at.cpu()].to(prompt.device)
+                inserted = mask[name][layer, at.cpu()].to(prompt.device)
                 new = self.vector.mean[name][layer, at]
-                hooks.append(block.attn.proj.register_forward_pre_hook(patching(block.attn, own, new)))
+                hooks.append(block.attn.proj.register_forward_pre_hook(patching(block.attn, inserted, new)))
         logits = module(prompt.canvas, prompt.visible, prompt.decoded).logits
         for hook in hooks:
             hook.remove()
@@ -109,12 +109,12 @@ def shares(attention, z: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def released_collection(module: MAEVQGANModel, prompts: VisualPrompt) -> dict[str, torch.Tensor]:
     """Stack → mean of every head's share [layer, token, head, width], one prompt at a time."""
-    total = {name: torch.zeros(()) for name, _ in STACKS}
+    total = {name: torch.zeros(()) for name, _ in STAGES}
     for prompt in prompts.split(1):
-        seen = {name: [] for name, _ in STACKS}
+        seen = {name: [] for name, _ in STAGES}
         hooks = [
             block.attn.proj.register_forward_pre_hook(keeping(block.attn, seen[name]))
-            for name, _ in STACKS
+            for name, _ in STAGES
             for block in getattr(module, name).blocks
         ]
         module(prompt.canvas, prompt.visible, prompt.decoded)
@@ -128,10 +128,10 @@ def released_collection(module: MAEVQGANModel, prompts: VisualPrompt) -> dict[st
 def same_collection(module: MAEVQGANModel, single: MAEVQGAN, prompts: VisualPrompt) -> None:
     """Both ways of collecting give the same means."""
     vector = TaskVectors.collect(single, {TASK.name: prompts}, batch_size=len(prompts), progress=False)[TASK.name]
-    for (name, seen), theirs in zip(STACKS, released_collection(module, prompts).values()):
+    for (name, seen), theirs in zip(STAGES, released_collection(module, prompts).values()):
         mean = vector.mean[name][:, positions(getattr(prompts, seen)).cpu()].to(prompts.device)
         blocks = getattr(module, name).blocks
-        ours = torch.stack([shares(block.attn, own) for block, own in zip(blocks, mean)]).cpu()
+        ours = torch.stack([shares(block.attn, expected) for block, expected in zip(blocks, mean)]).cpu()
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -174,20 +174,20 @@ def cases(size: str, args: argparse.Namespace) -> list[dict]:
     choices = torch.rand(max(COMPARED, *args.batches), len(space), generator=chance) < torch.tensor(-1.0).sigmoid()
 
     def objectives(model: MAEVQGAN, batch: int) -> dict[str, search.Objective]:
-        own = dict(batch_size=batch, seed=args.seed)
-        return {loss: search.Objective(model, vector, TASK, prompts, space, loss=loss, **own) for loss in LOSSES}
+        shared = dict(batch_size=batch, seed=args.seed)
+        return {loss: search.Objective(model, vector, TASK, prompts, space, loss=loss, **shared) for loss in LOSSES}
 
     exact = objectives(single, COMPARED)
     train = exact["tokens"].train
     rows = train[torch.arange(len(choices)) % len(train)]
     few = choices[:COMPARED], rows[:COMPARED]
-    expected = [released(own, exact["tokens"].prompts[int(row)]) for own, row in zip(*few)]
+    expected = [released(choice, exact["tokens"].prompts[int(row)]) for choice, row in zip(*few)]
     expected = dict(zip(LOSSES, torch.tensor(expected, dtype=torch.float64).T))
     for loss, objective in exact.items():
         torch.testing.assert_close(objective(*few), expected[loss], rtol=1e-4, atol=1e-4)
     same_collection(module, single, one_shot[:COMPARED])
 
-    found = []
+    measured = []
     for dtype in args.dtypes:
         model = single if dtype == "float32" else MAEVQGAN(module, dtype=getattr(torch, dtype))
         error = (objectives(model, COMPARED)["tokens"](*few) - expected["tokens"]).abs().max().item()
@@ -195,19 +195,21 @@ def cases(size: str, args: argparse.Namespace) -> list[dict]:
         for batch in args.batches:
             ours = objectives(model, batch)
             many = VisualPrompt.cat([one_shot] * -(-batch // len(one_shot)))[:batch]
-            query, own = ours["tokens"].prompts[rows[:batch].to(args.device)], model._module
+            query, bare = ours["tokens"].prompts[rows[:batch].to(args.device)], model._module
             sides = {
                 "released": lambda: released(choices[0], alone),
-                "bare": torch.no_grad()(partial(own, query.canvas, query.visible, query.decoded)),
+                "bare": torch.no_grad()(partial(bare, query.canvas, query.visible, query.decoded)),
                 **{loss: partial(one, choices[:batch], rows[:batch]) for loss, one in ours.items()},
                 "released collection": lambda: released_collection(module, one_shot[:1]),
                 "collection": partial(TaskVectors.collect, model, {TASK.name: many}, batch_size=batch, progress=False),
             }
             memory = {name: peak(run, args.device) for name, run in sides.items()}
             rounds = alternate(sides, args.device, args.seconds, args.rounds)
-            found.append({"size": size, "dtype": dtype, "batch": batch, **summary(rounds, batch), "peak MiB": memory})
-            print(f"{size}, {dtype}, batch {batch}: {found[-1]['ratios']}", flush=True)
-    return found
+            measured.append(
+                {"size": size, "dtype": dtype, "batch": batch, **summary(rounds, batch), "peak MiB": memory}
+            )
+            print(f"{size}, {dtype}, batch {batch}: {measured[-1]['ratios']}", flush=True)
+    return measured
 
 
 def summary(rounds: dict[str, list], batch: int) -> dict:
@@ -219,12 +221,12 @@ def summary(rounds: dict[str, list], batch: int) -> dict:
     return {"rounds": len(rounds["bare"]), "a second": rates, "ratios": ratios}
 
 
-def verdicts(found: list[dict], device: str) -> list[dict]:
+def verdicts(cases: list[dict], device: str) -> list[dict]:
     """The goals and what was measured at the best batch size."""
     lines = []
-    for size in dict.fromkeys(case["size"] for case in found):
-        own = [case for case in found if case["size"] == size]
-        best = {name: max(case["ratios"][name] for case in own) for name in own[0]["ratios"]}
+    for size in dict.fromkeys(case["size"] for case in cases):
+        of_size = [case for case in cases if case["size"] == size]
+        best = {name: max(case["ratios"][name] for case in of_size) for name in of_size[0]["ratios"]}
         goals = {"tokens over bare": OF_BARE}
         if size == "vit-l":
             goals |= {f"{loss} over released": goal for loss, goal in GOALS[device.partition(":")[0]].items()}
@@ -235,25 +237,27 @@ def verdicts(found: list[dict], device: str) -> list[dict]:
     return lines
 
 
-def draw(found: list[dict]) -> Figure:
+def draw(measured: list[dict]) -> Figure:
     """Rates above, peak memory below, against the batch size; a column a size."""
-    names = list(dict.fromkeys(case["size"] for case in found))
+    names = list(dict.fromkeys(case["size"] for case in measured))
     figure = Figure(figsize=(5 * len(names), 7), layout="constrained")
     axes = figure.subplots(2, len(names), squeeze=False, sharex=True)
     sides = {"bare": "0.6", "tokens": "tab:blue", "pixels": "tab:orange", "collection": "tab:green"}
     for column, size in enumerate(names):
-        own = [case for case in found if case["size"] == size]
+        of_size = [case for case in measured if case["size"] == size]
         for row, quantity in enumerate(("a second", "peak MiB")):
             panel = axes[row, column]
-            for dtype in dict.fromkeys(case["dtype"] for case in own):
-                part = [case for case in own if case["dtype"] == dtype]
+            for dtype in dict.fromkeys(case["dtype"] for case in of_size):
+                part = [case for case in of_size if case["dtype"] == dtype]
                 style = "-" if dtype == "bfloat16" else "--"
                 for name, colour in sides.items():
                     values = [case[quantity][name] for case in part]
                     x = [case["batch"] for case in part]
                     panel.plot(x, values, style, color=colour, marker=".", label=f"{name}, {dtype}")
             for name, colour in (("released", "black"), ("released collection", "darkgreen")):
-                panel.axhline(statistics.median(case[quantity][name] for case in own), color=colour, lw=0.8, label=name)
+                panel.axhline(
+                    statistics.median(case[quantity][name] for case in of_size), color=colour, lw=0.8, label=name
+                )
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             panel.set_ylabel({"a second": "evaluations or prompts a second", "peak MiB": "peak memory (MiB)"}[quantity])
@@ -275,17 +279,17 @@ def main() -> None:
         args.sizes, args.batches, args.dtypes, args.rounds, args.seconds = ["embedded"], [1, 16], ["float32"], 3, 0
     elif len(args.sizes) == 1:
         args.name += f"_{args.sizes[0]}"
-    found, own = [], args.batches
+    measured, batches = [], args.batches
     for size in progress_bar(args.sizes, desc="sizes"):
-        args.batches = own or ([1, 4, 16] if (size, args.device) == ("vit-l", "cpu") else [1, 4, 16, 64, 256, 512])
-        found += cases(size, args)
+        args.batches = batches or ([1, 4, 16] if (size, args.device) == ("vit-l", "cpu") else [1, 4, 16, 64, 256, 512])
+        measured += cases(size, args)
     for quantity in ("a second", "ratios", "peak MiB"):
-        names = list(found[0][quantity])
-        rows = [[case["size"], case["dtype"], case["batch"], *case[quantity].values()] for case in found]
+        names = list(measured[0][quantity])
+        rows = [[case["size"], case["dtype"], case["batch"], *case[quantity].values()] for case in measured]
         print(f"\n{quantity}\n{table(['size', 'dtype', 'batch', *names], rows)}")
-    goals = verdicts(found, args.device)
+    goals = verdicts(measured, args.device)
     print(f"\ngoals\n{table(list(goals[0]), [list(line.values()) for line in goals])}")
-    save(args, {"cases": found, "goals": goals}, draw(found))
+    save(args, {"cases": measured, "goals": goals}, draw(measured))
 
 
 if __name__ == "__main__":

@@ -95,15 +95,15 @@ def check(sides: dict[str, Callable]) -> None:
     assert not torch.equal(results["bare"][0], results["trace, edit"][0]), "an edit left the logits as they were"
 
 
-def draw(found: list[dict]) -> Figure:
+def draw(cases: list[dict]) -> Figure:
     """Trace over hooks, a pair of bars a case."""
-    figure = Figure(figsize=(1.5 + 1.5 * len(found), 3.5), layout="constrained")
+    figure = Figure(figsize=(1.5 + 1.5 * len(cases), 3.5), layout="constrained")
     axes = figure.add_subplot(ylabel="time of a trace / time of hooks")
     for i, what in enumerate(("read", "edit")):
-        places = [place + 0.4 * i for place in range(len(found))]
-        axes.bar(places, [case["trace over hooks"][what] for case in found], 0.4, label=f"{what} every layer's heads")
+        places = [place + 0.4 * i for place in range(len(cases))]
+        axes.bar(places, [case["trace over hooks"][what] for case in cases], 0.4, label=f"{what} every layer's heads")
     axes.axhline(GOAL, color="black", linestyle="--", linewidth=0.8, label=f"goal, {GOAL}")
-    axes.set_xticks([i + 0.2 for i in range(len(found))], [f"{case['size']}\nbatch {case['batch']}" for case in found])
+    axes.set_xticks([i + 0.2 for i in range(len(cases))], [f"{case['size']}\nbatch {case['batch']}" for case in cases])
     axes.set_ylim(bottom=0.9)
     axes.legend(fontsize=8)
     return figure
@@ -119,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.sizes, args.seconds = ["embedded"], min(args.seconds, 2)
-    found = []
+    cases = []
     for size in progress_bar(args.sizes, desc="sizes"):
         for batch in args.batches:
             module, prompt = made_up(size, batch, args.seed, args.device)
@@ -130,16 +130,16 @@ def main() -> None:
             median = {name: 1e3 * statistics.median(times) for name, times in rounds.items()}
             ratios = {what: ratio(rounds, f"trace, {what}", f"hooks, {what}") for what in ("read", "edit")}
             case = {"size": size, "batch": batch, "rounds": len(rounds["bare"]), "milliseconds": median}
-            found.append(case | {"trace over hooks": ratios, "met": max(ratios.values()) <= GOAL})
-    head = ["size", "batch", "rounds", *(f"{name} (ms)" for name in found[0]["milliseconds"])]
+            cases.append(case | {"trace over hooks": ratios, "met": max(ratios.values()) <= GOAL})
+    head = ["size", "batch", "rounds", *(f"{name} (ms)" for name in cases[0]["milliseconds"])]
     head += ["trace / hooks, read", "trace / hooks, edit", f"at most {GOAL}"]
     rows = [
         [case["size"], case["batch"], case["rounds"], *case["milliseconds"].values()]
         + [*case["trace over hooks"].values(), case["met"]]
-        for case in found
+        for case in cases
     ]
     print(table(head, rows))
-    save(args, {"cases": found}, draw(found))
+    save(args, {"cases": cases}, draw(cases))
 
 
 if __name__ == "__main__":

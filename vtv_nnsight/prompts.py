@@ -211,7 +211,7 @@ class Canvases(torch.Tensor):
         return self.of(copy.deepcopy(self.as_subclass(torch.Tensor), memo), self.canvas_layout)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
 
 
 def as_rows(rows: int | slice | Sequence[int] | torch.Tensor, n: int) -> slice | Sequence[int] | torch.Tensor:

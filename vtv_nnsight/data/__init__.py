@@ -11,18 +11,6 @@ from vtv_nnsight.data.reasoning_shapes import reasoning
 from vtv_nnsight.data.sources import SOURCES, identities, load, pascal_argument, split_data
 
 __all__ = [
-    "SOURCES",
-    "detection",
-    "folder",
-    "hub",
-    "identities",
-    "load",
-    "pairs",
-    "pascal",
-    "pascal_argument",
-    "photographs",
-    "pictures",
-    "reasoning",
-    "scenes",
-    "split_data",
-]
+    "SOURCES", "detection", "folder", "hub", "identities", "load", "pairs", "pascal", "pascal_argument",
+    "photographs", "pictures", "reasoning", "scenes", "split_data",
+]  # fmt: skip

@@ -10,7 +10,7 @@ from vtv_nnsight.images import MIN_SIDE
 
 
 def folder(path: str | Path) -> Dataset:
-    """Every picture in a folder and the folders inside it, sorted by path, as column image (in the file's size and mode).
+    """Every picture in a folder and the folders inside it, sorted by path, as column image (size and mode are kept).
 
     A picture is any file whose suffix Pillow knows how to open; hidden files are passed over. Files that turn out to be
     broken, or smaller than tasks take, are left out, with a warning that names them. The Dataset refers to the files
