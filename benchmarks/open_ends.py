@@ -225,7 +225,7 @@ def main() -> None:
     results["geometry"], spread = geometry(bench)
     print(f"\n{args.model}, cosine of centred vectors")
     print(table(list(results["geometry"][0]), [list(row.values()) for row in results["geometry"]]))
-    results["distance"] = {stage: values.tolist() for stage, values in spread.items()}
+    results["distance"] = {str(stage): values.tolist() for stage, values in spread.items()}
     save(args, results, draw(results["geometry"], spread))
 
 

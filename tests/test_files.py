@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vtv_nnsight import files
-from vtv_nnsight.digests import file_digest
+from vtv_nnsight.digests import file_digest, tensor_digest
 from vtv_nnsight.files import read_tensors, replacing, write_picture, write_tensors, write_text
 
 TENSORS = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
@@ -109,3 +109,8 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
         read_tensors(tmp_path, "test")
     with pytest.raises(FileNotFoundError):
         read_tensors(tmp_path / "nowhere", "test")
+
+
+def test_a_value_has_the_digest_of_its_copy():
+    for values in (torch.tensor(3).expand(1), torch.arange(6).view(2, 3).T, torch.empty(0)):
+        assert tensor_digest(values) == tensor_digest(values.clone(memory_format=torch.contiguous_format))

@@ -47,4 +47,5 @@ def json_digest(value: Any) -> str:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a tensor; of one that lies on another device, or not in one piece, that of a copy."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data  # the stride of a single value may be 0
