@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from vtv_nnsight.models.interface import StageSite
 from vtv_nnsight.search.budget import Search
 from vtv_nnsight.search.registry import algorithm
 
@@ -131,7 +132,7 @@ def mediation(search: Search, *, size: int | None = None, tolerance: float = 0.5
 def ranking(
     search: Search,
     *,
-    scores: Mapping[str, torch.Tensor] | torch.Tensor | None = None,
+    scores: Mapping[StageSite, torch.Tensor] | torch.Tensor | None = None,
     size: int | None = None,
     tolerance: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:

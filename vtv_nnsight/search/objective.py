@@ -89,7 +89,8 @@ class Objective:
             raise ValueError(f"{counts} were given; give one of each, or as many of each.")
         self.tasks: list[Task] = given["tasks"]
         device = device_of(model)
-        self.model, self.space = model, space
+        self.model = model
+        self.space: Any = space
         self._loss_of = [find_loss(model, loss, task) for task in self.tasks]
         self.loss, self.differentiable = self._loss_of[0].name, self._loss_of[0].differentiable
         if batch_size is not None and batch_size < 1:

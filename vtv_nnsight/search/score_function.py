@@ -48,7 +48,7 @@ def reinforce(
 
     `recipe="published"` is the paper's, to the letter (`search.score_function.published`).
 
-    The default differs in three ways. What each is worth, `benchmarks/search_efficiency.py --ablations` measures.
+    The default differs in three ways, which `benchmarks/search_efficiency.py --ablations` measures:
 
     - *A baseline per prompt.* How hard a prompt is says nothing about a mask, so a mask's loss is compared with that of
       the other masks of the same prompt only (leave-one-out: Kool et al., 2019).
@@ -60,13 +60,13 @@ def reinforce(
         recipe: "leave-one-out" or "published". The second takes init, lr, steps, images and sparsity alone.
         init: Initial logit of every unit.
         lr: Adam's learning rate at the start; None is 0.3, published 0.1.
-        decay: The share of it that is gone when the budget is, linearly. (A constant rate of half of it does as well.)
+        decay: The share of it that is gone when the budget is, linearly.
         steps: Steps at most; None is as many as the budget pays for, published 500.
-        images: Prompts a step; None is 2, published 10. The default steps are small, which suits a hundred units; with
-            more units, a GPU, or several processes to keep busy, give more images.
+        images: Prompts a step; None is 2, published 10. Small steps suit a hundred units; with more units, a GPU, or
+            several processes to keep busy, give more.
         masks: Masks for each of these prompts, 2 or more.
-        sparsity: Price of all units being chosen, in standard deviations of the loss: this times the mean probability
-            is added to the objective (`regularization_strength` of the released code).
+        sparsity: Price of all units, in standard deviations of the loss: this times the mean probability is added to
+            the objective (the released code's `regularization_strength`).
         prune: End with the pruning; False returns the units more likely than not.
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
 

@@ -73,11 +73,11 @@ class Curves:
 
     def __repr__(self) -> str:
         frame, cells = self.summary(), {}
-        for name in [column for column in frame if column.endswith(("linear", "log"))]:
+        for name in [column for column in frame.columns.astype(str) if column.endswith(("linear", "log"))]:
             columns = (frame[name], frame[f"{name} low"], frame[f"{name} high"])
             cells[name] = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in zip(*columns)]
         head = f"direction {self.direction!r}, m = {self.measure}, {len(self.full)} prompts"
-        return f"{head}\n{frame[['ranking', 'order', 'seeds']].assign(**cells).to_string(index=False)}"
+        return f"{head}\n{frame[['ranking', 'order', 'seeds']].join(pd.DataFrame(cells)).to_string(index=False)}"
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file of all values."""

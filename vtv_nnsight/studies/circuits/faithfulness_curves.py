@@ -1,8 +1,8 @@
 """Faithfulness: how much of what the model does is done by the units that a ranking puts first.
 
-    >>> found = search.attribution(model, vectors["segmentation"], task, prompts.query_only(), space)
+    >>> result = search.attribution(model, vectors["segmentation"], task, prompts.query_only(), space)
     >>> curves = faithfulness(
-    ...     model, vectors["segmentation"], prompts, space, {"attribution": found.scores, "random": draws},
+    ...     model, vectors["segmentation"], prompts, space, {"attribution": result.scores, "random": draws},
     ...     answer_loss(model, prompts),
     ... )
     >>> print(curves.summary())                      # CPR and CMD, with intervals
@@ -19,11 +19,11 @@ what is left without any unit. Two directions:
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from vtv_nnsight.patching import PatchSpace, patch
 from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.search.budget import prefixes
 from vtv_nnsight.search.journal import Answer, Journal
 from vtv_nnsight.studies.circuits.curves import SIZES, Curves
 from vtv_nnsight.studies.circuits.measures import Measure
@@ -59,7 +60,7 @@ def faithfulness(
     sizes: Sequence[float] = SIZES,
     orders: Sequence[str] = ORDERS,
     batch_size: int | None = None,
-    resume: str | os.PathLike | None = None,
+    resume: str | Path | None = None,
     progress: bool = True,
 ) -> Curves | list[Curves]:
     """The faithfulness curves of rankings, on the same prompts.
@@ -100,32 +101,31 @@ def faithfulness(
     ranked = _orders(rankings, orders, len(space))
     counts = [round(size * len(space)) for size in sizes]
     nothing, everything = (torch.full((len(space),), value) for value in (False, True))
-    sets = {_key(chosen): chosen for chosen in (nothing, everything)}
+    sets = {_key(choices): choices for choices in (nothing, everything)}
     for order in ranked.values():
-        sets |= {_key(chosen): chosen for chosen in _prefixes(order, counts)}
-    device, batch_size = device_of(model), batch_size or default_batch_size(model)
-    prompts = prompts.to(device)
-    vector = vector if isinstance(vector, Activations) else vector.to(device)
-    ask = _asking(model, vector, space, measures, direction)
-    total = len(prompts) * (len(sets) + (direction == "in"))
+        sets |= {_key(choices): choices for choices in prefixes(order, len(space), counts)}
+    prompts = prompts.to(device_of(model))
+    vector = vector if isinstance(vector, Activations) else vector.to(prompts.device)
     settings = _settings(model, vector, prompts, space, measures, direction)
+    total = len(prompts) * (len(sets) + (direction == "in"))
     with (
         closing(Journal(resume, settings)) as journal,
         progress_bar(total=total, desc=f"curves, {direction}", unit="answer", disable=not progress) as bar,
     ):
-        shown = prompts if direction == "out" else prompts.query_only()
-        values = dict(zip(sets, _values(ask, shown, list(sets.values()), batch_size, len(measures), journal, bar)))
-        if direction == "out":
-            full = values[_key(everything)]
-        else:
-            (full,) = _values(ask, prompts, [nothing], batch_size, len(measures), journal, bar)
+        answers = partial(
+            _values, model, vector, space, measures, direction, batch_size or default_batch_size(model), journal, bar
+        )
+        inputs = prompts if direction == "out" else prompts.query_only()
+        values = dict(zip(sets, answers(inputs, list(sets.values()))))
+        full = values[_key(everything)] if direction == "out" else answers(prompts, [nothing])[0]
     curves = []
-    for i, own in enumerate(measures):
+    for i, part in enumerate(measures):
         kept = {
-            name: np.stack([values[_key(chosen)][i] for chosen in _prefixes(order, counts)])
+            name: np.stack([values[_key(choices)][i] for choices in prefixes(order, len(space), counts)])
             for name, order in ranked.items()
         }
-        curves.append(Curves(direction, own.name, tuple(sizes), tuple(counts), full[i], values[_key(nothing)][i], kept))
+        empty = values[_key(nothing)][i]
+        curves.append(Curves(direction, part.name, tuple(sizes), tuple(counts), full[i], empty, kept))
     return curves[0] if isinstance(measure, Measure) else curves
 
 
@@ -133,73 +133,56 @@ def _orders(
     rankings: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], orders: Sequence[str], units: int
 ) -> dict[tuple[str, str, int], torch.Tensor]:
     """(ranking, order, seed) → unit numbers, the first first. A score that is NaN comes last."""
-    found = {}
+    ranked = {}
     for name, scores in rankings.items():
-        for seed, one in enumerate([scores] if isinstance(scores, torch.Tensor) else scores):
-            if one.shape != (units,):
-                raise ValueError(f"the scores of {name!r} have shape {list(one.shape)}; expected [{units}].")
+        for seed, values in enumerate([scores] if isinstance(scores, torch.Tensor) else scores):
+            if values.shape != (units,):
+                raise ValueError(f"the scores of {name!r} have shape {list(values.shape)}; expected [{units}].")
             for order in orders:
-                key = one.abs() if order == "absolute" else one
-                found[name, order, seed] = key.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
-    return found
+                key = values.abs() if order == "absolute" else values
+                ranked[name, order, seed] = key.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
+    return ranked
 
 
-def _prefixes(order: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    return [torch.zeros(len(order), dtype=torch.bool).index_fill(0, order[:count], True) for count in counts]
+def _key(choices: torch.Tensor) -> bytes:
+    return choices.numpy().tobytes()
 
 
-def _key(chosen: torch.Tensor) -> bytes:
-    return chosen.numpy().tobytes()
-
-
-def _asking(
+@torch.no_grad()
+def _values(
     model: InContextModel,
     vector: TaskVector | Activations,
     space: PatchSpace,
     measures: Sequence[Measure],
     direction: str,
-) -> Callable[[VisualPrompt, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A function of prompts, the first units [row, unit] and prompt numbers [row] that gives m of them, [row, measure].
-    Every row of a batch has a set of its own."""
-    narrows = all(own.narrows for own in measures)
-
-    @torch.no_grad()
-    def ask(prompts: VisualPrompt, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        device = prompts.device
-        patched = ~choices if direction == "out" else choices
-        batch, mask = prompts[rows.to(device)], space.mask(patched.to(device))
-        new = vector[rows].to(device) if isinstance(vector, Activations) else vector
-        output, answered = forward(model, batch, partial(patch, vector=new, patches=mask), restrict=narrows)
-        values = [own.value(output, answered, rows.to(device)).double().cpu() for own in measures]
-        return torch.stack(values, dim=1)
-
-    return ask
-
-
-def _values(
-    ask: Callable,
-    prompts: VisualPrompt,
-    sets: Sequence[torch.Tensor],
     batch_size: int,
-    measures: int,
     journal: Journal,
     bar: Any,
+    prompts: VisualPrompt,
+    sets: Sequence[torch.Tensor],
 ) -> list[np.ndarray]:
-    """m of every prompt under every set: an array [measure, prompt] for each set."""
-    choices, started = torch.stack(list(sets)), time.perf_counter()
+    """m of every prompt under every set: an array [measure, prompt] for each set. Every row of a batch has a set of its
+    own."""
+    device, started, values = prompts.device, time.perf_counter(), []
+    restrict = all(measure.narrows for measure in measures)
     which = torch.arange(len(sets)).repeat_interleave(len(prompts))
-    rows = torch.arange(len(prompts)).repeat(len(sets))
-    values = []
-    for own, at in zip(which.split(batch_size), rows.split(batch_size)):
-        query = tensor_digest(choices[own], at)
+    numbers = torch.arange(len(prompts)).repeat(len(sets))
+    for part, rows in zip(which.split(batch_size), numbers.split(batch_size)):
+        choices = torch.stack([sets[i] for i in part.tolist()])
+        query = tensor_digest(choices, rows)
         if journal.peek():
-            answer = journal.take(query, len(at), len(at) * measures).values
+            answer = journal.take(query, len(rows), len(rows) * len(measures)).values
         else:
-            answer = ask(prompts, choices[own], at).flatten()
-            journal.write(Answer(query, len(at), time.perf_counter() - started, answer))
-        values.append(answer.view(len(at), measures))
-        bar.update(len(at))
-    return list(torch.cat(values).view(len(sets), len(prompts), measures).mT.numpy())
+            mask = space.mask((~choices if direction == "out" else choices).to(device))
+            new = vector[rows].to(device) if isinstance(vector, Activations) else vector
+            edit = partial(patch, vector=new, patches=mask)
+            output, answered = forward(model, prompts[rows.to(device)], edit, restrict=restrict)
+            parts = [measure.value(output, answered, rows.to(device)).double().cpu() for measure in measures]
+            answer = torch.stack(parts, dim=1).flatten()
+            journal.write(Answer(query, len(rows), time.perf_counter() - started, answer))
+        values.append(answer.view(len(rows), len(measures)))
+        bar.update(len(rows))
+    return list(torch.cat(values).view(len(sets), len(prompts), len(measures)).mT.numpy())
 
 
 def _settings(
@@ -216,7 +199,7 @@ def _settings(
     return {
         "algorithm": "faithfulness",
         "direction": direction,
-        "measures": [own.name for own in measures],
+        "measures": [measure.name for measure in measures],
         "model": fingerprint(model),
         "data": tensor_digest(*tensors),
         "space": space.fingerprint,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -11,12 +11,10 @@ from vtv_nnsight.models.interface import StageSite
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.traced import MAEVQGAN
 from vtv_nnsight.models.mae_vqgan.transformer import MAEVQGANModel
+from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.prompts import VisualPrompt
 
-if TYPE_CHECKING:
-    from vtv_nnsight.patching import PatchSpace
-
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     image_size=64,
     patch_size=8,
     hidden_size=64,
@@ -59,25 +57,25 @@ class KnownCircuit(MAEVQGAN):
                     torch.nn.init.normal_(parameter, std=2 / parameter.shape[1] ** 0.5)
             blocks = module.decoder.blocks
             number = blocks[0].attn.num_heads
-            chosen = torch.randperm(len(blocks) * number)[:heads].sort().values
-        chosen_heads = torch.stack([chosen // number, chosen % number], dim=1)
+            order = torch.randperm(len(blocks) * number)[:heads].sort().values
+        circuit = torch.stack([order // number, order % number], dim=1)
         with torch.no_grad():
             for stage in (module.encoder, module.decoder):
                 for layer, block in enumerate(stage.blocks):
                     speaks = torch.zeros(number, dtype=torch.bool)
                     if stage is module.decoder:
-                        speaks[chosen_heads[chosen_heads[:, 0] == layer, 1]] = True
+                        speaks[circuit[circuit[:, 0] == layer, 1]] = True
                     listens = rearrange(block.attn.proj.weight, "out (head dim) -> out head dim", head=number)
                     listens *= speaks[:, None]
         super().__init__(module)
-        self.heads = chosen_heads
+        self.heads = circuit
 
     def truth(self, prompts: VisualPrompt) -> torch.Tensor:
         """The codes of its own one-shot answers: LongTensor [batch, output patch]."""
-        shown = prompts.one_shot()
+        prompts = prompts.one_shot()
         with torch.no_grad():
-            logits = self(shown).logits
-        return logits[:, shown.layout.regions["output"].to(logits.device)].argmax(-1)
+            logits = self(prompts).logits
+        return logits[:, prompts.layout.regions["output"].to(logits.device)].argmax(-1)
 
     def circuit(self, space: PatchSpace) -> torch.Tensor:
         """Which units are of heads that are listened to: bool [unit]."""

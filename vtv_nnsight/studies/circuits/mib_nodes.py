@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,14 +12,14 @@ from vtv_nnsight.files import write_text
 from vtv_nnsight.patching import PatchSet, PatchSpace
 
 
-def nodes(space: PatchSpace, scores, chosen: PatchSet | None = None) -> dict[str, dict]:
+def nodes(space: PatchSpace, scores: torch.Tensor, circuit: PatchSet | None = None) -> dict[str, dict[str, Any]]:
     """{"a0.h1": {"score": …, "in_graph": …}, "m0": …}: the heads and MLPs of all layers, which are counted through the
     stages: after an encoder of six layers, the decoder's first is layer 6.
 
     Args:
         space: Of granularity "head" and of sites "heads", "mlp" or both: MIB's nodes are whole heads and MLPs.
         scores: A number for each unit, [unit].
-        chosen: The units that make the circuit; all of them by default.
+        circuit: The units that make the circuit; all of them by default.
 
     Raises:
         ValueError: when the units are not whole heads and MLPs, or scores are not one for each.
@@ -29,7 +30,8 @@ def nodes(space: PatchSpace, scores, chosen: PatchSet | None = None) -> dict[str
         raise ValueError(f"{', '.join(others)} is no node of MIB; use a space of sites {', '.join(_NODES)}.")
     if len(scores) != len(space):
         raise ValueError(f"{len(scores)} scores were given; expected one for each of {len(space)} units.")
-    starts, total = {}, 0
+    starts: dict[str, int] = {}
+    total = 0
     for stage in space.stages:
         if stage.name not in starts:
             starts[stage.name], total = total, total + stage.layers
@@ -37,7 +39,7 @@ def nodes(space: PatchSpace, scores, chosen: PatchSet | None = None) -> dict[str
     return {
         places[stage][1].format(layer=places[stage][0] + layer, head=head): {
             "score": float(scores[i]),
-            "in_graph": chosen is None or bool(chosen.choices[i]),
+            "in_graph": circuit is None or bool(circuit.choices[i]),
         }
         for i, (stage, layer, head, _) in enumerate(zip(*(part.tolist() for part in space.units)))
     }
@@ -53,8 +55,8 @@ def by_head(space: PatchSpace, scores: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.nan_to_num().sum(-1).flatten() for part in parts.values()])
 
 
-def write_nodes(path: str | Path, space: PatchSpace, scores, chosen: PatchSet | None = None) -> None:
+def write_nodes(path: str | Path, space: PatchSpace, scores: torch.Tensor, circuit: PatchSet | None = None) -> None:
     """Write `nodes` as JSON, with the names that they have here beside MIB's."""
-    found = nodes(space, scores, chosen)
-    labels = dict(zip(found, space.names))
-    write_text(path, json.dumps({"nodes": {n: v | {"label": labels[n]} for n, v in found.items()}}, indent=1) + "\n")
+    pairs = zip(nodes(space, scores, circuit).items(), space.names)
+    labelled = {name: node | {"label": label} for (name, node), label in pairs}
+    write_text(path, json.dumps({"nodes": labelled}, indent=1) + "\n")

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vtv_nnsight.search import ALGORITHMS
 from vtv_nnsight.search.budget import SearchObjective
-
-if TYPE_CHECKING:
-    from vtv_nnsight.vectors import TaskVectors
+from vtv_nnsight.vectors import TaskVectors
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class Ranking:
         algorithm: The name of the search.
         options: Its own.
         signed: Whether a score tells harm from help; some tell only that a unit matters.
-        keeps: Whether it looks for a set, and is asked for the units to keep; the others score units one by one, and
-            are asked what is lost by ablating each.
+        keeps: Whether it looks for a set, of the units to keep; the others score units one by one, by what is lost by
+            ablating each.
     """
 
     description: str
@@ -83,16 +81,16 @@ def rank_units(
     """
     if name not in RANKINGS:
         raise ValueError(f"ranking {name!r} is unknown; choose from {', '.join(RANKINGS)}.")
-    own, units = RANKINGS[name], len(objective.space)
-    if own.algorithm == "random":
+    ranking, units = RANKINGS[name], len(objective.space)
+    if ranking.algorithm == "random":
         return torch.rand(units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    algorithm, options = ALGORITHMS[own.algorithm], dict(own.options)
+    algorithm, options = ALGORITHMS[ranking.algorithm], dict(ranking.options)
     if algorithm.takes_size:
         options["size"] = units // 2  # trying sizes is no part of ranking
     settings = dict(budget=budget, seed=seed, vectors=vectors, **shared, **options)
-    if direction == "in" or algorithm.needs_scores or not own.signed:
+    if direction == "in" or algorithm.needs_scores or not ranking.signed:
         return algorithm.on(objective, **settings).scores
-    if own.keeps:
+    if ranking.keeps:
         return algorithm.on(ComplementObjective(objective), **settings).scores
     return -algorithm.on(objective, **settings).scores  # how far the loss rises when the unit is ablated
 
@@ -100,7 +98,7 @@ def rank_units(
 class ComplementObjective:
     """An objective asked by the units that stay: all others are patched, and so ablated. A `SearchObjective`."""
 
-    def __init__(self, objective: SearchObjective) -> None:
+    def __init__(self, objective: Any) -> None:
         self.objective, self.space = objective, objective.space
         self.train, self.held_out, self.group = objective.train, objective.held_out, objective.group
         if hasattr(objective, "stride"):
