@@ -44,7 +44,8 @@ class Task:
     """How pictures become cells: one of `images.FITS`, or "crop"."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metric", metrics.get(self.metric))
+        if not isinstance(self.metric, metrics.Metric):
+            object.__setattr__(self, "metric", metrics.get(self.metric))
 
     @property
     def name(self) -> str:
@@ -93,8 +94,7 @@ class Task:
 
     def cells(self, row: Row | Picture, size: int, place: Place = CENTER) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The input and the target of one row, [3, size, size] in [0, 1] each."""
-        _, corrupted, target = self._cells(row, size, place)
-        return corrupted, target
+        return self._cells(row, size, place)[1:]
 
     def prompt(
         self,
