@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from nnsight import save
 
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import QUERY_ONLY, InContextModel, Stage
@@ -49,8 +50,8 @@ def check_positions(model: InContextModel, prompts: VisualPrompt) -> None:
     for stage in model.stages:
         expected = model.positions(stage.name, prompts)
         with torch.no_grad(), model.trace(prompts):
-            seen = model.positions(stage.name).save()
-            shapes = [model.attention(stage.name, layer).heads.shape for layer in range(stage.layers)].save()
+            seen = save(model.positions(stage.name))
+            shapes = save([model.attention(stage.name, layer).heads.shape for layer in range(stage.layers)])
         require(
             torch.equal(seen.cpu(), expected.cpu()),
             f"{stage.name}: positions differ inside and outside a trace of the same prompts.",
@@ -77,7 +78,9 @@ def check_positions(model: InContextModel, prompts: VisualPrompt) -> None:
 def check_hooks(model: InContextModel, prompts: VisualPrompt) -> None:
     """Forward hooks see the same values."""
     for stage, layer in layers_of(model):
-        inputs, outputs, handles = [], {}, []
+        inputs: list[torch.Tensor] = []
+        outputs: dict[str, torch.Tensor] = {}
+        handles = []
         attention, others = model.attention(stage.name, layer), model.outputs(stage.name, layer)
         for child in attention._module.modules():
             handles.append(child.register_forward_pre_hook(lambda _, args, seen=inputs: seen.extend(tensors(args))))
@@ -86,8 +89,8 @@ def check_hooks(model: InContextModel, prompts: VisualPrompt) -> None:
             handles.append(module._module.register_forward_hook(hook))
         try:
             with torch.no_grad(), model.trace(prompts):
-                heads = attention.heads.clone().save()
-                read = {site: first(module.output).clone() for site, module in others.items()}.save()
+                heads = save(attention.heads.clone())
+                read = save({site: first(module.output).clone() for site, module in others.items()})
         finally:
             for handle in handles:
                 handle.remove()
@@ -114,7 +117,7 @@ def check_writes(model: InContextModel, prompts: VisualPrompt) -> None:
                 attended.append(first(model.attention(stage.name, layer).output).clone())
                 for module in model.outputs(stage.name, layer).values():
                     module.output = module.output
-                outputs.append(model.output.save())
+                outputs.append(save(model.output))
         nothing, once, twice = attended
         require(
             close(tensors(outputs[1]), expected),
@@ -138,10 +141,10 @@ def check_residual(model: InContextModel, prompts: VisualPrompt) -> None:
         if not {"attn", "mlp", "residual"} <= set(modules):
             continue
         with torch.no_grad(), model.trace(prompts):
-            before = first(modules["residual"].input).clone().save()
-            attn = first(modules["attn"].output).clone().save()
-            mlp = first(modules["mlp"].output).clone().save()
-            after = first(modules["residual"].output).clone().save()
+            before = save(first(modules["residual"].input).clone())
+            attn = save(first(modules["attn"].output).clone())
+            mlp = save(first(modules["mlp"].output).clone())
+            after = save(first(modules["residual"].output).clone())
         require(
             close([before + attn + mlp], [after]),
             f"{stage.name}, layer {layer}: residual is not the layer's input plus its attn and its mlp.",
@@ -152,7 +155,7 @@ def check_invokes(model: InContextModel, prompts: VisualPrompt) -> None:
     """Prompts of several invokes get the outputs that each has alone, and an edit stays in its invoke."""
     alone = [run(model, rows) for rows in (prompts[:1], prompts[1:])]
     with torch.no_grad(), model.trace() as tracer:
-        outputs = [].save()
+        outputs: list[Any] = save([])
         for rows in (prompts[:1], prompts[1:]):
             with tracer.invoke(rows):
                 outputs.append(model.output)
@@ -165,7 +168,7 @@ def check_invokes(model: InContextModel, prompts: VisualPrompt) -> None:
             with tracer.invoke(prompts[:1]):
                 scale_heads(model, stage, layer, 0.0)
             with tracer.invoke(prompts[1:]):
-                output = model.output.save()
+                output = save(model.output)
         require(
             close(tensors(output), alone[1]),
             f"{stage.name}, layer {layer}: an edit of its heads in one invoke changes the output of another.",
@@ -187,10 +190,10 @@ def check_hidden(model: InContextModel, prompts: VisualPrompt) -> None:
 def check_answers(model: InContextModel, prompts: VisualPrompt) -> None:
     """`paint` gives pictures; `restrict_to_output` leaves the losses as they are."""
     with torch.no_grad(), model.trace(prompts):
-        output = model.output.save()
+        output = save(model.output)
     with torch.no_grad(), model.trace(prompts):
-        answered = model.restrict_to_output(prompts).save()
-        restricted = model.output.save()
+        answered = save(model.restrict_to_output(prompts))
+        restricted = save(model.output)
     canvas = model.paint(output, prompts)
     require(
         canvas.shape == prompts.canvas.shape and not canvas.requires_grad and 0 <= canvas.min() <= canvas.max() <= 1,
@@ -213,30 +216,31 @@ def check_answers(model: InContextModel, prompts: VisualPrompt) -> None:
 def check_gradients(model: InContextModel, prompts: VisualPrompt) -> None:
     """Gradients of a differentiable loss reach every layer, and are what finite differences measure."""
     loss = next((loss for loss in model.losses if loss.differentiable), None)
-    if loss is None:
+    places = layers_of(model)
+    if loss is None or not places:
         return
-    truth, places = model.truth(prompts), list(layers_of(model))
+    truth = model.truth(prompts)
 
     def measure(gates: list[torch.Tensor]) -> torch.Tensor:
         with model.trace(prompts):
             for (stage, layer), gate in zip(places, gates):
                 scale_heads(model, stage, layer, gate[:, None])
-            value = loss.value(model.output, prompts, truth).sum().save()
+            value = save(loss.value(model.output, prompts, truth).sum())
         return value
 
     ones = [torch.ones(stage.heads, device=prompts.device) for stage, _ in places]
     gates = [gate.clone().requires_grad_() for gate in ones]
-    measure(gates).backward()
-    for (stage, layer), gate in zip(places, gates):
+    slopes = torch.autograd.grad(measure(gates), gates, materialize_grads=True)
+    for (stage, layer), slope in zip(places, slopes):
         require(
-            gate.grad is not None and bool(gate.grad.isfinite().all()) and bool(gate.grad.any()),
+            slope.isfinite().all() and slope.any(),
             f"{stage.name}, layer {layer}: no gradient of loss {loss.name!r} reaches its heads.",
         )
     for stage in model.stages:
-        slope = [gate.grad if place.name == stage.name else 0 * gate.grad for (place, _), gate in zip(places, gates)]
-        norm = torch.cat(slope).norm()
+        steps = [slope * (place.name == stage.name) for (place, _), slope in zip(places, slopes)]
+        norm = torch.cat(steps).norm()
         with torch.no_grad():
-            up, down = (measure([x + step * d / norm for x, d in zip(ones, slope)]) for step in (STEP, -STEP))
+            up, down = (measure([x + far * step / norm for x, step in zip(ones, steps)]) for far in (STEP, -STEP))
         measured = (up - down).item() / (2 * STEP)
         require(
             abs(measured - norm.item()) <= 0.05 * norm.item() + 1e-3 * abs(up.item()),
@@ -267,7 +271,7 @@ def layers_of(model: InContextModel) -> list[tuple[Stage, int]]:
 def run(model: InContextModel, prompts: VisualPrompt) -> list[torch.Tensor]:
     """The tensors of a model's output."""
     with model.trace(prompts):
-        output = model.output.save()
+        output = save(model.output)
     return tensors(output)
 
 
