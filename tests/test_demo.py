@@ -149,8 +149,8 @@ def test_what_a_visitor_found_is_what_the_page_uses(player):
 def test_the_page_of_a_bundle_with_a_unit_a_token(player):
     space = PatchSpace(player.model, granularity="token")
     units = PatchSet.random(space, 8, 0)
-    found = {name: replace(one, patches=units, scores=None) for name, one in player.bundle.found.items()}
-    blocks, called = page_of(Player(player.model, replace(player.bundle, found=found), player.rows))
+    found = {name: replace(one, patches=units, scores=None) for name, one in player.bundle.results.items()}
+    blocks, called = page_of(Player(player.model, replace(player.bundle, results=found), player.rows))
     assert PatchSet.load(called["write_set"].fn("lowlight", None)) == units
     assert "search" not in called and not [
         block for block in blocks.blocks.values() if getattr(block, "value", None) == "Search"

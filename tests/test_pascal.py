@@ -308,10 +308,10 @@ def test_the_published_protocol(published, voc_root, small_config, tmp_path, mon
     MAEVQGANModel(small_config()).save_pretrained(model)
     searched, evaluated = [], []
 
-    def search(model, vectors, tasks, prompts, space, settings, **options):
+    def search(setup, vectors, tasks, prompts, space, **options):
         (held_out,) = options["held_out"]
         searched.append((tasks[0].name, prompts[0].query_only().canvas, held_out))
-        return own_search(model, vectors, tasks, prompts, space, settings, **options)
+        return own_search(setup, vectors, tasks, prompts, space, **options)
 
     def evaluate(model, task, prompts, conditions, **options):
         evaluated.append((options["fold"], prompts))

@@ -106,7 +106,7 @@ def test_a_run_writes_what_the_rest_of_the_library_reads(finished, model):
 def test_kept_prompts_are_exact(tmp_path, model):
     layout = MAEVQGAN(model).layout
     rows = data.scenes("train", 40, 0)
-    made = runs.select(None, tasks.lowlight, rows, Settings(**SMALL | {"prompts": 20}), layout)
+    made = runs.select(runs.Setup(Settings(**SMALL | {"prompts": 20}), MAEVQGAN(model)), tasks.lowlight, rows)
     assert (made.canvas == tasks.lowlight.prompts(rows, 20, 0, layout).canvas).all()
     outputs.write_prompts(tmp_path / "prompts.safetensors", {"lowlight": made})
     read = outputs.read_prompts(tmp_path / "prompts.safetensors", layout)

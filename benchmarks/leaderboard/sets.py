@@ -21,9 +21,8 @@ from vtv_nnsight.models.interface import HEADS, InContextModel
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.progress import progress_bar, quiet
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.settings import Settings
-from vtv_nnsight.runs.steps import collect, load_model, read_vectors
-from vtv_nnsight.runs.steps import search as search_units
 from vtv_nnsight.search.budget import prefixes, sizes
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
@@ -148,13 +147,12 @@ def patches(units: Units) -> PatchSet:
 def prepare(options: Leaderboard, sets: Sets) -> tuple[Bench, Dataset]:
     """What sets are measured with, and the pictures to search on."""
     with quiet():
-        model = load_model(
-            options.model, options.vqgan, options.device, embedding_type=options.embedding_type, dtype=options.dtype
-        )
+        settings = Settings(model=options.model, vqgan=options.vqgan, embedding_type=options.embedding_type)
+        model: Any = steps.set_up(settings, options.device, dtype=options.dtype).model
     if not model.losses:
         raise ValueError(f"sets are compared by the model's own loss, and {options.model} has none; give it `losses`.")
     sites = {site for by_task in sets.values() for (units,) in by_task.values() for site in patches(units).space.sites}
-    vectors = read_vectors(options.vectors, options.tasks, sorted(sites)) if options.vectors else None
+    vectors = steps.read_vectors(options.vectors, options.tasks, sorted(sites)) if options.vectors else None
     owners: dict[str, Any] = {
         f"the set {name!r}": patches(units) for name, by_task in sets.items() for (units,) in by_task.values()
     }
@@ -177,7 +175,7 @@ def prepare(options: Leaderboard, sets: Sets) -> tuple[Bench, Dataset]:
     if vectors is None:
         several = options.by_name | {task.name: task for task in tasks.VTV}
         prompts = ask(train, several, options.prompts)
-        vectors = collect(model, prompts, options.batch_size, sites=sorted(sites | {HEADS}))
+        vectors = TaskVectors.collect(model, prompts, sites=sorted(sites | {HEADS}), batch_size=options.batch_size)
     if len(vectors) < 2:
         raise ValueError(f"there is a vector of {', '.join(vectors)} only; the mean over tasks needs two or more.")
     spec = options.transfer_data or (UNSEEN if options.data == "scenes" else None)
@@ -201,11 +199,11 @@ def run_searches(options: Leaderboard, bench: Bench, train: Dataset) -> Sets:
         for task, seed, name in bar:
             bar.set_postfix_str(f"{name}, {task.name}")
             prompts = task.prompts(train, options.prompts, seed, layout)
-            result = search_units(
-                bench.model, bench.vectors, [task], [prompts], space,
-                Settings(search=name, budget=options.budget, seed=seed),
-                batch_size=options.batch_size, resume=journal(options, task, name, seed), progress=False,
-            )  # fmt: skip
+            setup = steps.Setup(
+                Settings(search=name, budget=options.budget, seed=seed), bench.model, options.batch_size
+            )
+            file = journal(options, task, name, seed)
+            result = steps.search(setup, bench.vectors, [task], [prompts], space, resume=file, progress=False)
             sets[name][task.name].append(result)
     return sets
 

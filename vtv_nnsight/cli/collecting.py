@@ -47,14 +47,10 @@ def collect(
 ) -> None:
     """Collect task vectors: the mean activation of every head (or MLP, …: --sites) at every position, task by task."""
     settings = options.settings_of(ctx, model=source)
-    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
-    layout = steps.layout_for(model, settings)
+    setup = steps.set_up(settings, device, batch_size, dtype)
     rows = load(settings.data, split, max_images, seed)
-    prompts_by_task = {
-        task.name: steps.select(model, task, rows, settings, layout, batch_size)
-        for task in steps.servable(settings, rows)
-    }
-    steps.collect(model, prompts_by_task, batch_size, resume, settings.sites).save(output)
+    prompts_by_task = {task.name: steps.select(setup, task, rows) for task in steps.servable(settings, rows)}
+    steps.collect(setup, prompts_by_task, resume).save(output)
     wrote(output)
 
 
@@ -110,11 +106,12 @@ def clusters(
 ) -> None:
     """Draw how prompts cluster by task in the heads that tell tasks apart best (by silhouette)."""
     settings = options.settings_of(ctx, model=source)
-    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
-    layout = steps.layout_for(model, settings)
+    setup = steps.set_up(settings, device, batch_size, dtype)
     rows = load(settings.data, split, max_images, seed)
-    prompts_by_task = {task.name: task.prompts(rows, prompts, seed, layout) for task in steps.servable(settings, rows)}
-    heads = activations(model, prompts_by_task, region, batch_size=batch_size)
+    prompts_by_task = {
+        task.name: task.prompts(rows, prompts, seed, setup.layout) for task in steps.servable(settings, rows)
+    }
+    heads = activations(setup.model, prompts_by_task, region, batch_size=batch_size)
     ranked = [
         (width.item(), stage, layer, head)
         for (stage, _), widths in silhouettes(heads).items()

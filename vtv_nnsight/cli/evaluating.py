@@ -119,15 +119,10 @@ def evaluate(
         by_task = TaskVectors({vector.task: vector for vector in renamed})
     tables = {}
     for name in dict.fromkeys([source, *(beside or [])]):
-        of_source = dict(vqgan=vqgan, embedding_type=embedding_type) if name == source else {}
-        model = steps.load_model(name, device=device, dtype=dtype, **of_source)
-        layout = steps.layout_for(model, settings)
+        other = replace(settings, model=name, vqgan=None, embedding_type=None)
+        setup = steps.set_up(settings if name == source else other, device, batch_size, dtype)
         tables[name] = Table.cat(
-            [
-                steps.evaluate(model, task, rows, settings, layout, by_task, units, fold, batch_size)
-                for task in to_evaluate
-                for fold, rows in folds
-            ]
+            [steps.evaluate(setup, task, rows, by_task, units, fold) for task in to_evaluate for fold, rows in folds]
         )
     if len(tables) == 1:
         _write_table(tables[source], to_evaluate, output)

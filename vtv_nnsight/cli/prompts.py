@@ -164,7 +164,7 @@ def layouts(
     if others := [name for name, task in looks.items() if not isinstance(task, tasks.Segmentation)]:
         raise ValueError(f"--colours {others[0]} is not a segmentation task.")
     settings = options.settings_of(ctx, model=source, tasks="segmentation")
-    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
+    model = steps.set_up(settings, device, dtype=dtype).model
     rows = load(settings.data, split, 2 * prompts, seed)
     steps.servable(settings, rows)
     scores = prompt_engineering.compare(model, rows, prompts, seed, tasks=looks, rule=ensemble)

@@ -101,17 +101,14 @@ def search(
     preset = {"budget": None} if "published" in (algorithm, recipe) else None
     settings = options.settings_of(ctx, preset, model=source, search=algorithm)
     by_task = steps.read_vectors(vectors, settings.tasks, settings.sites if sites else ())
-    model = steps.load_model(source, vqgan, device, embedding_type=embedding_type, dtype=dtype)
-    layout = steps.layout_for(model, settings)
+    setup = steps.set_up(settings, device, batch_size, dtype)
     rows = load(settings.data, split, max_images, seed)
     to_serve = steps.servable(settings, rows)
     patched = settings.sites if sites else by_task.sites
-    space = PatchSpace(model, layout, granularity, options.listed(stages) if stages else None, patched)
-    to_search = [steps.select(model, task, rows, settings, layout, batch_size) for task in to_serve]
+    space = PatchSpace(setup.model, setup.layout, granularity, options.listed(stages) if stages else None, patched)
+    to_search = [steps.select(setup, task, rows) for task in to_serve]
     keywords = options.given(recipe=recipe, size=size)
-    result = steps.search(
-        model, by_task, to_serve, to_search, space, settings, batch_size=batch_size, resume=resume, **keywords
-    )
+    result = steps.search(setup, by_task, to_serve, to_search, space, resume=resume, **keywords)
     say(str(result))
     (result.patches if output.suffix == ".json" else result).save(output)
     wrote(output)

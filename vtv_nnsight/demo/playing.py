@@ -147,7 +147,9 @@ class Player:
                 progress=False,
             )  # fmt: skip
         vectors = TaskVectors({**self.bundle.vectors, **vectors})
-        return replace(self, bundle=replace(self.bundle, vectors=vectors, found={**self.bundle.found, task: result}))
+        return replace(
+            self, bundle=replace(self.bundle, vectors=vectors, results={**self.bundle.results, task: result})
+        )
 
 
 def _pairs(pictures: int, seed: int) -> Draw:

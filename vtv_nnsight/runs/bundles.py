@@ -79,7 +79,7 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
 
     Args:
         vectors: The vectors; some may be of tasks without units.
-        found: Task → what a search found for it.
+        results: Task → what a search found for it.
         name: Where it is from, for messages.
         model: The source of its model, as `models.load_model` takes it, where that is known.
         folder: Where it was read, with the tables and pictures of a run beside it.
@@ -87,19 +87,19 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
     """
 
     vectors: TaskVectors
-    found: Mapping[str, SearchResult]
+    results: Mapping[str, SearchResult]
     name: str = "these vectors"
     model: str | None = None
     folder: Path | None = None
     vqgan: str | None = None
 
     def __getitem__(self, task: str) -> tuple[TaskVector, PatchSet]:
-        if task not in self.found:
+        if task not in self.results:
             raise KeyError(f"the bundle of {self.name} has nothing of {task!r}; choose from {', '.join(self)}.")
-        return self.vectors[task], self.found[task].patches
+        return self.vectors[task], self.results[task].patches
 
     def __iter__(self) -> Iterator[str]:
-        return (task for task in self.vectors if task in self.found)
+        return (task for task in self.vectors if task in self.results)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -125,7 +125,7 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         """Refuse a model that the vectors are not of, naming what differs.
 
         Raises:
-            ValueError: so.
+            ValueError: when its fingerprint is not that of the vectors.
         """
         device_of(model)
         owner = next(iter(self.vectors.values())).fingerprint
@@ -133,7 +133,7 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
 
     def compact(self) -> Bundle:
         """The same, of the positions that a query-only prompt shows: all that patching without an example needs."""
-        layout = next(iter(self.found.values())).patches.space.layout
+        layout = next(iter(self.results.values())).patches.space.layout
         kept = torch.zeros(layout.num_positions, dtype=torch.bool).index_fill(0, positions(layout.query_band), True)
         return replace(self, vectors=TaskVectors({name: _keep(v, kept) for name, v in self.vectors.items()}))
 
@@ -143,12 +143,12 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         (folder / "search").mkdir(parents=True, exist_ok=True)
         self.vectors.save(folder / VECTORS, dtype)
         for task in self:
-            self.found[task].save(folder / "search" / f"{task}.safetensors")
+            self.results[task].save(folder / "search" / f"{task}.safetensors")
 
     def card(self, licence: str | None = None) -> str:
         """What a folder's README.md says: what it is of, how to use it, what was measured, and its model."""
         owner = next(iter(self.vectors.values())).fingerprint
-        units = len(next(iter(self.found.values())).patches.space)
+        units = len(next(iter(self.results.values())).patches.space)
         rows = [f"| {task} | {self[task][0].count} | {len(self[task][1])} of {units} |" for task in self]
         table = self.folder / "table.md" if self.folder else None
         measured = table.read_text(encoding="utf-8") if table and table.is_file() else ""
@@ -231,11 +231,11 @@ def load(source: str | os.PathLike[str] = EMBEDDED) -> Bundle:
         raise FileNotFoundError(f"{folder} has no {VECTORS}; {instead}.")
     vectors = TaskVectors.load(folder / VECTORS)
     paths = {task: folder / "search" / f"{task}.safetensors" for task in vectors}
-    found = {task: SearchResult.load(path) for task, path in paths.items() if path.is_file()}
-    if not found:
+    results = {task: SearchResult.load(path) for task, path in paths.items() if path.is_file()}
+    if not results:
         raise FileNotFoundError(f"{folder} has no units in search/; let the same `vtv run` finish.")
     known = {"model": EMBEDDED} if str(source) == EMBEDDED else _source_of(folder)
-    return Bundle(vectors, found, str(source), known.get("model"), folder, known.get("vqgan"))
+    return Bundle(vectors, results, str(source), known.get("model"), folder, known.get("vqgan"))
 
 
 def _source_of(folder: Path) -> dict[str, Any]:

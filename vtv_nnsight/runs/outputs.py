@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from vtv_nnsight import data
@@ -44,17 +43,15 @@ def read_prompts(path: Path, layout: Layout) -> dict[str, VisualPrompt]:
 
 def write_pictures(path: Path, table: Table, task: Task) -> None:
     """The first answers of an evaluation, which a Parquet file has no place for."""
-    shown = table.pictures[task.name]
-    write_tensors(path, "answers", shown, {"names": list(shown)})
+    pictures = table.pictures[task.name]
+    write_tensors(path, "answers", pictures, {"names": list(pictures)})
 
 
 def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:
     """Units and their scores [unit], the highest first, as CSV."""
     order = scores.nan_to_num(-1).argsort(descending=True).tolist()
-    text = io.StringIO()
-    rows = [("unit", "score"), *((space.names[i], f"{scores[i]:.6g}") for i in order)]
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
+    table = pd.DataFrame({"unit": [space.names[i] for i in order], "score": scores[order].numpy()})
+    write_text(path, table.to_csv(index=False, float_format="%.6g", na_rep="nan", lineterminator="\n"))
 
 
 def identity(settings: Settings, model: InContextModel, folds: Sequence[Fold], tasks: Sequence[Task]) -> dict[str, Any]:

@@ -28,13 +28,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.evaluation.conditions import PATCHED
 from vtv_nnsight.evaluation.explorer import demonstrate
-from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.progress import numbered_steps, quiet
@@ -89,23 +88,20 @@ def run(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
     with quiet():
-        model = steps.load_model(
-            settings.model, settings.vqgan, device, embedding_type=settings.embedding_type, dtype=settings.dtype
-        )
+        setup = steps.set_up(settings, device, batch_size)
         folds, notes = load_folds(out, settings)
         tasks = steps.servable(settings, folds[0].train)
-        layout = steps.layout_for(model, settings)
-        space = PatchSpace(model, layout, settings.granularity, sites=settings.sites)
-        check(settings, folds, tasks, space, model)
+        space = PatchSpace(setup.model, setup.layout, settings.granularity, sites=settings.sites)
+        check(settings, folds, tasks, space, setup.model)
         record = None
         if state.is_main_process:
-            facts = identity(settings, model, folds, tasks)
-            record = RunRecord.open(out, facts, [fold.folder for fold in folds], notes, device_of(model), redo)
+            facts = identity(settings, setup.model, folds, tasks)
+            record = RunRecord.open(out, facts, [fold.folder for fold in folds], notes, device_of(setup.model), redo)
         state.wait_for_everyone()
         total = len(STEPS) * len(folds) + (report is not None)
         step = numbered_steps(total, disable=not (progress and state.is_main_process))
         for fold in folds:
-            work = _Work(model, settings, tasks, layout, space, batch_size, record, step, fold)
+            work = _Work(setup, tasks, space, record, step, fold)
             prompts = work.select()
             vectors = work.collect(prompts)
             work.score(vectors)
@@ -125,12 +121,9 @@ def run(
 class _Work:
     """The steps of one fold: each makes the files that it lacks, and returns what they hold."""
 
-    model: InContextModel
-    settings: Settings
+    setup: steps.Setup
     tasks: Sequence[Task]
-    layout: Layout
     space: PatchSpace
-    batch_size: int | None
     record: RunRecord | None
     step: Callable[[str], AbstractContextManager[Callable[[str], None]]]
     fold: Fold
@@ -143,20 +136,16 @@ class _Work:
         with self.begin("select") as files:
             if files.lacks("prompts.safetensors"):
                 prompts = {
-                    task.name: steps.select(
-                        self.model, task, self.fold.train, self.settings, self.layout, self.batch_size
-                    )
-                    for task in files.each(self.tasks)
+                    task.name: steps.select(self.setup, task, self.fold.train) for task in files.each(self.tasks)
                 }
                 files.save("prompts.safetensors", write_prompts, prompts)
-            return read_prompts(files.path("prompts.safetensors"), self.layout)
+            return read_prompts(files.path("prompts.safetensors"), self.setup.layout)
 
     def collect(self, prompts: Mapping[str, VisualPrompt]) -> TaskVectors:
         with self.begin("collect") as files:
             if files.lacks("vectors.safetensors"):
                 files.working_on("")
-                state = self.fold.folder / "vectors.state"
-                vectors = steps.collect(self.model, prompts, self.batch_size, state, self.settings.sites)
+                vectors = steps.collect(self.setup, prompts, self.fold.folder / "vectors.state")
                 files.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
                 files.remove("vectors.state")
             return TaskVectors.load(files.path("vectors.safetensors"))
@@ -182,14 +171,12 @@ class _Work:
         return results
 
     def _search(self, task: Task, prompts: VisualPrompt, vectors: TaskVectors, journal: Path) -> SearchResult:
-        held_out = {}
+        options: dict[str, Any] = {"resume": journal}
         if self.fold.search is not None:
-            prompts, others = search_prompts(task, self.fold.search, self.layout, self.settings.seed)
-            held_out = {"held_out": [others.query_only()]}
-        return steps.search(
-            self.model, vectors, [task], [prompts], self.space, self.settings, batch_size=self.batch_size,
-            resume=journal, **held_out,
-        )  # fmt: skip
+            seed = self.setup.settings.seed
+            prompts, held_out = search_prompts(task, self.fold.search, self.setup.layout, seed)
+            options["held_out"] = [held_out.query_only()]
+        return steps.search(self.setup, vectors, [task], [prompts], self.space, **options)
 
     def evaluate(self, vectors: TaskVectors, results: Mapping[str, SearchResult]) -> None:
         with self.begin("evaluate") as files:
@@ -197,10 +184,8 @@ class _Work:
                 names = [f"evaluation/{task.name}.{kind}" for kind in ("safetensors", "parquet")]
                 if any([files.lacks(name) for name in names]):
                     files.working_on(task.name)
-                    table = steps.evaluate(
-                        self.model, task, self.fold.test, self.settings, self.layout, vectors,
-                        results[task.name].patches, self.fold.number, self.batch_size,
-                    )  # fmt: skip
+                    patches = results[task.name].patches
+                    table = steps.evaluate(self.setup, task, self.fold.test, vectors, patches, self.fold.number)
                     files.save(names[0], partial(write_pictures, task=task), table)
                     files.save(names[1], lambda path, table: table.to_parquet(path), table)
             files.wait()
@@ -213,9 +198,9 @@ class _Work:
                     files.working_on(task.name)
                     table = Table.load(self.fold.folder / f"evaluation/{task.name}.parquet")
                     scores = table.values(task.name, PATCHED)
-                    prompts = steps.prompts_to_test(task, self.fold.test, self.settings, self.layout)
+                    prompts = steps.prompts_to_test(self.setup, task, self.fold.test)
                     explorer = demonstrate(
-                        self.model, task, prompts, scores, vectors, results, batch_size=self.batch_size
+                        self.setup.model, task, prompts, scores, vectors, results, batch_size=self.setup.batch_size
                     )
                     files.save(name, lambda path, explorer: explorer.save(path), explorer)
             files.wait()

@@ -101,7 +101,7 @@ def fold_of(name: str) -> Path:
 
 
 def changed_files(run: str | os.PathLike[str], record: dict[str, Any]) -> list[str]:
-    """Files, relative to the run's folder, that are there and not as the run wrote them. (0.1 kept no digests.)
+    """Files, relative to the run's folder, that are there and not as the run wrote them.
 
     Raises:
         ValueError: when one of them is a folder.
@@ -138,16 +138,16 @@ class RunRecord:
         Args:
             settings: What its numbers depend on, as `STEPS` names them.
             folders: Where its steps write: `out` itself, or a folder for each fold.
-            notes: What there is to be told.
+            notes: What the report is to say.
             redo: Remove what differing settings or changed files have spoilt, instead of refusing.
 
         Raises:
             ValueError: naming the settings or files that differ and the steps that depend on them, or saying that the
                 folder holds something else.
         """
-        settings, found = json.loads(json.dumps(settings)), {}
+        settings, earlier = json.loads(json.dumps(settings)), {}
         if (out / "run.json").exists():
-            found = read_record(out)
+            earlier = read_record(out)
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not empty and holds no run; name a new folder.")
         packages = ("torch", "nnsight", "transformers", "datasets", "numpy")
@@ -155,19 +155,19 @@ class RunRecord:
         self.content = {
             "kind": "vtv run",
             "settings": settings,
-            "notes": list(dict.fromkeys([*notes, *found.get("notes", [])])),
+            "notes": list(dict.fromkeys([*notes, *earlier.get("notes", [])])),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
             "machine": {
                 "processors": os.cpu_count(),
                 "threads": torch.get_num_threads(),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             },
-            "seconds": found.get("seconds", {}),
-            "files": found.get("files", {}),
+            "seconds": earlier.get("seconds", {}),
+            "files": earlier.get("files", {}),
         }
-        if found:
-            spoilt = self._spoilt_by_settings(found["settings"], redo)
-            changed = [name for name in changed_files(out, found) if step_of(name) not in spoilt]
+        if earlier:
+            spoilt = self._spoilt_by_settings(earlier["settings"], redo)
+            changed = [name for name in changed_files(out, earlier) if step_of(name) not in spoilt]
             if changed and not redo:
                 writers = {step_of(name) or "" for name in changed}
                 steps = writers.union(*(READERS[step] for step in writers))
@@ -206,7 +206,7 @@ class RunRecord:
         self.write()
 
     def note(self, texts: Iterable[str]) -> None:
-        """Keep what there is to be told, once."""
+        """Keep what the report is to say, once."""
         self.content["notes"] = list(dict.fromkeys([*self.content["notes"], *texts]))
 
     def spent(self, step: str, seconds: float) -> None:
@@ -219,16 +219,16 @@ class RunRecord:
         self.content["peak memory (MiB)"] = _peak_memory()
         write_text(self.out / "run.json", json.dumps(self.content, indent=1) + "\n")
 
-    def _spoilt_by_settings(self, found: dict[str, Any], redo: bool) -> list[str]:
-        """The steps that depend on settings that differ from those found."""
+    def _spoilt_by_settings(self, earlier: dict[str, Any], redo: bool) -> list[str]:
+        """The steps that depend on settings that differ from the earlier ones."""
         settings = self.content["settings"]
-        differ = [name for name in settings if found.get(name) != settings[name]]
+        differ = [name for name in settings if earlier.get(name) != settings[name]]
         first = next((i for i, names in enumerate(STEPS.values()) if set(names) & set(differ)), None)
         if first is None:
             return []
         steps = list(STEPS)[first:]
         if not redo:
-            changes = ", ".join(f"{n} was {in_words(found.get(n))} and is {in_words(settings[n])}" for n in differ)
+            changes = ", ".join(f"{n} was {in_words(earlier.get(n))} and is {in_words(settings[n])}" for n in differ)
             raise ValueError(
                 f"{self.out} was begun with other settings: {changes}. Name another folder, or do {', '.join(steps)} "
                 "again there with redo (--redo)."
@@ -284,7 +284,7 @@ class StepFiles:
         self.show(what)
 
     def each(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """Tasks, one after the other, each shown as what is being done."""
+        """Tasks, one after the other, each named as what is being done."""
         for task in tasks:
             self.working_on(task.name)
             yield task
@@ -326,12 +326,12 @@ def begin_step(
     record: RunRecord | None,
     folder: Path,
     name: str,
-    shown: AbstractContextManager[Callable[[str], None]],
+    progress: AbstractContextManager[Callable[[str], None]],
     shares: Path | None = None,
 ) -> Iterator[StepFiles]:
-    """A step of a display, whose time is noted, and what it warns of."""
+    """A step, shown by its line of `numbered_steps`; its time and its warnings go into the record."""
     began = time.perf_counter()
-    with shown as show:
+    with progress as show:
         step = StepFiles(record, folder, show, shares)
         try:
             with warnings.catch_warnings(record=True) as heard:

@@ -1,4 +1,4 @@
-"""What `vtv run` can be told. Apart from the steps, so that `vtv --help` need not import what they need."""
+"""What the numbers of `vtv run` depend on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from vtv_nnsight import tasks as registry
+from vtv_nnsight.models.interface import QUERY_ONLY, SITES
+from vtv_nnsight.search import ALGORITHMS
+
 DTYPES = ("float32", "bfloat16", "float16")
 
-MOST = 10_000_000
+MAX_COUNT = 10_000_000
 """No count of prompts or pictures may be larger."""
 
 
@@ -70,10 +74,6 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        from vtv_nnsight import tasks
-        from vtv_nnsight.models.interface import QUERY_ONLY, SITES
-        from vtv_nnsight.search import ALGORITHMS
-
         choices = {
             "search": (*ALGORITHMS, "published"),
             "dtype": (None, *DTYPES),
@@ -94,12 +94,12 @@ class Settings:
                 continue
             if value < 1:
                 raise ValueError(f"{name}={value} leaves nothing to do; give 1 or more.")
-            if value > MOST and name != "budget":
-                raise ValueError(f"{name}={value} is more than can be done; give {MOST:,} or fewer.")
+            if value > MAX_COUNT and name != "budget":
+                raise ValueError(f"{name}={value} is more than can be done; give {MAX_COUNT:,} or fewer.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} is not a seed; give a number from 0 to {2**32 - 1}.")
         for name in self.tasks:
-            tasks.get(name)
+            registry.get(name)
         object.__setattr__(self, "folds", tuple(sorted(set(self.folds))))
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,47 @@ from vtv_nnsight.vectors import TaskVectors
 from vtv_nnsight.vectors.compatibility import differences, geometry, layout_of
 
 
-def load_model(
-    source: str, vqgan: str | Path | None = None, device: str | None = None, **options: Any
-) -> InContextModel:
-    """A model with its weights, on a device; of several processes each on a device of its own. Options are
-    `models.load_model`'s."""
+@dataclass(frozen=True)
+class Setup:
+    """What every step is given.
+
+    Args:
+        settings: What its numbers depend on.
+        model: The model of the settings, with its weights.
+        batch_size: Prompts per forward; None is what suits the model and the device.
+    """
+
+    settings: Settings
+    model: InContextModel
+    batch_size: int | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The model's layout in the order of the settings; that of VP's reasoning study where the data are its own."""
+        layout = self.model.layout
+        if self.settings.data.startswith("reasoning:") and layout.gap is None:
+            layout = replace(REASONING, canvas_size=layout.canvas_size, patch_size=layout.patch_size)
+        return replace(layout, order=self.settings.order)
+
+
+def set_up(
+    settings: Settings, device: str | None = None, batch_size: int | None = None, dtype: str | None = None
+) -> Setup:
+    """The setup of some settings: the model is loaded, on a device, or of several processes on a device for each.
+
+    Args:
+        dtype: Precision of the weights, in place of that of the settings.
+
+    Raises:
+        ValueError, OSError: as `models.load_model`, or for a device that there is not.
+    """
     state = processes()
     if device is None and state.num_processes > 1:
         device = str(state.device)
     place = resolve_device(device) if device else None
-    model: Any = models.load_model(source, vqgan=vqgan or None, dispatch=True, **options)
-    loaded: InContextModel = model.to(place) if place else model
-    return loaded
-
-
-def layout_for(model: InContextModel, settings: Settings) -> Layout:
-    """The model's layout in the order that was asked for; that of VP's reasoning study where the data are its own."""
-    own = model.layout
-    if settings.data.startswith("reasoning:") and own.gap is None:
-        own = replace(REASONING, canvas_size=own.canvas_size, patch_size=own.patch_size)
-    return replace(own, order=settings.order)
+    options = {"vqgan": settings.vqgan, "embedding_type": settings.embedding_type, "dtype": dtype or settings.dtype}
+    model: Any = models.load_model(settings.model, dispatch=True, **options)
+    return Setup(settings, model.to(place) if place else model, batch_size)
 
 
 def servable(settings: Settings, rows: Dataset) -> list[Task]:
@@ -64,30 +85,23 @@ def servable(settings: Settings, rows: Dataset) -> list[Task]:
     return wanted or [task for task in registry.VTV if task.needs in rows.column_names]
 
 
-def select(
-    model: InContextModel, task: Task, rows: Dataset, settings: Settings, layout: Layout, batch_size: int | None = None
-) -> VisualPrompt:
+def select(setup: Setup, task: Task, rows: Dataset) -> VisualPrompt:
     """Prompts that the model does well one-shot (ECCV 2024, §4.1); random ones where there are few pictures."""
+    settings, layout = setup.settings, setup.layout
     if not selects(settings, rows):
         return task.prompts(rows, settings.prompts, settings.seed, layout)
-    options: dict[str, Any] = {"duplicates": "published"} if settings.protocol == "published" else {}
+    options: dict[str, Any] = {"candidates": settings.candidates, "seed": settings.seed, "layout": layout}
+    if settings.protocol == "published":
+        options["duplicates"] = "published"
     if is_published_pascal(settings):
         options["drawn"] = candidates(rows, layout.examples, settings.seed, settings.candidates)
-    return select_prompts(
-        model, task, rows, settings.prompts, candidates=settings.candidates, seed=settings.seed, layout=layout,
-        batch_size=batch_size, **options,
-    )  # fmt: skip
+    return select_prompts(setup.model, task, rows, settings.prompts, batch_size=setup.batch_size, **options)
 
 
-def collect(
-    model: InContextModel,
-    prompts: Mapping[str, VisualPrompt],
-    batch_size: int | None = None,
-    resume: str | Path | None = None,
-    sites: Sequence[str] = Settings.sites,
-) -> TaskVectors:
+def collect(setup: Setup, prompts: Mapping[str, VisualPrompt], resume: str | Path | None = None) -> TaskVectors:
     """The mean activation of every head (ECCV 2024, §4.1), or at other sites of the layers, by task."""
-    return TaskVectors.collect(model, prompts, sites=sites, batch_size=batch_size, resume=resume)
+    sites = setup.settings.sites
+    return TaskVectors.collect(setup.model, prompts, sites=sites, batch_size=setup.batch_size, resume=resume)
 
 
 def read_vectors(path: str | Path, tasks: Sequence[str] = (), sites: Sequence[str] = ()) -> TaskVectors:
@@ -130,15 +144,11 @@ def score(vectors: TaskVectors, space: PatchSpace) -> torch.Tensor | None:
 
 
 def search(
-    model: InContextModel,
+    setup: Setup,
     vectors: TaskVectors,
     tasks: Sequence[Task],
     prompts: Sequence[VisualPrompt],
     space: PatchSpace,
-    settings: Settings,
-    *,
-    batch_size: int | None = None,
-    resume: str | Path | None = None,
     **options: Any,
 ) -> SearchResult:
     """The units to patch so that the model does the tasks with no example (ECCV 2024, §4.3): one set for all of them.
@@ -150,11 +160,13 @@ def search(
     Returns:
         Without the seconds of its history, so that the same seed gives the same file.
     """
+    settings = setup.settings
     algorithm, recipe = algorithm_of(settings.search)
+    shared = {"budget": settings.budget, "loss": settings.loss, "seed": settings.seed, "batch_size": setup.batch_size}
+    queries = [rows.query_only() for rows in prompts]
     result = algorithm(
-        model, [vectors[task.name] for task in tasks], list(tasks), [rows.query_only() for rows in prompts], space,
-        budget=settings.budget, loss=settings.loss, seed=settings.seed, batch_size=batch_size, resume=resume,
-        vectors=vectors, **recipe | options,
+        setup.model, [vectors[task.name] for task in tasks], list(tasks), queries, space, vectors=vectors,
+        **shared | recipe | options,
     )  # fmt: skip
     return replace(result, history=tuple(moment._replace(seconds=float("nan")) for moment in result.history))
 
@@ -167,28 +179,26 @@ def algorithm_of(name: str) -> tuple[Algorithm[...], dict[str, Any]]:
 
 
 def evaluate(
-    model: InContextModel,
+    setup: Setup,
     task: Task,
     rows: Dataset,
-    settings: Settings,
-    layout: Layout,
     vectors: TaskVectors | None = None,
     patches: PatchSet | None = None,
     fold: int = 0,
-    batch_size: int | None = None,
 ) -> Table:
     """Scores and first answers on prompts of pictures that were not searched on, of every condition; without vectors
     those that need none. Controls that are many are asked fewer prompts: see `Settings`."""
-    prompts = prompts_to_test(task, rows, settings, layout)
-    conditions = None if vectors is None or patches is None else _conditions(task, vectors, patches, settings)
-    return evaluate_conditions(model, task, prompts, conditions, fold=fold, batch_size=batch_size)
+    prompts = prompts_to_test(setup, task, rows)
+    conditions = None if vectors is None or patches is None else _conditions(task, vectors, patches, setup.settings)
+    return evaluate_conditions(setup.model, task, prompts, conditions, fold=fold, batch_size=setup.batch_size)
 
 
-def prompts_to_test(task: Task, rows: Dataset, settings: Settings, layout: Layout) -> VisualPrompt:
+def prompts_to_test(setup: Setup, task: Task, rows: Dataset) -> VisualPrompt:
     """What `evaluate` asks."""
+    settings = setup.settings
     if is_published_pascal(settings):
-        return test_prompts(task, rows, settings.test_prompts, layout, settings.seed)
-    return task.prompts(rows, settings.test_prompts, settings.seed, layout)
+        return test_prompts(task, rows, settings.test_prompts, setup.layout, settings.seed)
+    return task.prompts(rows, settings.test_prompts, settings.seed, setup.layout)
 
 
 def _conditions(
