@@ -54,9 +54,9 @@ def refused(folder, words, model=MAEVQGAN, error=ValueError):
         ({"mlp_ratio": "4"}, "mlp_ratio='4'"),
         ({"dtype": "os.system"}, "dtype='os.system' .*; expected a floating-point one"),
         ({"dtype": "int8"}, "dtype='int8'"),
-        ({"num_codes": 77}, r"decoder.head.bias has shape \[24\]; the sizes in its config ask for \[77\]"),
-        ({"num_hidden_layers": 3}, r"has no encoder.blocks.2.attn.proj.bias, .* and 8 more; it is incomplete"),
-        ({"num_hidden_layers": 1}, r"has encoder.blocks.1.attn.proj.bias, .*, unknown to the model"),
+        ({"num_codes": 77}, r"decoder.head.bias of shape \[24\]; the sizes in its config ask for \[77\]"),
+        ({"num_hidden_layers": 3}, r"encoder.blocks.2.attn.proj.bias, .* and 8 more missing; it is incomplete"),
+        ({"num_hidden_layers": 1}, r"encoder.blocks.1.attn.proj.bias, .* unknown to MAEVQGAN"),
         ({"model_type": "bert"}, "is a bert model; expected mae_vqgan"),
         ({"model_type": None}, "config.json does not say its model_type"),
     ],
@@ -109,8 +109,8 @@ def test_folders_of_other_models_are_checked_alike(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for settings, words in (
         ({"num_attention_heads": 0}, "no model can be built of the config of "),
-        ({"hidden_size": 32}, "has shape .*; the sizes in its config ask for"),
-        ({"num_hidden_layers": 3}, "has no vit.layers.2.*; it is incomplete"),
+        ({"hidden_size": 32}, "of shape .*; the sizes in its config ask for"),
+        ({"num_hidden_layers": 3}, "vit.layers.2.* missing; it is incomplete"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | settings))
         refused(tmp_path, words, ViTMAE)

@@ -8,7 +8,8 @@ from transformers import SegGptConfig, SegGptForImageSegmentation, ViTMAEForPreT
 from vtv_nnsight import MAEVQGAN, data, tasks
 from vtv_nnsight.models import load_model
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.models.painter import Painter, SegGPT, released_name
+from vtv_nnsight.models.painter import Painter, SegGPT
+from vtv_nnsight.models.painter_files import released_name
 from vtv_nnsight.models.vit_mae import ViTMAE
 
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel
 from vtv_nnsight import metrics
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
-from vtv_nnsight.models.mae_vqgan.layers import sincos_positions
+from vtv_nnsight.models.mae_vqgan.transformer import sincos_positions
 from vtv_nnsight.prompts import VisualPrompt
 
 LAYOUT = Layout()

@@ -29,7 +29,7 @@ from vtv_nnsight import (
     tasks,
 )
 from vtv_nnsight.images import denormalise, normalise
-from vtv_nnsight.models import painter
+from vtv_nnsight.models import painter_network, sources
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.testing import check_model
 
@@ -243,7 +243,7 @@ def test_hub_ids_of_released_files(released, monkeypatch):
         asked.append((repo, name, revision))
         return str(released["painter" if "painter" in name else "seggpt"])
 
-    monkeypatch.setattr(painter, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "hf_hub_download", download)
     Painter("BAAI/Painter")
     SegGPT("BAAI/SegGPT", revision="main")
     assert asked == [("BAAI/Painter", "painter_vit_large.pth", None), ("BAAI/SegGPT", "seggpt_vit_large.pth", "main")]
@@ -330,7 +330,7 @@ def test_gradients_of_gates(model, prompts):
     found = torch.autograd.grad(value, list(gates.values()))
     by_layer = {1: gates["streams"], 4: gates["merged"]}
     prediction = run_hooked(model, rows, lambda i, z: z * by_layer[i][:, None] if i in by_layer else z)
-    value = loss.value(painter.PainterOutput(prediction=prediction), rows, truth).sum()
+    value = loss.value(painter_network.PainterOutput(prediction=prediction), rows, truth).sum()
     for gradient, expected in zip(found, torch.autograd.grad(value, list(gates.values()))):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
         assert gradient.abs().min() > 0
@@ -472,7 +472,7 @@ def test_edits_are_stored(model, prompts):
     assert torch.equal(predict(edited, prompts), by_hand)
     assert not torch.equal(predict(model, prompts), by_hand)
     assert edited.identity() == model.identity() and edited.layout == model.layout
-    assert torch.equal(edited.generate(prompts), model.paint(painter.PainterOutput(prediction=by_hand), prompts))
+    assert torch.equal(edited.generate(prompts), model.paint(painter_network.PainterOutput(prediction=by_hand), prompts))
 
 
 def test_bfloat16(released, numbers, prompts, kind):
@@ -572,10 +572,10 @@ def test_a_fresh_module_drops_no_layers(models, prompts):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop("blocks.7.mlp.fc2.bias"), "has no blocks.7.mlp.fc2.bias; the file is incomplete"),
-        (lambda t: t.pop("type_token_ins"), "has no type_token_ins"),
-        (lambda t: t.update(extra=torch.zeros(1)), "has extra, unknown to SegGPT"),
-        (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight has shape \[3\].*ask for \[64\]"),
+        (lambda t: t.pop("blocks.7.mlp.fc2.bias"), "blocks.7.mlp.fc2.bias missing; it is incomplete"),
+        (lambda t: t.pop("type_token_ins"), "type_token_ins missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra unknown to SegGPT"),
+        (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight of shape \[3\].*ask for \[64\]"),
         (lambda t: t.update(segment_token_x=torch.zeros(64)), r"segment_token_x has shape \[64\]; expected 4 dim"),
         (lambda t: t.update({n: torch.zeros(31, 16) for n in t if "rel_pos_w" in n}), "128x128 is not two square cell"),
     ],

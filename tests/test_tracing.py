@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt
+from vtv_nnsight.models import sources as model_sources
 from vtv_nnsight.models.devices import available_devices, resolve_device
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
-from vtv_nnsight.models.mae_vqgan import traced as tracing
 from vtv_nnsight.prompts import Canvases, crop
 
 
@@ -730,7 +730,7 @@ def test_bad_sources(module, folder, tmp_path, monkeypatch):
         MAEVQGAN(tmp_path / "bert")
     with pytest.raises(ValueError, match="is a bert model; expected mae_vqgan"):
         MAEVQGAN(tmp_path / "bert", dispatch=True)
-    monkeypatch.setattr(tracing, "files", lambda _: tmp_path)
+    monkeypatch.setattr(model_sources, "files", lambda _: tmp_path)
     with pytest.raises(FileNotFoundError, match='"tiny" has no config.json and no model.safetensors'):
         MAEVQGAN("tiny")
 

@@ -1,82 +1,113 @@
-"""What the models that complete one canvas share: prompts as the input of a trace, `generate`, and how a source is
-read. MAE-VQGAN and ViT-MAE are such; a model with another input overrides `_prepare`."""
+"""What all models that complete one canvas share: prompts as the input of a trace, `generate` and `paint`, and how a
+source is read."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-from nnsight.intervention.envoy import traceable
-from nnsight.modeling.huggingface import HuggingFaceModel
+from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import check_device_map, resolve_device
-from vtv_nnsight.models.nnsight_compat import PromptBatcher, PromptTracer
-from vtv_nnsight.models.sources import check_folder, read_model_type
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.nnsight_compat import Envoy, TraceableModel, traceable
+from vtv_nnsight.models.painting import Inputs, paint_canvas
+from vtv_nnsight.models.sources import HUB_OPTIONS, check_folder, locate, read_model_type
+from vtv_nnsight.models.torch_files import StrPath, refuse_differences
 from vtv_nnsight.prompts import Canvases, VisualPrompt
-from vtv_nnsight.text import join_names
 
 EXPECTED = (
     "give a VisualPrompt, or canvas [batch, 3, height, width], visible [patch] and decoded [patch] as tensors "
     "(VisualPrompt.from_canvas makes a prompt of a canvas)."
 )
-HUB_OPTIONS = ("token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 
 
-class Inputs(NamedTuple):
-    """What the network is given: canvases, and the patches that its two stages see, shared by the batch ([patch]) or
-    for each row ([batch, patch])."""
+class AdaptedNetwork(nn.Module):
+    """A model of transformers' under the names that a trace uses, which sees the patches that a prompt shows.
 
-    canvas: torch.Tensor
-    visible: torch.Tensor
-    decoded: torch.Tensor
+    Args:
+        original: The model, which keeps its own names.
+    """
+
+    def __init__(self, original: PreTrainedModel) -> None:
+        super().__init__()
+        self.config: Any = original.config
+        self.original: Any
+        object.__setattr__(self, "original", original)  # not as a child: its modules have their names here
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.parameters()).dtype
 
 
-class CanvasModel(HuggingFaceModel):
-    """A traceable network of canvas, visible and decoded patches (see `Inputs`)."""
+class CanvasModel(TraceableModel, InContextModel):
+    """A traceable network of canvas, visible and decoded patches (see `Inputs`).
 
+    Raises:
+        TypeError, ValueError, OSError: when it is made: naming the source and what is wrong with it.
+    """
+
+    module_class: ClassVar[type[nn.Module]]
+    """What a ready module must be."""
     config_class: ClassVar[type[PretrainedConfig]]
-    _batcher_class = PromptBatcher
+    source_kinds: ClassVar[str] = "a Hub id, a folder"
+    """What else a source may be, for people."""
+    envoy_classes: ClassVar[Mapping[type[nn.Module], type[Envoy]]] = {}
+    """Envoys of the network's modules; the argument `envoys` adds to them."""
 
     def __init__(
-        self, source: str | os.PathLike | torch.nn.Module, *, revision: str | None = None, **kwargs: Any
+        self, source: StrPath | nn.Module, *, revision: str | None = None, envoys: Any = None, **kwargs: Any
     ) -> None:
+        if isinstance(source, os.PathLike):
+            source = os.fspath(source)
+        if not isinstance(source, (str, self.module_class)):
+            raise TypeError(
+                f"{type(source).__name__} is not a source of {type(self).__name__}; give {self.source_kinds} or a "
+                f"{self.module_class.__name__}."
+            )
         check_device_map(kwargs.get("device_map"))
-        super().__init__(source, revision=revision, **kwargs)
+        if envoys is None or isinstance(envoys, dict):
+            envoys = {**self.envoy_classes, **(envoys or {})}
+        super().__init__(source, revision=revision, envoys=envoys, **kwargs)
 
     @property
     def layout(self) -> Layout:
         """The layout of the model's canvas, with one example."""
-        return self._module.layout
+        layout: Layout = self.network.layout
+        return layout
 
     @property
     def device(self) -> torch.device | None:
         """Where inputs go: the device of the first weights, or the one that runs them when they are offloaded."""
-        device = super().device
+        device: torch.device | None = super().device
         if device is None or device.type != "meta":
             return device
-        hooks = (getattr(module, "_hf_hook", None) for module in self._module.modules())
+        hooks = (getattr(module, "_hf_hook", None) for module in self.network.modules())
         running = (getattr(hook, "execution_device", None) for hook in hooks)
         return next((torch.device(place) for place in running if place is not None), device)
 
-    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Run the transformer once, untraced: the output that `model.trace(...)` calls `model.output`."""
-        if self.interleaver.interleaving:
-            return super().__call__(*inputs, **kwargs)
-        return self.trace(*inputs, trace=False, **kwargs)
+    def layer(self, stage: str, layer: int) -> Any:
+        """The envoy of a layer, 0 being the stage's first."""
+        return getattr(self, stage).layers[layer]
 
-    def trace(self, *inputs: Any, **kwargs: Any) -> Any:
-        return super().trace(*inputs, **{"tracer_cls": PromptTracer, **kwargs})
+    def attention(self, stage: str, layer: int) -> Any:
+        """The attention of a layer, 0 being the stage's first."""
+        return self.layer(stage, layer).attention
 
-    trace.__doc__ = HuggingFaceModel.trace.__doc__
+    def outputs(self, stage: str, layer: int) -> dict[str, Any]:
+        """The attention, the MLP, and the layer itself."""
+        module = self.layer(stage, layer)
+        return {"attn": self.attention(stage, layer), "mlp": module.mlp, "residual": module}
 
     @traceable
     def generate(self, *inputs: Any, layout: Layout | None = None, **kwargs: Any) -> Canvases:
@@ -92,7 +123,24 @@ class CanvasModel(HuggingFaceModel):
         Returns:
             `Canvases`: a tensor [batch, 3, height, width] in [0, 1] that shows itself, with `.answer` and `.picture()`.
         """
-        return Canvases.of(self._module.generate(*inputs, **kwargs), layout or self.layout)
+        options = {"paste": kwargs.pop("paste")} if "paste" in kwargs else {}
+        with torch.no_grad():
+            output = self.network.forward(*inputs, **kwargs)
+            return Canvases.of(self.paint(output, Inputs(*inputs), **options), layout or self.layout)
+
+    @torch.no_grad()
+    def paint(self, output: Any, prompts: VisualPrompt | Inputs, paste: bool = True) -> torch.Tensor:
+        """The canvases that the network's output stands for, with their own pixels at the visible patches where
+        `paste`: [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated)."""
+        return paint_canvas(self.draw, self.predictions(output), prompts, self.layout, paste)
+
+    def predictions(self, output: Any) -> torch.Tensor:
+        """What the output says of each decoded patch, [batch, decoded patch, …]."""
+        raise NotImplementedError
+
+    def draw(self, predictions: torch.Tensor) -> torch.Tensor:
+        """The picture of predictions of every patch of the grid: [batch, 3, height, width] in [0, 1]."""
+        raise NotImplementedError
 
     def to(self, *args: Any, **kwargs: Any) -> CanvasModel:
         """Move or cast the model (device, dtype), in place, as `torch.nn.Module.to` does; loads the weights first.
@@ -104,58 +152,84 @@ class CanvasModel(HuggingFaceModel):
             if isinstance(device, (str, int, torch.device)) and not isinstance(device, bool):
                 resolve_device(device)
         self.dispatch()
-        self._module.to(*args, **kwargs)
+        self.network.to(*args, **kwargs)
         return self
 
-    def _read_config(self, source: str, **kwargs: Any) -> PretrainedConfig:
-        expected = self.config_class.model_type
-        folder = Path(source, kwargs.get("subfolder") or "")
-        if folder.is_dir() and (found := read_model_type(folder)) != expected:
-            raise ValueError(f"{source!r} is a {found} model; expected {expected}.")
-        config = AutoConfig.from_pretrained(source, revision=self.revision, **drop_none(kwargs, *HUB_OPTIONS))
+    def save_pretrained(self, folder: StrPath, **kwargs: Any) -> None:
+        """Write a safetensors folder that this class and transformers read; loads the weights first."""
+        self.dispatch()
+        getattr(self.network, "original", self.network).save_pretrained(folder, **kwargs)
+
+    def adapt(self, module: Any, source: str) -> nn.Module:
+        """The network of a module of `module_class`, read from that source; the module itself by default.
+
+        Raises:
+            ValueError: naming the source, when it cannot complete a prompt's canvas.
+        """
+        return module  # type: ignore[no-any-return]
+
+    def empty_network(self, source: str, **options: Any) -> nn.Module:
+        """The network of a source's config on the meta device."""
+        return self.adapt(self.build(self.read_config(source, **options), source, **options), source)
+
+    def loaded_network(self, source: str, **options: Any) -> nn.Module:
+        """The network of a source, with its weights."""
+        self.read_config(source, **options)
+        return self.adapt(self.load_weights(source, **options), source)
+
+    def ready_network(self, module: Any, **options: Any) -> nn.Module:
+        """The network of a ready module, or of a copy of it where an option is set."""
+        if options := drop_none(options, *options):
+            module = copy_with(module, **options)
+        return self.adapt(module, f"this {type(module).__name__}")
+
+    def read_config(self, source: str, **options: Any) -> Any:
+        """The config of a folder or a Hub id.
+
+        Raises:
+            ValueError, OSError: when it is of another kind of model, or cannot be read.
+        """
+        expected, path = self.config_class.model_type, locate(source).path
+        folder = Path(path, options.get("subfolder") or "")
+        if folder.is_dir() and (kind := read_model_type(folder)) != expected:
+            raise ValueError(f"{source!r} is a {kind} model; expected {expected}.")
+        config = AutoConfig.from_pretrained(path, revision=self.revision, **drop_none(options, *HUB_OPTIONS))
         if not isinstance(config, self.config_class):
             raise ValueError(f"{source!r} is a {config.model_type} model; expected {expected}.")
         return config
 
-    def _build(self, config: PretrainedConfig, source: str, **kwargs: Any) -> PreTrainedModel:
-        """The model of a config, without weights."""
-        chosen = drop_none(kwargs, "dtype", "attn_implementation")
-        if chosen.get("dtype") == "auto":
-            del chosen["dtype"]
-        auto = self._auto()
-        make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
+    def build(self, config: PretrainedConfig, source: str, **options: Any) -> Any:
+        """The module of a config, without weights."""
+        kept = drop_none(options, "dtype", "attn_implementation")
+        if kept.get("dtype") == "auto":
+            del kept["dtype"]
         with _one_sentence(source):
-            return make(config, **chosen)
+            return self.module_class._from_config(config, **kept)
 
-    def _from_pretrained(self, source: str, **kwargs: Any) -> PreTrainedModel:
-        """The model of a folder or a Hub id, all of whose weights were there.
+    def load_weights(self, source: str, **options: Any) -> Any:
+        """The module of a folder or a Hub id, all of whose weights were there.
 
         Raises:
             ValueError: naming the source and the weights that are missing, of other shapes, or damaged.
         """
-        folder = Path(source, kwargs.get("subfolder") or "")
+        path = locate(source).path
+        folder = Path(path, options.get("subfolder") or "")
         if folder.is_dir():
             check_folder(folder)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # what it would report is raised below
-        options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             with _one_sentence(source):
-                module, report = super()._load(source, **options)
+                module, report = self.load_pretrained(
+                    path, **options, output_loading_info=True, ignore_mismatched_sizes=True
+                )
         finally:
             logging.set_verbosity(verbosity)
-        if mismatched := sorted(report["mismatched_keys"]):
-            name, found, expected = mismatched[0]
-            raise ValueError(
-                f"{source}: {name} has shape {list(found)}; the sizes in its config ask for {list(expected)}."
-            )
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"{source} has no {join_names(missing)}; it is incomplete, or of another model.")
-        if strange := sorted(report["unexpected_keys"]):
-            raise ValueError(f"{source} has {join_names(strange)}, unknown to the model; it is of another one.")
+        differences = [sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")]
+        refuse_differences(path, type(self).__name__, *differences, wanted_by="the sizes in its config")
         return module
 
-    def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
+    def count_rows(self, *inputs: Any, **kwargs: Any) -> int:
         """Rows of one input set; 0 when it holds only options, as in `model.trace()` with invokes."""
         if not inputs and not any(name in kwargs for name in Inputs._fields):
             return 0
@@ -166,33 +240,34 @@ class CanvasModel(HuggingFaceModel):
             raise ValueError("there are no canvases in this batch; give at least one.")
         return len(canvas)
 
-    def _batch(self, invokes: list[tuple[tuple, dict]], fn: Any) -> tuple[tuple, dict]:
+    def join_inputs(self, invokes: list[tuple[Any, dict[str, Any]]], method: Any) -> tuple[Inputs, dict[str, Any]]:
         """The input sets of a trace as one forward's arguments, `Inputs` and the options."""
         if not invokes:
             raise ValueError(f"a trace was given nothing; {EXPECTED}")
         with unset_fake_temporarily():  # a scan's inputs are real, and their values are checked
-            parts, options = zip(*[self._prepare(*inputs, **kwargs) for inputs, kwargs in invokes])
+            parts, options = zip(*[self.check_inputs(*inputs, **kwargs) for inputs, kwargs in invokes])
             if any(other != options[0] for other in options):
                 raise ValueError(f"the invokes of a trace share one forward; {options} must not differ between them.")
-            own = {"layout": _layout(parts)} if getattr(fn, "__name__", fn) == "generate" else {}
-            return _join(parts), own | options[0]
+            layouts = [part.layout for part in parts if isinstance(part, VisualPrompt)]
+            painted = getattr(method, "__name__", method) == "generate"
+            return _join(parts), ({"layout": layouts[0] if layouts else None} if painted else {}) | options[0]
 
-    def _prepare(self, *inputs: Any, **kwargs: Any) -> tuple[VisualPrompt | Inputs, dict]:
+    def check_inputs(self, *inputs: Any, **kwargs: Any) -> tuple[VisualPrompt | Inputs, dict[str, Any]]:
         """One input set, checked against the model's grid of patches, and what is left: the options."""
         if len(inputs) == 1 and isinstance(inputs[0], VisualPrompt):
-            prompt, own = inputs[0], self.layout
-            if (prompt.layout.canvas_size, prompt.layout.patch_size) != (own.canvas_size, own.patch_size):
+            prompt, layout = inputs[0], self.layout
+            if (prompt.layout.canvas_size, prompt.layout.patch_size) != (layout.canvas_size, layout.patch_size):
                 raise ValueError(
-                    f"a prompt of {prompt.layout} does not fit a model of {own}; make it with "
+                    f"a prompt of {prompt.layout} does not fit a model of {layout}; make it with "
                     "layout=model.layout (canvas_size and patch_size must agree; order and examples are free)."
                 )
             return prompt, kwargs
         given = dict(zip(Inputs._fields, inputs)) | drop_none(kwargs, *Inputs._fields)
         if len(inputs) > len(Inputs._fields) or set(given) != set(Inputs._fields):
             raise TypeError(f"a trace was given {', '.join(given)} ({len(inputs)} unnamed); {EXPECTED}")
-        inputs = Inputs(**given)
-        _check(inputs, self.layout)
-        return inputs, {name: value for name, value in kwargs.items() if name not in Inputs._fields}
+        tensors = Inputs(**given)
+        _check(tensors, self.layout)
+        return tensors, {name: value for name, value in kwargs.items() if name not in Inputs._fields}
 
 
 @contextmanager
@@ -205,14 +280,14 @@ def _one_sentence(source: str) -> Iterator[None]:
         raise ValueError(f"no model can be built of the config of {source!r}: {reason}.") from error
 
 
-def copy_with(module: PreTrainedModel, **options: Any) -> PreTrainedModel:
+def copy_with(module: Any, **options: Any) -> Any:
     """A copy of a ready module, loaded with other options of `from_pretrained`."""
-    own = {"attn_implementation": module.config._attn_implementation, "dtype": module.dtype}
+    options = {"attn_implementation": module.config._attn_implementation, "dtype": module.dtype} | options
     config, weights = copy.deepcopy(module.config), module.state_dict()
-    return type(module).from_pretrained(None, config=config, state_dict=weights, **(own | options))
+    return type(module).from_pretrained(None, config=config, state_dict=weights, **options)
 
 
-def drop_none(options: dict[str, Any], *names: str) -> dict[str, Any]:
+def drop_none(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """The options of these names that are set."""
     return {name: options[name] for name in names if options.get(name) is not None}
 
@@ -228,11 +303,6 @@ def _join(parts: Sequence[VisualPrompt | Inputs]) -> Inputs:
     return Inputs(canvas, *(_join_ids([getattr(part, name).to(device) for part in parts], parts) for name in _IDS))
 
 
-def _layout(parts: Sequence[VisualPrompt | Inputs]) -> Layout | None:
-    """The layout of input sets that say one."""
-    return next((part.layout for part in parts if isinstance(part, VisualPrompt)), None)
-
-
 def _join_ids(every: list[torch.Tensor], parts: Sequence[VisualPrompt | Inputs]) -> torch.Tensor:
     if all(ids.ndim == 1 and torch.equal(ids, every[0]) for ids in every):
         return every[0]
@@ -245,7 +315,7 @@ def _join_ids(every: list[torch.Tensor], parts: Sequence[VisualPrompt | Inputs])
 def _check(inputs: Inputs, layout: Layout) -> None:
     """Refuse tensors that are not a prompt of this layout, whose patch ids may be given for each row."""
     shared = [ids[0] if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(ids) else ids for ids in inputs[1:]]
-    VisualPrompt(inputs.canvas, *shared, layout)
+    VisualPrompt(inputs.canvas, shared[0], shared[1], layout)
     for name, ids in zip(_IDS, inputs[1:]):
         if ids.ndim == 1 or ids.device.type == "meta":
             continue

@@ -1,76 +1,86 @@
-"""What every model here adds to nnsight's envoys: heads that can be told apart, and stages that know where their tokens
-lie.
+"""All that this package needs of nnsight beyond its public names: no other file knows how nnsight works inside.
 
-A model says which of its modules get which envoy (`envoys={Attention: AttentionEnvoy}`), and a batch's rows are cut by
-`PromptBatcher`. Attention layers of other shapes make their own envoy with `heads_of`.
+A family's model is a `TraceableModel` of one network; its modules get envoys with readable heads (`heads_of`) and
+patterns, and stages that know where their tokens lie; `PromptBatcher` cuts the rows of a batch into those of its
+invokes.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from nnsight import _c, save
 from nnsight.intervention.batching import Batcher
-from nnsight.intervention.envoy import Envoy, eproperty
+from nnsight.intervention.envoy import Envoy, eproperty, traceable
+from nnsight.intervention.source import install_source
 from nnsight.intervention.tracer import InterleavingTracer
+from nnsight.modeling.huggingface import HuggingFaceModel
+from nnsight.modeling.mixins.meta import MetaDevice
+from torch import nn
 
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.prompts import Canvases
 
-
-@contextmanager
-def without_save() -> Iterator[None]:
-    """Within, objects lack the method `save` that nnsight puts on all: some classes cannot be defined with it."""
-    mounted = _c.unmount is not None and hasattr(object, "save")
-    if mounted:
-        _c.unmount("save")
-    try:
-        yield
-    finally:
-        if mounted:
-            _c.mount(save, "save")
+__all__ = ["Envoy", "eproperty", "traceable"]
 
 
-def heads_of(projection: str, count: str = "num_heads") -> eproperty:
+def network_of(envoy: Any) -> Any:
+    """The torch module of a model, or of any envoy in it."""
+    return envoy._module
+
+
+def heads_of(
+    projection: str,
+    count: str = "num_heads",
+    split: Callable[[torch.Tensor, Any], torch.Tensor] | None = None,
+    join: Callable[[torch.Tensor, Any], torch.Tensor] | None = None,
+) -> eproperty:
     """The property `heads` of an attention envoy: z, the input of the module's output projection, head by head.
 
     Args:
-        projection: Name of the output projection, whose input has the heads side by side, [batch, token, width].
-        count: Name of the module's number of heads; `head_dim` is the width of one.
+        projection: Name of the output projection, an `nn.Linear` whose input has the heads side by side.
+        count: Name of the module's number of heads.
+        split: (z, module) → [batch, token, head, head_dim], where z is not [batch, token, width].
+        join: Its inverse.
     """
 
     def sizes(attention: Envoy) -> tuple[int, int]:
-        return getattr(attention._module, count), attention._module.head_dim
+        module = network_of(attention)
+        number = getattr(module, count)
+        return number, getattr(module, projection).in_features // number
+
+    def joined(attention: Envoy, heads: torch.Tensor) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
+        return (join(heads, network_of(attention)) if join else heads.flatten(-2),), {}
 
     @eproperty(key=f"{projection}.input", description="outputs z of the heads, [batch, token, head, head_dim]")
-    def heads(self, value: Any) -> torch.Tensor:
+    def heads(self: Envoy, value: Any) -> torch.Tensor:
         """Output z = softmax(qkᵀ/√d)·v of every head, before the output projection: [batch, token, head, head_dim].
 
-        Token 0 is CLS; the others are the patches that the stage sees, in the prompt's order. For `tracer.cache`, it is
-        the input of the output projection:
+        Tokens are those that the stage sees, in the prompt's order. For `tracer.cache`, it is the input of the output
+        projection:
 
             cache = tracer.cache(modules=[attn.proj], include_inputs=True)
         """
         (z,), _ = value
-        return editable(z).unflatten(-1, sizes(self))
+        return split(editable(z), network_of(self)) if split else editable(z).unflatten(-1, sizes(self))
 
     @heads.postprocess
-    def heads(self, value: torch.Tensor) -> Any:
+    def heads(self: Envoy, value: torch.Tensor) -> Any:
         number, size = sizes(self)
         if not isinstance(value, torch.Tensor) or tuple(value.shape[-2:]) != (number, size) or value.ndim != 4:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(
-                f"{self.path}.heads was given {found}; expected a tensor [batch, token, {number}, {size}]."
+                f"{self.path}.heads was given {given}; expected a tensor [batch, token, {number}, {size}]."
             )
-        return (value.flatten(-2),), {}
+        return joined(self, value)
 
     @heads.transform
-    def heads(self, view: torch.Tensor, raw: Any) -> Any:
-        return (view.flatten(-2),), {}
+    def heads(self: Envoy, view: torch.Tensor, raw: Any) -> Any:
+        return joined(self, view)
 
     return heads
 
@@ -81,20 +91,29 @@ def editable(value: torch.Tensor) -> torch.Tensor:
     return value.clone() if value.requires_grad else value
 
 
-class EagerProperty(eproperty):
-    """A value that exists only under attn_implementation="eager"; elsewhere, asking for it says so."""
+class CheckedProperty(eproperty):
+    """A value of an attention layer that needs something before it can be served, which `prepare` sees to."""
+
+    def prepare(self, attention: Envoy) -> None:
+        """Called before the value is read or written."""
+        raise NotImplementedError
 
     def __get__(self, attention: Envoy | None, owner: Any = None) -> Any:
         if attention is not None:
-            self._require_eager(attention)
+            self.prepare(attention)
         return super().__get__(attention, owner)
 
     def __set__(self, attention: Envoy, value: Any) -> None:
-        self._require_eager(attention)
+        self.prepare(attention)
         super().__set__(attention, value)
 
-    def _require_eager(self, attention: Envoy) -> None:
-        implementation = attention._module.config._attn_implementation
+
+class EagerProperty(CheckedProperty):
+    """A value that exists only under attn_implementation="eager"; elsewhere, asking for it says so."""
+
+    def prepare(self, attention: Envoy) -> None:
+        """Refuse other implementations."""
+        implementation = network_of(attention).config._attn_implementation
         if implementation != "eager":
             raise ValueError(
                 f"{attention.path}.{self.name} is not computed by attn_implementation={implementation!r}; "
@@ -102,10 +121,18 @@ class EagerProperty(eproperty):
             )
 
 
+class SourceProperty(CheckedProperty):
+    """A value inside the module's forward, which nnsight serves once that forward is instrumented."""
+
+    def prepare(self, attention: Envoy) -> None:
+        """Instrument the module's forward."""
+        install_source(attention)
+
+
 @contextmanager
 def eager_attention(model: Any) -> Iterator[None]:
     """Let a model compute its attention eagerly for a while, so that there are patterns to read."""
-    configs = {id(module.config): module.config for module in model._module.modules() if hasattr(module, "config")}
+    configs = {id(module.config): module.config for module in network_of(model).modules() if hasattr(module, "config")}
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
@@ -116,7 +143,7 @@ def eager_attention(model: Any) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
-class StackEnvoy(Envoy):
+class StageEnvoy(Envoy):
     """The encoder or the decoder, which knows where its tokens lie. The last input of its module is the patches that it
     sees."""
 
@@ -140,21 +167,38 @@ class StackEnvoy(Envoy):
 
 class PromptBatcher(Batcher):
     """Rows of invokes are rows of canvases. Patch ids that the batch shares stay whole, also when there are as many as
-    rows."""
+    rows. Where a stage has two streams, tensors are [stream * batch, …], and inside the attention [stream * batch *
+    head, query, key]."""
 
-    def _narrow_tensor(self, tensor: torch.Tensor, group: list) -> torch.Tensor:
+    def _narrow_tensor(self, tensor: torch.Tensor, group: list[int]) -> torch.Tensor:
         if _is_shared(tensor):
             return tensor
-        own = super()._narrow_tensor(tensor, group)
-        return Canvases.of(own, tensor.canvas_layout) if isinstance(tensor, Canvases) else own
+        if parts := self._streams(tensor):
+            start, size = (n * len(parts[0]) // self.total for n in group)
+            return torch.cat([part[start : start + size] for part in parts])
+        rows = super()._narrow_tensor(tensor, group)
+        return Canvases.of(rows, tensor.canvas_layout) if isinstance(tensor, Canvases) else rows
 
-    def _widen_tensor(self, full: torch.Tensor, group: list, edited: torch.Tensor) -> torch.Tensor:
+    def _widen_tensor(self, full: torch.Tensor, group: list[int], edited: torch.Tensor) -> torch.Tensor:
         if _is_shared(full):
             return edited
         start, size = group
+        if parts := self._streams(full):
+            start, size = (n * len(parts[0]) // self.total for n in group)
+            pairs = zip(parts, edited.chunk(len(parts)))
+            return torch.cat([part for old, new in pairs for part in (old[:start], new, old[start + size :])])
         if len(full) == self.total and edited.is_set_to(full.narrow(0, start, size)):
             return full  # edited in place
         return super()._widen_tensor(full, group, edited)
+
+    def _streams(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The streams of a tensor that has several, or a row for each head; of others none."""
+        streams = max((stage.streams for stage in self.envoy.stages), default=1)
+        if streams == 1 or tensor.ndim < 3:
+            return ()
+        rows = self.total * (self.envoy.stages[0].heads if tensor.ndim == 3 else 1)
+        number = len(tensor) / rows
+        return tensor.chunk(int(number)) if number == streams or (number == 1 and rows > self.total) else ()
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:
@@ -166,8 +210,82 @@ class PromptTracer(InterleavingTracer):
     `with torch.no_grad(): canvas = model.generate(prompts)`, has none."""
 
     def parse(self, source: str, lineno: int) -> ast.With | ast.AsyncWith | None:
+        """The `with` statement of this trace in the source of the code around it."""
         node = super().parse(source, lineno)
         if node is None or node.body[0].lineno != node.lineno:
             return node
         entered = {getattr(getattr(item.context_expr, "func", None), "attr", None) for item in node.items}
         return node if entered & {"trace", "generate", "scan"} else None
+
+
+class TraceableModel(HuggingFaceModel):
+    """nnsight's lazy model of a network: the weights are loaded when a trace first needs them, and until then the
+    network is on the meta device.
+
+    What nnsight asks of a family, under names that say it:
+
+    - `empty_network(source, **options)`: the network without weights, `loaded_network(source, **options)`: with them,
+      and `ready_network(module, **options)`: that of a ready module;
+    - `module_class`: the class of transformers' whose `from_pretrained` reads weights;
+    - `count_rows(*inputs, **options)`: rows that an invoke adds to the batch, 0 where it holds options alone;
+    - `join_inputs(invokes, method)`: the (inputs, options) of all invokes as the arguments of one forward.
+    """
+
+    _batcher_class = PromptBatcher
+
+    @property
+    def network(self) -> Any:
+        """The torch module that is traced."""
+        return network_of(self)
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the network once, untraced: the output that `model.trace(...)` calls `model.output`."""
+        if self.interleaver.interleaving:
+            return super().__call__(*inputs, **kwargs)
+        return self.trace(*inputs, trace=False, **kwargs)
+
+    def trace(self, *inputs: Any, **kwargs: Any) -> Any:
+        return super().trace(*inputs, **{"tracer_cls": PromptTracer, **kwargs})
+
+    trace.__doc__ = HuggingFaceModel.trace.__doc__
+
+    def load_pretrained(self, source: str, **options: Any) -> Any:
+        """What transformers' `from_pretrained` gives for a source and options."""
+        return super()._load(source, **options)
+
+    def _auto(self) -> Any:
+        return self.module_class
+
+    def _load_meta(self, source: str, **options: Any) -> nn.Module:
+        return self.empty_network(source, **options)
+
+    def _load(self, source: str, **options: Any) -> nn.Module:
+        return self.loaded_network(source, **options)
+
+    def _wrap(self, module: nn.Module, **options: Any) -> nn.Module:
+        return self.ready_network(module, **options)
+
+    def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
+        return self.count_rows(*inputs, **kwargs)
+
+    def _batch(self, invokes: list[Any], method: Any) -> tuple[Any, dict[str, Any]]:
+        return self.join_inputs(invokes, method)
+
+
+def real_tensors() -> AbstractContextManager[None]:
+    """While an empty network is built: new tensors have values, unless a device says otherwise."""
+    context: AbstractContextManager[None] = MetaDevice.real()
+    return context
+
+
+@contextmanager
+def without_save() -> Iterator[None]:
+    """Take `save` off every Python object for a while, for code that checks the attributes of its classes."""
+    mounted = _c.unmount is not None and hasattr(object, "save")
+    if mounted:
+        _c.unmount("save")
+    try:
+        yield
+    finally:
+        if mounted:
+            _c.mount(save, "save")

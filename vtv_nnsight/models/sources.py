@@ -1,19 +1,152 @@
-"""Model folders as `save_pretrained` writes them, looked at before transformers reads them: what is damaged, or lies,
-is said in one sentence."""
+"""Where a model comes from: an embedded name, a folder, a file, or an id of the Hugging Face Hub. This is told here and
+nowhere else.
+
+    >>> locate("facebook/vit-mae-base")                # Place(kind="hub", path="facebook/vit-mae-base")
+    >>> model = load_model("BAAI/seggpt-vit-large")    # of whichever family the source is
+
+Folders are looked at before transformers reads them: what is damaged, or lies, is said in one sentence.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.torch_files import StrPath, read_tensors
+
+EMBEDDED = "tiny"
+"""The name of the model that the package carries."""
+HUB = "hub:"
+"""Before an id of the Hub, where a path could be meant."""
+HUB_OPTIONS = ("token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+"""Options of transformers' `from_pretrained` that say how files come from the Hub."""
+
+FAMILIES = {
+    "mae_vqgan": ("mae_vqgan.traced", "MAEVQGAN"),
+    "vit_mae": ("vit_mae", "ViTMAE"),
+    "seggpt": ("painter", "SegGPT"),
+    "painter": ("painter", "Painter"),
+    "beit": ("baselines.beit", "BEiT"),
+    "net2net": ("baselines.net2net", "Net2Net"),
+}
+"""Kind of model → the module of its class, and its name. Kinds are transformers' `model_type`; Painter is a SegGPT
+without type tokens, and Net2Net is not transformers' at all."""
+PAPERS = {
+    "MAEVQGAN": "Bar et al., Visual Prompting via Image Inpainting, NeurIPS 2022",
+    "ViTMAE": "He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022",
+    "BEiT": "Bao et al., BEiT: BERT Pre-Training of Image Transformers, ICLR 2022",
+    "Net2Net": "Esser et al., Taming Transformers for High-Resolution Image Synthesis, CVPR 2021",
+    "SegGPT": "Wang et al., SegGPT: Towards Segmenting Everything in Context, ICCV 2023",
+    "Painter": "Wang et al., Images Speak in Images, CVPR 2023",
+}
+"""Kind of model, as fingerprints have it → the paper that it is from."""
+FAMILY_ARGUMENTS = {"vqgan": "mae_vqgan", "tokenizer": "beit", "embedding_type": "seggpt"}
+"""Arguments that one family alone takes → the family."""
+RELEASED = {"BAAI/Painter": ("painter", "painter_vit_large.pth"), "BAAI/SegGPT": ("seggpt", "seggpt_vit_large.pth")}
+"""Hub ids that hold one released file and no config → the family, and the file's name."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def check_folder(folder: str | os.PathLike) -> None:
+class Place(NamedTuple):
+    """Where a source lies.
+
+    Args:
+        kind: "folder", "file" or "hub".
+        path: The path, or the id on the Hub.
+    """
+
+    kind: Literal["folder", "file", "hub"]
+    path: str
+
+
+def locate(source: StrPath) -> Place:
+    """Tell an embedded name, a folder, a file and a Hub id from each other. Nothing is read.
+
+    Args:
+        source: "tiny"; a path; or an id of the Hub, as "OWNER/NAME" or, whatever paths there are, "hub:OWNER/NAME".
+
+    Raises:
+        FileNotFoundError: when the embedded model is not there.
+    """
+    source = os.fspath(source)
+    if source == EMBEDDED:
+        folder = files("vtv_nnsight") / "weights" / EMBEDDED
+        if missing := [name for name in ("config.json", WEIGHTS) if not (folder / name).is_file()]:
+            raise FileNotFoundError(f'the embedded model "{EMBEDDED}" has no {" and no ".join(missing)} in {folder}.')
+        return Place("folder", str(folder))
+    if source.startswith(HUB):
+        return Place("hub", source.removeprefix(HUB))
+    path = Path(source)
+    if path.suffix in (".pth", ".pt", ".ckpt") or path.is_file():
+        return Place("file", source)
+    return Place("folder" if path.is_dir() else "hub", source)
+
+
+def load_model(source: StrPath = EMBEDDED, **kwargs: Any) -> InContextModel:
+    """The model of a source, of the family that its config or its weights tell.
+
+    Args:
+        source: "tiny" (the embedded MAE-VQGAN), a folder written by `save_pretrained`, a Hub id, or a published file.
+        **kwargs: As for the model's class; None leaves an argument out.
+
+    Raises:
+        ValueError, OSError: naming the source and the families that there are, or an argument of another family.
+    """
+    source = os.fspath(source)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    family = family_of(source, **kwargs)
+    module, name = FAMILIES[family]
+    for argument, owner in FAMILY_ARGUMENTS.items():
+        if argument in kwargs and owner != family:
+            raise ValueError(
+                f"{argument}={str(kwargs[argument])!r} is for {FAMILIES[owner][1]}, and {source!r} is a {name}; leave "
+                "it out."
+            )
+    model: InContextModel = getattr(import_module(f"vtv_nnsight.models.{module}"), name)(source, **kwargs)
+    return model
+
+
+def family_of(source: str, **kwargs: Any) -> str:
+    """Which of `FAMILIES` a source is of; arguments are those of `load_model`. No weights are read."""
+    kind, path = locate(source)
+    if kind == "file":
+        names = read_tensors(path)
+        if "transformer.tok_emb.weight" in names:
+            return "net2net"
+        if "segment_token_x" not in names:
+            return "mae_vqgan"
+        return "seggpt" if "type_token_cls" in names else "painter"
+    if path in RELEASED:
+        return RELEASED[path][0]
+    if kind == "folder":
+        family = read_model_type(path)
+        if family == "seggpt" and not _has_values(path, "model.embeddings.type_token_semantic"):
+            return "painter"
+    else:
+        options = {name: kwargs[name] for name in ("revision", *HUB_OPTIONS) if name in kwargs}
+        family = AutoConfig.from_pretrained(path, **options).model_type
+    if family not in FAMILIES:
+        raise ValueError(f"{source!r} is a {family} model; expected one of {', '.join(FAMILIES)}.")
+    return family
+
+
+def fetch_released(source: str, **options: Any) -> str:
+    """The path of the released file, where a source is a Hub id that holds nothing else; else the source."""
+    path = locate(source).path
+    return hf_hub_download(path, RELEASED[path][1], **options) if path in RELEASED else source
+
+
+def check_folder(folder: StrPath) -> None:
     """Refuse a folder whose safetensors files are missing, cut or damaged, hold whole numbers, or are not those that
     its index tells of. Only their headers are read.
 
@@ -22,26 +155,27 @@ def check_folder(folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     if (folder / WEIGHTS).exists():
-        _names(folder / WEIGHTS)
+        _tensor_names(folder / WEIGHTS)
     elif (folder / INDEX).exists():
         _check_index(folder)
     elif not any(folder.glob("*.bin")):
         raise ValueError(f"{folder} has no {WEIGHTS}; a model folder has one beside its config.json.")
 
 
-def read_model_type(folder: str | os.PathLike) -> str:
+def read_model_type(folder: StrPath) -> str:
     """The kind of model that a folder's config.json tells of.
 
     Raises:
         FileNotFoundError, ValueError: when there is no config.json, or it is not one.
     """
-    return _json(Path(folder) / "config.json", "model_type", str)
+    model_type: str = _read_json(Path(folder) / "config.json", "model_type", str)
+    return model_type
 
 
-def holds_numbers(folder: str | os.PathLike, name: str) -> bool:
+def _has_values(folder: StrPath, name: str) -> bool:
     """Whether a tensor of a folder's model.safetensors has a number that is not zero. True where it cannot be told."""
     file = Path(folder) / WEIGHTS
-    if not file.exists() or name not in _names(file):
+    if not file.exists() or name not in _tensor_names(file):
         return True
     with safe_open(file, "pt") as tensors:
         return bool(tensors.get_tensor(name).any())
@@ -49,18 +183,18 @@ def holds_numbers(folder: str | os.PathLike, name: str) -> bool:
 
 def _check_index(folder: Path) -> None:
     shards: dict[str, set[str]] = {}
-    for name, shard in _json(folder / INDEX, "weight_map", dict).items():
+    for name, shard in _read_json(folder / INDEX, "weight_map", dict).items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(f"{folder / INDEX} looks for {name} in {shard!r}; expected a file of its folder.")
         if shard not in shards:
             if not (folder / shard).exists():
                 raise ValueError(f"{folder / INDEX} looks for {name} in {shard}, which is not there.")
-            shards[shard] = _names(folder / shard)
+            shards[shard] = _tensor_names(folder / shard)
         if name not in shards[shard]:
             raise ValueError(f"{folder / INDEX} looks for {name} in {shard}, which does not have it.")
 
 
-def _names(file: Path) -> set[str]:
+def _tensor_names(file: Path) -> set[str]:
     """The tensors in a file, all of floating point."""
     try:
         with safe_open(file, "pt") as tensors:
@@ -73,7 +207,7 @@ def _names(file: Path) -> set[str]:
     return names
 
 
-def _json(file: Path, key: str, kind: type) -> Any:
+def _read_json(file: Path, key: str, kind: type) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}; expected a folder that save_pretrained wrote.")
     try:

@@ -3,9 +3,8 @@
     >>> tensors = read_tensors("checkpoint-3400.pth")          # name → StoredTensor, no weights read
     >>> tensors["pos_embed"].shape, tensors["pos_embed"].read()
 
-They are pickles, and pickles can run code. Nothing here can: the files' own code is never imported, and whatever they
-hold that is not a tensor becomes an inert placeholder. A pickle that is small and stands for something enormous is
-refused before it is read. Weights stay on disk (memory-mapped, copy-on-write) until somebody uses them.
+They are pickles, and pickles can run code. Nothing here can (see `restricted_pickle`): whatever they hold that is not a
+tensor becomes an inert placeholder. Weights stay on disk (memory-mapped, copy-on-write) until somebody uses them.
 
 `torch.load(weights_only=True, mmap=True)` is not used, because it cannot do three things that these files need. It
 refuses a file that names anything of `os`, or an object like a list or a dict (Lightning's hyperparameters), even when
@@ -20,52 +19,33 @@ import math
 import mmap
 import os
 import pickle
-import pickletools
 import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from vtv_nnsight.models.restricted_pickle import MAX_PICKLED, Refused, RestrictedUnpickler, refusing
 from vtv_nnsight.text import join_names
 
-MAX_PICKLED, MAX_STEPS, MAX_PARTS, MAX_DEPTH = 2**28, 1_000_000, 50_000_000, 200
-"""Bounds of a pickle: its bytes, its instructions, the parts of all the objects that are hashed or given to a function,
-counted as often as they are referred to, and how deep they are nested. The published MAE-VQGAN needs 70 kB and 20,000
-instructions."""
+StrPath = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor on disk.
-
-    Args:
-        shape: Its shape.
-        dtype: Its dtype.
-        read: Map it into memory, or read it in another dtype.
-    """
+class StoredTensor(NamedTuple):
+    """A tensor on disk: its shape, its dtype, and `read(dtype)`, which maps it into memory, or reads it in another
+    dtype than its own."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    _load: Callable[[torch.dtype | None], torch.Tensor]
-
-    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Map it into memory, or read it in another dtype."""
-        return self._load(dtype)
+    read: Callable[..., torch.Tensor]
 
 
-def is_checkpoint(source: str | os.PathLike) -> bool:
-    """Whether a source names one file of weights, as the papers published them."""
-    return Path(source).suffix in (".pth", ".pt", ".ckpt") or Path(source).is_file()
-
-
-def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
+def read_tensors(path: StrPath) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint file by name: those under "model" or "state_dict", or its own. Of a file that holds a
     whole module, as DALL-E's tokenizer, those of the module's parameters and buffers.
 
@@ -74,7 +54,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
         ValueError: naming the file, when it is truncated, no checkpoint, or holds no state dict.
     """
     path = Path(path)
-    content, starts = _parse(path)
+    content, starts = _read_file(path)
     if isinstance(content, _Inert):
         content = _state_of(content)
     if isinstance(content, dict):
@@ -94,94 +74,98 @@ def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
     }
 
 
+def check_ranks(ranks: Mapping[str, int], tensors: Mapping[str, StoredTensor], source: StrPath, kind: str) -> None:
+    """Refuse a file in which tensors that sizes are read off are missing, or of another rank.
+
+    Args:
+        ranks: Name → number of dimensions.
+        tensors: What the file holds.
+        source: The file.
+        kind: What the file is not, when they are missing: "not a MAE-VQGAN checkpoint".
+
+    Raises:
+        ValueError: naming the file and the tensors.
+    """
+    if missing := [name for name in ranks if name not in tensors]:
+        raise ValueError(f"{source} is {kind}: it has no {join_names(missing)}, but {join_names(tensors)}.")
+    for name, rank in ranks.items():
+        shape = list(tensors[name].shape)
+        if len(shape) != rank:
+            raise ValueError(f"{source}: {name} has shape {shape}; expected {rank} dimensions.")
+        if 0 in shape:
+            raise ValueError(f"{source}: {name} has shape {shape}, which is empty.")
+
+
 def check_tensors(
-    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, StoredTensor], file: Path, what: str
+    shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, StoredTensor], source: StrPath, model: str
 ) -> None:
     """Refuse the tensors of a file that are not those of a model: missing, unknown, of other shapes, or whole numbers.
 
     Args:
         shapes: Name → shape of all that the model has.
-        what: What the model is called.
+        tensors: What the file holds.
+        source: The file.
+        model: What the model is called.
 
     Raises:
         ValueError: naming the file and the tensors.
     """
-    if missing := [name for name in shapes if name not in tensors]:
-        raise ValueError(f"{file}: {join_names(missing)} missing; the file is incomplete, or of another model.")
-    if strange := [name for name in tensors if name not in shapes]:
-        raise ValueError(f"{file}: {join_names(strange)} unknown to {what}; the file is of another model.")
-    for name, shape in shapes.items():
-        found = tensors[name]
-        if tuple(found.shape) != tuple(shape):
-            asked = f"the sizes of the other tensors ask for {list(shape)}"
-            raise ValueError(f"{file}: {name} of shape {list(found.shape)}; {asked}.")
-        if not found.dtype.is_floating_point:
-            kind = str(found.dtype).removeprefix("torch.")
-            raise ValueError(f"{file}: {name} of dtype {kind}; expected floating point.")
+    held = {name: tensors[name].shape for name in shapes if name in tensors}
+    misshapen = [(name, shape, shapes[name]) for name, shape in held.items() if tuple(shape) != tuple(shapes[name])]
+    missing, unknown = (
+        (name for name in shapes if name not in tensors),
+        (name for name in tensors if name not in shapes),
+    )
+    refuse_differences(source, model, missing, unknown, misshapen)
+    for name in held:
+        if not (dtype := tensors[name].dtype).is_floating_point:
+            raise ValueError(f"{source}: {name} of dtype {str(dtype).removeprefix('torch.')}; expected floating point.")
 
 
-class Refused(ValueError):
-    """A pickle that is not read, and why."""
+def refuse_differences(
+    source: StrPath,
+    model: str,
+    missing: Iterable[str],
+    unknown: Iterable[str],
+    misshapen: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    wanted_by: str = "the sizes of the other tensors",
+) -> None:
+    """Say in one sentence how the tensors of a file or folder differ from those of a model, if they do.
 
-
-def check_pickle(stream: BinaryIO) -> int:
-    """Refuse a pickle whose objects, because they refer to each other again and again, are larger than any that a
-    checkpoint holds; reading one could take hours.
-
-    Follows what the instructions do to the stack, with the number of parts and the depth of each object in the place of
-    the object.
-
-    Returns:
-        Where in the stream it ends; the stream is left where it was.
+    Args:
+        source: The file or folder.
+        model: What the model is called.
+        missing: Names that the model has and the source lacks.
+        unknown: Names that the source has and the model lacks.
+        misshapen: Name, shape there and shape of the model, of those that differ.
+        wanted_by: What tells the shapes of the model.
 
     Raises:
-        Refused: saying which bound is passed.
+        ValueError: naming the source and the tensors.
     """
-    start, handled = stream.tell(), 0
-    stack, marks, memo = [], [], {}
-    for step, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
-        if step >= MAX_STEPS:
-            raise Refused(f"it has more than {MAX_STEPS:,} instructions")
-        name, before = instruction.name, instruction.stack_before
-        if name == "MARK":
-            marks.append(len(stack))
-        elif name == "POP" and marks and marks[-1] == len(stack):
-            marks.pop()
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else argument] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        else:
-            held = len(before)
-            if pickletools.markobject in before:
-                held = before.index(pickletools.markobject) + len(stack) - marks.pop()
-            parts = stack[len(stack) - held :]
-            del stack[len(stack) - held :]
-            if name not in _BUILDING:
-                handled += sum(size for size, _ in parts)
-            number = argument.bit_length() if isinstance(argument, int) else 0
-            grown = parts.pop(0) if name in _GROWING else [1 + number // 64, 0]
-            grown[0] += sum(size for size, _ in parts)
-            grown[1] = max([grown[1], *(1 + depth for _, depth in parts)])
-            if handled > MAX_PARTS or grown[0] > MAX_PARTS:
-                raise Refused(f"its objects refer to each other so often that they have over {MAX_PARTS:,} parts")
-            if grown[1] > MAX_DEPTH:
-                raise Refused(f"its objects are nested more than {MAX_DEPTH} deep")
-            stack += [grown] * len(instruction.stack_after)
-    end = stream.tell()
-    stream.seek(start)
-    return end
+    if names := list(missing):
+        raise ValueError(f"{source}: {join_names(names)} missing; it is incomplete, or of another model.")
+    if names := list(unknown):
+        raise ValueError(f"{source}: {join_names(names)} unknown to {model}; it is of another model.")
+    for name, shape, expected in misshapen:
+        raise ValueError(f"{source}: {name} of shape {list(shape)}; {wanted_by} ask for {list(expected)}.")
 
 
-_BUILDING = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "LIST", "APPEND", "APPENDS", "POP", "POP_MARK")
-"""Instructions that look into none of the objects that they take."""
-_GROWING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
-"""Instructions that put objects into one that there is already."""
+def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by its name, such as "bfloat16"; None for None and "auto", which keep the file's.
+
+    Raises:
+        ValueError: when there is no such floating-point dtype.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is unknown; give a floating-point one, such as float32 or bfloat16.")
+    return named
 
 
-def _read(mapped: mmap.mmap, stored: _Stored, span: range, dtype: torch.dtype | None) -> torch.Tensor:
+def _read(mapped: mmap.mmap, stored: _Stored, span: range, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A tensor on a private view of its file: read when it is used, and writing to it leaves the file as it is.
 
     In another dtype it is a copy, and the memory that held the file's part is given back.
@@ -268,39 +252,31 @@ class _Inert:
 def _state_of(module: _Inert) -> dict[str, Any]:
     """The state dict of a pickled `torch.nn.Module`: parameters and buffers by name. A module that is there twice has
     the first of its names."""
-    found, seen, waiting = {}, set(), [("", module)]
+    tensors, seen, waiting = {}, set(), [("", module)]
     while waiting:
-        prefix, own = waiting.pop()
-        if not isinstance(own, _Inert) or not isinstance(own.state, dict) or id(own) in seen:
+        prefix, current = waiting.pop()
+        if not isinstance(current, _Inert) or not isinstance(current.state, dict) or id(current) in seen:
             continue
-        seen.add(id(own))
+        seen.add(id(current))
         for kind in ("_parameters", "_buffers", "_modules"):
-            held = own.state.get(kind)
+            held = current.state.get(kind)
             named = [(f"{prefix}{name}", value) for name, value in held.items()] if isinstance(held, dict) else []
             if kind == "_modules":
                 waiting += [(f"{name}.", value) for name, value in reversed(named)]
             else:
-                found |= dict(named)
-    return found
+                tensors |= dict(named)
+    return tensors
 
 
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that imports nothing: tensors become `_Stored`, all other classes and functions `_Inert`."""
+class _CheckpointUnpickler(RestrictedUnpickler):
+    """Tensors become `_Stored`, all classes and functions besides `_Inert`."""
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="latin-1")
-        self._file = file
+        super().__init__(file, _CHECKPOINT_NAMES)
         self.dtypes: dict[str, torch.dtype] = {}
-        self.known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            **{("torch", name): dtype for name, dtype in DTYPES.items()},
-        }
 
     def find_class(self, module: str, name: str) -> Any:
-        return self.known.get((module, name), _Inert)
+        return self._known.get((module, name), _Inert)
 
     def persistent_load(self, pid: Any) -> Any:
         """("storage", class, key, device, elements, …) → key and dtype."""
@@ -312,20 +288,25 @@ class _Unpickler(pickle.Unpickler):
         self.dtypes[key] = dtype
         return key, dtype
 
-    def load(self) -> Any:
-        check_pickle(self._file)
-        return super().load()
 
-    @staticmethod
-    def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Stored | _Inert:
-        """A tensor of a storage of numbers; anything else that is called one is not."""
-        known = isinstance(storage, tuple) and isinstance(shape, tuple) and isinstance(stride, tuple)
-        if not known or len(storage) != 2 or not isinstance(storage[1], torch.dtype):
-            return _Inert()
-        return _Stored(*storage, offset, shape, stride)
+def _stored_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Stored | _Inert:
+    """A tensor of a storage of numbers; anything else that is called one is not."""
+    tuples = isinstance(storage, tuple) and isinstance(shape, tuple) and isinstance(stride, tuple)
+    if not tuples or len(storage) != 2 or not isinstance(storage[1], torch.dtype):
+        return _Inert()
+    return _Stored(*storage, offset, shape, stride)
 
 
-def _parse(path: Path) -> tuple[Any, dict[str, int]]:
+_CHECKPOINT_NAMES = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): _stored_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _stored_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    **{("torch", name): dtype for name, dtype in DTYPES.items()},
+}
+
+
+def _read_file(path: Path) -> tuple[Any, dict[str, int]]:
     """What a checkpoint file holds, its tensors as `_Stored`; and where in the file each storage begins."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; a checkpoint is one file (from_pretrained reads folders).")
@@ -336,23 +317,17 @@ def _parse(path: Path) -> tuple[Any, dict[str, int]]:
         file.seek(0)
         if not head.startswith((b"PK", _LEGACY_MAGIC)):
             raise ValueError(f"{path} is not a PyTorch checkpoint: it begins with {head[:24]!r}.")
-        try:
-            return _parse_zip(file) if head.startswith(b"PK") else _parse_legacy(file)
-        except Refused as error:
-            raise ValueError(f"{path} was refused: {error}. Nothing of it was run.") from error
-        except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(
-                f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error or type(error).__name__}."
-            ) from error
+        with refusing(path, f"({path.stat().st_size:,} bytes) is truncated or damaged"):
+            return _read_zip(file) if head.startswith(b"PK") else read_legacy(file)
 
 
-def _parse_zip(file: BinaryIO) -> tuple[Any, dict[str, int]]:
+def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, int]]:
     with zipfile.ZipFile(file) as archive:
         (pickled,) = (name for name in archive.namelist() if name.split("/", 1)[-1] == "data.pkl")
         folder = pickled.removesuffix("data.pkl") + "data/"
         if archive.getinfo(pickled).file_size > MAX_PICKLED:
             raise Refused(f"its data.pkl has more than {MAX_PICKLED:,} bytes")
-        content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
+        content = _CheckpointUnpickler(io.BytesIO(archive.read(pickled))).load()
         starts = {}
         for entry in archive.infolist():
             if entry.filename.startswith(folder) and entry.compress_type == zipfile.ZIP_STORED:
@@ -361,13 +336,14 @@ def _parse_zip(file: BinaryIO) -> tuple[Any, dict[str, int]]:
     return content, starts
 
 
-def _parse_legacy(file: BinaryIO) -> tuple[Any, dict[str, int]]:
+def read_legacy(file: BinaryIO) -> tuple[Any, dict[str, int]]:
+    """What a file from before torch 1.6 holds, as `_read_file` gives it; of a storage by itself its key and dtype."""
     for _ in ("magic number", "protocol", "system"):
-        _Unpickler(file).load()
-    unpickler = _Unpickler(file)
+        _CheckpointUnpickler(file).load()
+    unpickler = _CheckpointUnpickler(file)
     content = unpickler.load()
     starts = {}
-    for key in _Unpickler(file).load():
+    for key in _CheckpointUnpickler(file).load():
         (elements,) = struct.unpack("<q", file.read(8))
         starts[key] = file.tell()
         file.seek(elements * unpickler.dtypes[key].itemsize, os.SEEK_CUR)

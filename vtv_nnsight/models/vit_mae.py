@@ -14,36 +14,35 @@ here the prompt says what is seen.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
-from nnsight.intervention.envoy import Envoy, eproperty
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, ViTMAEDecoder, ViTMAEModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, decoder_sources, index_of, positions, take
-from vtv_nnsight.models.canvas import CanvasModel, copy_with, drop_none
+from vtv_nnsight.models.autoencoders import MaskedAutoencoder, output_patches
+from vtv_nnsight.models.canvas import AdaptedNetwork
 from vtv_nnsight.models.interface import Loss
-from vtv_nnsight.models.mae import MaskedAutoencoder, paint_canvas
-from vtv_nnsight.models.nnsight_compat import EagerProperty, StackEnvoy, heads_of
+from vtv_nnsight.models.nnsight_compat import EagerProperty, Envoy, StageEnvoy, eproperty, heads_of
 from vtv_nnsight.prompts import VisualPrompt
 
 
 @dataclass
 class ViTMAEOutput(ModelOutput):
-    """
+    """What `ViTMAENetwork` gives.
+
     Args:
         logits: Pixels of the decoded patches, row by row, red, green and blue beside each other, less ImageNet's mean
             and over its deviation: [batch, decoded patch, patch_size² * 3].
     """
 
-    logits: torch.FloatTensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class Encoder(nn.Module):
@@ -54,6 +53,7 @@ class Encoder(nn.Module):
         self.embeddings, self.layers, self.norm = vit.embeddings, vit.layers, vit.layernorm
 
     def forward(self, pixels: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Normalised canvas [batch, 3, height, width] and ids of visible patches → tokens."""
         places = self.embeddings.position_embeddings
         patches = take(self.embeddings.patch_embeddings(pixels) + places[:, 1:], visible)
         cls = (self.embeddings.cls_token + places[:, :1]).expand(len(pixels), -1, -1)
@@ -69,14 +69,12 @@ class Decoder(nn.Module):
 
     def __init__(self, decoder: ViTMAEDecoder) -> None:
         super().__init__()
-        self.embed, self.mask_token, self.pos_embed = (
-            decoder.decoder_embed,
-            decoder.mask_token,
-            decoder.decoder_pos_embed,
-        )
+        self.embed, self.mask_token = decoder.decoder_embed, decoder.mask_token
+        self.pos_embed = decoder.decoder_pos_embed
         self.layers, self.norm, self.head = decoder.decoder_layers, decoder.decoder_norm, decoder.decoder_pred
 
     def forward(self, encoded: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+        """Tokens of the encoder, and ids of the visible and decoded patches → pixels."""
         x = self.embed(encoded)
         x = torch.cat([x, self.mask_token.expand(len(x), -1, -1).to(x)], dim=1)
         places = self.pos_embed.expand(len(x), -1, -1).to(x.device)
@@ -86,7 +84,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(x)[:, 1:])
 
 
-class ViTMAENetwork(nn.Module):
+class ViTMAENetwork(AdaptedNetwork):
     """A ViTMAEForPreTraining that sees the patches which it is told to.
 
     Raises:
@@ -94,24 +92,14 @@ class ViTMAENetwork(nn.Module):
     """
 
     def __init__(self, model: ViTMAEForPreTraining) -> None:
-        super().__init__()
         check_config(model.config, f"this {type(model).__name__}")
-        self.config = model.config
+        super().__init__(model)
         self.encoder, self.decoder = Encoder(model.vit), Decoder(model.decoder)
-        object.__setattr__(self, "original", model)  # not as a child: its modules have their names here
 
     @property
     def layout(self) -> Layout:
         """The canvas with one example."""
-        return layout_of(self.config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.decoder.mask_token.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.embeddings.cls_token.device
+        return Layout(canvas_size=self.config.image_size, patch_size=self.config.patch_size)
 
     def forward(self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor) -> ViTMAEOutput:
         """Predict the decoded patches.
@@ -125,42 +113,6 @@ class ViTMAENetwork(nn.Module):
         visible, decoded = visible.to(canvas.device), decoded.to(canvas.device)
         encoded = self.encoder(normalise(canvas).to(self.dtype), visible)
         return ViTMAEOutput(logits=self.decoder(encoded, visible, decoded))
-
-    @torch.no_grad()
-    def generate(
-        self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor, paste: bool = True
-    ) -> torch.Tensor:
-        """Complete the canvas with the predicted pixels, and its own at the visible patches. Arguments are `forward`'s,
-        with ids that the batch shares; returns are `paint`'s."""
-        return self.paint(self.forward(canvas, visible, decoded).logits, canvas, visible, decoded, paste)
-
-    @torch.no_grad()
-    def paint(
-        self,
-        logits: torch.Tensor,
-        canvas: torch.Tensor,
-        visible: torch.Tensor,
-        decoded: torch.Tensor,
-        paste: bool = True,
-    ) -> torch.Tensor:
-        """Canvases with their hidden patches drawn from predictions [batch, decoded patch, patch_size² * 3].
-
-        When only some rows or columns are decoded, they are repeated over the canvas, as MAE-VQGAN's are zero-shot.
-
-        Returns:
-            [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated).
-        """
-        side = dict(h=self.layout.grid, p=self.layout.patch_size, c=3)
-
-        def draw(patches: torch.Tensor) -> torch.Tensor:
-            return denormalise(rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **side)).clamp(0, 1)
-
-        return paint_canvas(draw, logits.to(canvas), canvas, visible, decoded, self.layout, paste)
-
-
-def layout_of(config: ViTMAEConfig) -> Layout:
-    """The canvas of a config, with one example."""
-    return Layout(canvas_size=config.image_size, patch_size=config.patch_size)
 
 
 def check_config(config: ViTMAEConfig, source: str) -> None:
@@ -193,7 +145,7 @@ class AttentionEnvoy(Envoy):
         raise ValueError(f"{self.path}.pattern can only be read; change {self.path}.heads, which come of it.")
 
 
-class ViTMAE(CanvasModel, MaskedAutoencoder):
+class ViTMAE(MaskedAutoencoder):
     """A ViT-MAE that can be traced.
 
     The names that lead to its parts:
@@ -236,76 +188,45 @@ class ViTMAE(CanvasModel, MaskedAutoencoder):
     """
 
     config_class = ViTMAEConfig
-
-    def __init__(
-        self, source: str | os.PathLike | ViTMAEForPreTraining, *, revision: str | None = None, **kwargs: Any
-    ) -> None:
-        if isinstance(source, os.PathLike):
-            source = os.fspath(source)
-        if not isinstance(source, (str, ViTMAEForPreTraining)):
-            raise TypeError(
-                f"{type(source).__name__} is not a source of ViTMAE; give a Hub id, a folder or a ViTMAEForPreTraining."
-            )
-        envoys = kwargs.pop("envoys", None) or {}
-        if isinstance(envoys, dict):
-            envoys = {ViTMAEAttention: AttentionEnvoy, Encoder: StackEnvoy, Decoder: StackEnvoy, **envoys}
-        super().__init__(source, revision=revision, envoys=envoys, **kwargs)
+    module_class = ViTMAEForPreTraining
+    envoy_classes = {ViTMAEAttention: AttentionEnvoy, Encoder: StageEnvoy, Decoder: StageEnvoy}
 
     @property
     def losses(self) -> tuple[Loss, ...]:
         """ "squared_error": of the output's normalised pixels, averaged over its patches, as trained."""
         return (Loss("squared_error", _squared_error),)
 
-    def attention(self, stage: str, layer: int) -> Envoy:
-        """The attention of a layer: `encoder.layers[layer].attention`."""
-        return getattr(self, stage).layers[layer].attention
-
-    def outputs(self, stage: str, layer: int) -> dict[str, Envoy]:
-        """The attention, the MLP, and the layer itself."""
-        own = getattr(self, stage).layers[layer]
-        return {"attn": own.attention, "mlp": own.mlp, "residual": own}
-
     def truth(self, prompts: VisualPrompt) -> torch.Tensor:
         """The output's patches as the network is to give them: [batch, output patch, patch_size² * 3]."""
-        output = prompts.layout.regions["output"].to(prompts.device)
-        prompts.layout.index(prompts.decoded, output)
         side = prompts.layout.patch_size
         patches = rearrange(normalise(prompts.canvas), "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side)
-        return patches[:, output]
+        return patches[:, output_patches(prompts)]
 
-    def paint(self, output: ViTMAEOutput, prompts: VisualPrompt, paste: bool = True) -> torch.Tensor:
-        """The predicted pixels at the hidden patches, on the prompts' own: [batch, 3, height, width] in [0, 1]."""
-        return self._module.paint(output.logits, prompts.canvas, prompts.visible, prompts.decoded, paste)
+    def predictions(self, output: Any) -> torch.Tensor:
+        """Normalised pixels, [batch, decoded patch, patch_size² * 3]."""
+        return output.logits.float()
 
-    def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
-        """Write a safetensors folder that this class and transformers read."""
-        self.dispatch()
-        self._module.original.save_pretrained(folder, **kwargs)
+    def draw(self, predictions: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels of every patch → [batch, 3, height, width] in [0, 1]."""
+        side = dict(h=self.layout.grid, p=self.layout.patch_size, c=3)
+        return denormalise(rearrange(predictions, "b (h w) (p q c) -> b c (h p) (w q)", **side)).clamp(0, 1)
 
-    def _auto(self) -> type[ViTMAEForPreTraining]:
-        return ViTMAEForPreTraining
-
-    def _load_meta(self, source: str, **kwargs: Any) -> ViTMAENetwork:
-        return ViTMAENetwork(self._build(self._read_config(source, **kwargs), source, **kwargs))
-
-    def _load(self, source: str, **kwargs: Any) -> ViTMAENetwork:
-        self._read_config(source, **kwargs)
-        return ViTMAENetwork(self._from_pretrained(source, **kwargs))
-
-    def _wrap(self, module: ViTMAEForPreTraining, **kwargs: Any) -> ViTMAENetwork:
-        """The network of a ready module, or of a copy of it when something about it is to differ."""
-        check_config(module.config, f"this {type(module).__name__}")
-        if chosen := drop_none(kwargs, *kwargs):
-            module = copy_with(module, **chosen)
+    def adapt(self, module: ViTMAEForPreTraining, source: str) -> ViTMAENetwork:
+        """The network of a ViTMAEForPreTraining, in eval mode."""
         return ViTMAENetwork(module.eval())
 
-    def _read_config(self, source: str, **kwargs: Any) -> ViTMAEConfig:
-        config = super()._read_config(source, **kwargs)
+    def read_config(self, source: str, **options: Any) -> ViTMAEConfig:
+        """The config of a folder or a Hub id.
+
+        Raises:
+            ValueError, OSError: when it is of another kind of model, cannot paint, or cannot be read.
+        """
+        config = super().read_config(source, **options)
         check_config(config, repr(source))
         return config
 
 
-def _squared_error(output: ViTMAEOutput, prompts: VisualPrompt, truth: torch.Tensor) -> torch.Tensor:
+def _squared_error(output: Any, prompts: VisualPrompt, truth: torch.Tensor) -> torch.Tensor:
     """Losses [batch] of predictions against the truth [batch, output patch, patch_size² * 3]."""
     patches = prompts.layout.regions["output"].to(prompts.device)
     predicted = output.logits[:, index_of(prompts.decoded, patches)]

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,8 @@ from einops import rearrange
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import QUERY_ONLY, ByStage
-from vtv_nnsight.models.torch_files import Refused, check_pickle
+from vtv_nnsight.models.restricted_pickle import Refused, RestrictedUnpickler, refusing
+from vtv_nnsight.models.torch_files import StrPath, read_legacy
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import fingerprint
@@ -39,7 +39,7 @@ MAX_RESIDUAL = 0.1
 """Activations whose residual is more than this share of their norm are another model's."""
 
 
-def find(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[Path], list[Path]]:
+def find(paths: StrPath | Iterable[StrPath]) -> tuple[list[Path], list[Path]]:
     """The files of mean activations and those of Bernoulli logits among some files and in some folders.
 
     Raises:
@@ -47,17 +47,15 @@ def find(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[P
         ValueError: when a file is called otherwise.
     """
     paths = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
-    activations, bernoullis = [], []
+    every = []
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"there is no file or folder {path}.")
-        for file in sorted(path.glob("*.pkl")) if path.is_dir() else [path]:
-            if file.name.endswith(ACTIVATIONS):
-                activations.append(file)
-            elif file.name.startswith(BERNOULLIS):
-                bernoullis.append(file)
-            elif not path.is_dir():
-                raise ValueError(f"{file} is called neither TASK{ACTIVATIONS} nor {BERNOULLIS}….pkl.")
+        every += sorted(path.glob("*.pkl")) if path.is_dir() else [path]
+    activations = [file for file in every if file.name.endswith(ACTIVATIONS)]
+    bernoullis = [file for file in every if file.name.startswith(BERNOULLIS)]
+    if misnamed := [file for file in paths if file.is_file() and file not in activations + bernoullis]:
+        raise ValueError(f"{misnamed[0]} is called neither TASK{ACTIVATIONS} nor {BERNOULLIS}….pkl.")
     if not activations + bernoullis:
         raise FileNotFoundError(
             f"there is no TASK{ACTIVATIONS} and no {BERNOULLIS}….pkl in {', '.join(map(str, paths))}."
@@ -65,7 +63,7 @@ def find(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[P
     return activations, bernoullis
 
 
-def read_activations(model: Any, paths: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[TaskVectors, dict]:
+def read_activations(model: Any, paths: StrPath | Iterable[StrPath]) -> tuple[TaskVectors, dict[str, ByStage]]:
     """Task vectors of the released code's mean activations.
 
     Args:
@@ -82,11 +80,11 @@ def read_activations(model: Any, paths: str | os.PathLike | Iterable[str | os.Pa
         ValueError: when a file names anything but tensors and arrays, is damaged, or is not of this model's outputs.
     """
     device_of(model)
-    found = [_vector(model, path) for path in find(paths)[0]]
-    return TaskVectors({vector.task: vector for vector, _ in found}), {v.task: residual for v, residual in found}
+    read = [_vector(model, path) for path in find(paths)[0]]
+    return TaskVectors({vector.task: vector for vector, _ in read}), {v.task: residual for v, residual in read}
 
 
-def read_patches(model: Any, path: str | os.PathLike, seed: int | None = None) -> PatchSet:
+def read_patches(model: Any, path: StrPath, seed: int | None = None) -> PatchSet:
     """The patch set of the released code's Bernoulli logits, one a unit; their number tells the granularity.
 
     Args:
@@ -117,7 +115,7 @@ def read_patches(model: Any, path: str | os.PathLike, seed: int | None = None) -
     return PatchSet(space, torch.rand(len(logits), generator=torch.Generator().manual_seed(seed)) < logits.sigmoid())
 
 
-def load(path: str | os.PathLike) -> Any:
+def load(path: StrPath) -> Any:
     """What a pickle holds, if that is tensors, arrays, numbers, text, and lists, tuples and dicts of those.
 
     Raises:
@@ -126,14 +124,8 @@ def load(path: str | os.PathLike) -> Any:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    with open(path, "rb") as file:
-        try:
-            check_pickle(file)
-            return _plain(_Unpickler(file).load(), {})
-        except Refused as error:
-            raise ValueError(f"{path} was refused: {error}. Nothing of it was run.") from error
-        except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{path} is truncated, damaged or no pickle: {error or type(error).__name__}.") from error
+    with open(path, "rb") as file, refusing(path, "is truncated, damaged or no pickle"):
+        return _plain(RestrictedUnpickler(file, _NAMES).load(), {})
 
 
 def _vector(model: Any, path: Path) -> tuple[TaskVector, ByStage]:
@@ -145,28 +137,24 @@ def _vector(model: Any, path: Path) -> tuple[TaskVector, ByStage]:
         )
     layout = model.layout
     means, residuals = ByStage(), ByStage()
-    for size, values, seen in zip(model.stages, content[1:], (layout.visible, layout.all_patches)):
-        stack = size.name
-        width = size.heads * size.head_dim
-        expected = (size.layers, 1, 1 + len(seen), size.heads, width)
+    for stage, values, seen in zip(model.stages, content[1:], (layout.visible, layout.all_patches)):
+        name, expected = stage.name, (stage.layers, 1, 1 + len(seen), stage.heads, stage.width)
         if values.shape not in (expected, (expected[0], *expected[2:])):
-            raise ValueError(f"{path}: the {stack}'s activations are {list(values.shape)}; expected {list(expected)}.")
+            raise ValueError(f"{path}: the {name}'s activations are {list(values.shape)}; expected {list(expected)}.")
         if not values.isfinite().all():
-            raise ValueError(f"{path}: the {stack}'s activations are not all finite (NaN or infinite).")
-        values = values.reshape(expected).squeeze(1)
-        layers = [_recover(y, model.attention(stack, layer).proj) for layer, y in enumerate(values)]
-        z, missed, total = zip(*layers)
-        mean = torch.full((size.layers, layout.num_positions, size.heads, size.head_dim), torch.nan)
-        mean[:, positions(seen)] = torch.stack(z).float()
-        means[stack] = mean
-        residuals[stack] = float((sum(missed) / sum(total)) ** 0.5)
-        if residuals[stack] > MAX_RESIDUAL:
+            raise ValueError(f"{path}: the {name}'s activations are not all finite (NaN or infinite).")
+        outputs = enumerate(values.reshape(expected).squeeze(1))
+        z, missed, total = zip(*(_recover(y, model.attention(name, layer).proj) for layer, y in outputs))
+        means[name] = torch.full((stage.layers, layout.num_positions, stage.heads, stage.head_dim), torch.nan)
+        means[name][:, positions(seen)] = torch.stack(z).float()
+        residuals[name] = float((sum(missed) / sum(total)) ** 0.5)
+        if residuals[name] > MAX_RESIDUAL:
             raise ValueError(
-                f"{path}: the {stack}'s activations are not outputs of this model's projections (residual "
-                f"{residuals[stack]:.2g} of their norm); give the checkpoint that made them."
+                f"{path}: the {name}'s activations are not outputs of this model's projections (residual "
+                f"{residuals[name]:.2g} of their norm); give the checkpoint that made them."
             )
-    name = path.name.removesuffix(ACTIVATIONS)
-    vector = TaskVector(TASKS.get(name, name), means, None, content[0], fingerprint(model, layout))
+    task = path.name.removesuffix(ACTIVATIONS)
+    vector = TaskVector(TASKS.get(task, task), means, None, content[0], fingerprint(model, layout))
     return vector, residuals
 
 
@@ -186,80 +174,59 @@ class _Dtype:
     def __init__(self, name: str, *_: Any) -> None:
         self.name, self.order = name, "="
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = state[1]
 
-    def numpy(self) -> np.dtype:
+    def array(self, data: bytes | str) -> np.ndarray:
+        """The numbers in some bytes, [number]; old pickles hold bytes as text."""
         if not isinstance(self.name, str) or self.name.lstrip("<>=|")[:1] not in set("biuf"):
             raise Refused(f"it holds an array of dtype {self.name!r}, which is not a number's")
-        return np.dtype(self.name).newbyteorder(self.order if self.order in ("<", ">") else "=")
+        dtype = np.dtype(self.name).newbyteorder(self.order if self.order in ("<", ">") else "=")
+        return np.frombuffer(data.encode("latin-1") if isinstance(data, str) else data, dtype)
 
 
 class _Array:
-    """A numpy array as its pickle describes it: made empty, then given its state."""
+    """A numpy array as its pickle describes it: empty until it is given its state."""
 
     def __init__(self, *_: Any) -> None:
         self.array = np.empty(0)
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
-        data = data.encode("latin-1") if isinstance(data, str) else data
-        self.array = np.frombuffer(data, dtype.numpy()).reshape(shape, order="F" if fortran else "C")
+        self.array = dtype.array(data).reshape(shape, order="F" if fortran else "C")
 
 
-def _scalar(dtype: _Dtype, data: bytes) -> Any:
-    return np.frombuffer(data, dtype.numpy())[0]
-
-
-def _frombuffer(data: bytes, dtype: _Dtype, shape: tuple, order: str, *_: Any) -> np.ndarray:
-    return np.frombuffer(data, dtype.numpy()).reshape(shape, order=order)
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    return text.encode("latin-1")
-
-
-def _storage(data: bytes) -> torch.TypedStorage:
-    """A storage that torch pickled: a small file in torch's old format."""
-    file = io.BytesIO(data)
+def _storage(data: bytes) -> torch.Tensor:
+    """The numbers of a storage that torch pickled: a small file in torch's old format."""
     try:
-        for _ in ("magic number", "protocol", "system", "storage", "keys"):
-            file.seek(check_pickle(file))
-        file.seek(0)
-        return torch.load(file, weights_only=True)
+        (key, dtype), starts = read_legacy(io.BytesIO(data))
+        values = bytearray(data[starts[key] :])
+        return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
     except Exception as error:
         raise Refused("it holds a storage that is damaged, or is more than numbers") from error
 
 
-def _tensor(storage: torch.TypedStorage, offset: int, shape: tuple, stride: tuple, *_: Any) -> torch.Tensor:
-    nothing = torch._utils._rebuild_tensor(storage, 0, (0,), (1,))
-    return nothing.as_strided(shape, stride, offset).clone()  # which, unlike that function, stays inside the storage
+def _tensor(storage: torch.Tensor, offset: int, shape: Any, stride: Any, *_: Any) -> torch.Tensor:
+    return storage.as_strided(shape, stride, offset).clone()  # which stays inside the storage
 
 
-_KNOWN = {
+_NAMES = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): lambda text, _: text.encode("latin-1"),
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
+for _core in ("numpy.core", "numpy._core"):
+    _NAMES |= {
+        (f"{_core}.multiarray", "_reconstruct"): _Array,
+        (f"{_core}.multiarray", "scalar"): lambda dtype, data: dtype.array(data)[0],
+        (f"{_core}.numeric", "_frombuffer"): lambda data, dtype, shape, order, *_: dtype.array(data).reshape(
+            shape, order=order
+        ),
+    }
 """What tensors and arrays are made of, by the names that pickles have for it."""
-
-
-class _Unpickler(pickle.Unpickler):
-    """Refuses every name that is not in `_KNOWN`."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="latin-1")
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
-            raise Refused(f"it names {module}.{name}, which is neither a tensor nor an array")
-        return _KNOWN[module, name]
 
 
 def _plain(content: Any, seen: dict[int, Any]) -> Any:

@@ -13,39 +13,38 @@ pixels, sees and paints 112×112. The weights and the modules are transformers' 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
-from nnsight.intervention.envoy import Envoy
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from transformers import BeitConfig, BeitForMaskedImageModeling
 from transformers.models.beit.modeling_beit import BeitAttention
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-from vtv_nnsight.layouts import Layout, index_of, positions, take
+from vtv_nnsight.layouts import Layout, positions, take
+from vtv_nnsight.models.autoencoders import CodeModel, autoencoder_groups, keep_output
 from vtv_nnsight.models.baselines.dalle import DECODER, Tokenizer, can_encode, load_tokenizer
-from vtv_nnsight.models.canvas import CanvasModel, copy_with, drop_none
-from vtv_nnsight.models.interface import InContextModel, Loss, Stage
-from vtv_nnsight.models.mae import groups, paint_canvas, token_loss
-from vtv_nnsight.models.nnsight_compat import StackEnvoy
+from vtv_nnsight.models.canvas import AdaptedNetwork
+from vtv_nnsight.models.interface import Loss, Stage
+from vtv_nnsight.models.nnsight_compat import StageEnvoy
 from vtv_nnsight.models.vit_mae import AttentionEnvoy
 from vtv_nnsight.prompts import VisualPrompt
 
 
 @dataclass
 class BEiTOutput(ModelOutput):
-    """
+    """What `BEiTNetwork` gives.
+
     Args:
         logits: Scores of the tokenizer's codes, [batch, decoded patch, code].
     """
 
-    logits: torch.FloatTensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class Encoder(nn.Module):
@@ -61,16 +60,17 @@ class Encoder(nn.Module):
         beit = model.beit
         self.embeddings, self.position_bias, self.layers = beit.embeddings, beit.shared_position_bias, beit.layers
         self.last_norm, self.norm, self.head = beit.layernorm, model.layernorm, model.lm_head
-        self.grid = layout_of(model.config).grid
+        self.grid = _layout(model.config).grid
 
     def forward(self, pixels: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        tokens, own = positions(decoded), self.embeddings
-        patches = take(own.patch_embeddings(pixels), decoded)
+        """Normalised canvas, and ids of the visible and decoded patches → logits."""
+        tokens, embeddings = positions(decoded), self.embeddings
+        patches = take(embeddings.patch_embeddings(pixels), decoded)
         seen = (decoded[..., :, None] == visible[..., None, :]).any(-1)
-        patches = torch.where(seen[..., None], patches, own.mask_token)
-        x = torch.cat([own.cls_token.expand(len(pixels), -1, -1), patches], dim=1)
-        if own.position_embeddings is not None:
-            x = x + take(own.position_embeddings.expand(len(x), -1, -1), tokens)
+        patches = torch.where(seen[..., None], patches, embeddings.mask_token)
+        x = torch.cat([embeddings.cls_token.expand(len(pixels), -1, -1), patches], dim=1)
+        if embeddings.position_embeddings is not None:
+            x = x + take(embeddings.position_embeddings.expand(len(x), -1, -1), tokens)
         bias = None if self.position_bias is None else self._bias(tokens)
         for layer in self.layers:
             x = layer(x, attention_mask=bias)
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         return rearrange(table[index if index.ndim == 3 else index[None]], "b q k head -> b head q k")
 
 
-class BEiTNetwork(nn.Module):
+class BEiTNetwork(AdaptedNetwork):
     """A BeitForMaskedImageModeling that sees the patches which it is told to, and a tokenizer that paints its codes.
 
     Raises:
@@ -95,31 +95,21 @@ class BEiTNetwork(nn.Module):
     """
 
     def __init__(self, model: BeitForMaskedImageModeling, tokenizer: Tokenizer | None = None) -> None:
-        super().__init__()
         check_config(model.config, f"this {type(model).__name__}")
+        super().__init__(model)
         codes = getattr(tokenizer, "num_codes", model.config.vocab_size)
         if codes != model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {codes} codes, and the model predicts {model.config.vocab_size} (vocab_size); give "
                 "tokenizer= the one that it was trained with."
             )
-        self.config = model.config
         self.encoder = Encoder(model)
         self.tokenizer = tokenizer
-        object.__setattr__(self, "original", model)  # not as a child: its modules have their names here
 
     @property
     def layout(self) -> Layout:
         """The canvas with one example."""
-        return layout_of(self.config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.embeddings.cls_token.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.embeddings.cls_token.device
+        return _layout(self.config)
 
     def forward(self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor) -> BEiTOutput:
         """Predict the codes of the decoded patches.
@@ -133,56 +123,6 @@ class BEiTNetwork(nn.Module):
         pixels = (2 * canvas - 1).to(self.dtype)  # mean and standard deviation of BEiT's pictures are 0.5
         return BEiTOutput(logits=self.encoder(pixels, visible, decoded))
 
-    @torch.no_grad()
-    def generate(
-        self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor, paste: bool = True
-    ) -> torch.Tensor:
-        """Complete the canvas with the picture of the arg-max codes, and its own pixels at the visible patches.
-        Arguments are `forward`'s, with ids that the batch shares; returns are `paint`'s."""
-        codes = self.forward(canvas, visible, decoded).logits.argmax(-1)
-        return self.paint(codes, canvas, visible, decoded, paste)
-
-    @torch.no_grad()
-    def paint(
-        self,
-        codes: torch.Tensor,
-        canvas: torch.Tensor,
-        visible: torch.Tensor,
-        decoded: torch.Tensor,
-        paste: bool = True,
-    ) -> torch.Tensor:
-        """Canvases with their hidden patches drawn from codes [batch, decoded patch]. The tokenizer's picture is
-        enlarged bicubically.
-
-        When only some rows or columns are decoded, they are repeated over the canvas, as MAE-VQGAN's are zero-shot.
-
-        Returns:
-            [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated).
-        """
-        tokenizer = self._needed()
-
-        def draw(codes: torch.Tensor) -> torch.Tensor:
-            return _resize(tokenizer.decode(codes).to(canvas), self.layout.canvas_size)
-
-        return paint_canvas(draw, codes, canvas, visible, decoded, self.layout, paste)
-
-    @torch.no_grad()
-    def codes(self, canvas: torch.Tensor) -> torch.Tensor:
-        """The tokenizer's codes of canvases, LongTensor [batch, patch], of their pictures at its own size."""
-        tokenizer = self._needed()
-        if not can_encode(tokenizer):
-            raise ValueError("this BEiT's tokenizer only decodes: there are no codes of the truth.")
-        side = self.layout.grid * getattr(tokenizer, "patch_size", 8)
-        return tokenizer.encode(_resize(canvas.float(), side)).to(canvas.device)
-
-    def _needed(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(
-                f"this BEiT has no tokenizer, and its codes no picture; give tokenizer= the path of DALL-E's {DECODER} "
-                "(an encoder.pkl beside it gives losses and a ceiling), or anything with decode(codes)."
-            )
-        return self.tokenizer
-
 
 def _resize(pixels: torch.Tensor, side: int) -> torch.Tensor:
     if pixels.shape[-1] == side:
@@ -190,7 +130,7 @@ def _resize(pixels: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def layout_of(config: BeitConfig) -> Layout:
+def _layout(config: BeitConfig) -> Layout:
     """The canvas of a config, with one example."""
     return Layout(canvas_size=config.image_size, patch_size=config.patch_size)
 
@@ -214,7 +154,7 @@ def check_config(config: BeitConfig, source: str) -> None:
         )
 
 
-class BEiT(CanvasModel, InContextModel):
+class BEiT(CodeModel):
     """A BEiT that can be traced.
 
     The names that lead to its parts:
@@ -243,31 +183,13 @@ class BEiT(CanvasModel, InContextModel):
     """
 
     config_class = BeitConfig
-
-    def __init__(
-        self,
-        source: str | os.PathLike | BeitForMaskedImageModeling,
-        tokenizer: Tokenizer | str | os.PathLike | None = None,
-        *,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(source, os.PathLike):
-            source = os.fspath(source)
-        if not isinstance(source, (str, BeitForMaskedImageModeling)):
-            raise TypeError(
-                f"{type(source).__name__} is not a source of BEiT; give a Hub id, a folder or a "
-                "BeitForMaskedImageModeling."
-            )
-        envoys = kwargs.pop("envoys", None) or {}
-        if isinstance(envoys, dict):
-            envoys = {BeitAttention: AttentionEnvoy, Encoder: StackEnvoy, **envoys}
-        super().__init__(source, revision=revision, envoys=envoys, tokenizer=tokenizer, **kwargs)
+    module_class = BeitForMaskedImageModeling
+    envoy_classes = {BeitAttention: AttentionEnvoy, Encoder: StageEnvoy}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """ "encoder"."""
-        config = self._module.config
+        config = self.network.config
         heads = config.num_attention_heads
         return (Stage("encoder", config.num_hidden_layers, heads, config.hidden_size // heads),)
 
@@ -275,23 +197,14 @@ class BEiT(CanvasModel, InContextModel):
     def losses(self) -> tuple[Loss, ...]:
         """ "tokens": the mean cross-entropy of the output's logits against the tokenizer's codes of the truth; none
         without its encoder."""
-        return (Loss("tokens", token_loss),) if can_encode(self._module.tokenizer) else ()
+        return super().losses if can_encode(self.network.tokenizer) else ()
 
     @property
     def parts(self) -> dict[str, str]:
         """What it is made of, for `vtv info`: name → words."""
         (stage,) = self.stages
-        words = f"{stage.layers} blocks of width {stage.width}, {stage.heads} heads; {self._module.config.vocab_size}"
+        words = f"{stage.layers} blocks of width {stage.width}, {stage.heads} heads; {self.network.config.vocab_size}"
         return {"encoder": f"{words} codes"}
-
-    def attention(self, stage: str, layer: int) -> Envoy:
-        """The attention of a layer: `encoder.layers[layer].attention`."""
-        return self.encoder.layers[layer].attention
-
-    def outputs(self, stage: str, layer: int) -> dict[str, Envoy]:
-        """The attention and the MLP, both before their layer scale, and the layer itself."""
-        own = self.encoder.layers[layer]
-        return {"attn": own.attention, "mlp": own.mlp, "residual": own}
 
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """CLS, then the decoded patches, in the prompt's order: LongTensor [token]."""
@@ -299,61 +212,62 @@ class BEiT(CanvasModel, InContextModel):
 
     def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
         """As those of a MAE-VQGAN's decoder: by quadrant, CLS, query and output."""
-        return groups("decoder", granularity, layout or self.layout)
+        return autoencoder_groups("decoder", granularity, layout or self.layout)
 
-    def truth(self, prompts: VisualPrompt) -> torch.Tensor:
-        """The tokenizer's codes of the truth: LongTensor [batch, output patch]."""
-        output = prompts.layout.regions["output"].to(prompts.device)
-        prompts.layout.index(prompts.decoded, output)
-        self.dispatch()
-        return self._module.codes(prompts.canvas)[:, output]
+    def codes(self, canvas: torch.Tensor) -> torch.Tensor:
+        """The tokenizer's codes of canvases, LongTensor [batch, patch], of their pictures at its own size."""
+        tokenizer = self._tokenizer()
+        if not can_encode(tokenizer):
+            raise ValueError("this BEiT's tokenizer only decodes: there are no codes of the truth.")
+        side = self.layout.grid * getattr(tokenizer, "patch_size", 8)
+        return tokenizer.encode(_resize(canvas.float(), side)).to(canvas.device)
 
-    def paint(self, output: BEiTOutput, prompts: VisualPrompt, paste: bool = True) -> torch.Tensor:
-        """The tokenizer's picture of the arg-max codes at the hidden patches: [batch, 3, height, width] in [0, 1]."""
-        return self._module.paint(output.logits.argmax(-1), prompts.canvas, prompts.visible, prompts.decoded, paste)
+    def draw(self, predictions: torch.Tensor) -> torch.Tensor:
+        """The tokenizer's picture of codes [batch, patch], enlarged bicubically: [batch, 3, height, width]."""
+        return _resize(self._tokenizer().decode(predictions).float(), self.layout.canvas_size)
 
     def ceiling(self, prompts: VisualPrompt) -> torch.Tensor | None:
         """The tokenizer's own pictures of the canvases: [batch, 3, height, width] in [0, 1]; None without its
         encoder."""
         self.dispatch()
-        if not can_encode(self._module.tokenizer):
-            return None
-        everything = prompts.layout.all_patches.to(prompts.device)
-        return self._module.paint(self._module.codes(prompts.canvas), prompts.canvas, everything, everything, False)
+        return super().ceiling(prompts) if can_encode(self.network.tokenizer) else None
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.network.tokenizer is None:
+            raise ValueError(
+                f"this BEiT has no tokenizer, and its codes no picture; give tokenizer= the path of DALL-E's {DECODER} "
+                "(an encoder.pkl beside it gives losses and a ceiling), or anything with decode(codes)."
+            )
+        return self.network.tokenizer
 
     def restrict_to_output(self, prompts: VisualPrompt) -> VisualPrompt:
         """Compute the predictions of the output's patches alone."""
-        output = prompts.layout.regions["output"].to(prompts.device)
-        kept = positions(index_of(prompts.decoded, output))
-        self.encoder.norm.output = self.encoder.norm.output[:, kept]
-        return prompts._with(decoded=output)
+        return keep_output(self.encoder.norm, prompts)
 
-    def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
-        """Write a safetensors folder that this class and transformers read, without the tokenizer."""
-        self.dispatch()
-        self._module.original.save_pretrained(folder, **kwargs)
+    def empty_network(self, source: str, tokenizer: Any = None, **options: Any) -> BEiTNetwork:
+        """The network of a source's config on the meta device."""
+        model = self.build(self.read_config(source, **options), source, **options)
+        return BEiTNetwork(model, _find_tokenizer(tokenizer, source, weights=False))
 
-    def _auto(self) -> type[BeitForMaskedImageModeling]:
-        return BeitForMaskedImageModeling
+    def loaded_network(self, source: str, tokenizer: Any = None, **options: Any) -> BEiTNetwork:
+        """The network of a source, with its weights."""
+        self.read_config(source, **options)
+        model = self.load_weights(source, **options)
+        return BEiTNetwork(model, _on(_find_tokenizer(tokenizer, source), model.device))
 
-    def _load_meta(self, source: str, tokenizer: Any = None, **kwargs: Any) -> BEiTNetwork:
-        model = self._build(self._read_config(source, **kwargs), source, **kwargs)
-        return BEiTNetwork(model, _tokenizer(tokenizer, source, weights=False))
-
-    def _load(self, source: str, tokenizer: Any = None, **kwargs: Any) -> BEiTNetwork:
-        self._read_config(source, **kwargs)
-        model = self._from_pretrained(source, **kwargs)
-        return BEiTNetwork(model, _on(_tokenizer(tokenizer, source), model.device))
-
-    def _wrap(self, module: BeitForMaskedImageModeling, tokenizer: Any = None, **kwargs: Any) -> BEiTNetwork:
-        """The network of a ready module, or of a copy of it when something about it is to differ."""
+    def ready_network(self, module: Any, tokenizer: Any = None, **options: Any) -> BEiTNetwork:
+        """The network of a ready module, or of a copy of it where an option is set."""
         check_config(module.config, f"this {type(module).__name__}")
-        if chosen := drop_none(kwargs, *kwargs):
-            module = copy_with(module, **chosen)
-        return BEiTNetwork(module.eval(), _on(_tokenizer(tokenizer, ""), module.device))
+        module = super().ready_network(module, **options).eval()
+        return BEiTNetwork(module, _on(_find_tokenizer(tokenizer, ""), module.device))
 
-    def _read_config(self, source: str, **kwargs: Any) -> BeitConfig:
-        config = super()._read_config(source, **kwargs)
+    def read_config(self, source: str, **options: Any) -> BeitConfig:
+        """The config of a folder or a Hub id.
+
+        Raises:
+            ValueError, OSError: when it is of another kind of model, cannot complete a canvas, or cannot be read.
+        """
+        config = super().read_config(source, **options)
         check_config(config, repr(source))
         if not config.use_mean_pooling:
             raise ValueError(
@@ -363,7 +277,7 @@ class BEiT(CanvasModel, InContextModel):
         return config
 
 
-def _tokenizer(given: Any, source: str, weights: bool = True) -> Tokenizer | None:
+def _find_tokenizer(given: Any, source: str, weights: bool = True) -> Tokenizer | None:
     """The tokenizer that was given, the one in the model's folder, or none."""
     if given is not None:
         return load_tokenizer(given, weights=weights)

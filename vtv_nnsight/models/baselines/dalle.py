@@ -5,7 +5,7 @@
     >>> pixels = tokenizer.decode(codes)                  # [batch, patch] → [batch, 3, height, width] in [0, 1]
 
 The published `decoder.pkl` and `encoder.pkl` are pickles of whole modules. Only the tensors in them are read, and
-nothing of them is run (see `models.checkpoint_files`).
+nothing of them is run (see `models.torch_files`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,8 +23,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from vtv_nnsight.models.torch_files import StoredTensor, check_tensors, read_tensors
-from vtv_nnsight.text import join_names
+from vtv_nnsight.models.mae_vqgan.published import count_modules
+from vtv_nnsight.models.torch_files import check_ranks, check_tensors, read_tensors
 
 DECODER, ENCODER = "decoder.pkl", "encoder.pkl"
 """Names of the published files."""
@@ -32,6 +32,9 @@ GROUPS = 4
 EPSILON = 0.1
 """Pixels in [0, 1] are [0.1, 0.9] to the tokenizer (appendix A.3, the logit-Laplace distribution)."""
 MAX_BLOCKS = 64
+_FIRST_GROUP = "blocks.group_1."
+_SIZES = {"blocks.input.w": 4, "blocks.output.conv.w": 4, f"{_FIRST_GROUP}block_1.res_path.conv_1.w": 4}
+"""The tensors that sizes are read off, and their ranks."""
 
 
 @runtime_checkable
@@ -59,10 +62,11 @@ class Block(nn.Module):
         self.res_path = nn.Sequential(path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, channel, height, width] → the same, of `out_channels`."""
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
-def stack(
+def _groups(
     first: nn.Module,
     widths: list[int],
     blocks: int,
@@ -107,13 +111,13 @@ class DVAE(nn.Module):
         self.num_codes = num_codes
         widths = [first_width, 8 * width, 4 * width, 2 * width, width]
         first = nn.Conv2d(num_codes, first_width, 1)
-        self.decoder = stack(first, widths, blocks, (1, 3, 3, 3), partial(nn.Upsample, scale_factor=2), 6)
+        self.decoder = _groups(first, widths, blocks, (1, 3, 3, 3), partial(nn.Upsample, scale_factor=2), 6)
         self.encoder = None
         if encoder is not None:
             width, blocks = encoder
             first = nn.Conv2d(3, width, 7, padding=3)
             widths = [width, width, 2 * width, 4 * width, 8 * width]
-            self.encoder = stack(first, widths, blocks, (3, 3, 3, 1), partial(nn.MaxPool2d, 2), num_codes)
+            self.encoder = _groups(first, widths, blocks, (3, 3, 3, 1), partial(nn.MaxPool2d, 2), num_codes)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [batch, patch] of a square grid, row by row → pixels [batch, 3, 8 * grid, 8 * grid] in [0, 1]: the
@@ -167,20 +171,24 @@ def load_tokenizer(source: Tokenizer | str | os.PathLike, *, weights: bool = Tru
     if (path.parent / ENCODER).exists():
         files["encoder"] = path.parent / ENCODER
     tensors = {part: read_tensors(file) for part, file in files.items()}
-    blocks = {part: _count_blocks(tensors[part], files[part]) for part in files}
-    ends = {part: (own["blocks.input.w"].shape, own["blocks.output.conv.w"].shape) for part, own in tensors.items()}
+    for part, file in files.items():
+        check_ranks(_SIZES, tensors[part], file, "no part of DALL-E's tokenizer")
+    blocks = {
+        part: count_modules(f"{_FIRST_GROUP}block_", tensors[part], file, MAX_BLOCKS + 1) - 1
+        for part, file in files.items()
+    }
+    ends = {part: (held["blocks.input.w"].shape, held["blocks.output.conv.w"].shape) for part, held in tensors.items()}
     (first_width, num_codes, *_), (_, width, *_) = ends["decoder"]
     encoder = (ends["encoder"][0][0], blocks["encoder"]) if "encoder" in files else None
     with torch.device("meta"):
         tokenizer = DVAE(num_codes, width, first_width, blocks["decoder"], encoder)
     state = {}
     for part, file in files.items():
-        own = getattr(tokenizer, part).state_dict()
-        published = {name: _published(name) for name in own}
-        shapes = {published[name]: value.shape for name, value in own.items()}
+        expected = getattr(tokenizer, part).state_dict()
+        shapes = {_published(name): value.shape for name, value in expected.items()}
         check_tensors(shapes, tensors[part], file, "DALL-E's tokenizer")
         if weights:
-            state |= {f"{part}.{name}": tensors[part][published[name]].read(torch.float32) for name in own}
+            state |= {f"{part}.{name}": tensors[part][_published(name)].read(torch.float32) for name in expected}
     if weights:
         tokenizer.load_state_dict(state, assign=True)
     return tokenizer.eval().requires_grad_(False)
@@ -191,21 +199,3 @@ def _published(name: str) -> str:
     first, rest = name.removesuffix("weight").removesuffix("bias"), "w" if name.endswith("weight") else "b"
     group, *path = first.split(".")
     return ".".join(["blocks", {"first": "input", "last": "output"}.get(group, group), *path]) + rest
-
-
-def _count_blocks(tensors: Mapping[str, StoredTensor], file: Path) -> int:
-    """How many blocks its groups have, of a file that has what sizes are read off."""
-    needed = ("blocks.input.w", "blocks.output.conv.w", "blocks.group_1.block_1.res_path.conv_1.w")
-    if missing := [name for name in needed if name not in tensors]:
-        raise ValueError(
-            f"{file} is no part of DALL-E's tokenizer: it has no {join_names(missing)}, but {join_names(tensors)}."
-        )
-    for name in needed:
-        if len(shape := tensors[name].shape) != 4 or 0 in shape:
-            raise ValueError(f"{file}: {name} has shape {list(shape)}; expected that of a convolution.")
-    first = "blocks.group_1.block_"
-    numbers = (name.removeprefix(first).split(".")[0] for name in tensors if name.startswith(first))
-    blocks = max(int(number) for number in numbers if number.isdecimal() and len(number) < 9)
-    if blocks > MAX_BLOCKS:
-        raise ValueError(f"{file} declares {blocks} blocks in a group; expected at most {MAX_BLOCKS}.")
-    return blocks

@@ -15,27 +15,25 @@ the transformer was trained, row by row, each given all codes before it.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.canvas import CanvasModel, drop_none
+from vtv_nnsight.models.autoencoders import CodeModel
+from vtv_nnsight.models.canvas import drop_none
 from vtv_nnsight.models.devices import AUTOMATIC, available_devices, resolve_device
-from vtv_nnsight.models.interface import InContextModel, Loss, Stage
-from vtv_nnsight.models.mae import paint_canvas
-from vtv_nnsight.models.mae_vqgan.config import MAX_LAYERS, MAEVQGANConfig
-from vtv_nnsight.models.mae_vqgan.published import TOKENIZER, TOKENIZER_SIZES, require, tokenizer_sizes
+from vtv_nnsight.models.interface import Loss, Stage
+from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
+from vtv_nnsight.models.mae_vqgan.published import code_size, count_modules, tokenizer_sizes
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
-from vtv_nnsight.models.torch_files import StoredTensor, check_tensors, read_tensors
+from vtv_nnsight.models.torch_files import StrPath, check_ranks, check_tensors, read_tensors
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.text import join_names
 
@@ -49,15 +47,16 @@ _SIZES = {"transformer.tok_emb.weight": 2, "transformer.pos_emb": 3, "transforme
 
 @dataclass
 class Net2NetOutput(ModelOutput):
-    """
+    """What `Net2NetNetwork` gives.
+
     Args:
         logits: Scores of the codebook's entries that each decoded patch was sampled with, given all before it: [batch,
             decoded patch, code].
         codes: Codes of the decoded patches, those of visible ones the VQGAN's: LongTensor [batch, decoded patch].
     """
 
-    logits: torch.FloatTensor | None = None
-    codes: torch.LongTensor | None = None
+    logits: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -69,6 +68,7 @@ class Attention(nn.Module):
         self.key, self.query, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+        """[batch, token, width] → the same; `cache` is the keys and the values, or empty, and is added to."""
         q, k, v = (
             rearrange(layer(x), "b t (h d) -> b h t d", h=self.num_heads)
             for layer in (self.query, self.key, self.value)
@@ -83,6 +83,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Residual stream in, residual stream out: [batch, token, width]."""
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -90,6 +92,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+        """[batch, token, width] and the attention's cache → [batch, token, width]."""
         x = x + self.attn(self.ln1(x), cache)
         return x + self.mlp(self.ln2(x))
 
@@ -109,8 +112,11 @@ class GPT(nn.Module):
     def forward(
         self, tokens: torch.Tensor, places: torch.Tensor, caches: list[list[torch.Tensor]] | None = None
     ) -> torch.Tensor:
-        """
+        """Logits of what comes after each token.
+
         Args:
+            tokens: [batch, token].
+            places: [token].
             caches: For each block the keys and values of the tokens before, to which those of these are added; empty
                 lists to begin with.
         """
@@ -169,11 +175,8 @@ class Net2NetNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the transformer's weights."""
         return self.transformer.pos_emb.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.pos_emb.device
 
     @torch.no_grad()
     def codes(self, canvas: torch.Tensor) -> torch.Tensor:
@@ -211,7 +214,9 @@ class Net2NetNetwork(nn.Module):
         tokens = torch.cat([condition.expand(len(codes), -1), codes[:, :-1]], dim=1)
         places = torch.cat([torch.arange(first + 1, device=canvas.device), first + 1 + decoded[:-1]])
         hidden = (~torch.isin(decoded, visible)).nonzero()[:, 0].tolist()
-        logits, caches, done = [], [[] for _ in self.transformer.blocks], 0
+        logits: list[torch.Tensor] = []
+        caches: list[list[torch.Tensor]] = [[] for _ in self.transformer.blocks]
+        done = 0
         for rank in [*hidden, None]:
             end = tokens.shape[1] if rank is None else first + rank + 1
             if end > done:
@@ -225,32 +230,6 @@ class Net2NetNetwork(nn.Module):
         rank = order.argsort()
         return Net2NetOutput(logits=torch.cat(logits, dim=1)[:, first:][:, rank], codes=codes[:, rank])
 
-    @torch.no_grad()
-    def generate(
-        self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor, paste: bool = True, **sampling: Any
-    ) -> torch.Tensor:
-        """Complete the canvas with the VQGAN's picture of the sampled codes, and its own pixels at the visible patches.
-        Arguments are `forward`'s; returns are `paint`'s."""
-        codes = self.forward(canvas, visible, decoded, **sampling).codes
-        return self.paint(codes, canvas, visible, decoded, paste)
-
-    @torch.no_grad()
-    def paint(
-        self,
-        codes: torch.Tensor,
-        canvas: torch.Tensor,
-        visible: torch.Tensor,
-        decoded: torch.Tensor,
-        paste: bool = True,
-    ) -> torch.Tensor:
-        """Canvases with their hidden patches drawn from codes [batch, decoded patch]. When only some rows or columns
-        are decoded, they are repeated over the canvas, as MAE-VQGAN's are zero-shot.
-
-        Returns:
-            [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated).
-        """
-        return paint_canvas(self.vqgan.decode, codes, canvas, visible, decoded, self.layout, paste)
-
 
 def _draw(logits: torch.Tensor, chance: torch.Generator, temperature: float, top_k: int | None) -> torch.Tensor:
     """A code for each row of logits [batch, code]: LongTensor [batch]."""
@@ -263,7 +242,7 @@ def _draw(logits: torch.Tensor, chance: torch.Generator, temperature: float, top
 
 
 def load_checkpoint(
-    path: str | os.PathLike,
+    path: StrPath,
     *,
     num_attention_heads: int = 16,
     image_size: int | None = None,
@@ -287,38 +266,33 @@ def load_checkpoint(
         ValueError: naming the file and the tensors, when it is of something else, lacks tensors or has others; or was
             trained with pictures as its condition, which prompts do not have.
     """
-    path = Path(path)
     tensors = read_tensors(path)
-    require(_SIZES, tensors, path, "a checkpoint of a VQGAN's transformer (Net2NetTransformer)")
-    if strange := [name for name in tensors if name.startswith("cond_stage_model.")]:
+    check_ranks(_SIZES, tensors, path, "not a checkpoint of a VQGAN's transformer (Net2NetTransformer)")
+    if conditions := [name for name in tensors if name.startswith("cond_stage_model.")]:
         raise ValueError(
-            f"{path} was trained on conditions that are pictures ({join_names(strange, 1)}), such as segmentations or "
-            "depth, which a visual prompt has none of; give one without conditions, or of classes."
+            f"{path} was trained on conditions that are pictures ({join_names(conditions, 1)}), such as segmentations "
+            "or depth, which a visual prompt has none of; give one without conditions, or of classes."
         )
-    first = {name: value for name, value in tensors.items() if name.startswith(FIRST_STAGE)}
-    vae = {TOKENIZER + name.removeprefix(FIRST_STAGE): value for name, value in first.items()}
-    require(TOKENIZER_SIZES, vae, path, "a checkpoint with its VQGAN", TOKENIZER)
-    sizes = tokenizer_sizes({name: value.shape for name, value in vae.items()}, path, FIRST_STAGE)
-    patch = sizes["vqgan_fold"] * 2 ** (len(sizes["vqgan_channel_multipliers"]) - 1)
+    sizes = tokenizer_sizes(tensors, path, "not a checkpoint with its VQGAN", FIRST_STAGE)
+    patch = code_size(sizes)
     vocabulary, width = tensors["transformer.tok_emb.weight"].shape
     length = tensors["transformer.pos_emb"].shape[1]
     image_size = image_size or patch * min(GRID, math.isqrt(length))
-    numbers = (name.split(".")[2] for name in tensors if name.startswith("transformer.blocks."))
-    layers = 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 9), default=-1)
-    if layers > MAX_LAYERS:
-        raise ValueError(f"{path} declares {layers} blocks; expected at most {MAX_LAYERS}.")
-    dtype = None if dtype == "auto" else dtype
+    layers = count_modules("transformer.blocks.", tensors, path)
     with torch.device("meta"):
         try:
-            config = MAEVQGANConfig(image_size=image_size, patch_size=patch, dtype=dtype, **sizes)
+            config = MAEVQGANConfig(
+                image_size=image_size, patch_size=patch, dtype=None if dtype == "auto" else dtype, **sizes
+            )
             network = Net2NetNetwork(config, vocabulary, length, layers, width, num_attention_heads, **settings)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    own = {name: _published(name) for name in network.state_dict()}
-    shapes = {own[name]: value.shape for name, value in network.state_dict().items()}
-    check_tensors(shapes, _used(tensors), path, "VQGAN's transformer")
+    published = {name: _published(name) for name in network.state_dict()}
+    shapes = {published[name]: value.shape for name, value in network.state_dict().items()}
+    used = {name: value for name, value in tensors.items() if not _is_for_training(name)}
+    check_tensors(shapes, used, path, "VQGAN's transformer")
     if weights:
-        network.load_state_dict({name: tensors[own[name]].read(config.dtype) for name in own}, assign=True)
+        network.load_state_dict({name: tensors[published[name]].read(config.dtype) for name in published}, assign=True)
     return network.eval()
 
 
@@ -327,16 +301,12 @@ def _published(name: str) -> str:
     return name.replace("vqgan.", FIRST_STAGE, 1).replace("codebook.", "quantize.embedding.")
 
 
-def _used(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """All but what training needed, and the causal masks."""
-    return {
-        name: value
-        for name, value in tensors.items()
-        if not name.startswith(f"{FIRST_STAGE}loss.") and not name.endswith(".attn.mask")
-    }
+def _is_for_training(name: str) -> bool:
+    """Whether a published tensor is of a training loss, or a causal mask."""
+    return name.startswith(f"{FIRST_STAGE}loss.") or name.endswith(".attn.mask")
 
 
-class Net2Net(CanvasModel, InContextModel):
+class Net2Net(CodeModel):
     """A VQGAN with the transformer of its codes, for `trace`, `generate` and `evaluate`.
 
         Net2Net
@@ -364,12 +334,8 @@ class Net2Net(CanvasModel, InContextModel):
         TypeError, ValueError, OSError: naming the source and what is wrong with it.
     """
 
-    def __init__(self, source: str | os.PathLike | Net2NetNetwork, **kwargs: Any) -> None:
-        if isinstance(source, os.PathLike):
-            source = os.fspath(source)
-        if not isinstance(source, (str, Net2NetNetwork)):
-            raise TypeError(f"{type(source).__name__} is not a source of Net2Net; give a file or a Net2NetNetwork.")
-        super().__init__(source, **kwargs)
+    module_class = Net2NetNetwork
+    source_kinds = "a file"
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -384,7 +350,7 @@ class Net2Net(CanvasModel, InContextModel):
     @property
     def parts(self) -> dict[str, str]:
         """What it is made of, for `vtv info`: name → words."""
-        gpt, book = self._module.transformer, self._module.vqgan.codebook
+        gpt, book = self.network.transformer, self.network.vqgan.codebook
         heads = gpt.blocks[0].attn.num_heads
         return {
             "transformer": f"{len(gpt.blocks)} blocks of width {gpt.pos_emb.shape[-1]}, {heads} heads",
@@ -392,38 +358,41 @@ class Net2Net(CanvasModel, InContextModel):
         }
 
     def attention(self, stage: str, layer: int) -> NoReturn:
+        """None: see above."""
         _has_none(stage)
 
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> NoReturn:
+        """None: see above."""
         _has_none(stage)
 
     def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> NoReturn:
+        """None: see above."""
         _has_none(stage)
 
-    def truth(self, prompts: VisualPrompt) -> torch.Tensor:
-        """The VQGAN's codes of the truth: LongTensor [batch, output patch]."""
-        self.dispatch()
-        return self._module.codes(prompts.canvas)[:, prompts.layout.regions["output"].to(prompts.device)]
+    def codes(self, canvas: torch.Tensor) -> torch.Tensor:
+        """The VQGAN's codes of canvases, LongTensor [batch, patch]."""
+        return self.network.codes(canvas)
 
-    def paint(self, output: Net2NetOutput, prompts: VisualPrompt, paste: bool = True) -> torch.Tensor:
-        """The VQGAN's picture of the sampled codes at the hidden patches: [batch, 3, height, width] in [0, 1]."""
-        return self._module.paint(output.codes, prompts.canvas, prompts.visible, prompts.decoded, paste)
+    def predictions(self, output: Net2NetOutput) -> torch.Tensor:
+        """The sampled codes: LongTensor [batch, decoded patch]."""
+        return output.codes
 
-    def ceiling(self, prompts: VisualPrompt) -> torch.Tensor:
-        """The VQGAN's own pictures of the canvases: [batch, 3, height, width] in [0, 1]."""
-        self.dispatch()
-        everything = prompts.layout.all_patches.to(prompts.device)
-        return self._module.paint(self._module.codes(prompts.canvas), prompts.canvas, everything, everything, False)
+    def draw(self, predictions: torch.Tensor) -> torch.Tensor:
+        """The VQGAN's picture of codes [batch, patch]: [batch, 3, height, width] in [0, 1]."""
+        return self.network.vqgan.decode(predictions)
 
-    def _load_meta(self, source: str, **kwargs: Any) -> Net2NetNetwork:
-        return load_checkpoint(source, weights=False, **_settings(kwargs))
+    def empty_network(self, source: str, **options: Any) -> Net2NetNetwork:
+        """The network of a file on the meta device."""
+        return load_checkpoint(source, weights=False, **_settings(options))
 
-    def _load(self, source: str, device_map: Any = None, **kwargs: Any) -> Net2NetNetwork:
-        return load_checkpoint(source, **_settings(kwargs)).to(_place(device_map))
+    def loaded_network(self, source: str, device_map: Any = None, **options: Any) -> Net2NetNetwork:
+        """The network of a file, with its weights."""
+        return load_checkpoint(source, **_settings(options)).to(_place(device_map))
 
-    def _wrap(self, module: Net2NetNetwork, **kwargs: Any) -> Net2NetNetwork:
-        if chosen := drop_none(kwargs, *kwargs):
-            raise ValueError(f"a ready Net2NetNetwork is taken as it is; leave out {', '.join(chosen)}.")
+    def ready_network(self, module: Net2NetNetwork, **options: Any) -> Net2NetNetwork:
+        """The network itself, in eval mode."""
+        if given := drop_none(options, *options):
+            raise ValueError(f"a ready Net2NetNetwork is taken as it is; leave out {', '.join(given)}.")
         return module.eval()
 
 
@@ -433,8 +402,8 @@ _TAKEN = ("num_attention_heads", "image_size", "dtype", "condition", "temperatur
 def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:
     kwargs = drop_none(kwargs, *kwargs)
     kwargs.pop("device_map", None)
-    if strange := [name for name in kwargs if name not in _TAKEN]:
-        raise ValueError(f"Net2Net does not know {', '.join(strange)}; it takes {', '.join(_TAKEN)} and device_map.")
+    if unknown := [name for name in kwargs if name not in _TAKEN]:
+        raise ValueError(f"Net2Net does not know {', '.join(unknown)}; it takes {', '.join(_TAKEN)} and device_map.")
     return kwargs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -15,7 +16,7 @@ from vtv_nnsight.layouts import Layout
 MAX_LAYERS = 256
 MAX_WIDTH = 2**20
 MAX_PIXELS = 4096
-"""Layers of a stack, width of anything and side of a canvas: a config beyond them is damaged, and building its model
+"""Layers of a stage, width of anything and side of a canvas: a config beyond them is damaged, and building its model
 would take hours or all memory."""
 
 
@@ -27,7 +28,7 @@ class MAEVQGANConfig(PretrainedConfig):
         patch_size: Side of a patch in pixels; the tokenizer makes one code of each patch.
         hidden_size, num_hidden_layers, num_attention_heads: The encoder.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads: The decoder.
-        mlp_ratio: Hidden width of the MLPs over the width of their stack.
+        mlp_ratio: Hidden width of the MLPs over the width of their stage.
         layer_norm_eps: Epsilon of the transformer's LayerNorms.
         num_codes: Entries of the VQGAN's codebook, which the decoder's head classifies into.
         code_dim: Width of a codebook entry.
@@ -46,88 +47,68 @@ class MAEVQGANConfig(PretrainedConfig):
 
     model_type = "mae_vqgan"
 
-    def __init__(
-        self,
-        image_size: int = 224,
-        patch_size: int = 16,
-        hidden_size: int = 1024,
-        num_hidden_layers: int = 24,
-        num_attention_heads: int = 16,
-        decoder_hidden_size: int = 512,
-        decoder_num_hidden_layers: int = 8,
-        decoder_num_attention_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        layer_norm_eps: float = 1e-6,
-        num_codes: int = 1024,
-        code_dim: int = 256,
-        vqgan_z_channels: int = 256,
-        vqgan_channels: int = 128,
-        vqgan_channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
-        vqgan_num_res_blocks: int = 2,
-        vqgan_attention_levels: tuple[int, ...] = (4,),
-        vqgan_fold: int = 1,
-        image_mean: tuple[float, ...] = IMAGENET_MEAN,
-        image_std: tuple[float, ...] = IMAGENET_STD,
-        **kwargs,
-    ) -> None:
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.decoder_hidden_size = decoder_hidden_size
-        self.decoder_num_hidden_layers = decoder_num_hidden_layers
-        self.decoder_num_attention_heads = decoder_num_attention_heads
-        self.mlp_ratio = mlp_ratio
-        self.layer_norm_eps = layer_norm_eps
-        self.num_codes = num_codes
-        self.code_dim = code_dim
-        self.vqgan_z_channels = vqgan_z_channels
-        self.vqgan_channels = vqgan_channels
-        self.vqgan_channel_multipliers = _listed(vqgan_channel_multipliers)
-        self.vqgan_num_res_blocks = vqgan_num_res_blocks
-        self.vqgan_attention_levels = _listed(vqgan_attention_levels)
-        self.vqgan_fold = vqgan_fold
-        self.image_mean = _listed(image_mean)
-        self.image_std = _listed(image_std)
-        self._check_kinds(kwargs.get("dtype", kwargs.get("torch_dtype")))
-        super().__init__(**kwargs)
-        self._check()
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    mlp_ratio: float = 4.0
+    layer_norm_eps: float = 1e-6
+    num_codes: int = 1024
+    code_dim: int = 256
+    vqgan_z_channels: int = 256
+    vqgan_channels: int = 128
+    vqgan_channel_multipliers: Sequence[int] = (1, 1, 2, 2, 4)
+    vqgan_num_res_blocks: int = 2
+    vqgan_attention_levels: Sequence[int] = (4,)
+    vqgan_fold: int = 1
+    image_mean: Sequence[float] = IMAGENET_MEAN
+    image_std: Sequence[float] = IMAGENET_STD
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vqgan_channel_multipliers", "vqgan_attention_levels", "image_mean", "image_std"):
+            if isinstance(values := getattr(self, name), tuple):
+                setattr(self, name, list(values))
+        self._check_kinds(self.dtype if self.dtype is not None else kwargs.get("torch_dtype"))
+        super().__post_init__(**kwargs)
+        self._check_sizes()
 
     def _check_kinds(self, dtype: Any) -> None:
         """That every setting is a number, or numbers, of a size that a model can have."""
-        for name, most in _COUNTS.items():
-            if not _whole(getattr(self, name), 1, most):
+        for name in (name for name, kind in MAEVQGANConfig.__annotations__.items() if kind == "int"):
+            if not _is_whole(getattr(self, name), 1, most := _most(name)):
                 raise _wrong(name, getattr(self, name), f"a whole number from 1 to {most}")
-        levels = self.vqgan_channel_multipliers
-        if not isinstance(levels, list) or not 1 <= len(levels) <= 12 or not all(_whole(n, 1, 1024) for n in levels):
+        levels, attending = self.vqgan_channel_multipliers, self.vqgan_attention_levels
+        if not isinstance(levels, list) or not 1 <= len(levels) <= 12 or not all(_is_whole(n, 1, 1024) for n in levels):
             raise _wrong("vqgan_channel_multipliers", levels, "1 to 12 whole numbers from 1 to 1024")
-        attending, last = self.vqgan_attention_levels, len(levels) - 1
-        if not isinstance(attending, list) or not all(_whole(n, 0, last) for n in attending):
-            raise _wrong("vqgan_attention_levels", attending, f"numbers of levels, from 0 to {last}")
+        if not isinstance(attending, list) or not all(_is_whole(n, 0, len(levels) - 1) for n in attending):
+            raise _wrong("vqgan_attention_levels", attending, f"numbers of levels, from 0 to {len(levels) - 1}")
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
-            if not isinstance(value, list) or len(value) != 3 or not all(map(_real, value)):
+            if not isinstance(value, list) or len(value) != 3 or not all(map(_is_real, value)):
                 raise _wrong(name, value, "3 numbers")
         if min(self.image_std) <= 0:
             raise _wrong("image_std", self.image_std, "3 numbers above 0")
         for name in ("mlp_ratio", "layer_norm_eps"):
             value = getattr(self, name)
-            if not _real(value) or not 0 < value <= 1024:
+            if not _is_real(value) or not 0 < value <= 1024:
                 raise _wrong(name, value, "a number above 0, and at most 1024")
         named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
         if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
             raise _wrong("dtype", dtype, "a floating-point one, such as float32 or bfloat16")
 
-    def _check(self) -> None:
-        for stack, width, heads in (
-            ("hidden_size", self.hidden_size, self.num_attention_heads),
-            ("decoder_hidden_size", self.decoder_hidden_size, self.decoder_num_attention_heads),
-        ):
+    def _check_sizes(self) -> None:
+        """That the settings go with each other."""
+        for prefix in ("", "decoder_"):
+            name = f"{prefix}hidden_size"
+            width, heads = getattr(self, name), getattr(self, f"{prefix}num_attention_heads")
             if width % heads:
-                raise ValueError(f"{stack}={width} is not a multiple of its {heads} attention heads.")
+                raise ValueError(f"{name}={width} is not a multiple of its {heads} attention heads.")
             if width % 4:
-                raise ValueError(f"{stack}={width} is not a multiple of 4, as 2-D sin-cos positions need.")
+                raise ValueError(f"{name}={width} is not a multiple of 4, as 2-D sin-cos positions need.")
         reduction = self.vqgan_fold * 2 ** (len(self.vqgan_channel_multipliers) - 1)
         if reduction != self.patch_size:
             raise ValueError(
@@ -141,42 +122,21 @@ class MAEVQGANConfig(PretrainedConfig):
         return Layout(canvas_size=self.image_size, patch_size=self.patch_size)
 
 
-_COUNTS = {
-    "image_size": MAX_PIXELS,
-    "patch_size": MAX_PIXELS,
-    "num_hidden_layers": MAX_LAYERS,
-    "decoder_num_hidden_layers": MAX_LAYERS,
-    "vqgan_num_res_blocks": MAX_LAYERS,
-    "vqgan_fold": MAX_PIXELS,
-    **dict.fromkeys(
-        (
-            "hidden_size",
-            "num_attention_heads",
-            "decoder_hidden_size",
-            "decoder_num_attention_heads",
-            "num_codes",
-            "code_dim",
-            "vqgan_z_channels",
-            "vqgan_channels",
-        ),
-        MAX_WIDTH,
-    ),
-}
-"""Settings that count something, and the most that they may."""
+def _most(name: str) -> int:
+    """The most that a setting which counts something may be."""
+    if name in ("image_size", "patch_size", "vqgan_fold"):
+        return MAX_PIXELS
+    return MAX_LAYERS if name.endswith(("_layers", "_blocks")) else MAX_WIDTH
 
 
-def _listed(values: Any) -> Any:
-    return list(values) if isinstance(values, (list, tuple)) else values
-
-
-def _whole(value: Any, least: int, most: int) -> bool:
+def _is_whole(value: Any, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _real(value: Any) -> bool:
+def _is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _wrong(name: str, value: Any, expected: str) -> ValueError:
-    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    return ValueError(f"{name}={shown} in the model's config; expected {expected}.")
+    text = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    return ValueError(f"{name}={text} in the model's config; expected {expected}.")

@@ -1,6 +1,6 @@
 """The papers' published files: a MAE-VQGAN `.pth`, and taming-transformers' `last.ckpt` for its tokenizer.
 
-Nothing of them is run (see `models.checkpoint_files`). No configuration travels with them, so every size is read off
+Nothing of them is run (see `models.torch_files`). No configuration travels with them, so every size is read off
 the shapes of the tensors, and weights stay on disk until somebody uses them.
 
     >>> model = load_checkpoint("checkpoint-3400.pth")
@@ -11,43 +11,50 @@ the shapes of the tensors, and weights stay on disk until somebody uses them.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vtv_nnsight.models.mae_vqgan.config import MAX_LAYERS, MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.transformer import MAEVQGANModel
-from vtv_nnsight.models.torch_files import StoredTensor, read_tensors
+from vtv_nnsight.models.torch_files import (
+    StoredTensor,
+    StrPath,
+    check_ranks,
+    check_tensors,
+    floating_dtype,
+    read_tensors,
+)
 from vtv_nnsight.text import join_names
+
+T = TypeVar("T")
 
 TOKENIZER = "vae."
 """What the names of the tokenizer's tensors begin with in a published `.pth`."""
 
+_PATCHES = "patch_embed.proj.weight"
 _SIZES = {
     "pos_embed": 3,
-    "patch_embed.proj.weight": 4,
+    _PATCHES: 4,
     "blocks.0.mlp.fc1.weight": 2,
     "decoder_embed.weight": 2,
     "decoder_pred.weight": 2,
 }
-TOKENIZER_SIZES = {
-    "vae.quantize.embedding.weight": 2,
-    "vae.encoder.conv_in.weight": 4,
-    "vae.encoder.conv_out.weight": 4,
-    "vae.encoder.down.0.block.0.conv2.weight": 4,
+_TOKENIZER_SIZES = {
+    "quantize.embedding.weight": 2,
+    "encoder.conv_in.weight": 4,
+    "encoder.conv_out.weight": 4,
+    "encoder.down.0.block.0.conv2.weight": 4,
 }
 """The tensors that sizes are read off, and their ranks."""
 
-PathLike = str | os.PathLike
-
 
 def load_checkpoint(
-    path: PathLike,
-    vqgan: PathLike | None = None,
+    path: StrPath,
+    vqgan: StrPath | None = None,
     *,
     num_attention_heads: int = 16,
     decoder_num_attention_heads: int = 16,
@@ -73,22 +80,21 @@ def load_checkpoint(
     config._attn_implementation = attn_implementation
     with torch.device("meta"):
         model = MAEVQGANModel(config)
-    expected = {name: (_published(name), value.shape) for name, value in model.state_dict().items()}
-    _check(dict(expected.values()), tensors, Path(path), Path(vqgan) if vqgan is not None else None)
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else _floating(dtype)
-    state = {name: tensors[published].read(dtype).reshape(shape) for name, (published, shape) in expected.items()}
+    shapes = {_published(name): tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes |= {_PATCHES: (config.hidden_size, 3, config.patch_size, config.patch_size)}  # a convolution's
+    for (file, wanted), (_, held) in zip(_by_file(shapes, path, vqgan), _by_file(tensors, path, vqgan)):
+        check_tensors(wanted, held, file, "MAE-VQGAN")
+    dtype = floating_dtype(dtype)
+    state = {
+        name: tensors[_published(name)].read(dtype).reshape(value.shape) for name, value in model.state_dict().items()
+    }
     model.load_state_dict(state, assign=True)
     config.dtype = model.dtype
     return model.eval()
 
 
 def read_config(
-    path: PathLike,
-    vqgan: PathLike | None = None,
-    *,
-    num_attention_heads: int = 16,
-    decoder_num_attention_heads: int = 16,
+    path: StrPath, vqgan: StrPath | None = None, *, num_attention_heads: int = 16, decoder_num_attention_heads: int = 16
 ) -> MAEVQGANConfig:
     """The sizes of a published checkpoint, read off the shapes of its tensors; no weights are read.
 
@@ -97,7 +103,7 @@ def read_config(
     return _describe(path, vqgan, num_attention_heads, decoder_num_attention_heads)[0]
 
 
-def convert(path: PathLike, out_dir: PathLike, vqgan: PathLike | None = None, **kwargs: Any) -> Path:
+def convert(path: StrPath, out_dir: StrPath, vqgan: StrPath | None = None, **kwargs: Any) -> Path:
     """Write a published checkpoint as a safetensors folder that `MAEVQGANModel.from_pretrained` reads.
 
     The folder appears only when it is complete.
@@ -129,181 +135,154 @@ def save_whole(model: MAEVQGANModel, out: Path) -> None:
 
 def _published(name: str) -> str:
     """The published name of a parameter of MAEVQGANModel."""
-    stack, rest = name.split(".", 1)
-    if stack == "vqgan":
+    part, rest = name.split(".", 1)
+    if part == "vqgan":
         return TOKENIZER + rest.replace("codebook.", "quantize.embedding.")
-    if stack == "encoder" or rest == "mask_token":
+    if part == "encoder" or rest == "mask_token":
         return rest
     return "decoder_" + rest.replace("head.", "pred.")
 
 
+def _by_file(values: Mapping[str, T], path: StrPath, vqgan: StrPath | None) -> Iterator[tuple[StrPath, dict[str, T]]]:
+    """Values by published name → each file, and its values by their names in it."""
+    if vqgan is None:
+        yield path, dict(values)
+        return
+    yield path, {name: value for name, value in values.items() if not name.startswith(TOKENIZER)}
+    yield vqgan, under(TOKENIZER, values)
+
+
+def under(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    """The values with a name that begins so, by the rest of it."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
 def _describe(
-    path: PathLike, vqgan: PathLike | None, heads: int, decoder_heads: int
+    path: StrPath, vqgan: StrPath | None, heads: int, decoder_heads: int
 ) -> tuple[MAEVQGANConfig, dict[str, StoredTensor]]:
     """Sizes, and tensors by published name."""
-    path = Path(path)
     tensors = read_tensors(path)
-    require(_SIZES, tensors, path, "a MAE-VQGAN checkpoint")
+    check_ranks(_SIZES, tensors, path, "not a MAE-VQGAN checkpoint")
     if vqgan is not None:
-        vqgan = Path(vqgan)
+        tokenizer = read_tensors(vqgan)
+        sizes = tokenizer_sizes(tokenizer, vqgan, "not a VQGAN checkpoint")
         tensors = {name: value for name, value in tensors.items() if not name.startswith(TOKENIZER)}
-        tensors |= {TOKENIZER + name: value for name, value in read_tensors(vqgan).items()}
-    elif not any(name.startswith(TOKENIZER) for name in tensors):
+        tensors |= {TOKENIZER + name: value for name, value in tokenizer.items()}
+    elif under(TOKENIZER, tensors):
+        sizes = tokenizer_sizes(tensors, path, "not a VQGAN checkpoint", TOKENIZER)
+    else:
         raise ValueError(
             f"{path} has no tokenizer (no tensors under {TOKENIZER!r}); give vqgan= the last.ckpt of "
             "vqgan_imagenet_f16_1024 from taming-transformers."
         )
-    require(TOKENIZER_SIZES, tensors, vqgan or path, "a VQGAN checkpoint", TOKENIZER if vqgan else "")
-    tensors = {name: value for name, value in tensors.items() if not name.startswith(TOKENIZER + "loss.")}
-    config = _config({name: value.shape for name, value in tensors.items()}, path, vqgan, heads, decoder_heads)
-    return config, tensors
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(f"{TOKENIZER}loss.")}
+    return _config(tensors, sizes, path, vqgan or path, heads, decoder_heads), tensors
 
 
 def _config(
-    shapes: Mapping[str, tuple[int, ...]], path: Path, vqgan: Path | None, heads: int, decoder_heads: int
+    tensors: Mapping[str, StoredTensor],
+    tokenizer: dict[str, Any],
+    path: StrPath,
+    vqgan: StrPath,
+    heads: int,
+    decoder_heads: int,
 ) -> MAEVQGANConfig:
-    _, num_positions, width = shapes["pos_embed"]
-    patch = shapes["patch_embed.proj.weight"][-1]
-    decoder_width = shapes["decoder_embed.weight"][0]
+    """The sizes of a model, by the shapes of its tensors, with those of its tokenizer."""
+    _, num_positions, width = tensors["pos_embed"].shape
+    patch = tensors[_PATCHES].shape[-1]
+    decoder_width = tensors["decoder_embed.weight"].shape[0]
     grid = math.isqrt(max(num_positions - 1, 0))
     if grid**2 != num_positions - 1 or grid < 2:
         raise ValueError(f"{path}: pos_embed has {num_positions} positions; expected CLS and a square grid of patches.")
-    for stack, size, number, option in (
+    for blocks, size, number, option in (
         ("blocks", width, heads, "num_attention_heads"),
         ("decoder_blocks", decoder_width, decoder_heads, "decoder_num_attention_heads"),
     ):
         if number < 1 or size % number:
-            raise ValueError(f"{path}: {stack} of width {size} cannot have {number} heads; give {option}=.")
+            raise ValueError(f"{path}: {blocks} of width {size} cannot have {number} heads; give {option}=.")
 
-    tokenizer = f"the tokenizer of {vqgan or path}"
     advice = "give vqgan= the checkpoint of the VQGAN that the model was trained with."
-    num_codes, classes = shapes["vae.quantize.embedding.weight"][0], shapes["decoder_pred.weight"][0]
+    num_codes, classes = tokenizer["num_codes"], tensors["decoder_pred.weight"].shape[0]
     if num_codes != classes:
         raise ValueError(
-            f"{tokenizer} has {num_codes} codes (quantize.embedding.weight) but {path} predicts {classes} "
+            f"the tokenizer of {vqgan} has {num_codes} codes (quantize.embedding.weight) but {path} predicts {classes} "
             f"(decoder_pred.weight); {advice}"
         )
-    levels, reduction = _reduction(shapes, vqgan or path)
-    if reduction != patch:
+    if (reduction := code_size(tokenizer)) != patch:
         raise ValueError(
-            f"{tokenizer} makes one code of {reduction}x{reduction} pixels ({levels} levels in encoder.down) but "
-            f"{path} has patches of {patch}x{patch} (patch_embed.proj.weight); {advice}"
+            f"the tokenizer of {vqgan} makes one code of {reduction}x{reduction} pixels "
+            f"({len(tokenizer['vqgan_channel_multipliers'])} levels in encoder.down) but {path} has patches of "
+            f"{patch}x{patch} (patch_embed.proj.weight); {advice}"
         )
-    sizes = dict(
-        image_size=grid * patch,
-        patch_size=patch,
-        hidden_size=width,
-        num_hidden_layers=_count("blocks.", shapes, path),
-        num_attention_heads=heads,
-        decoder_hidden_size=decoder_width,
-        decoder_num_hidden_layers=_count("decoder_blocks.", shapes, path),
-        decoder_num_attention_heads=decoder_heads,
-        mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
-        **tokenizer_sizes(shapes, vqgan or path, "" if vqgan else TOKENIZER),
-    )
     try:
-        return MAEVQGANConfig(**sizes)
+        return MAEVQGANConfig(
+            image_size=grid * patch,
+            patch_size=patch,
+            hidden_size=width,
+            num_hidden_layers=count_modules("blocks.", tensors, path),
+            num_attention_heads=heads,
+            decoder_hidden_size=decoder_width,
+            decoder_num_hidden_layers=count_modules("decoder_blocks.", tensors, path),
+            decoder_num_attention_heads=decoder_heads,
+            mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / width,
+            **tokenizer,
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def tokenizer_sizes(shapes: Mapping[str, tuple[int, ...]], file: Path, shown: str = "") -> dict[str, Any]:
-    """What a `MAEVQGANConfig` says of the tokenizer whose tensors have these shapes, by their names under "vae.".
+def tokenizer_sizes(tensors: Mapping[str, StoredTensor], file: StrPath, kind: str, prefix: str = "") -> dict[str, Any]:
+    """What a `MAEVQGANConfig` says of a tokenizer, by the shapes of its tensors.
 
     Args:
-        file: Where they are from.
-        shown: What their names begin with there.
+        tensors: What a file holds.
+        file: The file.
+        kind: What the file is not, where tensors are missing: "not a VQGAN checkpoint".
+        prefix: What the names of the tokenizer's tensors begin with.
 
     Raises:
         ValueError: naming the file, when tensors are missing or no VQGAN has such sizes.
     """
-    levels, reduction = _reduction(shapes, file)
-    channels = shapes["vae.encoder.conv_in.weight"][0]
-    ends = [f"vae.encoder.down.{level}.block.0.conv2.weight" for level in range(levels)]
-    if absent := [shown + name.removeprefix(TOKENIZER) for name in ends if name not in shapes]:
-        raise ValueError(f"{file}: {join_names(absent)} missing; the file is incomplete.")
-    widths = [shapes[name][0] for name in ends]
+    check_ranks({prefix + name: rank for name, rank in _TOKENIZER_SIZES.items()}, tensors, file, kind)
+    channels, inputs = tensors[f"{prefix}encoder.conv_in.weight"].shape[:2]
+    levels = [f"{prefix}encoder.down.{i}" for i in range(count_modules(f"{prefix}encoder.down.", tensors, file))]
+    ends = [f"{level}.block.0.conv2.weight" for level in levels]
+    if missing := [name for name in ends if name not in tensors]:
+        raise ValueError(f"{file}: {join_names(missing)} missing; the file is incomplete.")
+    widths = [tensors[name].shape[0] for name in ends]
     if odd := [size for size in (channels, *widths) if size % 32 or size % channels]:
         raise ValueError(
             f"the tokenizer of {file} has a level of {odd[0]} channels (encoder.down); expected multiples of 32 and of "
             f"the first convolution's {channels}."
         )
-    num_codes, code_dim = shapes["vae.quantize.embedding.weight"]
-    return dict(
-        num_codes=num_codes,
-        code_dim=code_dim,
-        vqgan_z_channels=shapes["vae.encoder.conv_out.weight"][0],
-        vqgan_channels=channels,
-        vqgan_channel_multipliers=tuple(size // channels for size in widths),
-        vqgan_num_res_blocks=_count("vae.encoder.down.0.block.", shapes, file),
-        vqgan_attention_levels=tuple(i for i in range(levels) if _count(f"vae.encoder.down.{i}.attn.", shapes, file)),
-        vqgan_fold=reduction // 2 ** (levels - 1),
-    )
+    num_codes, code_dim = tensors[f"{prefix}quantize.embedding.weight"].shape
+    attending = (i for i, level in enumerate(levels) if count_modules(f"{level}.attn.", tensors, file))
+    return {
+        "num_codes": num_codes,
+        "code_dim": code_dim,
+        "vqgan_z_channels": tensors[f"{prefix}encoder.conv_out.weight"].shape[0],
+        "vqgan_channels": channels,
+        "vqgan_channel_multipliers": tuple(size // channels for size in widths),
+        "vqgan_num_res_blocks": count_modules(f"{levels[0]}.block.", tensors, file),
+        "vqgan_attention_levels": tuple(attending),
+        "vqgan_fold": max(1, math.isqrt(inputs // 3)),
+    }
 
 
-def _reduction(shapes: Mapping[str, tuple[int, ...]], file: Path) -> tuple[int, int]:
-    """The levels of a tokenizer, and the pixels along a side of what it makes one code of."""
-    levels = _count("vae.encoder.down.", shapes, file)
-    return levels, max(1, math.isqrt(shapes["vae.encoder.conv_in.weight"][1] // 3)) * 2 ** (levels - 1)
+def code_size(tokenizer: Mapping[str, Any]) -> int:
+    """The pixels along a side of what a tokenizer of these sizes makes one code of."""
+    side: int = tokenizer["vqgan_fold"] * 2 ** (len(tokenizer["vqgan_channel_multipliers"]) - 1)
+    return side
 
 
-def _count(prefix: str, shapes: Mapping[str, tuple[int, ...]], file: Path) -> int:
-    """How many modules of a list there are, by the names of their tensors."""
-    numbers = (name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix))
+def count_modules(prefix: str, tensors: Mapping[str, StoredTensor], file: StrPath, most: int = MAX_LAYERS) -> int:
+    """How many modules of a list there are, by the names of their tensors.
+
+    Raises:
+        ValueError: when there are more than `most`.
+    """
+    numbers = (name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix))
     last = max((int(number) for number in numbers if number.isdecimal() and len(number) < 9), default=-1)
-    if last >= MAX_LAYERS:
-        raise ValueError(f"{file} declares {prefix}{last}; expected at most {MAX_LAYERS} of these.")
+    if last >= most:
+        raise ValueError(f"{file} declares {prefix}{last}; expected at most {most} of these.")
     return last + 1
-
-
-def require(
-    ranks: Mapping[str, int], tensors: Mapping[str, StoredTensor], file: Path, what: str, prefix: str = ""
-) -> None:
-    """Refuse a file in which tensors that sizes are read off are missing or of another rank."""
-    if missing := [name.removeprefix(prefix) for name in ranks if name not in tensors]:
-        held = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-        raise ValueError(f"{file} is not {what}: it has no {join_names(missing)}, but {join_names(held)}.")
-    for name, rank in ranks.items():
-        shape = tensors[name].shape
-        if len(shape) != rank:
-            raise ValueError(
-                f"{file}: {name.removeprefix(prefix)} has shape {list(shape)}; expected {rank} dimensions."
-            )
-        if 0 in shape:
-            raise ValueError(f"{file}: {name.removeprefix(prefix)} has shape {list(shape)}, which is empty.")
-
-
-def _check(
-    shapes: Mapping[str, torch.Size], tensors: Mapping[str, StoredTensor], path: Path, vqgan: Path | None
-) -> None:
-    """Refuse tensors that are missing, unknown, or of other shapes or kinds than the model's (by published name)."""
-    if missing := [name for name in shapes if name not in tensors]:
-        raise ValueError(f"{_label(missing, path, vqgan)} missing; the file is incomplete, or of another model.")
-    if strange := [name for name in tensors if name not in shapes]:
-        raise ValueError(f"{_label(strange, path, vqgan)} unknown to MAE-VQGAN; the file is of another model.")
-    for name, shape in shapes.items():
-        found = tensors[name].shape
-        if name == "patch_embed.proj.weight":
-            found = (found[0], math.prod(found[1:]))
-        if tuple(found) != tuple(shape):
-            raise ValueError(
-                f"{_label([name], path, vqgan)} of shape {list(tensors[name].shape)}; the sizes of the other tensors "
-                f"ask for {list(shape)}."
-            )
-        if not tensors[name].dtype.is_floating_point:
-            kind = str(tensors[name].dtype).removeprefix("torch.")
-            raise ValueError(f"{_label([name], path, vqgan)} of dtype {kind}; expected floating point.")
-
-
-def _floating(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype={name!r} is unknown; give a floating-point one, such as float32 or bfloat16.")
-    return dtype
-
-
-def _label(names: list[str], path: Path, vqgan: Path | None) -> str:
-    """Published names, those of the first one's file, as that file has them: "FILE: NAME, NAME and 3 more"."""
-    if vqgan is None or not names[0].startswith(TOKENIZER):
-        return f"{path}: {join_names(name for name in names if vqgan is None or not name.startswith(TOKENIZER))}"
-    return f"{vqgan}: {join_names(name.removeprefix(TOKENIZER) for name in names if name.startswith(TOKENIZER))}"

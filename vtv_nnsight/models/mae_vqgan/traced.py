@@ -11,22 +11,18 @@ nnsight's own ways (`save`, `tracer.invoke`, `edit`, `session`, `cache`, `with l
 
 from __future__ import annotations
 
-import os
-from importlib.resources import files
 from typing import Any
 
 import torch
-from nnsight.intervention.envoy import Envoy, eproperty
 
-from vtv_nnsight.models.canvas import CanvasModel, copy_with, drop_none
-from vtv_nnsight.models.interface import Loss
-from vtv_nnsight.models.mae import MaskedAutoencoder, token_loss
+from vtv_nnsight.models.autoencoders import CodeModel, MaskedAutoencoder
+from vtv_nnsight.models.canvas import drop_none
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
-from vtv_nnsight.models.mae_vqgan.layers import Attention
-from vtv_nnsight.models.mae_vqgan.transformer import Decoder, Encoder, MAEVQGANModel, MAEVQGANOutput
-from vtv_nnsight.models.nnsight_compat import EagerProperty, StackEnvoy, editable, heads_of
-from vtv_nnsight.models.torch_files import is_checkpoint
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.models.mae_vqgan.published import load_checkpoint, read_config
+from vtv_nnsight.models.mae_vqgan.transformer import Attention, Decoder, Encoder, MAEVQGANModel
+from vtv_nnsight.models.nnsight_compat import EagerProperty, Envoy, StageEnvoy, editable, eproperty, heads_of
+from vtv_nnsight.models.sources import EMBEDDED, locate
+from vtv_nnsight.models.torch_files import StrPath
 
 
 class AttentionEnvoy(Envoy):
@@ -44,7 +40,7 @@ class AttentionEnvoy(Envoy):
         return edited
 
 
-class MAEVQGAN(CanvasModel, MaskedAutoencoder):
+class MAEVQGAN(CodeModel, MaskedAutoencoder):
     """A MAE-VQGAN that can be traced.
 
     The names that lead to its parts:
@@ -95,97 +91,69 @@ class MAEVQGAN(CanvasModel, MaskedAutoencoder):
     """
 
     config_class = MAEVQGANConfig
+    module_class = MAEVQGANModel
+    source_kinds = '"tiny", a folder, a Hub id, a checkpoint file'
+    envoy_classes = {Attention: AttentionEnvoy, Encoder: StageEnvoy, Decoder: StageEnvoy}
 
-    def __init__(
-        self, source: str | os.PathLike | MAEVQGANModel = "tiny", *, revision: str | None = None, **kwargs: Any
-    ) -> None:
-        if isinstance(source, os.PathLike):
-            source = os.fspath(source)
-        if not isinstance(source, (str, MAEVQGANModel)):
-            raise TypeError(
-                f'{type(source).__name__} is not a source; give "tiny", a folder, a Hub id, a checkpoint file or a '
-                "MAEVQGANModel."
-            )
-        envoys = kwargs.pop("envoys", None) or {}
-        if isinstance(envoys, dict):
-            envoys = {Attention: AttentionEnvoy, Encoder: StackEnvoy, Decoder: StackEnvoy, **envoys}
-        super().__init__(source, revision=revision, envoys=envoys, **kwargs)
-
-    @property
-    def losses(self) -> tuple[Loss, ...]:
-        """ "tokens": the mean cross-entropy of the output's logits against the tokenizer's codes of the truth."""
-        return (Loss("tokens", token_loss),)
+    def __init__(self, source: StrPath | MAEVQGANModel = EMBEDDED, **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
 
     @property
     def parts(self) -> dict[str, str]:
         """What it is made of, for `vtv info`: name → words."""
-        config = self._module.config
+        config = self.network.config
         levels = ", ".join(str(config.vqgan_channels * m) for m in config.vqgan_channel_multipliers)
         codes = f"{config.num_codes} codes of width {config.code_dim}; levels of {levels} channels"
         return super().parts | {"vqgan": codes}
 
-    def truth(self, prompts: VisualPrompt) -> torch.Tensor:
-        """The tokenizer's codes of the truth: LongTensor [batch, output patch]."""
-        output = prompts.layout.regions["output"].to(prompts.device)
-        prompts.layout.index(prompts.decoded, output)
-        return self._codes(prompts)[:, output]
+    def layer(self, stage: str, layer: int) -> Any:
+        """The envoy of a block, `encoder.blocks[layer]` or `decoder.blocks[layer]`."""
+        return getattr(self, stage).blocks[layer]
 
-    def paint(self, output: MAEVQGANOutput, prompts: VisualPrompt, paste: bool = True) -> torch.Tensor:
-        """The VQGAN's picture of the arg-max codes at the hidden patches: [batch, 3, height, width] in [0, 1]."""
-        return self._module.paint(output.logits.argmax(-1), prompts.canvas, prompts.visible, prompts.decoded, paste)
+    def attention(self, stage: str, layer: int) -> Any:
+        """The attention of a block: `encoder.blocks[layer].attn`."""
+        return self.layer(stage, layer).attn
 
-    def ceiling(self, prompts: VisualPrompt) -> torch.Tensor:
-        """The tokenizer's own pictures of the canvases: [batch, 3, height, width] in [0, 1]."""
-        everything, codes = prompts.layout.all_patches.to(prompts.device), self._codes(prompts)
-        return self._module.paint(codes, prompts.canvas, everything, everything, paste=False)
+    def codes(self, canvas: torch.Tensor) -> torch.Tensor:
+        """The VQGAN's codes of canvases [batch, 3, height, width]: LongTensor [batch, patch]."""
+        vqgan = self.network.vqgan
+        return vqgan.encode(canvas.to(vqgan.codebook.weight.dtype)).to(canvas.device)
 
-    @torch.no_grad()
-    def _codes(self, prompts: VisualPrompt) -> torch.Tensor:
-        """The tokenizer's codes of canvases, LongTensor [batch, patch]."""
-        self.dispatch()
-        vqgan = self._module.vqgan
-        return vqgan.encode(prompts.canvas.to(vqgan.codebook.weight.dtype)).to(prompts.device)
+    def draw(self, predictions: torch.Tensor) -> torch.Tensor:
+        """The VQGAN's picture of codes [batch, patch]: [batch, 3, height, width] in [0, 1]."""
+        return self.network.vqgan.decode(predictions)
 
-    def _load_meta(self, source: str, vqgan: Any = None, **kwargs: Any) -> torch.nn.Module:
-        return self._build(self._read_config(source, vqgan, **kwargs), source, **kwargs)
+    def read_config(self, source: str, vqgan: StrPath | None = None, **options: Any) -> MAEVQGANConfig:
+        """The config of a folder or a Hub id, or that which the tensors of a published file tell.
 
-    def _load(self, source: str, vqgan: Any = None, **kwargs: Any) -> torch.nn.Module:
-        if is_checkpoint(source):
-            from vtv_nnsight.models.mae_vqgan.published import load_checkpoint
-
-            own = drop_none(kwargs, *_HEAD_OPTIONS, "dtype", "attn_implementation")
-            rest = {name: value for name, value in kwargs.items() if name not in own}
-            return self._wrap(load_checkpoint(source, vqgan=vqgan, **own), **rest)
-        self._read_config(source, vqgan, **kwargs)
-        return self._from_pretrained(_folder(source), **kwargs)
-
-    def _wrap(self, module: MAEVQGANModel, **kwargs: Any) -> torch.nn.Module:
-        """The module itself, or a copy of it when something about it is to differ."""
-        chosen = drop_none(kwargs, *kwargs)
-        if "vqgan" in chosen:
-            raise ValueError(_STRAY_VQGAN.format(type(module).__name__))
-        return copy_with(module, **chosen) if chosen else module
-
-    def _read_config(self, source: str, vqgan: Any = None, **kwargs: Any) -> MAEVQGANConfig:
-        if is_checkpoint(source):
-            from vtv_nnsight.models.mae_vqgan.published import read_config
-
-            return read_config(source, vqgan=vqgan, **drop_none(kwargs, *_HEAD_OPTIONS))
+        Raises:
+            ValueError, OSError: as `load_checkpoint`'s; or when there is a `vqgan` and no published file.
+        """
+        if locate(source).kind == "file":
+            return read_config(source, vqgan=vqgan, **drop_none(options, *_HEAD_OPTIONS))
         if vqgan is not None:
             raise ValueError(_STRAY_VQGAN.format(repr(source)))
-        return super()._read_config(_folder(source), **kwargs)
+        return super().read_config(source, **options)
+
+    def empty_network(self, source: str, vqgan: StrPath | None = None, **options: Any) -> MAEVQGANModel:
+        """The network of a source's config on the meta device."""
+        return self.build(self.read_config(source, vqgan, **options), source, **options)
+
+    def loaded_network(self, source: str, vqgan: StrPath | None = None, **options: Any) -> Any:
+        """The network of a source, with its weights."""
+        if locate(source).kind != "file":
+            self.read_config(source, vqgan, **options)
+            return self.load_weights(source, **options)
+        kept = drop_none(options, *_HEAD_OPTIONS, "dtype", "attn_implementation")
+        rest = {name: value for name, value in options.items() if name not in kept}
+        return self.ready_network(load_checkpoint(source, vqgan=vqgan, **kept), **rest)
+
+    def ready_network(self, module: Any, **options: Any) -> Any:
+        """The module itself, or a copy of it where an option is set."""
+        if options.get("vqgan") is not None:
+            raise ValueError(_STRAY_VQGAN.format(type(module).__name__))
+        return super().ready_network(module, **options)
 
 
 _STRAY_VQGAN = "vqgan= is the tokenizer of a published checkpoint file; {} has its own."
 _HEAD_OPTIONS = ("num_attention_heads", "decoder_num_attention_heads")
-
-
-def _folder(source: str) -> str:
-    """Where transformers finds a source: a folder or a Hub id."""
-    if source != "tiny":
-        return source
-    folder = files("vtv_nnsight") / "weights" / "tiny"
-    missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f'the embedded model "tiny" has no {" and no ".join(missing)} in {folder}.')
-    return str(folder)

@@ -11,26 +11,111 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from vtv_nnsight.layouts import Layout, decoder_sources, positions, take
-from vtv_nnsight.models.mae import paint_canvas
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
-from vtv_nnsight.models.mae_vqgan.layers import Block, PatchEmbed, sincos_positions
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
+from vtv_nnsight.models.painting import Inputs, paint_canvas
 
 
 @dataclass
 class MAEVQGANOutput(ModelOutput):
-    """
+    """What `MAEVQGANModel` gives.
+
     Args:
         logits: Scores of the codebook's entries, [batch, decoded patch, code].
     """
 
-    logits: torch.FloatTensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of each visible patch; the patches that nobody sees cost nothing."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(3 * patch_size**2, width)
+
+    def forward(self, canvas: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Normalised canvas [batch, 3, height, width] → [batch, visible patch, width]."""
+        p = self.patch_size
+        patches = rearrange(canvas, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        return self.proj(take(patches, visible))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. The input of `proj` is z, the heads' outputs side by side: the value that
+    *Finding Visual Task Vectors* averages and patches, head by head."""
+
+    def __init__(self, config: PretrainedConfig, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.softmax = nn.Softmax(dim=-1)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, token, width] → the same."""
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        if self.config._attn_implementation == "eager":
+            z = self.softmax(q @ k.transpose(-2, -1) * self.head_dim**-0.5) @ v
+        else:
+            z = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(z, "b h t d -> b t (h d)"))
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between them, of each token by itself."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, int(width * ratio))
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, token, width] → the same."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Residual stream in, residual stream out: [batch, token, width]."""
+
+    def __init__(self, config: PretrainedConfig, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attn = Attention(config, width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(width, config.mlp_ratio)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, token, width] → the same."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos_positions(grid: int, width: int) -> torch.Tensor:
+    """Fixed 2-D sin-cos position embedding of CLS (zeros) and every patch: [1, 1 + grid * grid, width].
+
+    As in MAE: the first half of the channels encodes the column, the second the row. Made on the CPU, since not every
+    device has double precision.
+    """
+    with torch.device("cpu"):
+        steps = torch.arange(grid, dtype=torch.float64)
+        frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+        row, column = torch.meshgrid(steps, steps, indexing="ij")
+        angles = [coordinate.flatten()[:, None] * frequencies for coordinate in (column, row)]
+        patches = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+        return torch.cat([torch.zeros(1, width, dtype=torch.float64), patches])[None].float()
 
 
 class Encoder(nn.Module):
@@ -48,6 +133,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, canvas: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Normalised canvas [batch, 3, height, width] and ids of visible patches → tokens."""
         cls = self.cls_token.expand(len(canvas), -1, -1)
         x = torch.cat([cls, self.patch_embed(canvas, visible)], dim=1)
         x = x + _positions(self.pos_embed, visible)
@@ -74,6 +160,8 @@ class Decoder(nn.Module):
     def forward(
         self, encoded: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor, logits_to_keep: int = 0
     ) -> torch.Tensor:
+        """Tokens of the encoder, and ids of the visible and decoded patches → logits of the last `logits_to_keep` of
+        the decoded patches, or of all at 0."""
         mask = self.mask_token.expand(len(encoded), -1, -1).to(encoded.dtype)
         x = torch.cat([self.embed(encoded), mask], dim=1)
         x = take(x, decoder_sources(visible, decoded)) + _positions(self.pos_embed, decoded)
@@ -112,6 +200,10 @@ class MAEVQGANModel(PreTrainedModel):
     def layout(self) -> Layout:
         """The canvas with one example."""
         return self.config.layout
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # which transformers else tells by whether this file's source names its own attention functions
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -180,7 +272,7 @@ class MAEVQGANModel(PreTrainedModel):
         paste: bool = True,
     ) -> torch.Tensor:
         """The canvas with its hidden patches drawn from codes [batch, decoded patch]; the second half of `generate`."""
-        return paint_canvas(self.vqgan.decode, codes, canvas, visible, decoded, self.layout, paste)
+        return paint_canvas(self.vqgan.decode, codes, Inputs(canvas, visible, decoded), self.layout, paste)
 
 
 AutoConfig.register(MAEVQGANConfig.model_type, MAEVQGANConfig)
