@@ -226,7 +226,8 @@ def test_what_does_not_fit_is_refused(state, tmp_path):
     refused("is not a checkpoint with its VQGAN: it has no first_stage_model.quantize.embedding.weight", alone)
     misshapen = state | {"transformer.blocks.0.attn.key.weight": torch.zeros(3, 3)}
     refused(r"attn.key.weight of shape \[3, 3\]; the sizes of the other tensors ask for \[16, 16\]", misshapen)
-    refused("declares transformer.blocks.5000; expected at most 256", state | {"transformer.blocks.5000.ln1.bias": torch.zeros(2)})
+    thousands = state | {"transformer.blocks.5000.ln1.bias": torch.zeros(2)}
+    refused("declares transformer.blocks.5000; expected at most 256", thousands)
     vqgan = {name.removeprefix("first_stage_model."): value for name, value in state.items() if "first" in name}
     refused("is not a checkpoint of a VQGAN's transformer", vqgan)
     refused("the transformer knows 8 codes, and its VQGAN has 16", state | net2net_weights(codes=8) | {

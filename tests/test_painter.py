@@ -29,7 +29,8 @@ from vtv_nnsight import (
     tasks,
 )
 from vtv_nnsight.images import denormalise, normalise
-from vtv_nnsight.models import painter_network, sources
+from vtv_nnsight.models import sources
+from vtv_nnsight.models.painter_network import PainterOutput
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.testing import check_model
 
@@ -330,7 +331,7 @@ def test_gradients_of_gates(model, prompts):
     found = torch.autograd.grad(value, list(gates.values()))
     by_layer = {1: gates["streams"], 4: gates["merged"]}
     prediction = run_hooked(model, rows, lambda i, z: z * by_layer[i][:, None] if i in by_layer else z)
-    value = loss.value(painter_network.PainterOutput(prediction=prediction), rows, truth).sum()
+    value = loss.value(PainterOutput(prediction=prediction), rows, truth).sum()
     for gradient, expected in zip(found, torch.autograd.grad(value, list(gates.values()))):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
         assert gradient.abs().min() > 0
@@ -472,7 +473,7 @@ def test_edits_are_stored(model, prompts):
     assert torch.equal(predict(edited, prompts), by_hand)
     assert not torch.equal(predict(model, prompts), by_hand)
     assert edited.identity() == model.identity() and edited.layout == model.layout
-    assert torch.equal(edited.generate(prompts), model.paint(painter_network.PainterOutput(prediction=by_hand), prompts))
+    assert torch.equal(edited.generate(prompts), model.paint(PainterOutput(prediction=by_hand), prompts))
 
 
 def test_bfloat16(released, numbers, prompts, kind):

@@ -1,4 +1,4 @@
-"""The weights of a model, told from others by digests, for `stages.fingerprint`.
+"""The weights of a model, told from others by digests, for `vectors.compatibility.fingerprint`.
 
 A digest is taken of all that the weights hold, so that no change escapes it, in one pass over the modules and one over
 the memory. Rounding comes after, once for the same numbers.
@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.digests import tensor_bytes
+from vtv_nnsight.models.nnsight_compat import network_of
 
 ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes that weights are rounded to before they are told apart."""
@@ -24,7 +25,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[_Touched, dict[str, str]]] = 
 """A model → its weights as they were when its digests were taken, and the digests."""
 
 
-def digests(model: Any, *, cached: bool = False) -> dict[str, str] | None:
+def weight_digests(model: Any, *, cached: bool = False) -> dict[str, str] | None:
     """The dtype of a model's weights, and a digest of all that `state_dict` holds in each of the `ROUNDED` dtypes; None
     while they are not loaded.
 
@@ -34,7 +35,7 @@ def digests(model: Any, *, cached: bool = False) -> dict[str, str] | None:
             since. No numbers are read then, and not seen are writes that PyTorch does not count, into `parameter.data`
             and NumPy's views, and tensors that others stand in for while they are kept elsewhere.
     """
-    module = model._module
+    module = network_of(model)
     if cached and module in _known and _known[module][0].is_as_it_was():
         return _known[module][1]
     first = next(module.parameters(), None)
@@ -47,9 +48,9 @@ def digests(model: Any, *, cached: bool = False) -> dict[str, str] | None:
         if exact not in _rounded:
             held = module.state_dict()
             _rounded[exact] = {name: _digest(held, dtype) for name, dtype in ROUNDED.items()}
-    found = {"dtype": str(first.dtype).removeprefix("torch."), **_rounded[exact]}
-    _known[module] = _Touched(list(tensors.values())), found
-    return found
+    digests = {"dtype": str(first.dtype).removeprefix("torch."), **_rounded[exact]}
+    _known[module] = _Touched(list(tensors.values())), digests
+    return digests
 
 
 class _Touched:
@@ -75,8 +76,8 @@ class _Touched:
 
 def _gather(module: nn.Module, path: str, tensors: dict[str, torch.Tensor]) -> None:
     """Parameters and buffers by name, as `state_dict` finds them and without what makes it four times slower."""
-    for own in (module._parameters, module._buffers):
-        for name, tensor in own.items():
+    for held in (module._parameters, module._buffers):
+        for name, tensor in held.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 tensors[path + name] = tensor
     for name, child in module._modules.items():

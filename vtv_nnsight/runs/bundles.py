@@ -20,7 +20,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,13 @@ from vtv_nnsight.layouts import positions
 from vtv_nnsight.models import load_model
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.sources import EMBEDDED, HUB, locate
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.runs.record import read_record
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
 
-EMBEDDED = "tiny"
-"""The bundle that the package carries, of the model of that name."""
 VECTORS, ABOUT, CARD_NAME = "vectors.safetensors", "bundle.json", "README.md"
 CARD = """---
 {licence}library_name: vtv-nnsight
@@ -220,9 +218,10 @@ def load(source: str | os.PathLike[str] = EMBEDDED) -> Bundle:
         FileNotFoundError: when there is no such folder, or it has no vectors or no units.
         ValueError: when a file in it is damaged or something else.
     """
-    if str(source).startswith("hub:"):
-        return from_hub(str(source).removeprefix("hub:"))
-    folder = Path(str(files("vtv_nnsight") / "weights" / "tiny")) if str(source) == EMBEDDED else Path(source)
+    kind, path = locate(source)
+    if kind == "hub" and str(source).startswith(HUB):
+        return from_hub(path)
+    folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; give one that `vtv run` wrote, or {EMBEDDED!r}.")
     if not (folder / VECTORS).is_file():

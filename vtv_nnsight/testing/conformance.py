@@ -10,6 +10,7 @@ from nnsight import save
 
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import QUERY_ONLY, InContextModel, Stage
+from vtv_nnsight.models.nnsight_compat import network_of
 from vtv_nnsight.prompts import VisualPrompt
 
 
@@ -82,11 +83,11 @@ def check_hooks(model: InContextModel, prompts: VisualPrompt) -> None:
         outputs: dict[str, torch.Tensor] = {}
         handles = []
         attention, others = model.attention(stage.name, layer), model.outputs(stage.name, layer)
-        for child in attention._module.modules():
+        for child in network_of(attention).modules():
             handles.append(child.register_forward_pre_hook(lambda _, args, seen=inputs: seen.extend(tensors(args))))
         for site, module in others.items():
             hook = lambda _, args, output, seen=outputs, site=site: seen.update({site: first(output)})  # noqa: E731
-            handles.append(module._module.register_forward_hook(hook))
+            handles.append(network_of(module).register_forward_hook(hook))
         try:
             with torch.no_grad(), model.trace(prompts):
                 heads = save(attention.heads.clone())

@@ -96,7 +96,7 @@ def pretrain(
     vqgan = load_tokenizer(sizes.config, out / ("decoder" if polished else "tokenizer"))
     if stage == "decoder":
         return train_decoder(sizes.config, vqgan, recipe, out / stage, **options)
-    known = None if start is None else MAEVQGAN(start, dispatch=True)._module
+    known = None if start is None else MAEVQGAN(start, dispatch=True).network
     return train_mae(sizes.config, vqgan, recipe, out / stage, start=known, **options)
 
 

@@ -37,10 +37,10 @@ def fingerprint(model: InContextModel, layout: Layout | None = None, *, cached: 
         model: The model.
         layout: Also tell the order and the examples of this layout.
         cached: Take the digests that were made before, unless PyTorch knows of a change since (see
-            `models.weights.digests`). It does not know of writes into `parameter.data` and NumPy's views: `patch`,
+            `models.digests`). It does not know of writes into `parameter.data` and NumPy's views: `patch`,
             which must be quick, does not see these; collecting reads all weights, and does.
     """
-    digests = weights.digests(model, cached=cached)
+    digests = weights.weight_digests(model, cached=cached)
     return geometry(model, layout) | ({"weights": digests} if digests else {})
 
 
