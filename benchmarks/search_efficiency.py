@@ -48,6 +48,7 @@ from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors
 PAPER = "reinforce, published"
 ABLATIONS = {
     "reinforce, not pruned": dict(prune=False),
+    "reinforce, 4 masks of 4 prompts": dict(masks=4, images=4),
     "reinforce, constant rate": dict(decay=0.0, lr=0.15),
     "reinforce, same 10 prompts": dict(prompts=10),
 }

@@ -61,7 +61,7 @@ def reinforce(
         init: Initial logit of every unit.
         lr: Adam's learning rate at the start; None is 0.3, published 0.1.
         decay: The share of it that is gone when the budget is, linearly.
-        steps: Steps at most; None is as many as the budget pays for, published 500.
+        steps: Steps at most; None is what the budget pays for, published 500.
         images: Prompts a step; None is 2, published 10. Small steps suit a hundred units; with more units, a GPU, or
             several processes to keep busy, give more.
         masks: Masks for each of these prompts, 2 or more.
@@ -74,11 +74,7 @@ def reinforce(
         ValueError: when the recipe is unknown or lacks an option that is given, or there are fewer than two masks.
     """
     if recipe == "published":
-        unknown = {"decay": decay, "masks": masks, "prune": prune, "tolerance": tolerance}
-        if given := [name for name, value in unknown.items() if value != reinforce.options[name]]:
-            raise ValueError(f"recipe='published' takes no {', '.join(given)}; leave that out, or the recipe.")
-        options: dict[str, Any] = {"init": init, "lr": lr, "steps": steps, "images": images, "sparsity": sparsity}
-        return published(search, PUBLISHED._replace(**{n: value for n, value in options.items() if value is not None}))
+        return published(search, _published_options(search.settings))
     if recipe != "leave-one-out":
         raise ValueError(f"recipe={recipe!r} is unknown; choose 'leave-one-out' or 'published'.")
     if masks < 2:
@@ -98,7 +94,7 @@ def reinforce(
         rows, probabilities = search.next_prompts(images), logits.sigmoid()
         choices = sample(probabilities, (images, masks), search.generator)
         losses = search.losses(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None]).view(images, masks)
-        advantage = _leave_one_out(losses)
+        advantage = (losses - losses.mean(1, keepdim=True)) * masks / (masks - 1)  # against the prompt's other masks
         advantage = advantage / _scale(advantage, search.objective.group[rows])
         adam.param_groups[0]["lr"] = lr * (1 - decay * search.evaluations / (search.budget - reserve))
         logits.grad = gradient(choices, advantage, probabilities) + sparsity * probabilities * (1 - probabilities)
@@ -160,6 +156,15 @@ def published(search: Search, recipe: Recipe = PUBLISHED) -> tuple[torch.Tensor,
     return *best, True
 
 
+def _published_options(settings: dict[str, Any]) -> Recipe:
+    """The paper's recipe with those of its script's options that are given."""
+    fixed = ("decay", "masks", "prune", "tolerance")
+    if given := [name for name in fixed if settings[name] != reinforce.options[name]]:
+        raise ValueError(f"recipe='published' takes no {', '.join(given)}; leave that out, or the recipe.")
+    names = ("init", "lr", "steps", "images", "sparsity")
+    return PUBLISHED._replace(**{name: settings[name] for name in names if settings[name] is not None})
+
+
 def sample(probabilities: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Masks from independent Bernoullis: bool [*shape, unit]."""
     return torch.rand(*shape, len(probabilities), dtype=torch.float64, generator=generator) < probabilities
@@ -175,12 +180,6 @@ def gradient(choices: torch.Tensor, advantage: torch.Tensor, probabilities: torc
     """
     score = choices.double() - probabilities
     return torch.einsum("pm,pmu->u", advantage, score) / advantage.numel()
-
-
-def _leave_one_out(losses: torch.Tensor) -> torch.Tensor:
-    """Losses [prompt, mask] against the mean of the other masks of the same prompt."""
-    count = losses.shape[1]
-    return (losses - losses.mean(1, keepdim=True)) * count / (count - 1)
 
 
 def _scale(advantage: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
