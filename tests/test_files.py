@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vtv_nnsight import files
-from vtv_nnsight.digests import file_digest, tensor_digest
+from vtv_nnsight.digests import bytes_digest, file_digest, json_digest, tensor_digest
 from vtv_nnsight.files import read_tensors, replacing, write_picture, write_tensors, write_text
 
 TENSORS = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
@@ -114,3 +114,15 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
 def test_a_value_has_the_digest_of_its_copy():
     for values in (torch.tensor(3).expand(1), torch.arange(6).view(2, 3).T, torch.empty(0)):
         assert tensor_digest(values) == tensor_digest(values.clone(memory_format=torch.contiguous_format))
+
+
+def test_digests_are_of_what_is_held(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert file_digest(tmp_path / "file") == bytes_digest(b"abc") != bytes_digest(b"abd")
+    values = torch.arange(6.0).view(2, 3)
+    assert tensor_digest(values) == tensor_digest(values.T.contiguous().T) != tensor_digest(values.view(3, 2))
+    assert (
+        tensor_digest(values[:1, :1]) == tensor_digest(torch.zeros(()).expand(1, 1)) != tensor_digest(torch.zeros(()))
+    )
+    assert tensor_digest(values.bfloat16()) != tensor_digest(values) and tensor_digest(values[:0])
+    assert json_digest({"a": 1, "b": [2]}) == json_digest({"b": [2], "a": 1}) != json_digest({"a": 1})
