@@ -46,12 +46,12 @@ class Condition:
         vectors: A task vector to patch in, or several.
         patches: Where: a PatchSet or a SearchResult (its set), or as many of them as there are vectors.
         scale: How far to go from the model's own activation to the vector's; see `patch`.
-        mode: "replace": the vector in the place of the activation; "add": on top of it; see `patch`.
+        mode: "replace": the vector instead of the activation; "add": on top of it; see `patch`.
         ablation: Instead of vectors: what `patches` are silenced with, "zero" or a task vector such as
             `vectors.mean()`.
         run: A function that is called with the model inside the trace, after the patches.
         prompts: Ask only so many of the prompts, the first ones; None asks all.
-        prompts_override: One-shot prompts of the same queries, row for row, to ask in the place of those that are
+        prompts_override: One-shot prompts of the same queries, row for row, to ask in place of those that are
             evaluated: with other examples, with more of them in another layout, or with a border (see
             `studies.prompting`). Of several VisualPrompts, one after the other is asked: the mean of their answers is
             scored, and the loss is the mean of theirs. A loss is to the truth of the prompt that is shown: a

@@ -31,7 +31,7 @@ SCALES = tuple(round(0.05 * step, 2) for step in range(21))
 MAX_UNITS = 60
 """Units that are left out one by one, at most: those of the highest scores."""
 MAX_LOOKS = 5
-"""Heads whose attention is kept, at most: those of the highest scores."""
+"""Heads to keep the attention of, at most: those of the highest scores."""
 SIDE = 112
 """Pictures are made no larger than this, in pixels; the whole canvas, twice that."""
 KIND = "demonstration"
@@ -48,7 +48,7 @@ class QueryExplorer:
         scores: "scale", "without" and "vectors" → a score for each picture.
         scales: How far the vector goes.
         units: Names of the units that are left out, one in each picture.
-        vectors: The tasks whose vectors answer, each at its own units.
+        vectors: The tasks of the vectors that answer, each at the units of its search.
         queries: Of how many different queries the one shown has the median score.
         looks: What looks: all heads of a stage, or one head that is patched at the answer.
         attention: [look, position]: how much the answer's patches look at every position of the one-shot prompt; see

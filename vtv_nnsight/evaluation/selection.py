@@ -45,7 +45,7 @@ def select_prompts(
         layout: The model's own by default.
         batch_size: Prompts in a forward; None is `models.interface.default_batch_size`, 32 for MAE-VQGAN.
         progress: Show a progress bar.
-        drawn: Candidates of your own (see `tasks.draw`), in the place of random ones.
+        drawn: Candidates to use in place of random ones (see `tasks.draw`).
         duplicates: "apart": of the best prompts first, each that shares no image with those before it, as the paper
             describes. "published": as its released code does it: among the candidates of one example the one of lowest
             metric stays, then among those of one query; for IoU that is the worst. The best `n` of these are kept, and

@@ -5,7 +5,7 @@
     >>> result.patches, result.held_out_loss, result.history
 
 Every algorithm is called with the same arguments and returns a `SearchResult`. `search.ALGORITHMS` has them by name,
-each with its one-line `description`, its own `options`, and whether it `needs_gradient`, `needs_scores` or
+each with its one-line `description`, its `options`, and whether it `needs_gradient`, `needs_scores` or
 `takes_size`.
 
 Arguments that all of them share:

@@ -34,7 +34,7 @@ from vtv_nnsight.search.result import SearchResult, Step
 from vtv_nnsight.vectors import TaskVectors
 
 BUDGET = 8000
-"""Patched evaluations that a search may spend unless told otherwise."""
+"""Patched evaluations that a search may spend where no budget is given."""
 
 GRADIENT_COST = 3
 """Evaluations that a forward and a backward of one prompt count as: a backward is the work of two forwards."""

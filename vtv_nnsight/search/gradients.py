@@ -90,7 +90,7 @@ def gates(
         init: Initial location of the gates, in logits.
         lr: Adam's learning rate.
         penalty: Price of all gates being open, in units of the loss.
-        images: Prompts a step, each with gates of its own drawing.
+        images: Prompts a step, each with its own draw of the gates.
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
 
     Returns:

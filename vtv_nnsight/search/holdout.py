@@ -25,7 +25,7 @@ def hold_out(
 
     Args:
         prompts: Of each task.
-        held_out: The share to hold out (see `split_prompts`), or prompts of their own for each task.
+        held_out: The share to hold out (see `split_prompts`), or separate prompts for each task.
         seed: Of the split.
 
     Raises:

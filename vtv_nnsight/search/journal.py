@@ -26,15 +26,15 @@ import torch
 from vtv_nnsight.digests import tensor_digest
 
 SYNC_EVERY = 5.0
-"""Seconds between two times that the system is told to put the journal on the disk itself."""
+"""Seconds between two times that the journal is flushed to the disk itself."""
 
 
 class Answer(NamedTuple):
     """One line.
 
     Args:
-        query: Digest of what was asked.
-        rows: How many rows were asked about.
+        query: Digest of the question.
+        rows: How many rows the question has.
         seconds: When in the search it was answered.
         values: Float64 [value].
     """
@@ -86,7 +86,7 @@ class Journal:
         """The next answer.
 
         Args:
-            query, rows: What is asked now, and about how many rows.
+            query, rows: The question's digest, and how many rows it has.
             values: How many values the answer has.
 
         Raises:

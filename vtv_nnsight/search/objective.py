@@ -4,8 +4,8 @@
     >>> choices = torch.rand(64, len(space)) < 0.3                     # 64 sets
     >>> objective(choices, objective.train[:1].expand(64))             # each on the first training prompt: [64]
 
-A batch holds a set of its own for every row and runs in one trace. What does not change is computed once: what the loss
-compares with, the prompts and the vector on the model's device. Unless loss="pixels", no answer is painted.
+Every row of a batch has its own set, and a batch runs in one trace. What does not change is computed once: what the
+loss compares with, the prompts and the vector on the model's device. Unless loss="pixels", no answer is painted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Objective:
         model: The model, on its device and in its dtype.
         vector, task, prompts: What to patch in, how answers are scored, and prompts with the truth in their output cell
             (`query_only()` for zero-shot). Lists of all three look for one set that serves several tasks. In the place
-            of a vector, `Activations` have a row for each prompt, those of `held_out` (prompts of their own) last.
+            of a vector, `Activations` have a row for each prompt, those of `held_out` (separate prompts) last.
         space: The units.
         loss: The name of one of the model's `losses`, by default its first (of MAE-VQGAN "tokens", the mean
             cross-entropy of the output's logits against the tokenizer's codes of the truth); or "pixels", the task's
@@ -50,7 +50,7 @@ class Objective:
         batch_size: Rows of a trace; halved when memory runs out. None: 16 on a CPU, 256 elsewhere, and fewer where the
             canvas has more patches than MAE-VQGAN's (`models.interface.default_batch_size`).
         held_out: The share of the prompts that is held out, so that they share no picture with the others (see
-            `holdout.split_prompts`), or prompts of their own (a list, for several tasks).
+            `holdout.split_prompts`), or separate prompts (a list, for several tasks).
         seed: Of the split.
 
     Attributes:

@@ -37,7 +37,7 @@ class Algorithm(Generic[Options]):
 
     Attributes:
         name: The function's.
-        options: Name → default value of its own options; `inspect.Parameter.empty` where there is none.
+        options: Name → default value of each of its options; `inspect.Parameter.empty` where there is none.
     """
 
     def __init__(

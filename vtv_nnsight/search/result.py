@@ -71,7 +71,7 @@ class SearchResult:
         held_out_loss: Mean loss of the set on the held-out prompts.
         evaluations: Patched evaluations spent.
         history: The sets tried on the held-out prompts, in order.
-        settings: The algorithm's own options.
+        settings: The algorithm's options.
         seed: Of all that was random.
     """
 

@@ -54,7 +54,7 @@ def reinforce(
       the other masks of the same prompt only (leave-one-out: Kool et al., 2019).
     - *Prompts in turn*, not the same ten: the set does not fit itself to ten pictures.
     - *Threshold, then prune*: the result is not a sample. Of the sets of the most likely units the smallest good one is
-      taken, then the units that it does without are dropped, by their own effect.
+      taken, then the units that it does without are dropped, by the effect of each.
 
     Args:
         recipe: "leave-one-out" or "published". The second takes init, lr, steps, images and sparsity alone.

@@ -8,7 +8,7 @@ Matters: Sensitivity-Aware Task Vectors*, AAAI 2026, arXiv 2511.08246):
     >>> bank = cluster_vectors(run, space, count=3)
     >>> objective = BankObjective(model, bank, task, prompts.query_only(), space)
     >>> result = search.gates.on(objective, budget=4000)
-    >>> found = Condition(vectors=bank, patches=objective.sets(result.patches))
+    >>> condition = Condition(vectors=bank, patches=objective.sets(result.patches))
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ class BankObjective(Objective):
         names = [f"{name} = {vector.task}" for vector in bank for name in space.names]
         self.space = NamedUnits(names, space.fingerprint | {"bank": [vector.task for vector in bank]})
 
-    def sets(self, chosen: PatchSet) -> list[PatchSet]:
+    def sets(self, pairs: PatchSet) -> list[PatchSet]:
         """A set of pairs as a set of units for each vector, no unit twice: what goes with the bank in a `Condition`."""
-        choices = self._split(chosen.choices)
+        choices = self._split(pairs.choices)
         later = choices.flip(-2).cumsum(-2).flip(-2) - choices.long() > 0
         return [PatchSet(self.units, one) for one in choices & ~later]
 

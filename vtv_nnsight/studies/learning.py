@@ -53,7 +53,7 @@ def learn_vector(
         loss: The name of one of the model's losses that have gradients, by default its first.
         steps, lr, batch_size: Of Adam; a step takes the next `batch_size` prompts of a random order. The learning rate
             is in units of the vector's own root mean square at the units.
-        held_out: The share of the prompts that is held out, or prompts of their own.
+        held_out: The share of the prompts that is held out, or separate prompts.
         seed: Of the split and the order.
 
     Raises:
@@ -63,7 +63,7 @@ def learn_vector(
         raise ValueError(f"{len(patches)} units and {steps} steps leave nothing to learn; give 1 or more of both.")
     vector = vector.to(device_of(model))
     mask = patches.space.mask(patches.choices.to(device_of(model)))
-    size = torch.cat([vector.mean[name][chosen].flatten() for name, chosen in mask.items()]).square().nanmean().sqrt()
+    size = torch.cat([vector.mean[name][units].flatten() for name, units in mask.items()]).square().nanmean().sqrt()
     learned = replace(
         vector,
         task=f"{vector.task}, learned",

@@ -161,8 +161,7 @@ def _values(
     prompts: VisualPrompt,
     sets: Sequence[torch.Tensor],
 ) -> list[np.ndarray]:
-    """m of every prompt under every set: an array [measure, prompt] for each set. Every row of a batch has a set of its
-    own."""
+    """m of every prompt under every set: arrays [measure, prompt]. Every row of a batch has its own set."""
     device, started, values = prompts.device, time.perf_counter(), []
     restrict = all(measure.narrows for measure in measures)
     which = torch.arange(len(sets)).repeat_interleave(len(prompts))
