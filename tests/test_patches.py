@@ -231,9 +231,9 @@ def test_only_layers_with_something_to_do_are_touched(model, prompts, vectors, m
     )
     from vtv_nnsight.patching import patching as patches
 
-    touched, apply = [], patches._Step.apply
+    touched, change = [], patches._Edit.change
     monkeypatch.setattr(
-        patches._Step, "apply", lambda s, m, i, seen: touched.append((s.stage.name, i)) or apply(s, m, i, seen)
+        patches._Edit, "change", lambda s, z, i, seen: touched.append((s.stage.name, i)) or change(s, z, i, seen)
     )
     logits(model, prompts, vectors["b"], chosen)
     assert touched == [("encoder", 1), ("decoder", 1)]

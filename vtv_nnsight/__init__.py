@@ -32,6 +32,7 @@ _NAMES = {
     "ViTMAE": "models.vit_mae",
     "VisualPrompt": "prompts",
     "ablate": "patching",
+    "capture": "vectors",
     "evaluate": "evaluation",
     "patch": "patching",
 }

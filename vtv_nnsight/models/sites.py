@@ -7,13 +7,22 @@ head, head_dim] at every site; those of whole layers have one head, as wide as t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from einops import rearrange
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from vtv_nnsight.models import inside_trace
+from vtv_nnsight.models.inside_trace import Place
 from vtv_nnsight.models.interface import HEADS, SITES, InContextModel, Stage
+from vtv_nnsight.models.nnsight_compat import CallingBlock, end_run, projection_of
+from vtv_nnsight.prompts import VisualPrompt
+
+Layers = int | Sequence[int] | Mapping[str, int | Sequence[int]]
+"""Numbers of layers, of a model of one stage, or by stage."""
+Keep = Callable[[int, Stage, int, torch.Tensor, torch.Tensor], None]
+"""Given the step of the run, the stage at a site, the layer, its activations [batch, token, head, head_dim], and their
+positions [token] or [batch, token]."""
 
 
 def validate_sites(model: InContextModel, sites: str | Sequence[str]) -> tuple[str, ...]:
@@ -32,54 +41,129 @@ def validate_sites(model: InContextModel, sites: str | Sequence[str]) -> tuple[s
     return tuple(site for site in SITES if site in names)
 
 
+def validate_stages(model: InContextModel, stages: str | Sequence[str] | None) -> tuple[Stage, ...]:
+    """Stages by their names, in the order in which they run; all of the model's for None.
+
+    Raises:
+        ValueError: when there are none, or the model lacks one.
+    """
+    known = [stage.name for stage in model.stages]
+    names = known if stages is None else [stages] if isinstance(stages, str) else list(stages)
+    if not names or not set(names) <= set(known):
+        raise ValueError(f"stages={names} are not stages of the model; choose from {', '.join(known)}.")
+    return tuple(stage for stage in model.stages if stage.name in names)
+
+
+def list_layers(
+    model: InContextModel,
+    sites: str | Sequence[str] = HEADS,
+    stages: str | Sequence[str] | None = None,
+    layers: Layers | None = None,
+) -> list[tuple[Stage, int]]:
+    """A stage at a site and a layer of it, for each that is asked for, in the order in which the model computes them.
+
+    Args:
+        model: The model.
+        sites: One or several of `SITES`.
+        stages: Names of stages; all, or those that `layers` names.
+        layers: Numbers of layers where there is one stage, else by the stage's name; all of a stage that is not named.
+
+    Raises:
+        ValueError: when the model has no such site, stage or layer.
+    """
+    sites = validate_sites(model, sites)
+    by_stage = layers if isinstance(layers, Mapping) else {}
+    if by_stage:
+        validate_stages(model, list(by_stage))
+    chosen = validate_stages(model, list(by_stage) if by_stage and stages is None else stages)
+    if layers is not None and not isinstance(layers, Mapping):
+        if len(chosen) > 1:
+            names = ", ".join(stage.name for stage in chosen)
+            raise ValueError(f"layers={layers} are of several stages ({names}); give a dict, {{stage: layers}}.")
+        by_stage = {chosen[0].name: layers}
+    places = []
+    for stage in chosen:
+        numbers = by_stage.get(stage.name, range(stage.layers))
+        numbers = [numbers] if isinstance(numbers, int) else sorted(set(numbers))
+        if not numbers or not set(numbers) <= set(range(stage.layers)):
+            raise ValueError(f"layers {numbers} are not layers of the {stage.name}; it has 0 to {stage.layers - 1}.")
+        places += [(stage.at(site), layer) for layer in numbers for site in sites]
+    return places
+
+
 def module_path(model: InContextModel, stage: Stage, layer: int) -> str:
     """The name of a layer's module as users type it, such as "encoder.blocks.3.attn"."""
-    return _module(model, stage, layer).path.removeprefix("model.")
+    heads = stage.site == HEADS
+    module = model.attention(stage.name, layer) if heads else model.outputs(stage.name, layer)[stage.site]
+    return str(module.path).removeprefix("model.")
 
 
-def _module(model: InContextModel, stage: Stage, layer: int) -> Any:
-    return model.attention(stage.name, layer) if stage.site == HEADS else model.outputs(stage.name, layer)[stage.site]
-
-
-def read(model: InContextModel, stage: Stage, layer: int) -> torch.Tensor:
-    """Inside a trace: the activations of a layer at the stage's site, [batch, token, head, head_dim]."""
-    module = _module(model, stage, layer)
-    return module.heads if stage.site == HEADS else _tokens(module.output, stage)
-
-
-def write(model: InContextModel, stage: Stage, layer: int, value: torch.Tensor) -> None:
-    """Inside a trace: put activations [batch, token, head, head_dim] in the place of a layer's own."""
-    module = _module(model, stage, layer)
+def place_of(model: InContextModel, stage: Stage, layer: int) -> Place:
+    """Where a layer's activations are at the stage's site."""
     if stage.site == HEADS:
-        module.heads = value
-        return
-    output = module.output
-    shape = _tensor(output).shape
-    if len(shape) == 3:
-        value = value[:, :, 0]
-    else:
-        value = rearrange(value, f"{_TOKENS} -> {_STACKED}", stream=stage.streams, row=shape[1])
-    module.output = (value, *output[1:]) if isinstance(output, tuple) else value
+        return Place(projection_of(model.attention(stage.name, layer)), "input", stage.heads, stage.streams)
+    return Place(model.outputs(stage.name, layer)[stage.site], "output", 1, stage.streams)
+
+
+def running_prompts(block: CallingBlock) -> list[VisualPrompt] | None:
+    """The prompts of the invokes that a block sees; None where it was given tensors, which tell no layout."""
+    prompts = [inputs[0] for inputs in block.inputs if len(inputs) == 1 and isinstance(inputs[0], VisualPrompt)]
+    return prompts if prompts and len(prompts) == len(block.inputs) else None
+
+
+def token_positions(model: InContextModel, stage: str, prompts: Sequence[VisualPrompt] | None) -> torch.Tensor:
+    """Inside a trace: the positions of a stage's tokens, [token] or [batch, token]; read from the run where prompts do
+    not tell them."""
+    with unset_fake_temporarily():
+        known = [model.positions(stage, rows) for rows in prompts or ()]
+        if known and all(torch.equal(known[0], other) for other in known[1:]):
+            return known[0]
+    return model.positions(stage)
+
+
+def read_layers(
+    model: InContextModel,
+    places: Sequence[tuple[Stage, int]],
+    keep: Keep,
+    *,
+    gradients: Keep | None = None,
+    block: CallingBlock | None = None,
+    steps: str = "first",
+    stop: bool = False,
+) -> None:
+    """Inside a trace: give the activations of layers to a function, as the model computes them.
+
+    Args:
+        model: The model.
+        places: What `list_layers` gives.
+        keep: Called with each layer's activations, which are the model's own memory.
+        gradients: Called with their gradients in a backward pass, where there is one.
+        block: The block of the trace; the one that calls this, by default.
+        steps: "first" or "all": the forwards of the traced call that are read.
+        stop: End the run with the last layer.
+    """
+    block = block or CallingBlock("reading", "with model.trace(prompts): ...")
+    prompts, at = running_prompts(block), [(*place, place_of(model, *place)) for place in places]
+
+    def run(step: int) -> None:
+        positions: dict[str, torch.Tensor] = {}
+        for stage, layer, place in at:
+            if stage.name not in positions:
+                positions[stage.name] = token_positions(model, stage.name, prompts if step == 0 else None)
+            seen, raw = positions[stage.name], inside_trace.first(place.read())
+            keep(step, stage, layer, place.split(block.rows(raw)), seen)
+            if gradients is not None and raw.requires_grad and torch.is_grad_enabled():
+                raw.register_hook(
+                    lambda slope, own=(step, stage, layer), place=place, seen=seen: gradients(
+                        *own, place.split(block.rows(slope)), seen
+                    )
+                )
+        if stop:
+            end_run()
+
+    block.run(run, steps=steps, whole=True)
 
 
 def stop_gradient(model: InContextModel, stage: Stage, layer: int) -> None:
     """Inside a trace: let gradients pass by a layer, along the residual stream, and none through what it adds."""
-    stage = stage.at("residual")
-    before = _tokens(_module(model, stage, layer).input, stage)
-    write(model, stage, layer, before + (read(model, stage, layer) - before).detach())
-
-
-def _tokens(value: Any, stage: Stage) -> torch.Tensor:
-    """What a module is given or gives, as [batch, token, 1, width]."""
-    value = _tensor(value)
-    if value.ndim == 3:
-        return value[:, :, None]
-    return rearrange(value, f"{_STACKED} -> {_TOKENS}", stream=stage.streams)
-
-
-_STACKED, _TOKENS = "(stream batch) row column width", "batch (stream row column) 1 width"
-
-
-def _tensor(output: Any) -> torch.Tensor:
-    """What a module hands on; attention layers of transformers hand out their pattern beside it."""
-    return output[0] if isinstance(output, tuple) else output
+    inside_trace.stop_gradient(model.outputs(stage.name, layer)["residual"])

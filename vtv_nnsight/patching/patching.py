@@ -1,4 +1,4 @@
-"""The intervention itself.
+"""`patch`: activations in the place of a model's own. The twin of `capture`.
 
 >>> with model.trace(prompts.query_only()):
 ...     patch(model, vectors["segmentation"], patches)
@@ -8,103 +8,88 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from vtv_nnsight.layouts import place_names
-from vtv_nnsight.models.interface import HEADS, SITES, ByStage, InContextModel, Stage
-from vtv_nnsight.models.sites import read, write
+from vtv_nnsight.layouts import Layout, place_names
+from vtv_nnsight.models import inside_trace
+from vtv_nnsight.models.inside_trace import Place
+from vtv_nnsight.models.interface import GRANULARITIES, HEADS, SITES, ByStage, InContextModel, Stage
+from vtv_nnsight.models.nnsight_compat import CallingBlock
+from vtv_nnsight.models.sites import module_path, place_of, running_prompts, token_positions
 from vtv_nnsight.patching.sets import PatchSet
+from vtv_nnsight.patching.spaces import PatchSpace
 from vtv_nnsight.text import join_names
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors, zero_vector
-from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, stages_of
+from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
+
+Patches = PatchSet | Mapping[Any, torch.Tensor] | Sequence[str]
+"""Where to patch: a set, masks by stage and site, or names of units."""
+MODES = ("replace", "add")
+"""What `patch` can do with a vector."""
 
 
 def patch(
     model: InContextModel,
     vector: TaskVector | Activations | Sequence[TaskVector | Activations],
-    patches: PatchSet | Mapping[str, torch.Tensor] | Sequence[PatchSet | Mapping[str, torch.Tensor]],
+    patches: Patches | Sequence[Patches],
     *,
     scale: float = 1.0,
     mode: str = "replace",
+    steps: str = "first",
 ) -> None:
-    """Put a task vector's activations in the place of the model's own, inside `trace`, `generate` or `edit`.
+    """Put a task vector's activations in the place of the model's own, inside `trace`, `generate`, `edit` or an invoke.
 
-    A block goes through the model once, and so does this: call it once in a block (lists of vectors and of patches
-    patch several, later ones on top), before anything else that the block reads of the model's stages. What
-    lies before the last patched layer is read in a block of its own, which sees the patches:
-
-        with model.trace() as tracer:
-            with tracer.invoke(prompts):
-                patch(model, vector, patches)
-            with tracer.invoke():
-                z = model.attention("decoder", 0).heads.save()
+    What is typed is what happens: the lines below it, and later invokes without prompts, see what it has put there; it
+    sees the edits above. Call it in any order with `capture`, and as often as you like; a later patch is on top.
 
     Args:
         model: The model that is traced (or the one that `edit` hands out).
         vector: What to put there; faster when it is on the model's device. `Activations` have a row for each row of the
-            batch.
-        patches: Where. A PatchSet, or what `PatchSpace.mask` returns: by stage, [layer, position, head] for all rows,
-            or [batch, layer, position, head] with a mask for each row. Float masks are gates, which mix the two
-            activations and through which gradients flow.
+            batch. Or a list, with as many patches.
+        patches: Where. A PatchSet; or what `PatchSpace.mask` returns: by stage, [layer, position, head] for all rows,
+            or [batch, layer, position, head] with a mask for each row (float masks are gates, which mix the two
+            activations and through which gradients flow); or names of units, ["decoder.blocks.0.mlp @ output"].
         scale: How far to go: 0 leaves an activation as it is, 1 replaces it, 2 goes as far again. With mode="add", how
             much of the vector to add.
         mode: "replace": the vector in the place of the activation. "add": the vector on top of it, as one steers
             language models.
+        steps: "first": in the first forward of the traced call. "all": in each of its forwards.
 
     Raises:
-        ValueError: when vector, patches and model do not belong together, naming what differs, or when patches ask for
-            positions or sites that the vector lacks or positions that the prompt does not show. (A whole head is
-            patched at the tokens there are.)
+        ValueError: when vector, patches and model do not belong together, naming what differs; when patches ask for
+            layers, positions or sites that the vector lacks or positions that the prompt does not show (a whole head
+            is patched at the tokens there are); outside a block; or when the model has run past the first of the
+            places.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}.")
-    single = (TaskVector, Activations, PatchSet, Mapping)
-    vectors, sets = ([x] if isinstance(x, single) else list(x) for x in (vector, patches))
-    if len(vectors) != len(sets):
-        raise ValueError(f"{len(vectors)} vectors and {len(sets)} patch sets were given; give as many of both.")
-    owner = fingerprint(model, cached=True)
+    block = CallingBlock("patch", "with model.trace(prompts): patch(model, vector, patches)")
+    prompts = running_prompts(block)
+    vectors = [vector] if isinstance(vector, (TaskVector, Activations)) else list(vector)
     with unset_fake_temporarily():  # in a scan, too, what is patched is real
-        masks = [ByStage(units.mask if isinstance(units, PatchSet) else units) for units in sets]
-    for v, units in zip(vectors, sets):
-        check_compatible(v.label, v.fingerprint, "this model", owner)
-        if isinstance(units, PatchSet):
-            check_compatible("the patch set", units.fingerprint, "this model", owner)
-            check_compatible("the patch set", units.fingerprint, v.label, v.fingerprint)
-    known = {(stage, site) for stage in owner["stages"] for site in SITES}
-    if unknown := [key for mask in masks for key in mask if key not in known]:
-        raise ValueError(f"a mask of {str(unknown[0])!r} was given; this model has {', '.join(owner['stages'])}.")
-    for stage in stages_of(owner):
-        with unset_fake_temporarily():
-            steps = [
-                _Step(stage.at(site), v, mask[stage.name, site], scale, mode)
-                for site in SITES
-                for v, mask in zip(vectors, masks)
-                if (stage.name, site) in mask
-            ]
-        layers = sorted({layer for step in steps for layer in step.layers})
-        if not layers:
-            continue
-        seen = model.positions(stage.name)
-        if not isinstance(seen, FakeTensor):
-            for step in steps:
-                step.check(seen.cpu(), model)
-        for layer in layers:
-            for step in steps:
-                if layer in step.layers:
-                    step.apply(model, layer, seen)
+        sets = _as_sets(model, patches, prompts[0].layout if prompts else None)
+        if len(vectors) != len(sets):
+            raise ValueError(f"{len(vectors)} vectors and {len(sets)} patch sets were given; give as many of both.")
+        edits = _edits(model, vectors, sets, scale, mode)
+    by_stage = [(stage, changes) for stage in model.stages if (changes := _changes(model, stage, edits))]
+
+    def run(step: int) -> None:
+        for stage, changes in by_stage:
+            seen = token_positions(model, stage.name, prompts if step == 0 else None)
+            for edit in edits:
+                if edit.stage.name == stage.name:
+                    edit.begin(model, seen)
+            inside_trace.change_all((place, partial(_apply, own, layer, seen)) for place, layer, own in changes)
+
+    if by_stage:
+        block.run(run, steps=steps)
 
 
-MODES = ("replace", "add")
-"""What `patch` can do with a vector."""
-
-
-def ablate(
-    model: InContextModel,
-    patches: PatchSet | Mapping[str, torch.Tensor],
-    to: str | TaskVector | TaskVectors | Activations = "zero",
-) -> None:
+def ablate(model: InContextModel, patches: Patches, to: str | TaskVector | TaskVectors | Activations = "zero") -> None:
     """Silence units: `patch` with what says nothing of the task.
 
     Args:
@@ -125,7 +110,64 @@ def ablate(
     patch(model, to, patches)
 
 
-class _Step:
+def _as_sets(model: InContextModel, patches: Any, layout: Layout | None) -> list[PatchSet | Mapping[Any, torch.Tensor]]:
+    """Sets and masks of what `patch` was given."""
+    if isinstance(patches, (PatchSet, Mapping)):
+        return [patches]
+    patches = list(patches)
+    if not patches or not isinstance(patches[0], str):
+        return [one for part in patches for one in _as_sets(model, part, layout)]
+    sites = (HEADS, *model.outputs(model.stages[0].name, 0))
+    spaces = (PatchSpace(model, layout, granularity, sites=sites) for granularity in GRANULARITIES)
+    space = next((space for space in spaces if patches[0] in space.index_of), None)
+    if space is None:
+        raise ValueError(f"{patches[0]!r} is not a unit of this model; PatchSpace(model).names has such.")
+    return [PatchSet.named(space, patches)]
+
+
+def _edits(
+    model: InContextModel, vectors: Sequence[TaskVector | Activations], sets: Sequence[Any], scale: float, mode: str
+) -> list[_Edit]:
+    """What to do at each stage and site, where vectors, sets and model belong together."""
+    owner = fingerprint(model, cached=True)
+    for vector, units in zip(vectors, sets):
+        check_compatible(vector.label, vector.fingerprint, "this model", owner)
+        if isinstance(units, PatchSet):
+            check_compatible("the patch set", units.fingerprint, "this model", owner)
+            check_compatible("the patch set", units.fingerprint, vector.label, vector.fingerprint)
+    masks = [ByStage(units.mask if isinstance(units, PatchSet) else units) for units in sets]
+    stages = [stage.at(site) for stage in model.stages for site in SITES]
+    if unknown := [key for mask in masks for key in mask if key not in [stage.key for stage in stages]]:
+        raise ValueError(f"a mask of {str(unknown[0])!r} was given; this model has {', '.join(owner['stages'])}.")
+    edits = [
+        _Edit(stage, vector, mask[stage.key], scale, mode)
+        for stage in stages
+        for vector, mask in zip(vectors, masks)
+        if stage.key in mask
+    ]
+    for edit in edits:
+        edit.check_vector(model)
+    return edits
+
+
+def _changes(model: InContextModel, stage: Stage, edits: Sequence[_Edit]) -> list[tuple[Place, int, list[_Edit]]]:
+    """The places of a stage that are changed, in the order in which the model reaches them."""
+    layers = sorted({layer for edit in edits if edit.stage.name == stage.name for layer in edit.layers})
+    changes = []
+    for layer in layers:
+        for place in (stage.at(site) for site in SITES):
+            if own := [edit for edit in edits if edit.stage.key == place.key and layer in edit.layers]:
+                changes.append((place_of(model, place, layer), layer, own))
+    return changes
+
+
+def _apply(edits: Sequence[_Edit], layer: int, seen: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    for edit in edits:
+        z = edit.change(z, layer, seen)
+    return z
+
+
+class _Edit:
     """One vector and its mask, at one site of a stage."""
 
     def __init__(
@@ -138,32 +180,57 @@ class _Step:
                 f"a mask of shape {list(mask.shape)} does not fit the {stage.key}; expected [layer, position, head] = "
                 f"{list(values.shape[-4:-1])}, with or without a batch in front."
             )
-        asked = mask if mask.dtype == torch.bool else mask.detach() != 0
-        self.asked = (asked.any(0) if asked.ndim == 4 else asked).cpu()
-        busy = self.asked.flatten(1).any(1) | mask.requires_grad  # gates that are 0 need their gradient, too
+        units = mask if mask.dtype == torch.bool else mask.detach() != 0
+        self.units = (units.any(0) if units.ndim == 4 else units).cpu()
+        busy = self.units.flatten(1).any(1) | mask.requires_grad  # gates that are 0 need their gradient, too
         self.layers = set(busy.nonzero()[:, 0].tolist())
-        if not self.layers:
-            return
-        if values is None:
-            raise ValueError(
-                f"{vector.label}: there is no {stage.site} of the {stage.name}, only {', '.join(vector.values.sites)}; "
-                f"collect with sites={[*vector.values.sites, stage.site]}."
-            )
-        self.values, self.present, self.shown = values, vector.present[stage.key], None
+        self.values = values
         self.mask = mask if mask.dtype == torch.bool and scale == 1 and mode == "replace" else mask * scale
 
-    def check(self, seen: torch.Tensor, model: InContextModel) -> None:
-        """Refuse what cannot be patched at the positions `seen`, [token] or [batch, token]; of a whole head, those that
-        are not shown may be left out."""
+    def check_vector(self, model: InContextModel) -> None:
+        """Refuse a vector that has nothing at these units."""
         if not self.layers:
             return
+        label, sites = self.vector.label, self.vector.values.sites
+        if not sites:
+            raise ValueError(f"{label} are there after their block; patch with them in a later block.")
+        if self.values is None:
+            raise ValueError(
+                f"{label}: there is no {self.stage.site} of the {self.stage.name}, only {', '.join(sites)}; collect "
+                f"with sites={[*sites, self.stage.site]}."
+            )
+        if self.values.is_meta:
+            raise ValueError(f"{label} are of a scan, shapes alone; capture them in a trace.")
+        if isinstance(self.vector, Activations) and (
+            missing := sorted(self.layers.difference(self.vector.layers[self.stage.key]))
+        ):
+            head = self.units[missing[0]].any(0).nonzero()[:, 0].tolist() or [0]
+            unit = f".heads[{head[0]}]" if self.stage.site == HEADS else ""
+            raise ValueError(
+                f"{label} have no layer {missing[0]} of the {self.stage.key}, which "
+                f"{module_path(model, self.stage, missing[0])}{unit} needs; capture it too."
+            )
+
+    def begin(self, model: InContextModel, seen: torch.Tensor) -> None:
+        """Get ready for a forward that has the stage's tokens at the positions `seen`, [token] or [batch, token]."""
+        self.mask_at_tokens: torch.Tensor | None = None
+        if self.layers and not isinstance(seen, FakeTensor):
+            with unset_fake_temporarily():
+                self._check_tokens(model, seen.cpu())
+
+    def _check_tokens(self, model: InContextModel, seen: torch.Tensor) -> None:
+        """Refuse what cannot be patched at these positions; of a whole head, those that are not shown may be left
+        out."""
         rows = seen if seen.ndim == 2 else seen[None]
-        shown = torch.zeros(len(rows), self.asked.shape[1], dtype=torch.bool).scatter_(1, rows, True)
-        asked = self.asked.any(2).any(0)
-        hidden, lacked = asked & ~shown.all(0), asked & shown.any(0) & ~self.present.cpu()
+        shown = torch.zeros(len(rows), self.units.shape[1], dtype=torch.bool).scatter_(1, rows, True)
+        present = self.vector.present_rows[self.stage.key].cpu()
+        if len({len(shown), len(present)} - {1}) > 1:
+            return  # as many rows as there are not: `change` says so
+        patched = self.units.any(2).any(0)
+        hidden, lacked = patched & ~shown.all(0), patched & (shown & ~present).any(0)
         if hidden.any():
             (everywhere,) = model.groups(self.stage.name, "head").values()
-            hidden &= (self.asked & ~self.asked[:, everywhere].all(1, keepdim=True)).any(2).any(0)
+            hidden &= (self.units & ~self.units[:, everywhere].all(1, keepdim=True)).any(2).any(0)
         for wrong, why in (
             (hidden, "these prompts do not show them to it"),
             (lacked, f"{self.vector.label} lack{'s' if isinstance(self.vector, TaskVector) else ''} them"),
@@ -172,40 +239,22 @@ class _Step:
                 places = join_names(place_names(wrong.nonzero()[:, 0]))
                 raise ValueError(f"the {self.stage.name} cannot be patched at {places}: {why}.")
 
-    def apply(self, model: InContextModel, layer: int, seen: torch.Tensor) -> None:
-        z = read(model, self.stage, layer)
+    def change(self, z: torch.Tensor, layer: int, seen: torch.Tensor) -> torch.Tensor:
+        """A layer's activations [batch, token, head, head_dim] with the vector's in their place."""
         if isinstance(z, FakeTensor):
-            return
+            return z
         for given, what in ((self.mask, "a mask for"), (self.values, "activations of")):
             if given.ndim > 3 + (given is self.values) and len(given) != len(z):
                 raise ValueError(f"{what} {len(given)} rows was given; this batch has {len(z)}.")
-        mask = self._mask(layer, seen).to(z.device)[..., None]
-        new = _at(self.values.select(-4, layer), seen).to(z)
-        if mask.dtype == torch.bool and not torch.is_grad_enabled() and self.stage.site == HEADS:
-            torch.where(mask, new, z, out=z)
-            return
-        if mask.dtype == torch.bool:
-            changed = torch.where(mask, new, z)
-        else:
-            there = self.present.to(z.device)[seen][..., None, None]
-            step = new - z if self.mode == "replace" else new
-            changed = z + mask.to(z.dtype) * torch.where(there, step, 0)
-        write(model, self.stage, layer, changed)
+        new, mask, present = inside_trace.at(self.values.select(-4, layer), seen), self._mask(layer, seen), None
+        if mask.dtype != torch.bool:
+            present = inside_trace.at(self.vector.present_rows[self.stage.key][..., None, None], seen)
+        return inside_trace.mix(z, new, mask, present, self.mode)
 
     def _mask(self, layer: int, seen: torch.Tensor) -> torch.Tensor:
         """The mask of a layer at the positions `seen`, [token, head] or [row, token, head]."""
         if seen.ndim == 2:
-            return _at(self.mask.select(-3, layer)[..., None], seen)[..., 0]
-        if self.shown is None:
-            self.shown = self.mask.index_select(-2, seen.to(self.mask.device))
-        return self.shown.select(-3, layer)
-
-
-def _at(values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """[position, head, dim], or [row, position, head, dim], at the positions `seen`, [token] or [row, token]."""
-    seen = seen.to(values.device)
-    if seen.ndim == 1:
-        return values.index_select(-3, seen)
-    if values.ndim == 3:
-        return values[seen]
-    return values[torch.arange(len(values), device=values.device)[:, None], seen]
+            return inside_trace.at(self.mask.select(-3, layer)[..., None], seen)[..., 0]
+        if self.mask_at_tokens is None:
+            self.mask_at_tokens = self.mask.index_select(-2, seen.to(self.mask.device))
+        return self.mask_at_tokens.select(-3, layer)

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from nnsight import save
 
 from vtv_nnsight.layouts import Layout, named_positions
 from vtv_nnsight.metrics import silhouette
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import ByStage, InContextModel, default_batch_size
+from vtv_nnsight.models.interface import ByStage, InContextModel, Stage, default_batch_size
+from vtv_nnsight.models.sites import list_layers, read_layers
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -48,7 +48,7 @@ def activations(
         raise ValueError("there are no prompts of some task; give at least one of each.")
     device = device_of(model)
     layers = {stage.name: stage.layers for stage in model.stages}
-    batches: dict[str, dict[str, list]] = {stage: {task: [] for task in prompts} for stage in layers}
+    batches: dict[str, dict[str, list[torch.Tensor]]] = {stage: {task: [] for task in prompts} for stage in layers}
     with progress_bar(total=sum(map(len, prompts.values())), unit="prompt", disable=not progress) as bar:
         for task, rows in prompts.items():
             tokens = {stage: _tokens(rows.layout, model.positions(stage, rows), region) for stage in layers}
@@ -56,18 +56,25 @@ def activations(
             if not index:
                 raise ValueError(f"no stage sees {region!r} of these prompts; choose another region.")
             for batch in rows.split(batch_size or default_batch_size(model)):
-                with torch.no_grad(), model.trace(batch.to(device)):
-                    means = {
-                        stage: [model.attention(stage, i).heads[:, at].mean(1).float() for i in range(layers[stage])]
-                        for stage, at in index.items()
-                    }
-                    save(means)
-                for stage, values in means.items():
-                    batches[stage][task].append(torch.stack(values, 1).cpu())
+                for stage, means in _means(model, batch.to(device), index).items():
+                    batches[stage][task].append(means)
                 bar.update(len(batch))
     return ByStage(
         {s: {t: torch.cat(parts) for t, parts in batches[s].items()} if s in index else None for s in layers}
     )
+
+
+@torch.no_grad()
+def _means(model: InContextModel, prompts: VisualPrompt, index: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Means of the heads over some tokens of each stage: [prompt, layer, head, head_dim], on the CPU."""
+    layers: dict[str, list[torch.Tensor]] = {stage: [] for stage in index}
+
+    def keep(step: int, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
+        layers[stage.name].append(z[:, index[stage.name]].mean(1).float())
+
+    with model.trace(prompts):
+        read_layers(model, list_layers(model, stages=list(index)), keep, stop=True)
+    return {stage: torch.stack(means, 1).cpu() for stage, means in layers.items()}
 
 
 def _tokens(layout: Layout, seen: torch.Tensor, region: str) -> torch.Tensor:

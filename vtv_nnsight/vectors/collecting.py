@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, default_batch_size
-from vtv_nnsight.models.sites import module_path, read, validate_sites
+from vtv_nnsight.models.inside_trace import put
+from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage, default_batch_size
+from vtv_nnsight.models.sites import list_layers, module_path, read_layers, validate_sites
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, stages_of
@@ -86,20 +87,30 @@ def collect_rows(
     """Every prompt's activations, and the fingerprint of what they belong to: see `Activations.collect`."""
     if not len(prompts):
         raise ValueError("there are no prompts to collect; give at least one.")
-    sites, parts, device = validate_sites(model, sites), [], device_of(model)
+    places, parts, device = list_layers(model, sites), [], device_of(model)
     owner = fingerprint(model, prompts.layout)
+
+    def keep(step: int, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
+        put_rows(parts[-1], stage, layer, z.cpu(), seen, prompts.layout.num_positions)
+
     with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:
         for batch in prompts.split(batch_size or default_batch_size(model)):
-            layers = _read_all(model, batch.to(device), sites, torch.clone)
-            parts.append(layers.map(lambda values: torch.stack(values, 1).cpu()))
+            parts.append(ByStage())
+            with torch.no_grad(), model.trace(batch.to(device)):
+                read_layers(model, places, keep, stop=True)
             bar.update(len(batch))
-    values = ByStage()
-    for key in parts[0]:
-        seen = model.positions(key.stage, prompts).cpu()
-        rows = rearrange(torch.cat([part[key] for part in parts]), "row layer ... -> (row layer) ...")
-        placed = scatter(rows, seen, prompts.layout.num_positions)
-        values[key] = rearrange(placed, "(row layer) ... -> row layer ...", row=len(prompts))
-    return values, owner
+    return ByStage({key: torch.cat([part[key] for part in parts]) for key in parts[0]}), owner
+
+
+def put_rows(values: ByStage, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor, places: int) -> None:
+    """Copy activations of a layer to where they belong in [row, layer, position, head, head_dim], NaN at first; in a
+    scan there are shapes alone."""
+    sizes, scan = (len(z), stage.layers, places, *z.shape[2:]), isinstance(z, FakeTensor)
+    if stage.key not in values:
+        with unset_fake_temporarily():
+            values[stage.key] = torch.full(sizes, torch.nan, dtype=z.dtype, device="meta" if scan else z.device)
+    if not scan:
+        put(values[stage.key], layer, z.detach(), seen)
 
 
 def measure(model: InContextModel, prompts: VisualPrompt, sites: Sequence[str] = (HEADS,)) -> Moments:
@@ -108,43 +119,27 @@ def measure(model: InContextModel, prompts: VisualPrompt, sites: Sequence[str] =
     Raises:
         ValueError: naming the first layer and head that has an activation which is not finite.
     """
-    places = prompts.layout.num_positions
-    means, spreads = ByStage(), ByStage()
-    layers = _read_all(model, prompts, sites, _moments)
-    for stage in model.stages:
+    positions, means, spreads = prompts.layout.num_positions, ByStage(), ByStage()
+    layers: dict[Stage, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def keep(step: int, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
+        layers.setdefault(stage, []).append(_moments(z))
+
+    with torch.no_grad(), model.trace(prompts):
+        read_layers(model, list_layers(model, sites), keep, stop=True)
+    for stage, parts in layers.items():
+        mean, spread = (torch.stack(values).cpu() for values in zip(*parts))
+        bad = ~mean.isfinite().all(-1).all(1)
+        if bad.any():
+            layer, head = bad.nonzero()[0].tolist()
+            unit = f"{module_path(model, stage, layer)}.{f'heads[{head}]' if stage.site == HEADS else 'output'}"
+            raise ValueError(
+                f"{unit} is not finite (NaN or infinite) on these prompts; check the "
+                "weights, or load the model in another dtype."
+            )
         seen = model.positions(stage.name, prompts).cpu()
-        for site in sites:
-            key = stage.at(site).key
-            mean, spread = (torch.stack(parts).cpu() for parts in zip(*layers[key]))
-            bad = ~mean.isfinite().all(-1).all(1)
-            if bad.any():
-                layer, head = bad.nonzero()[0].tolist()
-                place = f"{module_path(model, stage.at(site), layer)}.{f'heads[{head}]' if site == HEADS else 'output'}"
-                raise ValueError(
-                    f"{place} is not finite (NaN or infinite) on these prompts; check the weights, or load the model "
-                    "in another dtype."
-                )
-            means[key], spreads[key] = scatter(mean, seen, places), scatter(spread, seen, places)
+        means[stage.key], spreads[stage.key] = scatter(mean, seen, positions), scatter(spread, seen, positions)
     return Moments(len(prompts), means, spreads)
-
-
-def _read_all(
-    model: InContextModel, prompts: VisualPrompt, sites: Sequence[str], function: Callable[[torch.Tensor], Any]
-) -> ByStage:
-    """`function` of the activations of every layer, in one trace, which ends with the last of them: by stage and site,
-    a list."""
-    with torch.no_grad(), model.trace(prompts) as tracer:
-        layers = {
-            (stage.at(site).key, layer): function(read(model, stage.at(site), layer))
-            for stage in model.stages
-            for layer in range(stage.layers)
-            for site in sites
-        }.save()
-        tracer.stop()
-    by_stage = ByStage({stage.at(site).key: [] for stage in model.stages for site in sites})
-    for (key, _), value in layers.items():
-        by_stage[key].append(value)
-    return by_stage
 
 
 def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

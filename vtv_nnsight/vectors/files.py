@@ -1,4 +1,4 @@
-"""The files of task vectors: the positions that are present, with counts and fingerprint."""
+"""The files of task vectors and of activations: the positions that are present, with the fingerprint."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vtv_nnsight.vectors.compatibility import layout_of, stages_of
 
 KIND = "task vectors"
 FIELDS = ("mean", "variance")
+ACTIVATIONS = "activations"
 
 Content = Mapping[str, tuple[ByStage, ByStage | None, int]]
 """Name of a vector → its mean, variance and count."""
@@ -93,6 +94,49 @@ def _read_values(tensors: Mapping[str, torch.Tensor], name: str, field: str, sta
     if not values.isfinite().all():
         raise ValueError(f"{name}/{stage.key}/{field} holds numbers that are NaN or infinite")
     return scatter(values.float(), present.nonzero()[:, 0], places)
+
+
+def write_activations(path: str | Path, activations: ByStage, fingerprint: dict[str, Any]) -> None:
+    """Write single prompts' activations as a safetensors file."""
+    tensors = {}
+    for key, values in activations.items():
+        there = ~values[..., 0, 0].isnan()
+        layers, positions = (there.any(0).any(dim).nonzero()[:, 0] for dim in (1, 0))
+        tensors |= {f"{key}/layers": layers, f"{key}/positions": positions}
+        tensors[f"{key}/values"] = values[:, layers][:, :, positions]
+    write_tensors(path, ACTIVATIONS, tensors, {"fingerprint": fingerprint})
+
+
+def read_activations(path: str | Path) -> tuple[ByStage, dict[str, Any]]:
+    """What `write_activations` wrote, and the fingerprint.
+
+    Raises:
+        FileNotFoundError, ValueError: when there is no such file, it is incomplete or damaged, or it is something else.
+    """
+    tensors, metadata = read_tensors(path, ACTIVATIONS)
+    try:
+        owner, activations = metadata["fingerprint"], ByStage()
+        places = layout_of(owner).num_positions
+        for stage in (stage.at(site) for stage in stages_of(owner) for site in SITES):
+            if f"{stage.key}/values" not in tensors:
+                continue
+            values, layers, positions = (tensors[f"{stage.key}/{name}"] for name in ("values", "layers", "positions"))
+            expected = (len(values), len(layers), len(positions), stage.heads, stage.head_dim)
+            if values.shape != expected or not _within(layers, stage.layers) or not _within(positions, places):
+                raise ValueError(f"{stage.key}/values has shape {list(values.shape)}, not {list(expected)}")
+            full = values.new_full((len(values), stage.layers, places, *expected[3:]), torch.nan)
+            full[:, layers[:, None], positions] = values
+            activations[stage.key] = full
+        if len({len(values) for values in activations.values()}) != 1:
+            raise ValueError("it has no rows, or not as many of each stage")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} holds no whole activations: {reason}; capture them again.") from error
+    return activations, owner
+
+
+def _within(numbers: torch.Tensor, count: int) -> bool:
+    return numbers.dtype == torch.long and bool(((numbers >= 0) & (numbers < count)).all())
 
 
 def present_positions(mean: ByStage) -> ByStage:

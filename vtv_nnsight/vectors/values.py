@@ -19,26 +19,62 @@ zero, and arithmetic keeps it so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
 
 from vtv_nnsight import maps
 from vtv_nnsight.images import png
-from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel
+from vtv_nnsight.models.inside_trace import put
+from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, StageSite
 from vtv_nnsight.prompts import VisualPrompt, as_rows
 from vtv_nnsight.vectors.collecting import collect_moments, collect_rows
 from vtv_nnsight.vectors.compatibility import check_compatible, geometry, layout_of
-from vtv_nnsight.vectors.files import present_positions, read_vectors, write_vectors
+from vtv_nnsight.vectors.files import (
+    present_positions,
+    read_activations,
+    read_vectors,
+    write_activations,
+    write_vectors,
+)
+
+Self = TypeVar("Self", bound="Linear")
+
+
+class Linear:
+    """What adds and scales: `a + b - c`, `0.5 * a`, `a / 2`, `-a`."""
+
+    def __add__(self: Self, other: Self) -> Self:
+        return self._combine(other, "+", torch.add) if isinstance(other, type(self)) else NotImplemented
+
+    def __sub__(self: Self, other: Self) -> Self:
+        return self._combine(other, "-", torch.sub) if isinstance(other, type(self)) else NotImplemented
+
+    def __mul__(self: Self, factor: float) -> Self:
+        return self._scale(factor) if isinstance(factor, (int, float)) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self: Self, divisor: float) -> Self:
+        return self * (1 / divisor)
+
+    def __neg__(self: Self) -> Self:
+        return -1 * self
+
+    def _combine(self: Self, other: Self, sign: str, function: Callable[..., Any]) -> Self:
+        raise NotImplementedError
+
+    def _scale(self: Self, factor: float) -> Self:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
-class TaskVector:
+class TaskVector(Linear):
     """The mean activation of every head, for one task. Vectors add and scale: `a + b - c`, `0.5 * a`, `-a`.
 
     Args:
@@ -75,6 +111,11 @@ class TaskVector:
         """By stage, bool [position]: the positions that are not absent."""
         return present_positions(self.mean)
 
+    @cached_property
+    def present_rows(self) -> ByStage:
+        """The same with a row in front, as `Activations` have them: bool [1, position]."""
+        return self.present.map(lambda present: present[None])
+
     def to(self, *args: Any, **kwargs: Any) -> TaskVector:
         """Move or cast, as `torch.Tensor.to` does."""
         mean, variance = (
@@ -82,33 +123,11 @@ class TaskVector:
         )
         return replace(self, mean=mean, variance=variance)
 
-    def __add__(self, other: TaskVector) -> TaskVector:
-        return self._combine(other, "+", torch.add)
-
-    def __sub__(self, other: TaskVector) -> TaskVector:
-        return self._combine(other, "-", torch.sub)
-
-    def __mul__(self, factor: float) -> TaskVector:
-        if not isinstance(factor, (int, float)):
-            return NotImplemented
-        mean = self.mean.map(lambda mean: mean * factor)
-        return replace(self, task=f"{factor:g} * ({self.task})", mean=mean, variance=None)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> TaskVector:
-        return self * (1 / divisor)
-
-    def __neg__(self) -> TaskVector:
-        return -1 * self
-
     def __repr__(self) -> str:
         shapes = ", ".join(f"{key} {list(mean.shape)}" for key, mean in self.mean.items())
         return f"TaskVector({self.task!r} of {self.count} prompts: {shapes})"
 
     def _combine(self, other: TaskVector, sign: str, function: Callable[..., Any]) -> TaskVector:
-        if not isinstance(other, TaskVector):
-            return NotImplemented
         _check_alike(other, self)
         return TaskVector(
             f"{self.task} {sign} {other.task}",
@@ -117,6 +136,10 @@ class TaskVector:
             min(self.count, other.count),
             self.fingerprint | other.fingerprint,
         )
+
+    def _scale(self, factor: float) -> TaskVector:
+        mean = self.mean.map(lambda mean: mean * factor)
+        return replace(self, task=f"{factor:g} * ({self.task})", mean=mean, variance=None)
 
 
 def _check_alike(other: TaskVector, first: TaskVector) -> None:
@@ -135,22 +158,26 @@ def zero_vector(model: InContextModel, sites: Sequence[str] = (HEADS,)) -> TaskV
 
 
 @dataclass(frozen=True, eq=False)
-class Activations:
+class Activations(Linear):
     """What single prompts' activations are, a row for each: `patch` puts them into as many other prompts, row by row,
-    such as a one-shot run into the query alone, or the run under another task's example into this one.
+    such as a one-shot run into the query alone, or the run under another task's example into this one. Two of as many
+    rows add, and they scale, as vectors do.
 
-        >>> run = Activations.collect(model, prompts)
+        >>> with model.trace(prompts):
+        ...     run = capture(model)                          # or Activations.collect(model, prompts), batch by batch
         >>> with model.trace(prompts.query_only()):
-        ...     patch(model, run, chosen)
+        ...     patch(model, run, units)
 
     Args:
-        values: By stage and site, [row, layer, position, head, head_dim]; NaN at the positions that the prompts did not
-            show.
-        fingerprint: The model and the layout that they belong to (see `vectors.compatibility.fingerprint`).
+        values: By stage and site, [row, layer, position, head, head_dim]; NaN at layers that were not captured and at
+            positions that a row does not have.
+        fingerprint: The model and, of prompts, the layout that they belong to (see
+            `vectors.compatibility.fingerprint`).
     """
 
     values: ByStage
     fingerprint: dict[str, Any]
+    _gradients: ByStage = field(default_factory=ByStage, init=False, repr=False)
     label = "the activations"
 
     @classmethod
@@ -173,11 +200,48 @@ class Activations:
 
     @cached_property
     def present(self) -> ByStage:
-        """By stage, bool [position]: the positions that are not absent."""
-        return self.values.map(lambda values: ~values[0, 0, :, 0, 0].isnan())
+        """By stage, bool [position]: the positions that are absent in no row."""
+        return self.present_rows.map(lambda present: present.all(0))
+
+    @cached_property
+    def present_rows(self) -> ByStage:
+        """By stage, bool [row, position]: the positions that are not absent."""
+        return self.values.map(lambda values: (~values[..., 0, 0].isnan()).any(1))
+
+    @cached_property
+    def layers(self) -> ByStage:
+        """By stage, the numbers of the layers that were captured."""
+        there = self.values.map(lambda values: (~values[..., 0, 0].isnan()).any(2).any(0))
+        return there.map(lambda present: present.nonzero()[:, 0].tolist())
+
+    @property
+    def grad(self) -> ByStage:
+        """The gradients of a loss with respect to what was captured, after its `backward()`: as `values`, and added up
+        over several backward passes.
+
+        Raises:
+            ValueError: when no gradient came.
+        """
+        if not self._gradients:
+            raise ValueError(
+                "no gradient came to these activations; capture them with gradients on, and call backward() on a loss "
+                "of the same run."
+            )
+        return self.values.map(
+            lambda values, slopes: slopes.masked_fill(values.isnan(), torch.nan),
+            {key: self._gradients.get(key, torch.zeros_like(values)) for key, values in self.values.items()},
+        )
+
+    def add_gradient(self, key: StageSite, layer: int, gradient: torch.Tensor, seen: torch.Tensor) -> None:
+        """Add the gradient of a layer, [batch, token, head, head_dim] at the positions `seen`, to `grad`."""
+        if key not in self._gradients:
+            self._gradients[key] = torch.zeros_like(self.values[key])
+        there = torch.zeros_like(self._gradients[key][:, :1])
+        put(there, 0, gradient, seen)
+        self._gradients[key][:, layer] += there[:, 0]
 
     def __len__(self) -> int:
-        return len(next(iter(self.values.values())))
+        return len(next(iter(self.values.values()))) if self.values else 0
 
     def __getitem__(self, rows: int | slice | Sequence[int] | torch.Tensor) -> Activations:
         """Those of some prompts, always several rows: an int gives one."""
@@ -188,9 +252,33 @@ class Activations:
         """Move or cast, as `torch.Tensor.to` does."""
         return replace(self, values=self.values.map(lambda x: x.to(*args, **kwargs)))
 
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: the layers and positions that are present, in their dtype, with the fingerprint."""
+        write_activations(path, self.values, self.fingerprint)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Activations:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: when there is no such file, it is incomplete or damaged, or it is something
+                else.
+        """
+        return cls(*read_activations(path))
+
     def __repr__(self) -> str:
         shapes = ", ".join(f"{key} {list(values.shape)}" for key, values in self.values.items())
         return f"Activations(of {len(self)} prompts: {shapes})"
+
+    def _combine(self, other: Activations, sign: str, function: Callable[..., Any]) -> Activations:
+        check_compatible("activations", other.fingerprint, "the others", self.fingerprint)
+        shapes = [one.values.map(lambda values: values.shape) for one in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{self!r} {sign} {other!r} are not of as many rows, of the same stages and sites.")
+        return Activations(self.values.map(function, other.values), self.fingerprint | other.fingerprint)
+
+    def _scale(self, factor: float) -> Activations:
+        return replace(self, values=self.values.map(lambda values: values * factor))
 
 
 class TaskVectors(Mapping[str, TaskVector]):

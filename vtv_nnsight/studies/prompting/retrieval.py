@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnsight import save
 from torch.nn import functional as F
 
 from vtv_nnsight.images import digest
-from vtv_nnsight.models import sites
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, default_batch_size
+from vtv_nnsight.models.sites import read_layers
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.tasks import CENTER, Draw, Place, Task, labels_of
@@ -108,13 +107,15 @@ def encoder_features(model: InContextModel) -> Features:
     stage, layout = model.stages[0], model.layout
     if "residual" in model.outputs(stage.name, stage.layers - 1):
         stage = stage.at("residual")
+    last = [(stage, stage.layers - 1)]
 
     @torch.no_grad()
     def features(pictures: torch.Tensor) -> torch.Tensor:
         prompts = [VisualPrompt.from_cells({"query": picture}, layout) for picture in pictures.cpu()]
+        means: list[torch.Tensor] = []
         with model.trace(VisualPrompt.cat(prompts).query_only().to(device_of(model))):
-            tokens = save(sites.read(model, stage, stage.layers - 1))
-        return tokens.mean(1).flatten(1)
+            read_layers(model, last, lambda step, stage, layer, z, seen: means.append(z.mean(1).flatten(1)), stop=True)
+        return means[0]
 
     return features
 

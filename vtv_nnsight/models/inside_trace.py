@@ -1,0 +1,110 @@
+"""What `capture` and `patch` do inside a trace: plain functions of tensors, and plain reads and writes of a module's
+`.input` or `.output`. It imports torch alone, so that it can be sent to where a model runs.
+
+Activations are [batch, token, head, head_dim] at every site; a network's own tensors are [batch, token, width] or
+[stream * batch, row, column, width], the first of a tuple where a module gives several things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Place(NamedTuple):
+    """Where a layer's activations are.
+
+    Args:
+        module: The module as nnsight has it.
+        side: "input" or "output", where they are read and written.
+        heads: Into how many parts the width is cut.
+        streams: Rows of the network's tensors for each row of the batch.
+    """
+
+    module: Any
+    side: str
+    heads: int
+    streams: int
+
+    def read(self) -> Any:
+        """What the module is given or gives, as it is."""
+        return getattr(self.module, self.side)
+
+    def change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put a function of the activations in their place."""
+        raw = self.read()
+        value = self.join(function(self.split(first(raw))), first(raw))
+        setattr(self.module, self.side, (value, *raw[1:]) if isinstance(raw, tuple) else value)
+
+    def split(self, value: torch.Tensor) -> torch.Tensor:
+        """The network's own tensor as [batch, token, head, head_dim]."""
+        value = value.unflatten(-1, (self.heads, -1))
+        if value.ndim == 4:
+            return value
+        return value.unflatten(0, (self.streams, -1)).transpose(0, 1).flatten(1, 3)
+
+    def join(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The inverse of `split`, in the shape of `like`."""
+        value = value.flatten(2)
+        if like.ndim == 3:
+            return value
+        return value.unflatten(1, (self.streams, *like.shape[1:3])).transpose(0, 1).flatten(0, 1)
+
+
+def first(raw: Any) -> torch.Tensor:
+    """The tensor, or the first of a tuple: attention layers of transformers hand out their pattern beside it."""
+    return raw[0] if isinstance(raw, tuple) else raw
+
+
+def stop_gradient(module: Any) -> None:
+    """Let gradients pass by a module from its input to its output, and none through what it adds."""
+    before, raw = first(module.input), module.output
+    value = before + (first(raw) - before).detach()
+    module.output = (value, *raw[1:]) if isinstance(raw, tuple) else value
+
+
+def change_all(changes: Iterable[tuple[Place, Callable[[torch.Tensor], torch.Tensor]]]) -> None:
+    """Change activations at places, in the order in which the model reaches them."""
+    for place, function in changes:
+        place.change(function)
+
+
+def mix(
+    z: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, present: torch.Tensor | None, mode: str = "replace"
+) -> torch.Tensor:
+    """Activations with other values in their place, or on top of them.
+
+    Args:
+        z: [batch, token, head, head_dim].
+        values: [token, head, head_dim], for all rows, or with a batch in front.
+        mask: [token, head], or with a batch in front: bool to replace, float to go as far.
+        present: bool [batch or 1, token, 1, 1], where there are values; of a float mask.
+        mode: "replace" or "add".
+    """
+    values, mask = values.to(z), mask.to(z.device)[..., None]
+    if mask.dtype == torch.bool:
+        return torch.where(mask, values, z)
+    step = values - z if mode == "replace" else values
+    return z + mask.to(z.dtype) * torch.where(present.to(z.device), step, 0)
+
+
+def at(values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """[position, head, dim], or [row, position, head, dim], at the positions `seen`, [token] or [row, token]."""
+    seen = seen.to(values.device)
+    if seen.ndim == 1:
+        return values.index_select(-3, seen)
+    if values.ndim == 3:
+        return values[seen]
+    return values[torch.arange(len(values), device=values.device)[:, None], seen]
+
+
+def put(values: torch.Tensor, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
+    """Write activations of a layer into [row, layer, position, head, head_dim], at the positions `seen`, [token] or
+    [row, token]."""
+    seen = seen.to(values.device)
+    if seen.ndim == 1:
+        values.select(1, layer)[:, seen] = z
+    else:
+        values.select(1, layer)[torch.arange(len(z), device=values.device)[:, None], seen] = z

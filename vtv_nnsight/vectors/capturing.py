@@ -1,0 +1,70 @@
+"""`capture`: the activations of a run, as they are where it is called. The twin of `patch`.
+
+>>> with model.trace(prompts):
+...     activations = capture(model)
+...     logits = model.output.logits.save()
+>>> with model.trace(others):
+...     patch(model, activations, units)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from nnsight import save
+
+from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage
+from vtv_nnsight.models.nnsight_compat import CallingBlock
+from vtv_nnsight.models.sites import Layers, list_layers, read_layers, running_prompts
+from vtv_nnsight.vectors.collecting import put_rows
+from vtv_nnsight.vectors.compatibility import fingerprint
+from vtv_nnsight.vectors.values import Activations
+
+
+def capture(
+    model: InContextModel,
+    sites: str | Sequence[str] = HEADS,
+    stages: str | Sequence[str] | None = None,
+    layers: Layers | None = None,
+    *,
+    steps: str = "first",
+) -> Activations | list[Activations]:
+    """The activations of a run, inside `trace`, `generate` or an invoke; they are there after the block.
+
+    They are copies of what the model computes, with the edits and patches of the lines above and without those below.
+    Call it in any order with `patch`, as often as you like. After a `loss.backward()`, in the block or after it,
+    `activations.grad` has their gradients.
+
+    Args:
+        model: The model that is traced.
+        sites: "heads", "attn", "mlp", "residual", or several of them (see `models.sites`).
+        stages: Names of stages; None is all, or those that `layers` names.
+        layers: Numbers of layers where there is one stage, else by stage: {"decoder": [0, 2]}. The others are NaN.
+        steps: "first": the first forward of the traced call. "all": each of its forwards, for a list of them.
+
+    Returns:
+        Activations, by stage and site [row, layer, position, head, head_dim]; NaN where a row has no such position. In
+        a scan they are shapes alone, on the device "meta". With steps="all", a list of them.
+
+    Raises:
+        ValueError: when the model has no such site, stage or layer; outside a block, or inside `edit`, which gives
+            nothing back; or when the model has run past the first of the layers.
+    """
+    block = CallingBlock("capture", "with model.trace(prompts): activations = capture(model)")
+    if block.is_edit:
+        raise ValueError("capture in an edit gives nothing back; write it in a trace of the edited model.")
+    places, prompts = list_layers(model, sites, stages, layers), running_prompts(block)
+    owner = fingerprint(model, prompts[0].layout if prompts else None, cached=True)
+    captured = [Activations(ByStage(), owner)]
+
+    def keep(step: int, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
+        if step == len(captured):
+            captured.append(Activations(ByStage(), owner))
+        put_rows(captured[step].values, stage, layer, z, seen, model.layout.num_positions)
+
+    def keep_gradient(step: int, stage: Stage, layer: int, slope: torch.Tensor, seen: torch.Tensor) -> None:
+        captured[step].add_gradient(stage.key, layer, slope, seen)
+
+    read_layers(model, places, keep, gradients=keep_gradient, block=block, steps=steps)
+    return save(captured) if steps == "all" else save(captured[0])
