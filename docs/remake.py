@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pictures
 
-from vtv_nnsight.evaluation.explorer import QueryExplorer
 from vtv_nnsight.report import load_run, page
+from vtv_nnsight.report.explorer import QueryExplorer, demonstrate
 from vtv_nnsight.report.hero import animation, save_animation
 from vtv_nnsight.report.labels import FLOOR_TO_CEILING
 from vtv_nnsight.runs import bundles, run
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.run or Path("runs/scenes")
     if args.run is None:
-        run(folder, Settings(data="scenes"), redo=True, report=page.write)
+        run(folder, Settings(data="scenes"), redo=True, explore=demonstrate, report=page.write)
 
     shutil.rmtree(WEIGHTS / "search", ignore_errors=True)
     bundles.load(folder).compact().save(WEIGHTS, torch.float16)

@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 
 from vtv_nnsight import bundles, report
+from vtv_nnsight.report.explorer import demonstrate
 from vtv_nnsight.runs import run
 from vtv_nnsight.runs.settings import Settings
 
@@ -88,7 +89,7 @@ def main() -> int:
     uses = 0
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        run(out, SETTINGS)
+        run(out, SETTINGS, explore=demonstrate)
         whole = {name: content(read(out)) for name, read in READERS.items()}
         files = sorted(path for path in out.rglob("*") if path.is_file())
         generator = random.Random(args.seed)

@@ -17,6 +17,7 @@ from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.report import page
+from vtv_nnsight.report.explorer import demonstrate
 from vtv_nnsight.runs import pipeline
 
 DATA = Path(__file__).parent / "data"
@@ -39,8 +40,9 @@ def import_code(code, path):
 
 
 def run(out, settings, **options):
-    """`runs.run` with its report → the report's path."""
-    return pipeline.run(out, settings, report=lambda folder: page.write(folder), **options) / "report.html"
+    """`runs.run` with the report's steps → the report's path."""
+    steps = {"explore": demonstrate, "report": lambda folder: page.write(folder)}
+    return pipeline.run(out, settings, **steps, **options) / "report.html"
 
 
 def make_config(**sizes):

@@ -28,7 +28,7 @@ from vtv_nnsight.cli import start
 from vtv_nnsight.evaluation import Table, rank_among_draws, verdicts
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import numbered_steps, progress_bar
-from vtv_nnsight.report import comparison, figures, labels, pictures, reading
+from vtv_nnsight.report import comparison, explorer, figures, labels, pictures, reading
 from vtv_nnsight.report import page as report
 from vtv_nnsight.runs import STEPS, outputs, pipeline
 from vtv_nnsight.runs import folds as of_folds
@@ -267,8 +267,8 @@ def test_two_processes_write_what_one_writes(finished, model, tmp_path):
     script = tmp_path / "run.py"
     settings = f"Settings(model={model!r}, **{SMALL!r})"
     script.write_text(
-        "from vtv_nnsight.report import page\nfrom vtv_nnsight.runs import Settings, run\n"
-        f"run({str(tmp_path / 'run')!r}, {settings}, progress=False, report=page.write)\n"
+        "from vtv_nnsight.report import explorer, page\nfrom vtv_nnsight.runs import Settings, run\n"
+        f"run({str(tmp_path / 'run')!r}, {settings}, progress=False, explore=explorer.demonstrate, report=page.write)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
     package = str(Path(__file__).parents[1])
@@ -575,7 +575,8 @@ def vtv(monkeypatch):
 def test_options_become_settings(vtv, tmp_path, monkeypatch):
     code, said, (out, settings, options) = vtv("run")
     assert (code, settings, str(out)) == (0, Settings(), "runs/pictures") and "wrote runs/pictures" in said
-    assert options == {"redo": False, "device": None, "batch_size": None, "report": report.write}
+    steps = {"explore": explorer.demonstrate, "report": report.write}
+    assert options == {"redo": False, "device": None, "batch_size": None} | steps
     args = ("--images", tmp_path, "--tasks", "lowlight,identity", "--redo", "--seed", 3)
     _, _, (out, settings, options) = vtv("run", *args)
     assert settings == Settings(data=str(tmp_path), tasks=("lowlight", "identity"), seed=3)

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
-from vtv_nnsight.evaluation.attention import attention_maps
-from vtv_nnsight.evaluation.explorer import MAX_LOOKS, SCALES, QueryExplorer, demonstrate, median
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.traced import AttentionEnvoy
 from vtv_nnsight.patching.forward import generate_with_gates
 from vtv_nnsight.prompts import crop
-from vtv_nnsight.report import attention
+from vtv_nnsight.report import play
+from vtv_nnsight.report.attention import attention_maps
+from vtv_nnsight.report.explorer import MAX_LOOKS, SCALES, QueryExplorer, demonstrate, median
 from vtv_nnsight.report.hero import animation, save_animation
 from vtv_nnsight.runs import bundles
 from vtv_nnsight.search.result import SearchResult, Step
@@ -150,16 +150,16 @@ def test_attention_is_laid_over_the_prompt(model, shown):
     layout = model.layout
     one = torch.zeros(layout.num_positions).index_fill(0, torch.tensor([6]), 0.25)  # patch 5: row 1, column 1
     even = QueryExplorer(shown.task, shown.pictures, {}, [], [], [], 1, ["one", "none"], torch.stack([one, 0 * one]))
-    picture, plain = attention.overlays(even, layout).long()
+    picture, plain = play.overlays(even, layout).long()
     covered = layout.pixels(torch.tensor([5]))
     assert torch.equal(picture[:, ~covered], plain[:, ~covered]) and (plain[0] == plain[1]).all()
     red, green, blue = picture[:, covered]
     assert (red > 180).all() and (red > green + 60).all() and (green > blue).all()
-    table = attention.shares(shown, layout).set_index("attention of")
+    table = play.shares(shown, layout).set_index("attention of")
     assert list(table.index) == shown.looks and list(table) == ["cls", *layout.disjoint_regions]
     np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-5)
     kept = []
-    said = attention.attention_pictures(shown, layout, lambda name, content: kept.append(name))
+    said = play.attention_pictures(shown, layout, lambda name, content: kept.append(name))
     assert [own["share"] for own in said["maps"]] == table.max(axis=1).tolist()
     assert {own["most"] for own in said["maps"]} <= {
         "CLS", "the example", "the example's answer", "the query", "the answer itself",
@@ -172,7 +172,7 @@ def test_models_without_patterns_show_none(model, prompts, vectors, found, monke
     assert attention_maps(model, prompts["segmentation"]) == {}
     scores = np.arange(5) / 5
     plain = demonstrate(model, tasks.segmentation, prompts["segmentation"], scores, vectors, found)
-    assert plain.looks == [] and attention.attention_pictures(plain, model.layout, None) is None
+    assert plain.looks == [] and play.attention_pictures(plain, model.layout, None) is None
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])

@@ -17,6 +17,7 @@ from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.evaluation import verdicts
 from vtv_nnsight.report import page, reading
 from vtv_nnsight.report.comparison import compare
+from vtv_nnsight.report.explorer import demonstrate
 from vtv_nnsight.report.labels import FLOOR_TO_CEILING
 from vtv_nnsight.runs import pipeline
 from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
@@ -156,7 +157,9 @@ def run(
     preset = QUICK if quick else PUBLISHED if published else None
     settings = options.settings_of(ctx, preset, folds=_numbers(folds) if folds else (), dtype=dtype)
     folder = out or Path("runs") / (f"{settings.name}-quick" if quick else settings.name)
-    pipeline.run(folder, settings, redo=redo, device=device, batch_size=batch_size, report=page.write)
+    pipeline.run(
+        folder, settings, redo=redo, device=device, batch_size=batch_size, explore=demonstrate, report=page.write
+    )
     summarise(folder)
     wrote(folder / "report.html")
     if show:

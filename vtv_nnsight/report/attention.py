@@ -1,54 +1,75 @@
-"""Where the answer looks, as pictures: attention laid over the prompt (see `evaluation.attention`)."""
+"""Where the answer looks: the attention of its patches, as maps over the canvas.
+
+>>> maps = attention_maps(model, prompts)                       # stage → [layer, head, position]
+>>> prompts.layout.on_grid(maps["decoder"][0, 3])               # [row, column], to lay over a picture
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import pandas as pd
 import torch
-from torch.nn import functional as F
+from nnsight import save
 
-from vtv_nnsight.evaluation.explorer import QueryExplorer
-from vtv_nnsight.images import luma, png_of, strip
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.report.figures import Keep
-from vtv_nnsight.report.labels import cell_in_words
-from vtv_nnsight.report.pictures import sprite
-
-GLOW = (0.95, 0.33, 0.0)
-"""The colour of attention, which is seen on black, grey and white."""
-MAX_GLOW = 0.85
-"""How far the most looked at patch has that colour."""
+from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.interface import InContextModel, Stage
+from vtv_nnsight.models.nnsight_compat import eager_attention
+from vtv_nnsight.prompts import VisualPrompt
 
 
-def overlays(explorer: QueryExplorer, layout: Layout) -> torch.Tensor:
-    """The prompt in grey with the attention of each of `explorer.looks` over it, the strongest patch of each equally
-    strong: uint8 [look, 3, side, side]."""
-    canvas = luma(explorer.pictures["canvas"][0].float() / 255)
-    grid = layout.on_grid(explorer.attention).nan_to_num()
-    strength = grid / grid.amax((-2, -1), keepdim=True).clamp(min=1e-12)
-    strength = MAX_GLOW * F.interpolate(strength[:, None], canvas.shape[-2:], mode="nearest")
-    glow = torch.tensor(GLOW).view(1, 3, 1, 1)
-    return torch.lerp(canvas.expand(1, 3, -1, -1), glow, strength).mul(255).round().byte()
+@torch.no_grad()
+def attention_maps(model: InContextModel, prompts: VisualPrompt) -> dict[str, torch.Tensor]:
+    """How much the answer's patches look at every position, averaged over these patches and over prompts.
+
+    Patterns are computed eagerly meanwhile, however the model was loaded.
+
+    Args:
+        model: A model whose attention layers have `pattern`, [batch, head, query token, key token].
+        prompts: One-shot prompts, or `query_only()` ones.
+
+    Returns:
+        Stage → [layer, head, position], on the CPU: shares of attention that sum to 1, NaN at positions that the answer
+        cannot look at. Stages that hold no token of the answer, such as the encoder of a masked autoencoder, are left
+        out, and so are those without patterns.
+    """
+    prompts = prompts.to(device_of(model))
+    asking = {}
+    for stage in model.stages:
+        if hasattr(type(model.attention(stage.name, 0)), "pattern"):
+            asking[stage] = _askers(model, stage, prompts)
+    asking = {stage: askers for stage, askers in asking.items() if askers}
+    if not asking:
+        return {}
+    positions = prompts.layout.num_positions
+    with eager_attention(model), model.trace(prompts):
+        maps = {
+            stage.name: [
+                _spread(model.attention(stage.name, layer).pattern, askers, positions) for layer in range(stage.layers)
+            ]
+            for stage, askers in asking.items()
+        }
+        maps = save(maps)
+    return {name: torch.stack(layers).cpu() for name, layers in maps.items()}
 
 
-def shares(explorer: QueryExplorer, layout: Layout) -> pd.DataFrame:
-    """The share of attention that goes to CLS and to each cell: a row for each of `explorer.looks`."""
-    columns = {name: share.tolist() for name, share in layout.shares(explorer.attention).items()}
-    return pd.DataFrame({"attention of": explorer.looks} | columns)
+def answer_positions(model: InContextModel, stage: str, layout: Layout) -> torch.Tensor:
+    """The positions of a stage that stand for the answer, alone or with another cell: LongTensor [position]."""
+    groups = model.groups(stage, "quadrant", layout)
+    parts = [places for name, places in groups.items() if "output" in name.split("+")]
+    return torch.cat([torch.tensor([], dtype=torch.long), *parts])
 
 
-def attention_pictures(explorer: QueryExplorer, layout: Layout, keep: Keep) -> dict[str, Any] | None:
-    """What the templates show: a picture for each of `explorer.looks`, and the cell that it looks at most. None without
-    any."""
-    if not explorer.looks:
-        return None
-    table, pictures = shares(explorer, layout), overlays(explorer, layout)
-    sheet = strip({name: pixels.float() / 255 for name, pixels in zip(explorer.looks, pictures)}, side=336)
-    name = f"{explorer.task}-attention"
-    links = {"CSV": keep(f"{name}.csv", table), "PNG": keep(f"{name}.png", png_of(sheet))}
-    maps = [
-        {"name": name, "uri": sprite(pixels[None]), "most": cell_in_words(str(row.idxmax())), "share": float(row.max())}
-        for pixels, (name, row) in zip(pictures, table.set_index("attention of").iterrows())
-    ]
-    return {"explorer": explorer, "maps": maps, "links": links}
+def _askers(model: InContextModel, stage: Stage, prompts: VisualPrompt) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each stream that holds tokens of the answer: these tokens, and the positions that they can look at."""
+    seen = model.positions(stage.name, prompts).cpu()
+    theirs = torch.isin(seen, answer_positions(model, stage.name, prompts.layout))
+    streams = zip(torch.arange(len(seen)).chunk(stage.streams), seen.chunk(stage.streams))
+    return [(tokens[theirs[tokens]], places) for tokens, places in streams if theirs[tokens].any()]
+
+
+def _spread(pattern: torch.Tensor, askers: list[tuple[torch.Tensor, torch.Tensor]], positions: int) -> torch.Tensor:
+    """Pattern [batch, head, query, key] → the mean of the askers' rows, by position: [head, position]."""
+    heads = pattern.shape[1]
+    looked = torch.full((heads, positions), torch.nan, device=pattern.device)
+    for tokens, places in askers:
+        looked[:, places] = pattern[:, :, tokens].float().mean((0, 2))
+    return looked

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from vtv_nnsight.evaluation.explorer import QueryExplorer
 from vtv_nnsight.files import replacing
+from vtv_nnsight.report.explorer import QueryExplorer
 from vtv_nnsight.report.pictures import picture
 
 INK, SOFT, PAPER, ACCENT, RAIL = "#1c2126", "#5d6670", "#ffffff", "#0b7a5c", "#d9dde1"

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from vtv_nnsight.evaluation.explorer import QueryExplorer
 from vtv_nnsight.layouts import Layout, named_positions
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.report.explorer import QueryExplorer
 from vtv_nnsight.search.plots import best_so_far
 from vtv_nnsight.search.result import SearchResult
 

@@ -21,11 +21,10 @@ from vtv_nnsight.evaluation.random_controls import specific_sentence, task_verdi
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
 from vtv_nnsight.report import numbers
-from vtv_nnsight.report.attention import attention_pictures
 from vtv_nnsight.report.figures import Drawn, Keep, all_searches, draw, keep_file
 from vtv_nnsight.report.labels import SITES, legend, plain_label
 from vtv_nnsight.report.pictures import first_pictures, overview, prompt_cells
-from vtv_nnsight.report.play import moving_and_still, playground
+from vtv_nnsight.report.play import attention_pictures, moving_and_still, playground
 from vtv_nnsight.report.reading import Lines, RunResults, load_run
 from vtv_nnsight.report.rendering import render
 from vtv_nnsight.search import plots as search_plots

@@ -13,12 +13,12 @@ import torch
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Line, Table
 from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
-from vtv_nnsight.evaluation.explorer import QueryExplorer
 from vtv_nnsight.files import read_tensors
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import crop
+from vtv_nnsight.report.explorer import QueryExplorer
 from vtv_nnsight.report.labels import PICTURES
 from vtv_nnsight.runs.record import changed_files, read_record
 from vtv_nnsight.search.result import SearchResult

@@ -1,6 +1,8 @@
 """The paper from end to end, in a folder: *Finding Visual Task Vectors* (ECCV 2024), §4 and §5.
 
-    >>> run("runs/pictures", Settings(budget=20_000))      # `vtv run --budget 20000` does it, and draws the report
+    >>> run("runs/pictures", Settings(budget=20_000), explore=explorer.demonstrate, report=page.write)
+
+as `vtv run --budget 20000` does, with what `vtv_nnsight.report` has for the last two steps.
 
 The folder, and what is written in it:
 
@@ -32,7 +34,6 @@ from typing import Any
 
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.evaluation.conditions import PATCHED
-from vtv_nnsight.evaluation.explorer import demonstrate
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace
@@ -61,6 +62,7 @@ def run(
     device: str | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    explore: Callable[..., Any] | None = None,
     report: Callable[[Path], object] | None = None,
 ) -> Path:
     """Find the task vectors of a model and say what they are worth. Called again, it goes on where it stopped.
@@ -74,6 +76,9 @@ def run(
         batch_size: Prompts per forward; by default `default_batch_size` of the model, and as many as the device likes
             for searches.
         progress: Show which step is being done.
+        explore: What the step "demonstrate" does for a task, such as `report.explorer.demonstrate`: called with the
+            model, the task, prompts, scores, vectors, results and `batch_size`, it returns what can `save(path)`. None
+            leaves the step out.
         report: The last step, called with the folder, such as `report.page.write`; none by default.
 
     Returns:
@@ -98,7 +103,7 @@ def run(
             facts = identity(settings, setup.model, folds, tasks)
             record = RunRecord.open(out, facts, [fold.folder for fold in folds], notes, device_of(setup.model), redo)
         state.wait_for_everyone()
-        total = len(STEPS) * len(folds) + (report is not None)
+        total = (len(STEPS) - (explore is None)) * len(folds) + (report is not None)
         step = numbered_steps(total, disable=not (progress and state.is_main_process))
         for fold in folds:
             work = _Work(setup, tasks, space, record, step, fold)
@@ -107,7 +112,8 @@ def run(
             work.score(vectors)
             results = work.search(prompts, vectors)
             work.evaluate(vectors, results)
-            work.demonstrate(vectors, results)
+            if explore is not None:
+                work.demonstrate(explore, vectors, results)
         if report is not None:
             with begin_step(record, out, "report", step("report")) as files:
                 if state.is_main_process:
@@ -190,7 +196,9 @@ class _Work:
                     files.save(names[1], lambda path, table: table.to_parquet(path), table)
             files.wait()
 
-    def demonstrate(self, vectors: TaskVectors, results: Mapping[str, SearchResult]) -> None:
+    def demonstrate(
+        self, explore: Callable[..., Any], vectors: TaskVectors, results: Mapping[str, SearchResult]
+    ) -> None:
         with self.begin("demonstrate") as files:
             for task in self.tasks:
                 name = f"shown/{task.name}.safetensors"
@@ -199,7 +207,7 @@ class _Work:
                     table = Table.load(self.fold.folder / f"evaluation/{task.name}.parquet")
                     scores = table.values(task.name, PATCHED)
                     prompts = steps.prompts_to_test(self.setup, task, self.fold.test)
-                    explorer = demonstrate(
+                    explorer = explore(
                         self.setup.model, task, prompts, scores, vectors, results, batch_size=self.setup.batch_size
                     )
                     files.save(name, lambda path, explorer: explorer.save(path), explorer)

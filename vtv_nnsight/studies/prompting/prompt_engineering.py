@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.evaluation.attention import attention_maps
 from vtv_nnsight.layouts import ORDERS
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.report.attention import attention_maps
 from vtv_nnsight.studies.prompting import ensembles
 from vtv_nnsight.tasks import PURPLE, YELLOW, Segmentation
 
