@@ -144,7 +144,7 @@ class _Work:
                 prompts = {
                     task.name: steps.select(self.setup, task, self.fold.train) for task in files.each(self.tasks)
                 }
-                files.save("prompts.safetensors", write_prompts, prompts)
+                files.save("prompts.safetensors", partial(write_prompts, prompts=prompts))
             return read_prompts(files.path("prompts.safetensors"), self.setup.layout)
 
     def collect(self, prompts: Mapping[str, VisualPrompt]) -> TaskVectors:
@@ -152,7 +152,7 @@ class _Work:
             if files.lacks("vectors.safetensors"):
                 files.working_on("")
                 vectors = steps.collect(self.setup, prompts, self.fold.folder / "vectors.state")
-                files.save("vectors.safetensors", lambda path, vectors: vectors.save(path), vectors)
+                files.save("vectors.safetensors", vectors.save)
                 files.remove("vectors.state")
             return TaskVectors.load(files.path("vectors.safetensors"))
 
@@ -161,7 +161,7 @@ class _Work:
             scores = steps.score(vectors, self.space)
             if scores is not None and files.lacks("scores.csv"):
                 files.working_on("")
-                files.save("scores.csv", partial(write_scores, space=self.space), scores)
+                files.save("scores.csv", partial(write_scores, scores=scores, space=self.space))
 
     def search(self, prompts: Mapping[str, VisualPrompt], vectors: TaskVectors) -> dict[str, SearchResult]:
         results = {}
@@ -171,7 +171,7 @@ class _Work:
                 if files.everyone_lacks(f"{name}.safetensors"):
                     files.working_on(task.name)
                     result = self._search(task, prompts[task.name], vectors, self.fold.folder / f"{name}.journal")
-                    files.save(f"{name}.safetensors", lambda path, result: result.save(path), result)
+                    files.save(f"{name}.safetensors", result.save)
                     files.remove(f"{name}.journal")
                 results[task.name] = SearchResult.load(files.path(f"{name}.safetensors"))
         return results
@@ -192,8 +192,8 @@ class _Work:
                     files.working_on(task.name)
                     patches = results[task.name].patches
                     table = steps.evaluate(self.setup, task, self.fold.test, vectors, patches, self.fold.number)
-                    files.save(names[0], partial(write_pictures, task=task), table)
-                    files.save(names[1], lambda path, table: table.to_parquet(path), table)
+                    files.save(names[0], partial(write_pictures, table=table, task=task))
+                    files.save(names[1], table.to_parquet)
             files.wait()
 
     def demonstrate(
@@ -210,5 +210,5 @@ class _Work:
                     explorer = explore(
                         self.setup.model, task, prompts, scores, vectors, results, batch_size=self.setup.batch_size
                     )
-                    files.save(name, lambda path, explorer: explorer.save(path), explorer)
+                    files.save(name, explorer.save)
             files.wait()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,7 @@ class StepFiles:
         if self.record is None or self.record.has(self.folder / name):
             return False
         if self.shares:
-            self.save(name, lambda path, other: replace_by_link(other, path), self.shares / name)
+            self.save(name, partial(replace_by_link, self.shares / name))
         return self.shares is None
 
     def everyone_lacks(self, name: str) -> bool:
@@ -289,11 +290,11 @@ class StepFiles:
             self.working_on(task.name)
             yield task
 
-    def save(self, name: str, write: Callable[[Path, Any], None], content: Any) -> None:
-        """Write a file and note its digest."""
+    def save(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Write a file, in the first process, and note its digest; `write` is called with its path."""
         if self.record is not None:
             (self.folder / name).parent.mkdir(exist_ok=True)
-            write(self.folder / name, content)
+            write(self.folder / name)
             self.record.wrote(self.folder / name)
 
     def remove(self, name: str) -> None:
