@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import journal, options, save, table
+from common import journal, label_decades, options, save, table
 from datasets import Dataset
 from matplotlib.figure import Figure
 
@@ -48,7 +48,6 @@ from vtv_nnsight import (
     tasks,
 )
 from vtv_nnsight.evaluation import Table, bootstrap
-from vtv_nnsight.plots import label_decades
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.vectors import TaskVector
 

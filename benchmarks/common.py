@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from scipy.stats import t as student
 from tabulate import tabulate
 
@@ -31,6 +33,13 @@ SIZES = {
     "vit-l": lambda: recipes.get("published").config,
 }
 """Name → what makes the configuration of that size: the model in the package, and two of `training.recipes`."""
+
+
+def label_decades(axis: Axis) -> None:
+    """Labels of a logarithmic axis at 1, 2 and 5 of every decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def options(file: str, doc: str, quick: str) -> argparse.ArgumentParser:

@@ -2,33 +2,30 @@
 
 >>> plots.score_map(vectors.score(), model.layout).savefig("scores.png")
 >>> plots.answers(table)
+>>> plots.curves({"reinforce": result})
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator
 
 from vtv_nnsight.evaluation.random_controls import best_others
-from vtv_nnsight.maps import PANEL, head_map, score_map
+from vtv_nnsight.maps import PANEL, head_map, score_map, unit_maps
 from vtv_nnsight.metrics import silhouette
 from vtv_nnsight.models.interface import ByStage
+from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.search.result import SearchResult
 
-__all__ = ["answers", "head_map", "label_decades", "matrix", "project", "projection", "score_map"]
-
-
-def label_decades(axis: Axis) -> None:
-    """Labels of a logarithmic axis at 1, 2 and 5 of every decade."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("")
+__all__ = [
+    "answers", "best_so_far", "curves", "head_map", "matrix", "overlap", "project", "projection", "score_map",
+    "score_maps", "units",
+]  # fmt: skip
 
 
 def projection(heads: ByStage, stage: str, layer: int, head: int | Sequence[int], method: str = "pca") -> Figure:
@@ -138,4 +135,81 @@ def answers(table: Any, task: str | None = None) -> Figure:
                 sheet.text(column + 0.47, row + 0.9, f"{scores[row]:.3f}", ha="center", va="top", fontsize=7)
     sheet.set(xlim=(0, columns), ylim=(rows, -0.15), aspect="auto", title=task)
     sheet.set_axis_off()
+    return figure
+
+
+def curves(results: Mapping[str, SearchResult | Sequence[SearchResult]]) -> Figure:
+    """Best held-out loss so far against evaluations, for several searches on one axis.
+
+    Args:
+        results: Label → a result, or several of different seeds, whose mean is drawn with their range behind it.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="patched evaluations", ylabel="best held-out loss so far")
+    for label, value in results.items():
+        runs = [value] if isinstance(value, SearchResult) else list(value)
+        at = np.unique([step.evaluations for run in runs for step in run.history])
+        at = at[at >= max(run.history[0].evaluations for run in runs)]
+        best = np.stack([best_so_far(run, at) for run in runs])
+        (line,) = axes.plot(at, best.mean(0), label=label, marker="." if len(at) < 3 else "")
+        if len(runs) > 1:
+            axes.fill_between(at, best.min(0), best.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.legend()
+    return figure
+
+
+def best_so_far(result: SearchResult, evaluations: np.ndarray) -> np.ndarray:
+    """The lowest held-out loss that a search had seen by each of some numbers of evaluations; NaN before its first."""
+    spent = np.array([step.evaluations for step in result.history])
+    lowest = np.minimum.accumulate([step.held_out_loss for step in result.history])
+    index = np.searchsorted(spent, evaluations, side="right") - 1
+    return np.where(index >= 0, lowest[index], np.nan)
+
+
+def score_maps(result: SearchResult) -> Figure:
+    """Probabilities or scores as layer × head maps, one a stage and region; chosen units are ringed.
+
+    Raises:
+        ValueError: for spaces with a unit a token, which have too many regions to draw.
+    """
+    return result.figure()
+
+
+def units(patches: PatchSet) -> Figure:
+    """The units of a set (dark) as layer × head maps, one a stage and region.
+
+    Raises:
+        ValueError: as `score_maps`.
+    """
+    return patches.figure()
+
+
+def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
+    """How far sets agree, such as those of two tasks or seeds: their Jaccard similarities, and how many of them have
+    each unit, as layer × head maps.
+
+    Args:
+        sets: Label → a result or a set, all of one space.
+
+    Raises:
+        ValueError: as `score_maps`.
+    """
+    patches = {label: value.patches if isinstance(value, SearchResult) else value for label, value in sets.items()}
+    similarity = np.array([[a.jaccard(b) for b in patches.values()] for a in patches.values()])
+    counts = sum(one.choices.int() for one in patches.values())
+    space = next(iter(patches.values())).space
+    figure = unit_maps(
+        space.by_region(counts),
+        (0, len(patches)),
+        cmap="magma",
+        label="number of sets that have the unit",
+        first="Jaccard similarity",
+    )
+    axes = figure.axes[0]
+    image = axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(image, ax=axes, location="left", shrink=0.8, label="shared / all, of two sets")
+    axes.set_xticks(range(len(patches)), list(patches), rotation=30, ha="right")
+    axes.set_yticks(range(len(patches)), list(patches))
+    for (row, column), value in np.ndenumerate(similarity):
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
     return figure

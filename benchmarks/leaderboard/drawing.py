@@ -8,12 +8,12 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from common import label_decades
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from leaderboard.sets import REFERENCES
 from vtv_nnsight import metrics
-from vtv_nnsight.plots import label_decades
 from vtv_nnsight.report.labels import plain_label
 
 

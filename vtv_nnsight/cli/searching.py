@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vtv_nnsight import plots
 from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
@@ -15,7 +16,7 @@ from vtv_nnsight.files import write_picture
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.settings import Settings
-from vtv_nnsight.search import ALGORITHMS, SearchResult, plots
+from vtv_nnsight.search import ALGORITHMS, SearchResult
 
 ResultFile = Annotated[
     Path,

@@ -13,6 +13,7 @@ from operator import and_
 from pathlib import Path
 from typing import Any
 
+from vtv_nnsight import plots
 from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
 from vtv_nnsight.files import write_text
 from vtv_nnsight.patching import PatchSet
@@ -21,7 +22,6 @@ from vtv_nnsight.report.labels import legend, plain_label
 from vtv_nnsight.report.pictures import first_pictures
 from vtv_nnsight.report.reading import Lines, RunResults, load_run
 from vtv_nnsight.report.rendering import render
-from vtv_nnsight.search import plots
 from vtv_nnsight.tasks import Task
 
 

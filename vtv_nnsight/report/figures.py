@@ -20,12 +20,12 @@ from matplotlib.spines import Spine
 from matplotlib.text import Text
 from PIL import Image
 
+from vtv_nnsight import plots
 from vtv_nnsight.evaluation.conditions import PATCHED
 from vtv_nnsight.files import replacing
 from vtv_nnsight.images import png_of
 from vtv_nnsight.report.labels import plain_label
 from vtv_nnsight.report.pictures import data_uri
-from vtv_nnsight.search import plots
 from vtv_nnsight.search.result import SearchResult
 
 INK = {"light": "#1c2126", "dark": "#e8e6e1"}
@@ -94,7 +94,7 @@ def keep_file(run: Path, name: str, content: bytes | pd.DataFrame) -> str:
 
 
 def searches(results: Mapping[str, Sequence[SearchResult]]) -> Figure:
-    """`search.plots.curves`, with labels shown as they are, which matplotlib takes for mathematics or hides."""
+    """`plots.curves`, with labels shown as they are, which matplotlib takes for mathematics or hides."""
     return plots.curves({plain_label(name): repeats for name, repeats in results.items()})
 
 

@@ -10,13 +10,13 @@ import pandas as pd
 from vtv_nnsight.layouts import Layout, named_positions
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.plots import best_so_far
 from vtv_nnsight.report.explorer import QueryExplorer
-from vtv_nnsight.search.plots import best_so_far
 from vtv_nnsight.search.result import SearchResult
 
 
 def of_units(result: SearchResult) -> pd.DataFrame:
-    """Of `search.plots.score_maps`: a row for each unit."""
+    """Of `plots.score_maps`: a row for each unit."""
     kind = "probability" if result.probabilistic else "score"
     return pd.DataFrame(
         {"unit": result.patches.space.names, kind: result.scores.tolist(), "patched": result.patches.choices.tolist()}
@@ -35,7 +35,7 @@ def of_searches(results: Mapping[str, Sequence[SearchResult]]) -> pd.DataFrame:
 
 
 def of_sets(sets: Mapping[str, PatchSet]) -> pd.DataFrame:
-    """Of `search.plots.overlap`: a row for each unit, and which sets have it."""
+    """Of `plots.overlap`: a row for each unit, and which sets have it."""
     first = next(iter(sets.values()))
     return pd.DataFrame(
         {"unit": first.space.names} | {name: patches.choices.tolist() for name, patches in sets.items()}

@@ -27,7 +27,6 @@ from vtv_nnsight.report.pictures import first_pictures, overview, prompt_cells
 from vtv_nnsight.report.play import attention_pictures, moving_and_still, playground
 from vtv_nnsight.report.reading import Lines, RunResults, load_run
 from vtv_nnsight.report.rendering import render
-from vtv_nnsight.search import plots as search_plots
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.text import join_words
 
@@ -100,7 +99,7 @@ def _units(run: RunResults, task: Task, keep: Keep) -> list[Drawn]:
             f"cell is {_unit(run)}, each panel a place. The ringed units are patched."
         )
         name, units = f"{task.name}-units-{fold}".rstrip("-"), numbers.of_units(result)
-        figures.append(draw(partial(search_plots.score_maps, result), caption, keep=keep, name=name, numbers=units))
+        figures.append(draw(partial(plots.score_maps, result), caption, keep=keep, name=name, numbers=units))
     return figures
 
 
@@ -153,7 +152,7 @@ def _overlap(run: RunResults, keep: Keep) -> list[Drawn]:
     if len(sets) < 2 or run.space.granularity == "token":
         return []
     caption = "How alike the tasks' sets are (Jaccard similarity), and how many tasks patch each unit."
-    figure = partial(search_plots.overlap, {plain_label(name): patches for name, patches in sets.items()})
+    figure = partial(plots.overlap, {plain_label(name): patches for name, patches in sets.items()})
     return [draw(figure, caption, keep=keep, name="overlap", numbers=numbers.of_sets(sets))]
 
 

@@ -30,7 +30,6 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from vtv_nnsight.patching.forward import PIXELS
-from vtv_nnsight.search import plots
 from vtv_nnsight.search.baselines import greedy, mediation, random, ranking
 from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.gradients import attribution, gates
@@ -62,5 +61,4 @@ __all__ = [
     "SearchObjective",
     "SearchResult",
     "Step",
-    "plots",
 ]
