@@ -66,7 +66,7 @@ def project(points: torch.Tensor, method: str = "pca") -> np.ndarray:
     if method == "pca":
         centred = (points - points.mean(0)).double()
         axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
-        return (centred @ axes.T).numpy()
+        return np.asarray(centred @ axes.T)
     if method != "tsne":
         raise ValueError(f"method={method!r} is unknown; choose 'pca' or 'tsne'.")
     try:
@@ -74,7 +74,7 @@ def project(points: torch.Tensor, method: str = "pca") -> np.ndarray:
     except ImportError as error:
         raise ImportError("t-SNE needs scikit-learn, which is not installed; use method='pca'.") from error
     perplexity = min(30.0, (len(points) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points.numpy())
+    return np.asarray(TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points.numpy()))
 
 
 def matrix(pairs: Any) -> Figure:
@@ -101,8 +101,8 @@ def matrix(pairs: Any) -> Figure:
             ink = "black" if goodness.iloc[row, column] > 0.6 else "white"
             panel.text(column, row, f"{scores.iloc[row, column]:.3f}{star}", ha="center", va="center", color=ink)
             if task == vector:
-                edge = {"fill": False, "edgecolor": "red", "linewidth": 2}
-                panel.add_patch(Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, **edge))
+                frame = Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, fill=False, edgecolor="red", linewidth=2)
+                panel.add_patch(frame)
     panel.set_xticks(range(len(vectors)), vectors, rotation=20, ha="right")
     panel.set_yticks(range(len(tasks)), [f"{task}\n{first.label[task]}" for task in tasks])
     panel.set(xlabel="vector", ylabel="task, at its units")
@@ -196,7 +196,7 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     """
     patches = {label: value.patches if isinstance(value, SearchResult) else value for label, value in sets.items()}
     similarity = np.array([[a.jaccard(b) for b in patches.values()] for a in patches.values()])
-    counts = sum(one.choices.int() for one in patches.values())
+    counts = torch.stack([one.choices.int() for one in patches.values()]).sum(0)
     space = next(iter(patches.values())).space
     figure = unit_maps(
         space.by_region(counts),

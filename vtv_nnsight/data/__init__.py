@@ -2,10 +2,9 @@
 
 from vtv_nnsight.data.drawn_scenes import scenes
 from vtv_nnsight.data.embedded_pictures import pictures
-from vtv_nnsight.data.folders import folder
+from vtv_nnsight.data.folders import folder, pairs
 from vtv_nnsight.data.hub_datasets import hub
 from vtv_nnsight.data.package_photographs import photographs
-from vtv_nnsight.data.pair_folders import pairs
 from vtv_nnsight.data.pascal_voc import detection, pascal
 from vtv_nnsight.data.reasoning_shapes import reasoning
 from vtv_nnsight.data.sources import SOURCES, identities, load, pascal_argument, split_data

@@ -9,6 +9,9 @@ from datasets import Dataset
 
 from vtv_nnsight.text import join_words
 
+SPLITS = ("train", "validation", "test")
+"""Of the sources that are divided in three."""
+
 
 def check_split(split: str | None, splits: Sequence[str | None]) -> None:
     """Refuse a split that is not one of those.

@@ -18,10 +18,9 @@ from datasets import ClassLabel, Dataset, Features, Image
 from einops import einsum, rearrange
 from PIL import Image as PILImage
 
-from vtv_nnsight.data.checks import check_count, check_split
+from vtv_nnsight.data.checks import SPLITS, check_count, check_split
 from vtv_nnsight.images import LUMA as LUMA_WEIGHTS
 
-SPLITS = ("train", "validation", "test")
 FOLDS = (0, 1, 2, 3)
 HUES = {  # degrees; each row is a fold, and the two classes of a shape have neighbouring hues
     "striped disc": 15, "checkered square": 262, "plain triangle": 110, "fading star": 45, "plain ring": 155,
@@ -163,26 +162,10 @@ def _ground(keys: Array, bright: Array, x: Array, y: Array) -> Array:
 # Shapes: signed distances (negative inside) of points (u, v), v pointing down, for an object of radius about 1.
 
 
-def _disc(u: Array, v: Array) -> Array:
-    return np.hypot(u, v) - 1
-
-
-def _square(u: Array, v: Array) -> Array:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.85
-
-
-def _triangle(u: Array, v: Array) -> Array:
-    return np.maximum(0.866 * np.abs(u) - 0.5 * (v - 0.2), v - 0.2) - 0.5
-
-
 def _star(u: Array, v: Array) -> Array:
     fifth = 2 * np.pi / 5
     angle, r = np.abs((np.arctan2(u, -v) + fifth / 2) % fifth - fifth / 2), np.hypot(u, v)
     return 0.67 * (r * np.cos(angle) - 1.05) + 0.74 * r * np.sin(angle)
-
-
-def _ring(u: Array, v: Array) -> Array:
-    return np.abs(np.hypot(u, v) - 0.73) - 0.27
 
 
 def _cross(u: Array, v: Array) -> Array:
@@ -193,10 +176,6 @@ def _cross(u: Array, v: Array) -> Array:
 def _heart(u: Array, v: Array) -> Array:
     u, v = np.abs(u), 0.15 - v
     return np.minimum(np.maximum(u + v, u - v) * 0.707 - 0.6, np.hypot(u - 0.42, v - 0.42) - 0.6)
-
-
-def _crescent(u: Array, v: Array) -> Array:
-    return np.maximum(np.hypot(u, v) - 1, 0.75 - np.hypot(u - 0.5, v))
 
 
 def _arrow(u: Array, v: Array) -> Array:
@@ -212,9 +191,17 @@ def _drop(u: Array, v: Array) -> Array:
 
 
 SHAPES: dict[str, Callable[[Array, Array], Array]] = {
-    "disc": _disc, "square": _square, "triangle": _triangle, "star": _star, "ring": _ring,
-    "cross": _cross, "heart": _heart, "crescent": _crescent, "arrow": _arrow, "drop": _drop,
-}  # fmt: skip
+    "disc": lambda u, v: np.hypot(u, v) - 1,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.85,
+    "triangle": lambda u, v: np.maximum(0.866 * np.abs(u) - 0.5 * (v - 0.2), v - 0.2) - 0.5,
+    "star": _star,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.73) - 0.27,
+    "cross": _cross,
+    "heart": _heart,
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.75 - np.hypot(u - 0.5, v)),
+    "arrow": _arrow,
+    "drop": _drop,
+}
 _POINTS = np.mgrid[-1.5:1.5:0.02, -1.5:1.5:0.02]
 UNIT_AREA = {shape: 9 * np.mean(inside(*_POINTS[::-1]) < 0) for shape, inside in SHAPES.items()}
 
@@ -317,9 +304,7 @@ def _colour(luma: Array, hue: Array, saturation: Array) -> Array:
 
 def _ramp(pattern: Array, dark: Array, light: Array) -> Array:
     """From the dark colour at 0 to the light one at 1: [n, y, x] and two of [n, 3] -> [n, y, x, 3]."""
-    picture = einsum(pattern, light - dark, "n y x, n rgb -> n y x rgb")
-    picture += dark[:, None, None]
-    return picture
+    return einsum(pattern, light - dark, "n y x, n rgb -> n y x rgb") + dark[:, None, None]
 
 
 def _uniform(keys: Array, stream: int, k: int) -> Array:

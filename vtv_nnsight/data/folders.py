@@ -1,4 +1,8 @@
-"""A folder of your pictures."""
+"""Folders of your pictures: one of them, or inputs and answers, of which any change of pictures is a task.
+
+>>> images = pairs("sketches")                       # sketches/inputs/cat.png, sketches/answers/cat.png, …
+>>> prompts = tasks.pairs.prompts(images, n=50, layout=model.layout)
+"""
 
 import warnings
 from pathlib import Path
@@ -7,6 +11,10 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
 from vtv_nnsight.images import MIN_SIDE
+from vtv_nnsight.text import join_names
+
+PAIRS = ("inputs", "answers")
+"""The folders of `pairs`."""
 
 
 def folder(path: str | Path) -> Dataset:
@@ -53,3 +61,31 @@ def _usable(file: Path) -> bool:
     except Exception:  # what a broken file raises depends on its format: OSError, SyntaxError, struct.error…
         return False
     return large
+
+
+def pairs(path: str | Path) -> Dataset:
+    """Pictures and their answers, columns image and answer, sorted by name: PATH/inputs and PATH/answers hold a picture
+    of each name, of any suffix, in folders inside them or not. The Dataset refers to the files where they lie.
+
+    Raises:
+        FileNotFoundError: when a folder is missing.
+        ValueError: when a picture has no partner, two have one name, or there are none.
+    """
+    by_name = []
+    for name in PAIRS:
+        inside = Path(path).expanduser() / name
+        if not inside.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {inside}; expected {' and '.join(PAIRS)} with a picture of each name in both."
+            )
+        rows = folder(inside).cast_column("image", Image(decode=False))
+        files = [Path(cell["path"]) for cell in rows["image"]]
+        names = {file.relative_to(inside.absolute()).with_suffix("").as_posix(): str(file) for file in files}
+        if len(names) < len(files):
+            raise ValueError(f"{inside} holds several pictures of one name and other suffixes; give each another name.")
+        by_name.append(names)
+    inputs, answers = by_name
+    if alone := sorted(inputs.keys() ^ answers.keys()):
+        raise ValueError(f"{len(alone)} pictures in {path} have no partner in the other folder: {join_names(alone)}.")
+    columns = {"image": list(inputs.values()), "answer": [answers[name] for name in inputs]}
+    return Dataset.from_dict(columns, Features(image=Image(), answer=Image()))

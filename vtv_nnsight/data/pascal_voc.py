@@ -25,7 +25,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -46,6 +45,7 @@ CLASSES = (
 FOLDS = (0, 1, 2, 3)
 PER_FOLD = len(CLASSES) // len(FOLDS)
 SPLITS = ("trn", "val")
+DrawMask = Callable[..., Image.Image]
 LISTS = ("published", "masks", "splits")
 """Where the lists of a fold are: in the package; made of the masks; in ROOT/splits."""
 VOC = "VOCtrainval_11-May-2012.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/)"
@@ -114,11 +114,11 @@ def pascal(
     check_split(split, SPLITS)
     voc = _voc(root, "JPEGImages", "SegmentationClassAug")
     if splits == "masks":
-        classes = {PER_FOLD * f + i for f in folds for i in range(PER_FOLD)}
-        entries = [entry for entry in _computed(voc, split, cache_dir) if entry.label in classes]
+        entries = [entry for entry in _computed(voc, split, cache_dir) if entry.label // PER_FOLD in folds]
     elif splits == "published":
         entries = [entry for f in folds for entry in published_list(split, f)]
-        _all_in(voc, "the published list (the source pascal:ROOT:FOLD:masks lists what is there)", entries)
+        source = "the published list (the source pascal:ROOT:FOLD:masks lists what is there)"
+        _check_files(source, [entry.name for entry in entries], voc, JPEGImages=".jpg", SegmentationClassAug=".png")
     else:
         folder = Path(root, "splits") if splits == "splits" else Path(splits)
         entries = [entry for f in folds for entry in _listed(folder.expanduser() / split / f"fold{f}.txt", voc)]
@@ -128,23 +128,17 @@ def pascal(
     for label, count in Counter(entry.label for entry in entries).items():
         if count == 1:
             warnings.warn(f"{where} has one picture of {CLASSES[label]}: it has no example.", stacklevel=2)
-    return _dataset(
-        [voc / "JPEGImages" / f"{entry.name}.jpg" for entry in entries],
-        [
-            {"path": str(voc / "SegmentationClassAug" / f"{entry.name}.png"), "value": entry.label + 1}
-            for entry in entries
-        ],
-        [entry.label for entry in entries],
-        _class_mask,
-    )
+    names, labels = zip(*entries)
+    masks = [{"path": f"{voc}/SegmentationClassAug/{name}.png", "value": label + 1} for name, label in entries]
+    return _dataset(voc, names, masks, labels, _class_mask)
 
 
 @cache
 def _published_lists() -> dict[str, list[Entry]]:
     """Name of the file, such as "trn/fold0.txt" → its entries."""
     lists: dict[str, list[Entry]] = {}
-    text = lzma.decompress((files("vtv_nnsight.data") / "embedded" / "pascal-5i.txt.xz").read_bytes()).decode()
-    for line in text.splitlines():
+    packed = Path(__file__).with_name("embedded") / "pascal-5i.txt.xz"
+    for line in lzma.decompress(packed.read_bytes()).decode().splitlines():
         if line.endswith(".txt"):
             entries = lists.setdefault(line, [])
         else:
@@ -175,8 +169,7 @@ def detection(root: str | os.PathLike[str], split: str = "val", *, largest: floa
     voc = _voc(root, "JPEGImages", "Annotations", "ImageSets/Main")
     file = voc / "ImageSets" / "Main" / ("train.txt" if split == "trn" else "val.txt")
     names = _lines(file)
-    _all_there(file, names, voc / "JPEGImages", ".jpg")
-    _all_there(file, names, voc / "Annotations", ".xml")
+    _check_files(file, names, voc, JPEGImages=".jpg", Annotations=".xml")
     kept = []
     for name in names:
         size, objects = _annotation(voc / "Annotations" / f"{name}.xml")
@@ -187,23 +180,23 @@ def detection(root: str | os.PathLike[str], split: str = "val", *, largest: floa
                 kept.append((name, size, box, label))
     if not kept:
         raise ValueError(f"none of the {len(names)} pictures of {file} has a single object that is small enough.")
-    images = [voc / "JPEGImages" / f"{name}.jpg" for name, *_ in kept]
-    masks = [{"size": size, "box": box} for _, size, box, _ in kept]
-    return _dataset(images, masks, [label for *_, label in kept], _box_mask)
+    pictures, sizes, boxes, labels = zip(*kept)
+    masks = [{"size": size, "box": box} for size, box in zip(sizes, boxes)]
+    return _dataset(voc, pictures, masks, labels, _box_mask)
 
 
 def _dataset(
-    images: Iterable[Path], masks: list[dict[str, Any]], labels: Sequence[int], draw: Callable[..., Image.Image]
+    voc: Path, names: Iterable[str], masks: list[dict[str, Any]], labels: Iterable[int], draw: DrawMask
 ) -> Dataset:
     """Rows with masks that are drawn, `draw(**mask)`, when they are read."""
-    columns = {"image": [str(path) for path in images], "label": list(labels)}
+    columns = {"image": [f"{voc}/JPEGImages/{name}.jpg" for name in names], "label": list(labels)}
     features = Features(image=datasets.Image(), label=ClassLabel(names=list(CLASSES)))
     rows = Dataset.from_dict(columns, features).add_column("mask", masks)
     rows = rows.select_columns(["image", "mask", "label"])
     return rows.with_transform(partial(_with_masks, draw=draw))
 
 
-def _with_masks(batch: dict[str, list[Any]], draw: Callable[..., Image.Image]) -> dict[str, list[Any]]:
+def _with_masks(batch: dict[str, list[Any]], draw: DrawMask) -> dict[str, list[Any]]:
     return batch | {"mask": [draw(**mask) for mask in batch["mask"]]} if "mask" in batch else batch
 
 
@@ -237,15 +230,8 @@ def _listed(file: Path, voc: Path) -> list[Entry]:
             entries.append(Entry.read(line))
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {line!r} cannot be read; {error}.") from error
-    _all_in(voc, file, entries)
+    _check_files(file, [entry.name for entry in entries], voc, JPEGImages=".jpg", SegmentationClassAug=".png")
     return entries
-
-
-def _all_in(voc: Path, source: Path | str, entries: Sequence[Entry]) -> None:
-    """Refuse entries without a picture or a mask."""
-    names = [entry.name for entry in entries]
-    _all_there(source, names, voc / "JPEGImages", ".jpg")
-    _all_there(source, names, voc / "SegmentationClassAug", ".png")
 
 
 def _computed(voc: Path, split: str, cache_dir: str | os.PathLike[str] | None) -> list[Entry]:
@@ -263,8 +249,8 @@ def _computed(voc: Path, split: str, cache_dir: str | os.PathLike[str] | None) -
     else:
         with ThreadPoolExecutor() as pool:
             contents = pool.map(lambda path: np.unique(_label_map(path)), masks)
-            entries = [Entry(mask.stem, int(v) - 1) for mask, values in zip(masks, contents) for v in values if v]
-        entries = [entry for entry in entries if entry.label + 1 != 255]
+            labelled = [(mask.stem, int(value)) for mask, values in zip(masks, contents) for value in values]
+        entries = [Entry(name, value - 1) for name, value in labelled if value not in (0, 255)]
         if strange := [entry for entry in entries if entry.label >= len(CLASSES)]:
             name, label = strange[0]
             raise ValueError(
@@ -273,7 +259,7 @@ def _computed(voc: Path, split: str, cache_dir: str | os.PathLike[str] | None) -
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_text(cache, "".join(f"{entry}\n" for entry in entries))
     entries = [entry for entry in entries if (entry.name in held_out) == (split == "val")]
-    _all_there(voc / "SegmentationClassAug", {entry.name for entry in entries}, voc / "JPEGImages", ".jpg")
+    _check_files(voc / "SegmentationClassAug", {entry.name for entry in entries}, voc, JPEGImages=".jpg")
     return entries
 
 
@@ -316,9 +302,10 @@ def _lines(file: Path) -> list[str]:
     return [line for line in file.read_text().splitlines() if line.strip()]
 
 
-def _all_there(source: Path | str, names: Iterable[str], folder: Path, suffix: str) -> None:
-    """Refuse names without a file, counted and listed."""
-    there = {entry.name for entry in os.scandir(folder)}
-    if absent := sorted({name for name in names if name.strip() + suffix not in there}):
-        names = join_names(absent)
-        raise ValueError(f"{source} names {len(absent)} pictures that have no {suffix} in {folder}: {names}.")
+def _check_files(source: Path | str, names: Iterable[str], voc: Path, **suffixes: str) -> None:
+    """Refuse names without a file in some folders of VOC2012, counted and listed: folder → suffix of its files."""
+    for folder, suffix in suffixes.items():
+        files = set(os.listdir(voc / folder))
+        if absent := sorted({name for name in names if name.strip() + suffix not in files}):
+            listed = f"{suffix} in {voc / folder}: {join_names(absent)}"
+            raise ValueError(f"{source} names {len(absent)} pictures that have no {listed}.")

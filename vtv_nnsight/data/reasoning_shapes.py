@@ -11,20 +11,18 @@ is in two of them.
 
 from __future__ import annotations
 
-import datasets
 import numpy as np
-from datasets import Dataset, Features
-from PIL import Image
+from datasets import Dataset, Features, Image
+from PIL import Image as PILImage
 
 from vtv_nnsight import tasks
-from vtv_nnsight.data.checks import check_count, check_split
+from vtv_nnsight.data.checks import SPLITS, check_count, check_split
 from vtv_nnsight.metrics import Colour
 
 SIZE = 224
 MARGIN = 10
 RADII = (10, 50)
 LARGE, SMALL = 30, 20
-SPLITS = ("train", "validation", "test")
 
 
 def reasoning(task: str | tasks.Reasoning = "color", n: int = 100, seed: int = 0, split: str = "train") -> Dataset:
@@ -44,31 +42,25 @@ def reasoning(task: str | tasks.Reasoning = "color", n: int = 100, seed: int = 0
         raise ValueError(f"{named.name!r} is not a reasoning task; join some of color, shape and size by '+'.")
     check_count(n, "pictures")
     check_split(split, SPLITS)
-    rows = [_pair(named.changes, np.random.default_rng([seed, i]), SPLITS.index(split)) for i in range(n)]
-    images, answers = zip(*rows)
-    columns = {"image": list(images), "answer": list(answers)}
-    return Dataset.from_dict(columns, Features(image=datasets.Image(), answer=datasets.Image()))
+    rows = [_row(named.changes, np.random.default_rng([seed, i]), SPLITS.index(split)) for i in range(n)]
+    return Dataset.from_list(rows, Features(image=Image(), answer=Image()))
 
 
-def _pair(changes: tuple[str, ...], generator: np.random.Generator, split: int) -> tuple[Image.Image, Image.Image]:
+def _row(changes: tuple[str, ...], generator: np.random.Generator, split: int) -> dict[str, PILImage.Image]:
     x, y = generator.integers(MARGIN, SIZE - MARGIN, 2).tolist()
     while (x + y) % len(SPLITS) != split:
         x, y = generator.integers(MARGIN, SIZE - MARGIN, 2).tolist()
     radius = LARGE if "size" in changes else int(generator.integers(*RADII))
-    answer = draw(
-        x,
-        y,
-        SMALL if "size" in changes else radius,
-        "rectangle" if "shape" in changes else "circle",
-        tasks.BLUE if "color" in changes else tasks.GREEN,
-    )
-    return draw(x, y, radius), answer
+    shape = "rectangle" if "shape" in changes else "circle"
+    colour = tasks.BLUE if "color" in changes else tasks.GREEN
+    answer = draw(x, y, SMALL if "size" in changes else radius, shape, colour)
+    return {"image": draw(x, y, radius), "answer": answer}
 
 
-def draw(x: int, y: int, radius: int, shape: str = "circle", colour: Colour = tasks.GREEN) -> Image.Image:
+def draw(x: int, y: int, radius: int, shape: str = "circle", colour: Colour = tasks.GREEN) -> PILImage.Image:
     """A filled circle, or the square around it, on white; what lies beyond the border is cut off."""
     across, down = np.arange(SIZE)[None, :] - x, np.arange(SIZE)[:, None] - y
     circle = across**2 + down**2 <= radius**2
     square = np.maximum(np.abs(across), np.abs(down)) <= radius
     inside = circle if shape == "circle" else square
-    return Image.fromarray(np.where(inside[..., None], np.array(colour, np.uint8), np.uint8(255)))
+    return PILImage.fromarray(np.where(inside[..., None], np.array(colour, np.uint8), np.uint8(255)))

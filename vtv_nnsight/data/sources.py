@@ -16,19 +16,17 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, get_dataset_split_names
 
-from vtv_nnsight.data.checks import at_most, check_split
+from vtv_nnsight.data.checks import SPLITS, at_most, check_split
 from vtv_nnsight.data.drawn_scenes import scenes
 from vtv_nnsight.data.embedded_pictures import pictures
-from vtv_nnsight.data.folders import folder
+from vtv_nnsight.data.folders import folder, pairs
 from vtv_nnsight.data.hub_datasets import hub
 from vtv_nnsight.data.package_photographs import photographs
-from vtv_nnsight.data.pair_folders import pairs
 from vtv_nnsight.data.pascal_voc import LISTS, detection, pascal
 from vtv_nnsight.data.reasoning_shapes import reasoning
 from vtv_nnsight.digests import bytes_digest
 from vtv_nnsight.progress import progress_bar
 
-SPLITS = ("train", "validation", "test")
 DRAWN = 500
 """Rows of a generated source by default."""
 
@@ -45,15 +43,14 @@ class Source:
         argument: What stands after the name and a colon, as people read it: "ROOT[:FOLD]"; "" where nothing does.
         help: What it is, in a sentence without a full stop.
         load: `load(argument, split, n, seed)` → rows of a split ("train", "validation", "test", or None for all rows of
-            a source that is not divided and else for "train"). No picture of "train" is in the others.
-        generated: Whether `n` rows are drawn; else `load` returns all that there are.
+            a source that is not divided and else for "train"): `n` that are drawn for them, or all that there are. No
+            picture of "train" is in the others.
     """
 
     name: str
     argument: str
     help: str
     load: Load
-    generated: bool = False
 
     @property
     def usage(self) -> str:
@@ -65,17 +62,17 @@ SOURCES: dict[str, Source] = {}
 """What `load` takes: name → Source."""
 
 
-def _source(name: str, argument: str = "", generated: bool = False) -> Callable[[Load], Load]:
+def _source(name: str, argument: str = "") -> Callable[[Load], Load]:
     """Declare the source that a function loads; the function's docstring says what it is."""
 
     def declare(load: Load) -> Load:
-        SOURCES[name] = Source(name, argument, " ".join((load.__doc__ or "").rstrip(".").split()), load, generated)
+        SOURCES[name] = Source(name, argument, " ".join((load.__doc__ or "").rstrip(".").split()), load)
         return load
 
     return declare
 
 
-@_source("scenes", generated=True)
+@_source("scenes")
 def _scenes(_: str, split: str | None, n: int, seed: int) -> Dataset:
     """generated scenes with masks and classes"""
     return scenes(split or "train", n, seed)
@@ -87,7 +84,7 @@ def _pictures(_: str, split: str | None, n: int, seed: int) -> Dataset:
     return pictures(_half(split, "train", "test"))
 
 
-@_source("reasoning", "TASK", generated=True)
+@_source("reasoning", "TASK")
 def _reasoning(task: str, split: str | None, n: int, seed: int) -> Dataset:
     """generated figures for color, shape, size or two of them joined by '+'"""
     return reasoning(task, n, seed, split or "train")
@@ -112,11 +109,9 @@ def _detection(argument: str, split: str | None, n: int, seed: int) -> Dataset:
     """single objects of Pascal VOC with boxes of at most LARGEST of the picture: 0.5 (the paper's, the default) or
     0.2 (the released code's)"""
     root, _, share = argument.rpartition(":")
-    try:
-        root, largest = (root, float(share)) if root else (argument, 0.5)
-    except ValueError:
-        root, largest = argument, 0.5
-    return detection(root, _half(split, "trn", "val"), largest=largest)
+    if root and share.replace(".", "", 1).isdecimal():
+        return detection(root, _half(split, "trn", "val"), largest=float(share))
+    return detection(argument, _half(split, "trn", "val"))
 
 
 @_source("hub", "NAME[:SPLIT]")
@@ -180,8 +175,7 @@ def load(spec: str, split: str | None = None, n: int | None = None, seed: int = 
         ValueError, FileNotFoundError: when it is none of those, or what it names cannot be read.
     """
     source, argument = _find(spec)
-    rows = source.load(argument, split, DRAWN if n is None else n, seed)
-    return rows if source.generated else at_most(rows, n, seed)
+    return at_most(source.load(argument, split, DRAWN if n is None else n, seed), n, seed)
 
 
 def split_data(spec: str, train: int | None = None, test: int | None = None, seed: int = 0) -> tuple[Dataset, Dataset]:
