@@ -93,6 +93,16 @@ def test_heads_that_are_something_else(page, prompts):
         def heads(self, value):
             return (value.flatten(-2) / 2,), {}
 
+    class Flipped(Envoy):
+        @eproperty(key="proj.input")
+        def heads(self, value):
+            return value[0][0].unflatten(-1, (4, 16)).flip(-2)
+
+        @heads.postprocess
+        def heads(self, value):
+            return (value.flip(-2).flatten(-2),), {}
+
+    fails(build(page, envoy=Flipped), prompts, "layers, layer 0: capture gives other values than its heads")
     fails(build(page, envoy=Queries), prompts, "layers, layer 0: twice the heads do not add twice as much")
     fails(build(page, envoy=Doubled), prompts, "layers, layer 0: heads are not what any module of its attention is")
 
