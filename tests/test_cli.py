@@ -116,7 +116,7 @@ def test_a_model_paints_the_output(vtv, tmp_path, checkpoint):
         (["run", "--sites", "heads,mpl"], "sites='mpl' is unknown; choose from heads, attn, mlp, residual"),
         (["collect", "tiny", "-o", "x", "--sites", ""], "sites='' is unknown; choose from heads, attn, mlp, residual"),
         (["search", "tiny", "-o", "x", "--vectors", "tiny", "--sites", "neck"], "sites='neck' is unknown"),
-        (["clusters", "tiny", "-o", "x", "--dtype", "int7"], "dtype='int7' in the model's config; expected a floating"),
+        (["clusters", "tiny", "-o", "x", "--dtype", "int7"], "dtype='int7' is unknown; give a floating-point one"),
         (["layouts", "tiny", "-o", "x", "--embedding-type", "semantic"], "embedding_type='semantic' is for SegGPT"),
     ],
 )

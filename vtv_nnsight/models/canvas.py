@@ -22,7 +22,7 @@ from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.models.nnsight_compat import Envoy, TraceableModel, traceable
 from vtv_nnsight.models.painting import Inputs, paint_canvas
 from vtv_nnsight.models.sources import HUB_OPTIONS, check_folder, locate, read_model_type
-from vtv_nnsight.models.torch_files import StrPath, refuse_differences
+from vtv_nnsight.models.torch_files import StrPath, floating_dtype, refuse_differences
 from vtv_nnsight.prompts import Canvases, VisualPrompt
 
 EXPECTED = (
@@ -200,9 +200,7 @@ class CanvasModel(TraceableModel, InContextModel):
 
     def build(self, config: PretrainedConfig, source: str, **options: Any) -> Any:
         """The module of a config, without weights."""
-        kept = drop_none(options, "dtype", "attn_implementation")
-        if kept.get("dtype") == "auto":
-            del kept["dtype"]
+        kept = drop_none({**options, "dtype": floating_dtype(options.get("dtype"))}, "dtype", "attn_implementation")
         with _one_sentence(source):
             return self.module_class._from_config(config, **kept)
 
