@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -39,36 +40,6 @@ from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
 
 VECTORS, ABOUT, CARD_NAME = "vectors.safetensors", "bundle.json", "README.md"
-CARD = """---
-{licence}library_name: vtv-nnsight
-tags: [task-vectors, interpretability, nnsight]
----
-
-# Task vectors: {name}
-
-Mean activations of attention heads, task by task, and the units at which they make a model do the task with no example,
-as in *Finding Visual Task Vectors* (ECCV 2024), for [nnsight](https://nnsight.net) by vtv-nnsight. Model: `{model}`.
-
-```python
-from vtv_nnsight import bundles, patch
-
-bundle = bundles.load("hub:OWNER/NAME")
-bundle.check(model)  # refuses another model, naming what differs
-with model.generate(prompts.query_only()) as tracer:
-    patch(model, *bundle["TASK"])
-    answers = tracer.result.save()
-```
-
-| task | prompts | units |
-|---|---|---|
-{rows}
-{picture}{measured}
-## The model's fingerprint
-
-```json
-{fingerprint}
-```
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,15 +119,14 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         owner = next(iter(self.vectors.values())).fingerprint
         units = len(next(iter(self.results.values())).patches.space)
         rows = [f"| {task} | {self[task][0].count} | {len(self[task][1])} of {units} |" for task in self]
-        table = self.folder / "table.md" if self.folder else None
-        measured = table.read_text(encoding="utf-8") if table and table.is_file() else ""
-        return CARD.format(
+        table, card = self._beside("table.md"), files("vtv_nnsight.runs") / "card.md"
+        return card.read_text(encoding="utf-8").format(
             licence=f"license: {licence}\n" if licence else "",
             name=self.name,
             model=self.model or owner["model"],
             rows="\n".join(rows),
-            measured=f"\n## Measured\n\n{measured}" if measured else "",
-            picture="\n![example, query, answers, truth](answers.png)\n" if self._picture() else "",
+            measured="\n## Measured\n\n" + table.read_text(encoding="utf-8") if table else "",
+            picture="\n![example, query, answers, truth](answers.png)\n" if self._beside("answers.png") else "",
             fingerprint=json.dumps(owner, indent=1),
         )
 
@@ -189,12 +159,14 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
             write_text(folder / CARD_NAME, self.card(licence))
             write_text(folder / ABOUT, json.dumps({"model": self.model, "vqgan": self.vqgan}) + "\n")
             for name in ("table.md", "table.csv", "answers.png"):
-                if self.folder and (self.folder / name).is_file():
-                    shutil.copyfile(self.folder / name, folder / name)
+                if path := self._beside(name):
+                    shutil.copyfile(path, folder / name)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Task vectors").commit_url)
 
-    def _picture(self) -> bool:
-        return self.folder is not None and (self.folder / "answers.png").is_file()
+    def _beside(self, name: str) -> Path | None:
+        """A file of the run that the bundle is of, where there is one."""
+        path = self.folder / name if self.folder else None
+        return path if path and path.is_file() else None
 
 
 def from_hub(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Bundle:

@@ -84,7 +84,7 @@ def check_reads(model: InContextModel, prompts: VisualPrompt) -> Promises:
     """Forward hooks see what is read, and the residual stream is what came in plus what attention and MLP add."""
     calls: list[tuple[Any, Any, Any]] = []
     with register_module_forward_hook(lambda *call: calls.append(call)), model.trace(prompts):
-        activations = capture(model) if model.stages else None
+        activations: Any = capture(model) if model.stages else None
         reads = save([read(attention, sites) for _, attention, sites in layers_of(model)])
     seen = {stage.name: model.positions(stage.name, prompts) for stage in model.stages}
     captured = chain(*(activations.values[name][:, :, positions].unbind(1) for name, positions in seen.items()))
