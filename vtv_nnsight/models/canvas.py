@@ -208,8 +208,9 @@ class CanvasModel(TraceableModel, InContextModel):
         """The module of a folder or a Hub id, all of whose weights were there.
 
         Raises:
-            ValueError: naming the source and the weights that are missing, of other shapes, or damaged.
+            ValueError: naming the source and the weights that are missing, of other shapes, or damaged; or the dtype.
         """
+        floating_dtype(options.get("dtype"))
         path = locate(source).path
         folder = Path(path, options.get("subfolder") or "")
         if folder.is_dir():
