@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from vtv_nnsight.digests import bytes_digest, tensor_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MIN_SIDE = 8
 """Pictures with a side of fewer pixels than this are refused."""
@@ -163,13 +160,6 @@ def to_pil(pixels: torch.Tensor) -> Image.Image:
     """Float [3, height, width] in [0, 1] → PIL RGB."""
     values = pixels.detach().float().clamp(0, 1).mul(255).round().byte().cpu()
     return Image.fromarray(rearrange(values, "c h w -> h w c").numpy())
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as a notebook shows it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
-    return buffer.getvalue()
 
 
 def png_of(picture: Image.Image) -> bytes:

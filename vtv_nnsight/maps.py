@@ -5,6 +5,7 @@ Each function returns a matplotlib Figure.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,13 @@ from vtv_nnsight.layouts import Layout, named_positions
 
 PANEL = 2.4
 """Inches of a panel's side."""
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a notebook shows it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
 
 
 def score_map(

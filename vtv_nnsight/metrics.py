@@ -71,7 +71,7 @@ def colour_iou(
 ) -> torch.Tensor:
     """Intersection over union of the pixels of one colour, after every pixel of both went to the nearest colour of a
     palette (squared RGB distance, ties to the first): VP's colour-aware IoU (§4.3)."""
-    prediction, target = _pair(prediction, target)
+    _check_pair(prediction, target)
     return _overlap(*(_nearest(pixels, palette) == palette.index(foreground) for pixels in (prediction, target)))
 
 
@@ -94,7 +94,7 @@ def rounded(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
 def color_blind_iou(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Intersection over union of all that is not white, whatever its colour (VP §4.3, released code). Pixels count as
     they are: `rounded` them to the palette of the study first, as `tasks.Reasoning` does."""
-    prediction, target = _pair(prediction, target)
+    _check_pair(prediction, target)
     return _overlap(_not_white(prediction), _not_white(target))
 
 
@@ -103,7 +103,7 @@ def shape_accuracy(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tens
     painted: whichever of the square and the circle in its place fits it better (VP §4.3). The released code looks at a
     contour of OpenCV's in the place of the largest piece, and counts squares whatever the target: where the answer is
     a square, as in its shape tasks, that is the same."""
-    prediction, target = _pair(prediction, target)
+    _check_pair(prediction, target)
     a, b = _squares(_not_white(prediction)), _squares(_not_white(target))
     return ((a == b) & (a >= 0)).double()
 
@@ -141,7 +141,7 @@ def _squares(inside: torch.Tensor) -> torch.Tensor:
 
 def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of ImageNet-normalised values over pixels and channels, as in both papers."""
-    prediction, target = _pair(prediction, target)
+    _check_pair(prediction, target)
     std = prediction.new_tensor(IMAGENET_STD, dtype=torch.float64).view(3, 1, 1)
     return ((prediction.double() - target.double()) / std).square().flatten(1).mean(1)
 
@@ -152,7 +152,7 @@ def lpips(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     Raises:
         ImportError: without the optional package: `pip install 'vtv-nnsight[lpips]'`. It fetches AlexNet's weights.
     """
-    prediction, target = _pair(prediction, target)
+    _check_pair(prediction, target)
     with torch.no_grad():
         distance: torch.Tensor = _lpips_network(prediction.device)(2 * prediction.float() - 1, 2 * target.float() - 1)
     return distance.flatten()
@@ -238,13 +238,12 @@ def _box(inside: torch.Tensor) -> torch.Tensor:
     return box
 
 
-def _pair(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _check_pair(prediction: torch.Tensor, target: torch.Tensor) -> None:
     if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
         raise ValueError(
             f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must both be "
             "[batch, 3, height, width]; crop both to the same cell."
         )
-    return prediction, target
 
 
 def silhouette(points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -252,7 +251,7 @@ def silhouette(points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     0, as in scikit-learn."""
     points = points.double()
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    members = torch.nn.functional.one_hot(labels).double()
+    members = F.one_hot(labels).double()
     sums, sizes = distances @ members, members.sum(0)
     own = sums.gather(-1, labels[:, None].expand(*sums.shape[:-1], 1))[..., 0] / (sizes[labels] - 1).clamp(min=1)
     others = (sums / sizes).masked_fill(members.bool(), torch.inf).amin(-1)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, get_dataset_split_names
@@ -34,8 +34,7 @@ DRAWN = 500
 Load = Callable[[str, "str | None", int, int], Dataset]
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where pictures come from.
 
     Args:

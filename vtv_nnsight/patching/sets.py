@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 from vtv_nnsight import maps
 from vtv_nnsight.files import write_text
-from vtv_nnsight.images import png
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching.spaces import PatchSpace
 from vtv_nnsight.vectors.compatibility import check_compatible
@@ -139,7 +138,7 @@ class PatchSet:
 
     def _repr_png_(self) -> bytes | None:
         """Its maps, in a notebook; none of single tokens, which are too many to draw."""
-        return None if self.space.granularity == "token" else png(self.figure())
+        return None if self.space.granularity == "token" else maps.png(self.figure())
 
     def figure(self) -> Figure:
         """Its units (dark) as layer × head maps, one a stage and region.

@@ -12,8 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from vtv_nnsight.files import read_tensors, write_tensors
-from vtv_nnsight.images import png
-from vtv_nnsight.maps import unit_maps
+from vtv_nnsight.maps import png, unit_maps
 from vtv_nnsight.patching import PatchSet, PatchSpace
 
 

@@ -44,8 +44,7 @@ class Task:
     """How pictures become cells: one of `images.FITS`, or "crop"."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.metric, metrics.Metric):
-            object.__setattr__(self, "metric", metrics.get(self.metric))
+        object.__setattr__(self, "metric", metrics.get(self.metric))
 
     @property
     def name(self) -> str:
@@ -228,9 +227,9 @@ def scored_by(task: Task, metric: metrics.Metric | str) -> Task:
     return other
 
 
-def answer_cell(row: Row, cell: torch.Tensor, fit: str = "bicubic") -> torch.Tensor | None:
-    """The row's answer at a cell's size; None where it has none."""
-    return as_cell(row["answer"], cell.shape[-1], fit) if row.get("answer") is not None else None
+def answer_target(task: Task, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor | None:
+    """The row's answer [3, size, size]; None where it has none. The method `target` of tasks that need it."""
+    return as_cell(row["answer"], cell.shape[-1], task.fit) if row.get("answer") is not None else None
 
 
 def _open_row(row: Row | Picture) -> Row:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vtv_nnsight import metrics
 from vtv_nnsight.images import FITS, luma, resize, to_tensor, upright_size
-from vtv_nnsight.tasks.base import Place, Row, Task, answer_cell
+from vtv_nnsight.tasks.base import Place, Row, Task, answer_target
 
 PURPLE, YELLOW = "#440154", "#fde725"
 """The colours of VP's other segmentation masks, (68, 1, 84) and (253, 231, 37)."""
@@ -70,8 +70,21 @@ class Segmentation(Task):
         return target
 
     def mask(self, row: Row) -> Image.Image:
-        """The mask of a row that has one, PIL "L" of its image's size, 0 or 255."""
-        return _binary(row)
+        """The mask of a row that has one, PIL "L" of its image's size, 0 or 255.
+
+        Raises:
+            ValueError: when it has no foreground, another size than the image, or other values.
+        """
+        mask: Image.Image = row["mask"].convert("L")
+        size = upright_size(row["image"])
+        if mask.size != size:
+            raise ValueError(f"a mask of {mask.size} pixels belongs to an upright image of {size}; give equal sizes.")
+        low, high = mask.getextrema()
+        if high == 0:
+            raise ValueError("a mask is black all over; give one with some foreground (255), or leave the row out.")
+        if set(np.unique(np.asarray(mask))) - {0, 255}:
+            raise ValueError(f"a mask holds values from {low} to {high}; expected 0 (background) and 255 (foreground).")
+        return mask
 
     @property
     def colours(self) -> tuple[metrics.Colour, metrics.Colour]:
@@ -99,7 +112,7 @@ class Detection(Segmentation):
 
     def mask(self, row: Row) -> Image.Image:
         """The filled box around the mask of a row that has one, PIL "L", 0 or 255."""
-        mask = _binary(row)
+        mask = super().mask(row)
         mask.paste(255, mask.getbbox())
         return mask
 
@@ -197,10 +210,7 @@ class Pairs(Task):
 
     metric: metrics.Metric | str = metrics.MSE  # type: ignore[assignment]
     needs = "answer"
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor | None:
-        """The row's answer [3, size, size]; None where it has none."""
-        return answer_cell(row, cell)
+    target = answer_target
 
 
 segmentation = Segmentation()
@@ -228,17 +238,3 @@ def _checks(size: int) -> torch.Tensor:
     """A checkerboard, bool [size, size], fourteen checks across."""
     stripes = torch.arange(size) * 14 // size % 2
     return stripes[:, None] != stripes[None, :]
-
-
-def _binary(row: Row) -> Image.Image:
-    """The row's mask as PIL "L", 0 or 255; refused without foreground or in another size than its image."""
-    mask: Image.Image = row["mask"].convert("L")
-    size = upright_size(row["image"])
-    if mask.size != size:
-        raise ValueError(f"a mask of {mask.size} pixels belongs to an upright image of {size}; give equal sizes.")
-    low, high = mask.getextrema()
-    if high == 0:
-        raise ValueError("a mask is black all over; give one with some foreground (255), or leave the row out.")
-    if set(np.unique(np.asarray(mask))) - {0, 255}:
-        raise ValueError(f"a mask holds values from {low} to {high}; expected 0 (background) and 255 (foreground).")
-    return mask

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vtv_nnsight import metrics
-from vtv_nnsight.tasks.base import Row, Task, answer_cell
+from vtv_nnsight.tasks.base import Task, answer_target
 
 GREEN, BLUE = (0, 255, 0), (0, 0, 255)
 """The colours of VP's reasoning study."""
@@ -42,6 +42,7 @@ class Reasoning(Task):
     metric: metrics.Metric | str = metrics.IOU  # type: ignore[assignment]
     needs = "answer"
     fit = "bilinear"
+    target = answer_target
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,10 +63,6 @@ class Reasoning(Task):
 
     def _merge(self, other: Task) -> Task | None:
         return Reasoning(self.changes + other.changes) if isinstance(other, Reasoning) else None
-
-    def target(self, row: Row, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor | None:
-        """The row's answer [3, size, size]; None where it has none."""
-        return answer_cell(row, cell, self.fit)
 
     def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The colour-aware IoU, or the other metric of pixels that went to the palette: [batch]."""

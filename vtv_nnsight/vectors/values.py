@@ -29,7 +29,6 @@ import torch
 from einops import rearrange
 
 from vtv_nnsight import maps
-from vtv_nnsight.images import png
 from vtv_nnsight.models.inside_trace import put
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, StageSite
 from vtv_nnsight.prompts import VisualPrompt, as_rows
@@ -410,7 +409,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         """How well each head tells the tasks apart, in a notebook; none of a single task."""
         if len(self) < 2 or any(vector.variance is None for vector in self.values()):
             return None
-        return png(maps.score_map(self.score(), layout_of(self.fingerprint)))
+        return maps.png(maps.score_map(self.score(), layout_of(self.fingerprint)))
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a safetensors file: the positions that are present, with counts and fingerprint. `load` gives float32,
