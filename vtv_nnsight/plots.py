@@ -55,8 +55,7 @@ def projection(heads: ByStage, stage: str, layer: int, head: int | Sequence[int]
             panel.scatter(*flat[labels == i].T, s=10, label=task, alpha=0.8)
         width = float(silhouette(points, labels)) if len(by_task) > 1 else float("nan")
         panel.set_title(f"{stage} layer {layer}, head {number}: silhouette {width:.2f}", fontsize=8)
-        panel.set_xticks([])
-        panel.set_yticks([])
+        panel.set(xticks=[], yticks=[])
     panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -197,13 +196,9 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     patches = {label: value.patches if isinstance(value, SearchResult) else value for label, value in sets.items()}
     similarity = np.array([[a.jaccard(b) for b in patches.values()] for a in patches.values()])
     counts = torch.stack([one.choices.int() for one in patches.values()]).sum(0)
-    space = next(iter(patches.values())).space
+    space, label = next(iter(patches.values())).space, "number of sets that have the unit"
     figure = unit_maps(
-        space.by_region(counts),
-        (0, len(patches)),
-        cmap="magma",
-        label="number of sets that have the unit",
-        first="Jaccard similarity",
+        space.by_region(counts), (0, len(patches)), cmap="magma", label=label, first="Jaccard similarity"
     )
     axes = figure.axes[0]
     image = axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis")

@@ -22,6 +22,7 @@ from vtv_nnsight.tasks.sampling import Draw, draw
 
 Row = Mapping[str, Any]
 Picture = Image.Image | str | os.PathLike[str]
+AnyRow = Row | Picture
 Place = tuple[float, float]
 """A random point of the unit square, drawn once for each prompt: what the example and the query share."""
 
@@ -91,16 +92,12 @@ class Task:
         """One task that asks for both, where there is one that is no sum."""
         return None
 
-    def cells(self, row: Row | Picture, size: int, place: Place = CENTER) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def cells(self, row: AnyRow, size: int, place: Place = CENTER) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The input and the target of one row, [3, size, size] in [0, 1] each."""
         return self._cells(row, size, place)[1:]
 
     def prompt(
-        self,
-        example: Row | Picture | Sequence[Row | Picture],
-        query: Row | Picture,
-        layout: Layout | None = None,
-        place: Place = CENTER,
+        self, example: AnyRow | Sequence[AnyRow], query: AnyRow, layout: Layout | None = None, place: Place = CENTER
     ) -> VisualPrompt:
         """One one-shot prompt: the example(s) solved, the query, and the truth in the output cell where it is known.
 
@@ -156,9 +153,7 @@ class Task:
         ]
         return VisualPrompt.cat(prompts)
 
-    def _cells(
-        self, row: Row | Picture, size: int, place: Place
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _cells(self, row: AnyRow, size: int, place: Place) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The picture, the input that is made of it, and the target or None: [3, size, size] each."""
         row = _open_row(row)
         clean = as_cell(row["image"], size, self.fit)
@@ -232,7 +227,7 @@ def answer_target(task: Task, row: Row, cell: torch.Tensor, corrupted: torch.Ten
     return as_cell(row["answer"], cell.shape[-1], task.fit) if row.get("answer") is not None else None
 
 
-def _open_row(row: Row | Picture) -> Row:
+def _open_row(row: AnyRow) -> Row:
     """A row with PIL images, not paths."""
     if not isinstance(row, Mapping):
         return {"image": open_picture(row)}
