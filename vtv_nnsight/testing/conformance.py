@@ -70,9 +70,9 @@ def check_positions(model: InContextModel, prompts: VisualPrompt) -> Promises:
         yield same, f"{name}: positions differ inside and outside a trace of the same prompts."
         distinct = len(seen.unique()) == len(seen) and 0 <= seen.min() <= seen.max() <= last
         yield distinct, f"{name}: positions are not different numbers from 0 to {last}."
-        said = [len(prompts), len(seen), stage.heads, stage.head_dim]
+        sizes = [len(prompts), len(seen), stage.heads, stage.head_dim]
         for i, shape in enumerate(shapes):
-            yield shape == said, f"{name}, layer {i}: heads have shape {shape}; its stage and positions say {said}."
+            yield shape == sizes, f"{name}, layer {i}: heads have shape {shape}; its stage and positions say {sizes}."
         visible = model.positions(name, prompts.query_only()).cpu()
         for kind in QUERY_ONLY[1:]:
             for unit, positions in model.groups(name, kind).items():
@@ -118,8 +118,7 @@ def check_writes(model: InContextModel, prompts: VisualPrompt) -> Promises:
                 outputs.append(save(model.output))
         zero, once, twice = attended
         yield close(outputs[1], expected), f"{place}: writing what was read changes the output."
-        moved = not close(outputs[0], expected)
-        yield moved, f"{place}: the output stays as it is when all heads are set to zero."
+        yield not close(outputs[0], expected), f"{place}: the output stays as it is when all heads are set to zero."
         words = "twice the heads do not add twice as much to the attention's output"
         affine = close(twice - once, once - zero)
         yield affine, f"{place}: {words}; heads are what its output projection is given."
@@ -141,8 +140,7 @@ def check_invokes(model: InContextModel, prompts: VisualPrompt) -> Promises:
                 attention.heads = attention.heads * 0.0
             with tracer.invoke(parts[1]):
                 output = save(model.output)
-        same = close(output, alone[1])
-        yield same, f"{place}: an edit of its heads in one invoke changes the output of another."
+        yield close(output, alone[1]), f"{place}: an edit of its heads in one invoke changes the output of another."
 
 
 def check_hidden(model: InContextModel, prompts: VisualPrompt) -> Promises:
@@ -162,9 +160,9 @@ def check_answers(model: InContextModel, prompts: VisualPrompt) -> Promises:
     restricted, answered = forward(model, prompts, restrict=True)
     with torch.enable_grad():
         canvas = model.paint(output, prompts)
-    low, high, shape, said = canvas.min(), canvas.max(), list(canvas.shape), list(prompts.canvas.shape)
-    painted = shape == said and not canvas.requires_grad and 0 <= low <= high <= 1
-    yield painted, f"paint gives {shape} from {low:.3g} to {high:.3g}; expected {said} in [0, 1] without gradients."
+    low, high, shape, expected = canvas.min(), canvas.max(), list(canvas.shape), list(prompts.canvas.shape)
+    painted = shape == expected and not canvas.requires_grad and 0 <= low <= high <= 1
+    yield painted, f"paint gives {shape} from {low:.3g} to {high:.3g}; expected {expected} in [0, 1] without gradients."
     truth = model.truth(prompts)
     for loss in model.losses:
         value, again = loss.value(output, prompts, truth), loss.value(restricted, answered, truth)
