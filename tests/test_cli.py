@@ -1,5 +1,6 @@
 import json
 import struct
+import subprocess
 import sys
 import zlib
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from helpers import DATA
 from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, data, tasks
+from vtv_nnsight.cli import start
+from vtv_nnsight.cli.group import COMMANDS, LazyCommand, load_commands
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.images import as_rgb, resize, to_tensor
 from vtv_nnsight.layouts import Layout
@@ -32,6 +35,28 @@ def test_help_is_grouped_by_step(vtv):
     code, out, _ = vtv("--help")
     assert code == 0 and out.index("Model") < out.index("convert") < out.index("Prompts") < out.index("prompt ")
     assert "Example" in vtv("convert", "-h")[1]
+
+
+def test_help_needs_no_torch():
+    script = (
+        "import sys\nfrom vtv_nnsight import cli\nsys.argv = ['vtv', '--help']\n"
+        "try: cli.main()\nfinally: sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=DATA.parents[1])
+    assert done.returncode == 0 and "import-released" in done.stdout, done.stderr
+
+
+def test_help_shows_commands_as_their_own_help_does():
+    for name, command in load_commands().items():
+        stand_in = LazyCommand(name, {n: m for names in COMMANDS.values() for n, m in names.items()}[name])
+        assert command.help.startswith(stand_in.help) and stand_in.help.endswith("."), name
+
+
+def test_options_of_a_run_are_in_panels(vtv):
+    out = vtv("run", "--help")[1]
+    places = [out.index(f" {panel} ─") for panel in ("Basics", "Search", "Evaluation", "Expert")]
+    assert places == sorted(places)
+    assert {parameter.rich_help_panel for parameter in load_commands()["run"].params} == set(start.PANELS)
 
 
 def test_info_of_a_published_file(vtv, checkpoint, split_checkpoint):
