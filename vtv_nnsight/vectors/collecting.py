@@ -3,7 +3,6 @@ or all of them. A collection can be stopped and resumed."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import device_of
@@ -184,7 +184,7 @@ def _write_state(
     }
     metadata = {
         "counts": {task: part.count for task, part in moments.items()},
-        "prompts": {task: _digest(rows) for task, rows in prompts.items()},
+        "prompts": _digests(prompts),
         "fingerprint": owner,
         "sites": list(next(iter(moments.values())).mean.sites),
     }
@@ -198,7 +198,7 @@ def _read_state(
         return {}
     tensors, metadata = read_tensors(path, "collection")
     check_compatible(f"the state in {path}", metadata["fingerprint"], "this model and layout", owner)
-    if metadata["prompts"] != {task: _digest(rows) for task, rows in prompts.items()}:
+    if metadata["prompts"] != _digests(prompts):
         raise ValueError(f"the state in {path} is of other prompts; remove it, or name another file.")
     if read_sites(metadata) != sites:
         raise ValueError(f"the state in {path} is of other sites; remove it, or name another file.")
@@ -213,8 +213,5 @@ def _read_state(
     }
 
 
-def _digest(prompts: VisualPrompt) -> str:
-    digest = hashlib.sha256()
-    for tensor in (prompts.canvas, prompts.visible, prompts.decoded):
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _digests(prompts: Mapping[str, VisualPrompt]) -> dict[str, str]:
+    return {task: tensor_digest(rows.canvas, rows.visible, rows.decoded) for task, rows in prompts.items()}
