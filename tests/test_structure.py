@@ -10,7 +10,7 @@ PACKAGE = ROOT / "vtv_nnsight"
 WINGS = ("studies/", "training/", "models/baselines/", "report/", "demo/", "cli/")
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 CORE = [name for name in MODULES if not name.startswith(WINGS)]
-LAZY = {"__init__.py", "cli/group.py", "models/__init__.py", "search/__init__.py"}
+LAZY = {"__init__.py", "cli/group.py", "models/sources.py", "search/__init__.py"}
 """Where modules are imported by name: public names, commands, families of models, the folder of search algorithms."""
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

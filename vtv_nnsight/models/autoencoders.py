@@ -42,8 +42,7 @@ class MaskedAutoencoder(CanvasModel):
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """CLS, then the patches that the stage sees, in the prompt's order: LongTensor [token]."""
         if prompts is None:
-            running: torch.Tensor = getattr(self, stage).positions
-            return running
+            return getattr(self, stage).positions
         return positions(prompts.visible if stage == "encoder" else prompts.decoded)
 
     def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
@@ -70,8 +69,7 @@ class CodeModel(CanvasModel):
 
     def predictions(self, output: Any) -> torch.Tensor:
         """The arg-max codes: LongTensor [batch, decoded patch]."""
-        codes: torch.Tensor = output.logits.argmax(-1)
-        return codes
+        return output.logits.argmax(-1)
 
     @torch.no_grad()
     def truth(self, prompts: VisualPrompt) -> torch.Tensor:

@@ -57,7 +57,7 @@ class CanvasModel(TraceableModel, InContextModel):
         TypeError, ValueError, OSError: when it is made: naming the source and what is wrong with it.
     """
 
-    module_class: ClassVar[type[nn.Module]]
+    module_class: ClassVar[Any]
     """What a ready module must be."""
     config_class: ClassVar[type[PretrainedConfig]]
     source_kinds: ClassVar[str] = "a Hub id, a folder"
@@ -83,8 +83,7 @@ class CanvasModel(TraceableModel, InContextModel):
     @property
     def layout(self) -> Layout:
         """The layout of the model's canvas, with one example."""
-        layout: Layout = self.network.layout
-        return layout
+        return self.network.layout
 
     @property
     def device(self) -> torch.device | None:
@@ -109,7 +108,7 @@ class CanvasModel(TraceableModel, InContextModel):
         module = self.layer(stage, layer)
         return {"attn": self.attention(stage, layer), "mlp": module.mlp, "residual": module}
 
-    @traceable
+    @traceable  # type: ignore[untyped-decorator]
     def generate(self, *inputs: Any, layout: Layout | None = None, **kwargs: Any) -> Canvases:
         """Complete canvases: called as it is, or as `with model.generate(prompts) as tracer:`, where `tracer.result`
         is the canvas.
@@ -160,24 +159,24 @@ class CanvasModel(TraceableModel, InContextModel):
         self.dispatch()
         getattr(self.network, "original", self.network).save_pretrained(folder, **kwargs)
 
-    def adapt(self, module: Any, source: str) -> nn.Module:
+    def adapt(self, module: Any, source: str) -> Any:
         """The network of a module of `module_class`, read from that source; the module itself by default.
 
         Raises:
             ValueError: naming the source, when it cannot complete a prompt's canvas.
         """
-        return module  # type: ignore[no-any-return]
+        return module
 
-    def empty_network(self, source: str, **options: Any) -> nn.Module:
+    def empty_network(self, source: str, **options: Any) -> Any:
         """The network of a source's config on the meta device."""
         return self.adapt(self.build(self.read_config(source, **options), source, **options), source)
 
-    def loaded_network(self, source: str, **options: Any) -> nn.Module:
+    def loaded_network(self, source: str, **options: Any) -> Any:
         """The network of a source, with its weights."""
         self.read_config(source, **options)
         return self.adapt(self.load_weights(source, **options), source)
 
-    def ready_network(self, module: Any, **options: Any) -> nn.Module:
+    def ready_network(self, module: Any, **options: Any) -> Any:
         """The network of a ready module, or of a copy of it where an option is set."""
         if options := drop_none(options, *options):
             module = copy_with(module, **options)
@@ -224,8 +223,10 @@ class CanvasModel(TraceableModel, InContextModel):
                 )
         finally:
             logging.set_verbosity(verbosity)
-        differences = [sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")]
-        refuse_differences(path, type(self).__name__, *differences, wanted_by="the sizes in its config")
+        missing, unknown, misshapen = (
+            sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")
+        )
+        refuse_differences(path, type(self).__name__, missing, unknown, misshapen, "the sizes in its config")
         return module
 
     def count_rows(self, *inputs: Any, **kwargs: Any) -> int:

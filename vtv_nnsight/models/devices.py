@@ -6,18 +6,16 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.models.interface import InContextModel
-
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """What transformers takes for a `device_map` besides devices."""
 
 
 def available_devices() -> list[str]:
     """Names of this machine's devices: "cpu", and "cuda:0", "mps:0" and the like."""
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
         return ["cpu"]
-    kind = torch.accelerator.current_accelerator().type
-    return ["cpu", *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
+    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
 def resolve_device(device: str | int | torch.device) -> torch.device:
@@ -31,11 +29,12 @@ def resolve_device(device: str | int | torch.device) -> torch.device:
     """
     names = available_devices()
     try:
-        found = torch.device(device)
+        place = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
-        found = None
-    if found is not None and (str(found) in names or (found.index in (None, 0) and _first(found) in names)):
-        return found
+        place = torch.device("meta")  # which is nobody's
+    first = place.type if place.type == "cpu" else f"{place.type}:0"
+    if str(place) in names or (place.index in (None, 0) and first in names):
+        return place
     raise ValueError(f"there is no device {str(device)!r} here; choose one of {', '.join(names)}.")
 
 
@@ -53,11 +52,7 @@ def check_device_map(device_map: Any) -> None:
         resolve_device(device_map)
 
 
-def _first(device: torch.device) -> str:
-    return device.type if device.type == "cpu" else f"{device.type}:0"
-
-
-def device_of(model: InContextModel) -> torch.device:
+def device_of(model: Any) -> torch.device:
     """Where prompts must go. Loads the weights if they are not loaded yet."""
     if hasattr(model, "dispatch"):
         model.dispatch()

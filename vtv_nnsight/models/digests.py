@@ -68,8 +68,8 @@ class _Touched:
     def _state(self) -> tuple[list[int], list[int]] | None:
         """None when one of them is gone."""
         try:
-            places = [tensor().data_ptr() for tensor in self.tensors]
-            return places, [tensor()._version for tensor in self.counted]
+            places = [tensor().data_ptr() for tensor in self.tensors]  # type: ignore[union-attr]
+            return places, [tensor()._version for tensor in self.counted]  # type: ignore[union-attr]
         except AttributeError:  # of None, which a reference to a dead tensor gives
             return None
 

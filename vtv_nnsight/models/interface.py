@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vtv_nnsight import tasks
 from vtv_nnsight.layouts import Layout, place_names
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -228,8 +229,6 @@ class InContextModel(ABC):
             ValueError, TypeError: as `Task.prompt`; or when an example without a task is not a pair.
         """
         if task is not None:
-            from vtv_nnsight import tasks
-
             return (tasks.get(task) if isinstance(task, str) else task).prompt(example, query, self.layout)
         if not isinstance(example, (tuple, list)) or len(example) != 2:
             raise ValueError("without a task the example is a pair of pictures, its input and its output.")

@@ -72,7 +72,7 @@ def heads_of(
         (z,), _ = value
         return split(editable(z), network_of(self)) if split else editable(z).unflatten(-1, sizes(self))
 
-    @heads.postprocess
+    @heads.postprocess  # type: ignore[no-redef]
     def heads(self: Envoy, value: torch.Tensor) -> Any:
         number, size = sizes(self)
         if not isinstance(value, torch.Tensor) or tuple(value.shape[-2:]) != (number, size) or value.ndim != 4:
@@ -82,7 +82,7 @@ def heads_of(
             )
         return joined(self, value)
 
-    @heads.transform
+    @heads.transform  # type: ignore[no-redef]
     def heads(self: Envoy, view: torch.Tensor, raw: Any) -> Any:
         return joined(self, view)
 
@@ -161,7 +161,7 @@ class StageEnvoy(Envoy):
         (*_, seen), _ = value
         return positions(seen)
 
-    @positions.postprocess
+    @positions.postprocess  # type: ignore[no-redef]
     def positions(self, value: Any) -> Any:
         raise ValueError(
             f"{self.path}.positions can only be read: they follow from the patches that the prompt shows; trace a "
@@ -278,8 +278,7 @@ class TraceableModel(HuggingFaceModel):
 
 def real_tensors() -> AbstractContextManager[None]:
     """While an empty network is built: new tensors have values, unless a device says otherwise."""
-    context: AbstractContextManager[None] = MetaDevice.real()
-    return context
+    return MetaDevice.real()
 
 
 @contextmanager

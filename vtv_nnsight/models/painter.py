@@ -78,11 +78,11 @@ class AttentionEnvoy(Envoy):
         pattern, attention = "(stream batch head) query key -> batch head (stream query) key", network_of(self)
         return rearrange(editable(value), pattern, stream=attention.streams, head=attention.num_attention_heads)
 
-    @pattern.postprocess
+    @pattern.postprocess  # type: ignore[no-redef]
     def pattern(self, value: torch.Tensor) -> torch.Tensor:
         return _join_pattern(self, value)
 
-    @pattern.transform
+    @pattern.transform  # type: ignore[no-redef]
     def pattern(self, view: torch.Tensor, raw: Any) -> torch.Tensor:
         return _join_pattern(self, view)
 
@@ -197,10 +197,7 @@ class Painter(CanvasModel):
         cell, the example's likewise."""
         layout = layout or self.layout
         self._check_layout(layout, "units")
-        if stage == "streams":
-            regions, cells = ("query", "output"), ("example_input", "query", "example_output", "output")
-        else:
-            regions, cells = ("query+output",), ("example_input+example_output", "query+output")
+        regions, cells = _PLACES[stage]
         shown, whole = (_positions(stage, layout, query_only) for query_only in (True, False))
         return group_positions(
             granularity,
@@ -215,7 +212,7 @@ class Painter(CanvasModel):
         return normalise(prompts.region("output"))
 
     @torch.no_grad()
-    def paint(self, output: Any, prompts: VisualPrompt | Inputs) -> torch.Tensor:
+    def paint(self, output: Any, prompts: VisualPrompt | Inputs) -> torch.Tensor:  # type: ignore[override]
         """The prompts' canvases with the answer in the output cell, clipped: [batch, 3, height, width] in [0, 1]."""
         painted, (rows, columns) = prompts.canvas.clone(), self.layout.cells["output"]
         painted[..., rows, columns] = denormalise(output.prediction.to(painted.dtype)).clamp(0, 1)
@@ -354,6 +351,12 @@ def _positions(stage: str, layout: Layout, query_only: bool) -> torch.Tensor:
     shown = [name for column in columns[: 2 if stage == "streams" else 1] for name in column[query_only:]]
     return positions(torch.cat([layout.regions[name] for name in shown]))[1:]
 
+
+_PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "streams": (("query", "output"), ("example_input", "query", "example_output", "output")),
+    "merged": (("query+output",), ("example_input+example_output", "query+output")),
+}
+"""Stage → the names of a query-only prompt's places, and of a one-shot prompt's."""
 
 _TYPED = {
     True: "is a SegGPT (its type tokens are not zero); load it with SegGPT.",

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import SegGptConfig, SegGptForImageSegmentation
+from transformers import SegGptForImageSegmentation
 from transformers.utils.generic import ModelOutput
 
 from vtv_nnsight.images import normalise
@@ -25,7 +25,7 @@ class PainterOutput(ModelOutput):
         prediction: The answer as the network gives it, normalised and not clipped, [batch, 3, cell, cell].
     """
 
-    prediction: torch.Tensor | None = None
+    prediction: Any = None
 
 
 class PainterNetwork(AdaptedNetwork):
@@ -129,12 +129,12 @@ def _merging_as_released(encoder: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _layout(config: SegGptConfig) -> Layout:
-    size = config.image_size
+def _layout(config: Any) -> Layout:
+    size, patch = config.image_size, config.patch_size
     height, width = (size, size) if isinstance(size, int) else size
     if height != 2 * width:
         raise ValueError(
             f"image_size={height}x{width} is not two square cells, one upon the other; expected a height of twice the "
             "width."
         )
-    return Layout(canvas_size=height, patch_size=config.patch_size, gap=0)
+    return Layout(canvas_size=height, patch_size=patch, gap=0)

@@ -37,7 +37,9 @@ def check_pickle(stream: BinaryIO) -> int:
         Refused: saying which bound is passed.
     """
     start, handled = stream.tell(), 0
-    stack, marks, memo = [], [], {}
+    stack: list[list[int]] = []  # parts and depth of each object
+    memo: dict[Any, list[int]] = {}
+    marks: list[int] = []
     for step, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
         if step >= MAX_STEPS:
             raise Refused(f"it has more than {MAX_STEPS:,} instructions")

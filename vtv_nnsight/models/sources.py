@@ -112,8 +112,7 @@ def load_model(source: StrPath = EMBEDDED, **kwargs: Any) -> InContextModel:
                 f"{argument}={str(kwargs[argument])!r} is for {FAMILIES[owner][1]}, and {source!r} is a {name}; leave "
                 "it out."
             )
-    model: InContextModel = getattr(import_module(f"vtv_nnsight.models.{module}"), name)(source, **kwargs)
-    return model
+    return getattr(import_module(f"vtv_nnsight.models.{module}"), name)(source, **kwargs)
 
 
 def family_of(source: str, **kwargs: Any) -> str:
@@ -168,8 +167,7 @@ def read_model_type(folder: StrPath) -> str:
     Raises:
         FileNotFoundError, ValueError: when there is no config.json, or it is not one.
     """
-    model_type: str = _read_json(Path(folder) / "config.json", "model_type", str)
-    return model_type
+    return _read_json(Path(folder) / "config.json", "model_type", str)
 
 
 def _has_values(folder: StrPath, name: str) -> bool:

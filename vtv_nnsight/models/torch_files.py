@@ -252,7 +252,9 @@ class _Inert:
 def _state_of(module: _Inert) -> dict[str, Any]:
     """The state dict of a pickled `torch.nn.Module`: parameters and buffers by name. A module that is there twice has
     the first of its names."""
-    tensors, seen, waiting = {}, set(), [("", module)]
+    tensors: dict[str, Any] = {}
+    seen: set[int] = set()
+    waiting = [("", module)]
     while waiting:
         prefix, current = waiting.pop()
         if not isinstance(current, _Inert) or not isinstance(current.state, dict) or id(current) in seen:
@@ -294,7 +296,7 @@ def _stored_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) 
     tuples = isinstance(storage, tuple) and isinstance(shape, tuple) and isinstance(stride, tuple)
     if not tuples or len(storage) != 2 or not isinstance(storage[1], torch.dtype):
         return _Inert()
-    return _Stored(*storage, offset, shape, stride)
+    return _Stored(storage[0], storage[1], offset, shape, stride)
 
 
 _CHECKPOINT_NAMES = {

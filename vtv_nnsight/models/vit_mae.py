@@ -42,7 +42,7 @@ class ViTMAEOutput(ModelOutput):
             and over its deviation: [batch, decoded patch, patch_size² * 3].
     """
 
-    logits: torch.Tensor | None = None
+    logits: Any = None
 
 
 class Encoder(nn.Module):
@@ -140,7 +140,7 @@ class AttentionEnvoy(Envoy):
         after `heads`, and can only be read."""
         return value[1]
 
-    @pattern.postprocess
+    @pattern.postprocess  # type: ignore[no-redef]
     def pattern(self, value: Any) -> Any:
         raise ValueError(f"{self.path}.pattern can only be read; change {self.path}.heads, which come of it.")
 

@@ -44,7 +44,7 @@ class BEiTOutput(ModelOutput):
         logits: Scores of the tokenizer's codes, [batch, decoded patch, code].
     """
 
-    logits: torch.Tensor | None = None
+    logits: Any = None
 
 
 class Encoder(nn.Module):
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: BeitForMaskedImageModeling) -> None:
         super().__init__()
-        beit = model.beit
+        beit: Any = model.beit
         self.embeddings, self.position_bias, self.layers = beit.embeddings, beit.shared_position_bias, beit.layers
         self.last_norm, self.norm, self.head = beit.layernorm, model.layernorm, model.lm_head
         self.grid = _layout(model.config).grid
@@ -130,7 +130,7 @@ def _resize(pixels: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def _layout(config: BeitConfig) -> Layout:
+def _layout(config: Any) -> Layout:
     """The canvas of a config, with one example."""
     return Layout(canvas_size=config.image_size, patch_size=config.patch_size)
 
@@ -232,7 +232,7 @@ class BEiT(CodeModel):
         self.dispatch()
         return super().ceiling(prompts) if can_encode(self.network.tokenizer) else None
 
-    def _tokenizer(self) -> Tokenizer:
+    def _tokenizer(self) -> Any:
         if self.network.tokenizer is None:
             raise ValueError(
                 f"this BEiT has no tokenizer, and its codes no picture; give tokenizer= the path of DALL-E's {DECODER} "

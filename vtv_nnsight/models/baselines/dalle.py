@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -56,7 +56,7 @@ class Block(nn.Module):
         widths = (in_channels, hidden, hidden, hidden, out_channels)
         self.gain = gain
         self.id_path = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        path = OrderedDict()
+        path: OrderedDict[str, nn.Module] = OrderedDict()
         for i, (size, a, b) in enumerate(zip(sizes, widths, widths[1:]), 1):
             path |= {f"relu_{i}": nn.ReLU(), f"conv_{i}": nn.Conv2d(a, b, size, padding=size // 2)}
         self.res_path = nn.Sequential(path)
@@ -78,7 +78,9 @@ def _groups(
     gain = 1 / (GROUPS * blocks) ** 2
     parts = OrderedDict(first=first)
     for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
-        group = OrderedDict((f"block_{n + 1}", Block(b if n else a, b, sizes, gain)) for n in range(blocks))
+        group: OrderedDict[str, nn.Module] = OrderedDict(
+            (f"block_{n + 1}", Block(b if n else a, b, sizes, gain)) for n in range(blocks)
+        )
         if i < GROUPS:
             group["resample"] = resample()
         parts[f"group_{i}"] = nn.Sequential(group)
@@ -112,7 +114,7 @@ class DVAE(nn.Module):
         widths = [first_width, 8 * width, 4 * width, 2 * width, width]
         first = nn.Conv2d(num_codes, first_width, 1)
         self.decoder = _groups(first, widths, blocks, (1, 3, 3, 3), partial(nn.Upsample, scale_factor=2), 6)
-        self.encoder = None
+        self.encoder: Any = None
         if encoder is not None:
             width, blocks = encoder
             first = nn.Conv2d(3, width, 7, padding=3)
@@ -122,6 +124,7 @@ class DVAE(nn.Module):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [batch, patch] of a square grid, row by row → pixels [batch, 3, 8 * grid, 8 * grid] in [0, 1]: the
         means of what it decodes to."""
+        first: Any
         first, *rest = self.decoder
         x = F.embedding(codes, first.weight[:, :, 0, 0].T) + first.bias  # a 1x1 convolution of one-hot codes
         x = rearrange(x, "b (h w) c -> b c h w", h=math.isqrt(codes.shape[1]))
@@ -182,7 +185,7 @@ def load_tokenizer(source: Tokenizer | str | os.PathLike, *, weights: bool = Tru
     encoder = (ends["encoder"][0][0], blocks["encoder"]) if "encoder" in files else None
     with torch.device("meta"):
         tokenizer = DVAE(num_codes, width, first_width, blocks["decoder"], encoder)
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for part, file in files.items():
         expected = getattr(tokenizer, part).state_dict()
         shapes = {_published(name): value.shape for name, value in expected.items()}

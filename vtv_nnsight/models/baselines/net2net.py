@@ -55,8 +55,8 @@ class Net2NetOutput(ModelOutput):
         codes: Codes of the decoded patches, those of visible ones the VQGAN's: LongTensor [batch, decoded patch].
     """
 
-    logits: torch.Tensor | None = None
-    codes: torch.Tensor | None = None
+    logits: Any = None
+    codes: Any = None
 
 
 class Attention(nn.Module):

@@ -73,7 +73,7 @@ class MAEVQGANConfig(PretrainedConfig):
             if isinstance(values := getattr(self, name), tuple):
                 setattr(self, name, list(values))
         self._check_kinds(self.dtype if self.dtype is not None else kwargs.get("torch_dtype"))
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self._check_sizes()
 
     def _check_kinds(self, dtype: Any) -> None:

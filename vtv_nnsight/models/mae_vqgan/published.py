@@ -90,7 +90,7 @@ def load_checkpoint(
     }
     model.load_state_dict(state, assign=True)
     config.dtype = model.dtype
-    return model.eval()
+    return model.eval()  # type: ignore[no-untyped-call]
 
 
 def read_config(
@@ -271,8 +271,7 @@ def tokenizer_sizes(tensors: Mapping[str, StoredTensor], file: StrPath, kind: st
 
 def code_size(tokenizer: Mapping[str, Any]) -> int:
     """The pixels along a side of what a tokenizer of these sizes makes one code of."""
-    side: int = tokenizer["vqgan_fold"] * 2 ** (len(tokenizer["vqgan_channel_multipliers"]) - 1)
-    return side
+    return tokenizer["vqgan_fold"] * 2 ** (len(tokenizer["vqgan_channel_multipliers"]) - 1)
 
 
 def count_modules(prefix: str, tensors: Mapping[str, StoredTensor], file: StrPath, most: int = MAX_LAYERS) -> int:

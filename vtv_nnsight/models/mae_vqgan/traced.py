@@ -35,7 +35,7 @@ class AttentionEnvoy(Envoy):
         """How much each token attends to each: [batch, head, query token, key token], rows that sum to one."""
         return editable(value)
 
-    @pattern.transform
+    @pattern.transform  # type: ignore[no-redef]
     def pattern(self, edited: torch.Tensor, raw: Any) -> torch.Tensor:
         return edited
 

@@ -9,6 +9,7 @@ a VQGAN's codes at the hidden patches of a canvas.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -32,7 +33,7 @@ class MAEVQGANOutput(ModelOutput):
         logits: Scores of the codebook's entries, [batch, decoded patch, code].
     """
 
-    logits: torch.Tensor | None = None
+    logits: Any = None
 
 
 class PatchEmbed(nn.Module):
@@ -194,7 +195,7 @@ class MAEVQGANModel(PreTrainedModel):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.vqgan = VQGAN(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def layout(self) -> Layout:
@@ -259,8 +260,8 @@ class MAEVQGANModel(PreTrainedModel):
         Returns:
             [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated, as published).
         """
-        logits = self.forward(canvas, visible, decoded).logits
-        return self.paint(logits.argmax(-1), canvas, visible, decoded, paste)
+        codes = self.forward(canvas, visible, decoded).logits.argmax(-1)
+        return self.paint(codes, canvas, visible, decoded, paste)
 
     @torch.no_grad()
     def paint(
