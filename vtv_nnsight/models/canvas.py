@@ -223,9 +223,7 @@ class CanvasModel(TraceableModel, InContextModel):
                 )
         finally:
             logging.set_verbosity(verbosity)
-        missing, unknown, misshapen = (
-            sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")
-        )
+        missing, unknown, misshapen = (sorted(report[f"{kind}_keys"]) for kind in _DIFFERENCES)
         refuse_differences(path, type(self).__name__, missing, unknown, misshapen, "the sizes in its config")
         return module
 
@@ -330,6 +328,8 @@ def _check(inputs: Inputs, layout: Layout) -> None:
             raise ValueError(f"{name} names a patch twice in a row; give each patch id once.")
 
 
+_DIFFERENCES = ("missing", "unexpected", "mismatched")
+"""Of weights, as transformers reports them."""
 _IDS = ("visible", "decoded")
 _APART = (
     "cannot share a batch, which is one forward; trace them one after the other, in a `with model.session():` when "

@@ -46,19 +46,19 @@ def find(paths: StrPath | Iterable[StrPath]) -> tuple[list[Path], list[Path]]:
         FileNotFoundError: when a file or a folder is not there, or none is left.
         ValueError: when a file is called otherwise.
     """
-    paths = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
-    every = []
-    for path in paths:
+    places = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    every: list[Path] = []
+    for path in places:
         if not path.exists():
             raise FileNotFoundError(f"there is no file or folder {path}.")
         every += sorted(path.glob("*.pkl")) if path.is_dir() else [path]
     activations = [file for file in every if file.name.endswith(ACTIVATIONS)]
     bernoullis = [file for file in every if file.name.startswith(BERNOULLIS)]
-    if misnamed := [file for file in paths if file.is_file() and file not in activations + bernoullis]:
+    if misnamed := [file for file in places if file.is_file() and file not in activations + bernoullis]:
         raise ValueError(f"{misnamed[0]} is called neither TASK{ACTIVATIONS} nor {BERNOULLIS}….pkl.")
     if not activations + bernoullis:
         raise FileNotFoundError(
-            f"there is no TASK{ACTIVATIONS} and no {BERNOULLIS}….pkl in {', '.join(map(str, paths))}."
+            f"there is no TASK{ACTIVATIONS} and no {BERNOULLIS}….pkl in {', '.join(map(str, places))}."
         )
     return activations, bernoullis
 
@@ -181,7 +181,7 @@ class _Dtype:
         """The numbers in some bytes, [number]; old pickles hold bytes as text."""
         if not isinstance(self.name, str) or self.name.lstrip("<>=|")[:1] not in set("biuf"):
             raise Refused(f"it holds an array of dtype {self.name!r}, which is not a number's")
-        dtype = np.dtype(self.name).newbyteorder(self.order if self.order in ("<", ">") else "=")
+        dtype = np.dtype(self.order + self.name if self.order in ("<", ">") else self.name)
         return np.frombuffer(data.encode("latin-1") if isinstance(data, str) else data, dtype)
 
 
@@ -235,10 +235,12 @@ def _plain(content: Any, seen: dict[int, Any]) -> Any:
         return content.array
     if not isinstance(content, (list, tuple, dict)):
         return content
-    if id(content) not in seen:
-        seen[id(content)] = plain = {} if isinstance(content, dict) else []
-        if isinstance(content, dict):
-            plain.update({key: _plain(value, seen) for key, value in content.items()})
-        else:
-            plain.extend(_plain(value, seen) for value in content)
-    return seen[id(content)]
+    if id(content) in seen:
+        return seen[id(content)]
+    if isinstance(content, dict):
+        plain = seen[id(content)] = {}
+        plain.update({key: _plain(value, seen) for key, value in content.items()})
+        return plain
+    items = seen[id(content)] = []
+    items.extend(_plain(value, seen) for value in content)
+    return items

@@ -78,9 +78,9 @@ def _groups(
     gain = 1 / (GROUPS * blocks) ** 2
     parts = OrderedDict(first=first)
     for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
-        group: OrderedDict[str, nn.Module] = OrderedDict(
-            (f"block_{n + 1}", Block(b if n else a, b, sizes, gain)) for n in range(blocks)
-        )
+        group: OrderedDict[str, nn.Module] = OrderedDict()
+        for n in range(blocks):
+            group[f"block_{n + 1}"] = Block(b if n else a, b, sizes, gain)
         if i < GROUPS:
             group["resample"] = resample()
         parts[f"group_{i}"] = nn.Sequential(group)
