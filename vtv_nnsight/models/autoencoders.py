@@ -107,7 +107,7 @@ def keep_output(norm: Any, prompts: VisualPrompt) -> VisualPrompt:
 
 def autoencoder_groups(stage: str, granularity: str, layout: Layout) -> dict[str, torch.Tensor]:
     """The groups of positions of a masked autoencoder's stage, for `InContextModel.groups`."""
-    names, shown = {
+    names, query_only = {
         "encoder": (("query",), layout.regions["query"]),
         "decoder": (("query", "output"), layout.query_band),
     }[stage]
@@ -115,7 +115,7 @@ def autoencoder_groups(stage: str, granularity: str, layout: Layout) -> dict[str
     cells = named_positions(layout.disjoint_regions)
     if stage == "encoder":
         cells.pop("output")
-    return group_positions(granularity, positions(layout.all_patches), regions, positions(shown), cells)
+    return group_positions(granularity, positions(layout.all_patches), regions, positions(query_only), cells)
 
 
 def token_loss(output: Any, prompts: VisualPrompt, codes: torch.Tensor) -> torch.Tensor:

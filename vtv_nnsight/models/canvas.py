@@ -204,7 +204,7 @@ class CanvasModel(TraceableModel, InContextModel):
             return self.module_class._from_config(config, **kept)
 
     def load_weights(self, source: str, **options: Any) -> Any:
-        """The module of a folder or a Hub id, all of whose weights were there.
+        """The module of a folder or a Hub id, with all of its weights.
 
         Raises:
             ValueError: naming the source and the weights that are missing, of other shapes, or damaged; or the dtype.

@@ -9,7 +9,7 @@
 
 *Images Speak in Images* (CVPR 2023, arXiv 2212.02499) and *SegGPT* (ICCV 2023, arXiv 2304.03284) are one network, and
 transformers has it. Its *image* is the left column of a canvas (example input over query), its *target* the right one
-(example output over the answer, which is masked). The first layers see the two as streams of their own; after layer
+(example output over the answer, which is masked). The first layers see the two as two streams; after layer
 `merge_index` the streams are averaged, and one token stands for a place of both.
 """
 
@@ -198,12 +198,12 @@ class Painter(CanvasModel):
         layout = layout or self.layout
         self._check_layout(layout, "units")
         regions, cells = _PLACES[stage]
-        shown, whole = (_positions(stage, layout, query_only) for query_only in (True, False))
+        query, whole = (_positions(stage, layout, query_only) for query_only in (True, False))
         return group_positions(
             granularity,
             positions(layout.all_patches),
-            dict(zip(regions, shown.chunk(len(regions)))),
-            shown,
+            dict(zip(regions, query.chunk(len(regions)))),
+            query,
             dict(zip(cells, whole.chunk(len(cells)))),
         )
 
@@ -348,8 +348,8 @@ class SegGPT(Painter):
 def _positions(stage: str, layout: Layout, query_only: bool) -> torch.Tensor:
     """Position of every token of a stage."""
     columns = (("example_input", "query"), ("example_output", "output"))
-    shown = [name for column in columns[: 2 if stage == "streams" else 1] for name in column[query_only:]]
-    return positions(torch.cat([layout.regions[name] for name in shown]))[1:]
+    cells = [name for column in columns[: 2 if stage == "streams" else 1] for name in column[query_only:]]
+    return positions(torch.cat([layout.regions[name] for name in cells]))[1:]
 
 
 _PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -41,7 +41,7 @@ def paint_canvas(
         [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated, as published).
 
     Raises:
-        ValueError: when each row has patches of its own, or the decoded ones are no block.
+        ValueError: when the rows have different patches, or the decoded ones are no block.
     """
     canvas, visible, decoded = prompts.canvas, prompts.visible, prompts.decoded
     if decoded.ndim != 1 or visible.ndim != 1:

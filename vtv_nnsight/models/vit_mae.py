@@ -85,7 +85,7 @@ class Decoder(nn.Module):
 
 
 class ViTMAENetwork(AdaptedNetwork):
-    """A ViTMAEForPreTraining that sees the patches which it is told to.
+    """A ViTMAEForPreTraining that sees the patches of a prompt.
 
     Raises:
         ValueError: when its predictions have no picture, or its canvas is not a square of colours.

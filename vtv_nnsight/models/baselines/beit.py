@@ -87,7 +87,7 @@ class Encoder(nn.Module):
 
 
 class BEiTNetwork(AdaptedNetwork):
-    """A BeitForMaskedImageModeling that sees the patches which it is told to, and a tokenizer that paints its codes.
+    """A BeitForMaskedImageModeling that sees the patches of a prompt, and a tokenizer that paints its codes.
 
     Raises:
         ValueError: when it has no mask token, its relative positions differ from layer to layer, its canvas is not a

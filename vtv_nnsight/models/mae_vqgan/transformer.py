@@ -181,7 +181,7 @@ class MAEVQGANModel(PreTrainedModel):
     """Encoder, decoder and tokenizer.
 
     Canvases are pixels in [0, 1]; the model normalises them. Patch ids are shared by the batch ([n]) or given for each
-    row ([batch, n], for training with a mask of its own for every canvas).
+    row ([batch, n], for training, where each canvas has another mask).
     """
 
     config_class = MAEVQGANConfig

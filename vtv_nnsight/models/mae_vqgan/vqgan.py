@@ -14,10 +14,13 @@ from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 
 
 def norm(channels: int) -> nn.GroupNorm:
+    """The norm of every layer, over 32 groups of channels."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
+    """Two convolutions with a shortcut around them."""
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = norm(in_channels)
@@ -28,6 +31,7 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, in_channels, height, width] → [batch, out_channels, height, width]."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -45,6 +49,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, channel, height, width] → the same."""
         h = self.norm(x)
         q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
         z = F.scaled_dot_product_attention(q, k, v)
@@ -52,20 +57,26 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Half as high and wide."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, channel, height, width] → [batch, channel, height / 2, width / 2]."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
+    """Twice as high and wide."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, channel, height, width] → [batch, channel, 2 height, 2 width]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -84,6 +95,7 @@ class Level(nn.Module):
         self.resample = resample
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A feature map → that of the next resolution."""
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
@@ -92,6 +104,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """The blocks of the coarsest resolution, between encoder and decoder."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.block_1 = ResBlock(channels, channels)
@@ -99,7 +113,21 @@ class Middle(nn.Module):
         self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, channel, height, width] → the same."""
         return self.block_2(self.attn_1(self.block_1(x)))
+
+
+def _levels(config: MAEVQGANConfig, inputs: list[int], blocks: int, resample: str, last: int) -> nn.ModuleList:
+    """The levels of an encoder or a decoder, finest first; the one that runs last keeps its resolution."""
+    return nn.ModuleList(
+        Level(channels, width, blocks, i in config.vqgan_attention_levels, resample if i != last else None)
+        for i, (channels, width) in enumerate(zip(inputs, _widths(config)))
+    )
+
+
+def _widths(config: MAEVQGANConfig) -> list[int]:
+    """Channels of each level, finest first."""
+    return [config.vqgan_channels * multiplier for multiplier in config.vqgan_channel_multipliers]
 
 
 class Encoder(nn.Module):
@@ -107,26 +135,17 @@ class Encoder(nn.Module):
 
     def __init__(self, config: MAEVQGANConfig) -> None:
         super().__init__()
-        widths = [config.vqgan_channels * m for m in config.vqgan_channel_multipliers]
+        widths = _widths(config)
         inputs = [config.vqgan_channels, *widths[:-1]]
-        last = len(widths) - 1
         self.fold = nn.PixelUnshuffle(config.vqgan_fold)
         self.conv_in = nn.Conv2d(3 * config.vqgan_fold**2, inputs[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(
-                inputs[level],
-                widths[level],
-                config.vqgan_num_res_blocks,
-                level in config.vqgan_attention_levels,
-                "downsample" if level < last else None,
-            )
-            for level in range(len(widths))
-        )
+        self.down = _levels(config, inputs, config.vqgan_num_res_blocks, "downsample", len(widths) - 1)
         self.mid = Middle(widths[-1])
         self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.vqgan_z_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pixels → latent."""
         x = self.conv_in(self.fold(x))
         for level in self.down:
             x = level(x)
@@ -138,25 +157,16 @@ class Decoder(nn.Module):
 
     def __init__(self, config: MAEVQGANConfig) -> None:
         super().__init__()
-        widths = [config.vqgan_channels * m for m in config.vqgan_channel_multipliers]
-        inputs = [*widths[1:], widths[-1]]
+        widths = _widths(config)
         self.conv_in = nn.Conv2d(config.vqgan_z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList(
-            Level(
-                inputs[level],
-                widths[level],
-                config.vqgan_num_res_blocks + 1,
-                level in config.vqgan_attention_levels,
-                "upsample" if level > 0 else None,
-            )
-            for level in range(len(widths))
-        )
+        self.up = _levels(config, [*widths[1:], widths[-1]], config.vqgan_num_res_blocks + 1, "upsample", 0)
         self.norm_out = norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3 * config.vqgan_fold**2, 3, padding=1)
         self.unfold = nn.PixelShuffle(config.vqgan_fold)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Latent → pixels."""
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
@@ -175,7 +185,7 @@ class VQGAN(nn.Module):
         self.decoder = Decoder(config)
         # On a CPU, GroupNorm of maps with few channels a group is many times slower in the channels-last format that
         # `decode_latent` begins with; convolutions of many channels are faster in it (benchmarks/memory_format.py).
-        self.narrow = config.vqgan_channels * max(config.vqgan_channel_multipliers) < 16 * 32
+        self.narrow = max(_widths(config)) < 16 * 32
 
     def latent(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [batch, 3, height, width] in [0, 1] → unquantised [batch, patch, code_dim], patches row by row."""
