@@ -196,10 +196,9 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     patches = {label: value.patches if isinstance(value, SearchResult) else value for label, value in sets.items()}
     similarity = np.array([[a.jaccard(b) for b in patches.values()] for a in patches.values()])
     counts = torch.stack([one.choices.int() for one in patches.values()]).sum(0)
-    space, label = next(iter(patches.values())).space, "number of sets that have the unit"
-    figure = unit_maps(
-        space.by_region(counts), (0, len(patches)), cmap="magma", label=label, first="Jaccard similarity"
-    )
+    regions = next(iter(patches.values())).space.by_region(counts)
+    label = "number of sets that have the unit"
+    figure = unit_maps(regions, (0, len(patches)), cmap="magma", label=label, first="Jaccard similarity")
     axes = figure.axes[0]
     image = axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
     figure.colorbar(image, ax=axes, location="left", shrink=0.8, label="shared / all, of two sets")

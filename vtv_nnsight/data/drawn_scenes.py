@@ -152,11 +152,9 @@ def _ground(keys: Array, bright: Array, x: Array, y: Array) -> Array:
     dark_hue, dark_vivid, light_hue, light_vivid = colours[kinds].T
     jitter, vivid, level = (12 * (jitter - 0.5)).ravel(), 0.8 + 0.2 * vivid.ravel(), level.ravel()
     middle = np.where(bright, 0.72, 0.28) + 0.08 * (level - 0.5)
-    return _ramp(
-        pattern,
-        _colour(middle - 0.12, dark_hue + jitter, dark_vivid * vivid),
-        _colour(middle + 0.12, light_hue + jitter, light_vivid * vivid),
-    )
+    dark = _colour(middle - 0.12, dark_hue + jitter, dark_vivid * vivid)
+    light = _colour(middle + 0.12, light_hue + jitter, light_vivid * vivid)
+    return _ramp(pattern, dark, light)
 
 
 # Shapes: signed distances (negative inside) of points (u, v), v pointing down, for an object of radius about 1.
