@@ -17,7 +17,6 @@ this folder is all that a new one takes:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.search.journal import Answer, Journal
+from vtv_nnsight.search.journal import Journal
 from vtv_nnsight.search.result import SearchResult, Step
 from vtv_nnsight.vectors import TaskVectors
 
@@ -125,7 +124,6 @@ class Search:
         self.trajectory: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._held_out_losses: dict[str, float] = {}
         self._journal = self._open(resume)
-        self._started = time.perf_counter()
         self._bar = progress_bar(
             total=self.budget, desc=name, unit="eval", disable=not (progress and processes().is_main_process)
         )
@@ -138,7 +136,7 @@ class Search:
     @property
     def seconds(self) -> float:
         """Time spent, that of interrupted runs before this one included."""
-        return time.perf_counter() - self._started
+        return self._journal.seconds
 
     def set_default_budget(self, evaluations: int) -> None:
         """The budget, where the caller has given none."""
@@ -296,9 +294,8 @@ class Search:
         )
 
     def close(self) -> None:
-        """Close the progress bar and the journal."""
+        """Close the progress bar."""
         self._bar.close()
-        self._journal.close()
 
     def _answers(
         self,
@@ -311,22 +308,16 @@ class Search:
         """`evaluate` of the `questions` of `count` rows, piece by piece: from the journal as far as it goes, then from
         the objective. Values [row, width]; a row costs `cost` evaluations."""
         answers, start, stride = [], 0, getattr(self.objective, "stride", count)
+
+        def checked(*rows: torch.Tensor) -> torch.Tensor:
+            return self._checked(evaluate(*rows), (len(rows[0]), width))
+
         while start < count:
-            known = self._journal.peek()
-            piece = slice(start, min(count, start + (known.rows if known else stride)))
-            size, rows = piece.stop - start, questions(piece)
-            query = tensor_digest(*rows)
+            size = min(count - start, self._journal.next_rows or stride)
             self.evaluations += cost * size
-            if known:
-                known = self._journal.take(query, size, size * width)
-                self._started = time.perf_counter() - known.seconds
-            else:
-                values = self._checked(evaluate(*rows), (size, width))
-                known = Answer(query, size, self.seconds, values.flatten())
-                self._journal.write(known)
+            answers.append(self._journal.answer(questions(slice(start, start + size)), checked))
             self._bar.update(cost * size)
-            answers.append(known.values.view(size, width))
-            start = piece.stop
+            start += size
         return torch.cat(answers)
 
     def _checked(self, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -357,16 +348,11 @@ class Search:
         settings = {"algorithm": self.name, "seed": self.seed, "budget": self.budget} | self.settings
         settings |= getattr(self.objective, "fingerprint", {})
         journal, error = Journal(None, settings), None
-        state = processes()
-        if state.is_main_process:
-            try:
-                journal = Journal(path, settings)
-            except ValueError as raised:
-                error = raised
-        if state.num_processes > 1:
-            shared: list[Any] = [journal.answers, error]
-            broadcast_object_list(shared)
-            journal.answers, error = shared
+        try:
+            journal = Journal(path if processes().is_main_process else None, settings)
+        except ValueError as raised:
+            error = raised
+        journal.answers, error = broadcast_object_list([journal.answers, error])
         if error is not None:
             raise error
         return journal

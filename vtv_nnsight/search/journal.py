@@ -14,19 +14,15 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from vtv_nnsight.digests import tensor_digest
-
-SYNC_EVERY = 5.0
-"""Seconds between two times that the journal is flushed to the disk itself."""
 
 
 class Answer(NamedTuple):
@@ -46,7 +42,7 @@ class Answer(NamedTuple):
 
 
 class Journal:
-    """Reads the answers of an earlier run of a search, then appends.
+    """Reads the answers of an earlier run of a search, then appends. It keeps the time, too.
 
     Args:
         path: The file; None keeps nothing.
@@ -57,101 +53,90 @@ class Journal:
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
         self.answers: list[Answer] = []
         self._next = 0
-        self._file: BinaryIO | None = None
-        self._synced = time.monotonic()
-        if path is None:
+        self._started = time.perf_counter()
+        if self.path is None:
             return
-        self.path = Path(path)
         settings = json.loads(json.dumps(settings))
         try:
-            size = self._read(settings) if self.path.exists() else 0
+            size = self._read(self.path, settings) if self.path.exists() else 0
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("r+b" if size else "wb")
+            with self.path.open("ab") as file:
+                file.truncate(size)
         except OSError as error:
             raise ValueError(
                 f"{self.path} cannot be a search's journal ({error.strerror}); give another file."
             ) from error
-        self._file.truncate(size)
-        self._file.seek(size)
         if not size:
-            self._append(self._file, {"vtv search": settings})
+            self._append({"vtv search": settings})
 
-    def peek(self) -> Answer | None:
-        """The answer to the next question, when it was answered before."""
-        return self.answers[self._next] if self._next < len(self.answers) else None
+    @property
+    def seconds(self) -> float:
+        """Time spent, that of interrupted runs before this one included."""
+        return time.perf_counter() - self._started
 
-    def take(self, query: str, rows: int, values: int) -> Answer:
-        """The next answer.
+    @property
+    def next_rows(self) -> int | None:
+        """How many rows the next question has, when it was answered before."""
+        return self.answers[self._next].rows if self._next < len(self.answers) else None
+
+    def answer(self, question: tuple[torch.Tensor, ...], evaluate: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """The answer to the next question: as it was given before, or `evaluate(*question)`, which is written down.
 
         Args:
-            query, rows: The question's digest, and how many rows it has.
-            values: How many values the answer has.
+            question: Tensors; the first one has as many rows as the answer.
+            evaluate: Answers it: float64 [row, value] on the CPU.
+
+        Returns:
+            Float64 [row, value].
 
         Raises:
-            ValueError: when it answers another question.
+            ValueError: when the next line answers another question.
         """
-        answer = self.answers[self._next]
-        if (answer.query, answer.rows, answer.values.numel()) != (query, rows, values):
+        query, rows = tensor_digest(*question), len(question[0])
+        if self.next_rows is None:
+            values = evaluate(*question)
+            encoded = base64.b64encode(values.numpy().astype("<f8").tobytes()).decode()
+            line = {"query": query, "count": rows, "seconds": self.seconds, "values": encoded}
+            self._append(line | {"checksum": tensor_digest(values.flatten())})
+            return values
+        known = self.answers[self._next]
+        if (known.query, known.rows) != (query, rows):
             raise ValueError(
                 f"{self.path} answers other questions than this search asks, from answer {self._next + 1} on; it was "
                 "written for other scores, or with another version of the library or of torch: start afresh with "
                 "another file."
             )
         self._next += 1
-        return answer
+        self._started = time.perf_counter() - known.seconds
+        return known.values.view(rows, -1)
 
-    def write(self, answer: Answer) -> None:
-        """Append an answer."""
-        if self._file is None:
-            return
-        values = base64.b64encode(answer.values.numpy().astype("<f8").tobytes()).decode()
-        line = {"query": answer.query, "count": answer.rows, "seconds": answer.seconds, "values": values}
-        self._append(self._file, line | {"checksum": tensor_digest(answer.values)})
-        if time.monotonic() - self._synced > SYNC_EVERY:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self.path is not None:
+            with self.path.open("ab") as file:
+                file.write(json.dumps(line).encode() + b"\n")
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-    @staticmethod
-    def _append(file: BinaryIO, line: dict[str, Any]) -> None:
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-
-    def _read(self, settings: Mapping[str, Any]) -> int:
+    def _read(self, path: Path, settings: Mapping[str, Any]) -> int:
         """Take in the whole lines of the file, and tell how many bytes they are."""
-        lines, size = self.path.read_bytes().splitlines(keepends=True), 0
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                break
-            if number == 1:
-                _compare(_header(line, self.path), settings, self.path)
-            else:
-                try:
+        content = path.read_bytes()
+        if content and not content.startswith(b'{"vtv search": {'):
+            raise ValueError(f"{path} is not the journal of a search (line 1).")
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                if number > 1:
                     self.answers.append(_answer(line))
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise ValueError(
-                        f"{self.path} is damaged at line {number}; remove it to search from the start, or cut it there."
-                    ) from error
-            size += len(line)
-        if lines and not size and not lines[0].startswith(b'{"vtv search"'):
-            raise ValueError(f"{self.path} is not the journal of a search (line 1).")
-        return size
-
-
-def _header(line: bytes, path: Path) -> dict[str, Any]:
-    """The settings in a journal's first line."""
-    try:
-        settings: dict[str, Any] = json.loads(line)["vtv search"]
-        settings.items()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not the journal of a search (line 1).") from error
-    return settings
+                else:
+                    written = json.loads(line)["vtv search"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{path} is damaged at line {number}; remove it to search from the start, or cut it there."
+                ) from error
+            if number == 1:
+                _compare(written, settings, path)
+        return len(whole)
 
 
 def _answer(line: bytes) -> Answer:

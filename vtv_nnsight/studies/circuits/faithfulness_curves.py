@@ -19,9 +19,7 @@ what is left without any unit. Two directions:
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.budget import prefixes
-from vtv_nnsight.search.journal import Answer, Journal
+from vtv_nnsight.search.journal import Journal
 from vtv_nnsight.studies.circuits.curves import SIZES, Curves
 from vtv_nnsight.studies.circuits.measures import Measure
 from vtv_nnsight.vectors import Activations, TaskVector
@@ -108,16 +106,15 @@ def faithfulness(
     vector = vector if isinstance(vector, Activations) else vector.to(prompts.device)
     settings = _settings(model, vector, prompts, space, measures, direction)
     total = len(prompts) * (len(sets) + (direction == "in"))
-    with (
-        closing(Journal(resume, settings)) as journal,
-        progress_bar(total=total, desc=f"curves, {direction}", unit="answer", disable=not progress) as bar,
-    ):
-        answers = partial(
-            _values, model, vector, space, measures, direction, batch_size or default_batch_size(model), journal, bar
-        )
-        inputs = prompts if direction == "out" else prompts.query_only()
-        values = dict(zip(sets, answers(inputs, list(sets.values()))))
-        full = values[_key(everything)] if direction == "out" else answers(prompts, [nothing])[0]
+    journal, measured = Journal(resume, settings), partial(_measure, model, vector, space, measures)
+    with progress_bar(total=total, desc=f"curves, {direction}", unit="answer", disable=not progress) as bar:
+        answers = partial(_values, measured, batch_size or default_batch_size(model), journal, bar)
+        if direction == "out":
+            values = dict(zip(sets, answers(prompts, [~choices for choices in sets.values()])))
+            full = values[_key(everything)]
+        else:
+            values = dict(zip(sets, answers(prompts.query_only(), list(sets.values()))))
+            full = answers(prompts, [nothing])[0]
     curves = []
     for i, part in enumerate(measures):
         kept = {
@@ -148,40 +145,42 @@ def _key(choices: torch.Tensor) -> bytes:
     return choices.numpy().tobytes()
 
 
-@torch.no_grad()
 def _values(
-    model: InContextModel,
-    vector: TaskVector | Activations,
-    space: PatchSpace,
-    measures: Sequence[Measure],
-    direction: str,
+    measure: Callable[[VisualPrompt, torch.Tensor, torch.Tensor], torch.Tensor],
     batch_size: int,
     journal: Journal,
     bar: Any,
     prompts: VisualPrompt,
     sets: Sequence[torch.Tensor],
 ) -> list[np.ndarray]:
-    """m of every prompt under every set: arrays [measure, prompt]. Every row of a batch has its own set."""
-    device, started, values = prompts.device, time.perf_counter(), []
-    restrict = all(measure.narrows for measure in measures)
+    """m of every prompt under every set that is patched: arrays [measure, prompt]."""
+    values = []
     which = torch.arange(len(sets)).repeat_interleave(len(prompts))
     numbers = torch.arange(len(prompts)).repeat(len(sets))
     for part, rows in zip(which.split(batch_size), numbers.split(batch_size)):
         choices = torch.stack([sets[i] for i in part.tolist()])
-        query = tensor_digest(choices, rows)
-        if journal.peek():
-            answer = journal.take(query, len(rows), len(rows) * len(measures)).values
-        else:
-            mask = space.mask((~choices if direction == "out" else choices).to(device))
-            new = vector[rows].to(device) if isinstance(vector, Activations) else vector
-            edit = partial(patch, vector=new, patches=mask)
-            output, answered = forward(model, prompts[rows.to(device)], edit, restrict=restrict)
-            parts = [measure.value(output, answered, rows.to(device)).double().cpu() for measure in measures]
-            answer = torch.stack(parts, dim=1).flatten()
-            journal.write(Answer(query, len(rows), time.perf_counter() - started, answer))
-        values.append(answer.view(len(rows), len(measures)))
+        values.append(journal.answer((choices, rows), partial(measure, prompts)))
         bar.update(len(rows))
-    return list(torch.cat(values).view(len(sets), len(prompts), len(measures)).mT.numpy())
+    return list(torch.cat(values).view(len(sets), len(prompts), -1).mT.numpy())
+
+
+@torch.no_grad()
+def _measure(
+    model: InContextModel,
+    vector: TaskVector | Activations,
+    space: PatchSpace,
+    measures: Sequence[Measure],
+    prompts: VisualPrompt,
+    choices: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """All measures of the prompts of numbers `rows`, each patched with its own set: float64 [row, measure]."""
+    vector = vector[rows].to(prompts.device) if isinstance(vector, Activations) else vector
+    rows = rows.to(prompts.device)
+    edit = partial(patch, vector=vector, patches=space.mask(choices.to(prompts.device)))
+    restrict = all(measure.narrows for measure in measures)
+    output, answered = forward(model, prompts[rows], edit, restrict=restrict)
+    return torch.stack([measure.value(output, answered, rows).double().cpu() for measure in measures], dim=1)
 
 
 def _settings(
