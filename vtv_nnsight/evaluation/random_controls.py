@@ -258,13 +258,10 @@ def _pairs(table: Table, vectors: Mapping[str, str], baseline: str) -> pd.DataFr
         baseline: The condition of the task's own vector.
     """
     (task,), metric = table.tasks, _metric(table, table.tasks[0])
+    lines = pd.DataFrame(table.lines(baseline=baseline)).set_index(["measure", "condition"])
     facts = {"metric": metric.name, "label": metric.label, "higher_is_better": metric.higher_is_better}
-    lines = {line.condition: line for line in table.lines(baseline=baseline) if line.measure == metric.name}
-    rows = [
-        {"task": task, "vector": name} | facts | {number: getattr(lines[condition], number) for number in NUMBERS}
-        for condition, name in vectors.items()
-    ]
-    return pd.DataFrame(rows)
+    pairs = pd.DataFrame({"task": task, "vector": list(vectors.values())} | facts)
+    return pairs.join(lines.loc[metric.name].loc[list(vectors), list(NUMBERS)].reset_index(drop=True))
 
 
 def _metric(table: Table, task: str) -> metrics.Metric:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,21 +56,15 @@ class Table:
 
     frame: pd.DataFrame
     pictures: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    _lines: dict[str, list[Line]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         frame = self.frame
         if missing := [name for name in COLUMNS if name not in frame]:
             raise ValueError(f"these values have no column {missing[0]!r}; expected {', '.join(COLUMNS)}, ….")
-        known = {name: metrics.METRICS[name].label for name in set(frame.metric) & set(metrics.METRICS)}
-        for name, values in (
-            ("label", frame.metric.replace(known)),
-            ("query", frame.image),
-            ("draw", 0),
-            ("loss", np.nan),
-            ("loss_name", "loss"),
-        ):
-            frame = frame if name in frame else frame.assign(**{name: values})
-        self.frame = frame
+        labels = frame.metric.replace({name: metric.label for name, metric in metrics.METRICS.items()})
+        default = {"label": labels, "query": frame.image, "draw": 0, "loss": np.nan, "loss_name": "loss"}
+        self.frame = frame.assign(**{name: values for name, values in default.items() if name not in frame})
 
     @classmethod
     def cat(cls, tables: Iterable[Table]) -> Table:
@@ -109,9 +102,7 @@ class Table:
         Raises:
             ValueError: when there is no such task, condition or measure.
         """
-        frame = self.frame[(self.frame.task == task) & (self.frame.condition == condition)]
-        if not len(frame):
-            raise ValueError(f"the table has no {condition!r} of {task!r}.")
+        frame = self._rows(task, condition)
         name = frame.loss_name.iloc[0]
         columns = {"score": "score", "loss": "loss", name: "loss", name.replace(" ", "_"): "loss"}
         if measure not in columns:
@@ -130,13 +121,15 @@ class Table:
         Raises:
             ValueError: when there is no such task or condition.
         """
-        frame = self.frame[self.frame.task == task]
-        rows, other = (frame[frame.condition == name] for name in (condition, same_images_as or condition))
-        if not len(rows) or not len(other):
-            raise ValueError(f"the table has no {(same_images_as if len(rows) else condition)!r} of {task!r}.")
-        images = pd.MultiIndex.from_frame(other[["fold", "image"]])
-        rows = rows[pd.MultiIndex.from_frame(rows[["fold", "image"]]).isin(images)]
+        rows, other = self._rows(task, condition), self._rows(task, same_images_as or condition)
+        rows = rows.merge(other[["fold", "image"]].drop_duplicates())
         return rows.groupby(["draw", "fold"]).score.mean().groupby("draw").mean().to_numpy()
+
+    def _rows(self, task: str, condition: str) -> pd.DataFrame:
+        rows = self.frame[(self.frame.task == task) & (self.frame.condition == condition)]
+        if not len(rows):
+            raise ValueError(f"the table has no {condition!r} of {task!r}.")
+        return rows
 
     def lines(self, baseline: str = BASELINE) -> list[Line]:
         """Means and intervals of all conditions: the task's metric, then the model's loss. With several folds, a mean
@@ -151,11 +144,6 @@ class Table:
                 line for _, part in self.frame.groupby("task", sort=False) for line in _lines(part, baseline)
             ]
         return list(self._lines[baseline])
-
-    @cached_property
-    def _lines(self) -> dict[str, list[Line]]:
-        """By baseline: what was worked out before."""
-        return {}
 
     def markdown(self) -> str:
         """A Markdown table for each task."""
@@ -235,24 +223,17 @@ def _interval(mean: float, low: float, high: float, sign: str = "") -> str:
 
 
 def bootstrap(
-    values: np.ndarray,
-    folds: np.ndarray | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    queries: np.ndarray | None = None,
+    values: np.ndarray, folds: np.ndarray | None = None, queries: np.ndarray | None = None, seed: int = 0
 ) -> tuple[float, float, float]:
     """The mean of values [image] and its 95 % percentile interval; see `intervals`."""
-    return intervals([np.asarray(values)], folds, queries, resamples, seed)[0]
+    return intervals([np.asarray(values)], folds, queries, seed)[0]
 
 
 def intervals(
-    series: Sequence[np.ndarray],
-    folds: np.ndarray | None = None,
-    queries: np.ndarray | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    series: Sequence[np.ndarray], folds: np.ndarray | None = None, queries: np.ndarray | None = None, seed: int = 0
 ) -> list[tuple[float, float, float]]:
-    """The mean of each of several series of values and its 95 % percentile interval, from the same resamples.
+    """The mean of each of several series of values and its 95 % percentile interval, from the same
+    `RESAMPLES` resamples.
 
     Images are resampled within folds, and the folds' means averaged. Images of one query are not independent: they are
     drawn or left out together. Where a series has draws, these are resampled as well.
@@ -261,7 +242,6 @@ def intervals(
         series: [image] or [image, draw] each.
         folds: [image]; one fold by default.
         queries: [image]: images of one number belong together; by default each stands alone.
-        resamples: Number of resamples.
         seed: Of what is drawn.
 
     Returns:
@@ -279,8 +259,8 @@ def intervals(
         counts = np.bincount(query)
         sums = np.zeros((len(counts), part.shape[1]))
         np.add.at(sums, query, part)
-        drawn = generator.integers(len(counts), size=(resamples, len(counts)))
-        offsets = len(counts) * np.arange(resamples)[:, None]
+        drawn = generator.integers(len(counts), size=(RESAMPLES, len(counts)))
+        offsets = len(counts) * np.arange(RESAMPLES)[:, None]
         weights = np.bincount((drawn + offsets).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
         means.append(part.mean(0))
         resampled.append((weights @ sums) / (weights @ counts)[:, None])

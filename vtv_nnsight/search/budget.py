@@ -223,24 +223,6 @@ class Search:
         self._bar.set_postfix_str(f"held-out loss {held_out:.4f}, {size} units")
         return losses
 
-    def smallest_best(self, sets: torch.Tensor, losses: torch.Tensor, rows: torch.Tensor, tolerance: float) -> int:
-        """The smallest of several sets that is within `tolerance` standard errors of the best: its number.
-
-        The error is that of the mean paired difference to the best over the prompts (the one-standard-error rule of
-        Breiman et al., Classification and Regression Trees, 1984, §3.4.3, on pairs).
-
-        Args:
-            sets: Bool [set, unit].
-            losses: [set, prompt], on prompts `rows` [prompt].
-        """
-        weights = self._weights(rows)
-        excess = losses - losses[(losses @ weights).argmin()]
-        mean = excess @ weights
-        error = ((excess - mean[:, None]) * weights).square().sum(1).sqrt()
-        sizes = sets.sum(1).double().masked_fill(mean > tolerance * error, torch.inf)
-        ties = torch.where(sizes == sizes.min(), mean, torch.inf)
-        return int(ties.argmin())
-
     def top_units(
         self, order: torch.Tensor, size: int | None = None, tolerance: float = 0.5, spend: int | None = None
     ) -> torch.Tensor:
@@ -261,23 +243,40 @@ class Search:
             images = min(len(self.train), max(1, images))
             self.require(2 * len(coarse) * images + len(self.held_out), "trying sizes")
             rows = self.train[:images]
-            size, _ = self._best_size(order, coarse, rows, tolerance)
-            at = coarse.index(size)
+            choices, _ = self.best_prefix(order, coarse, rows, tolerance)
+            at = coarse.index(int(choices.sum()))
             fine = sizes(coarse[max(0, at - 1)], coarse[min(at + 1, len(coarse) - 1)])
-            size, train_loss = self._best_size(order, fine, rows, tolerance)
+            choices, train_loss = self.best_prefix(order, fine, rows, tolerance)
+        else:
+            choices = prefixes(order, self.units, [size])[0]
         self.require(len(self.held_out), "the held-out loss")
-        choices = prefixes(order, self.units, [size])[0]
         self.validate(choices, train_loss)
         return choices
 
-    def _best_size(
+    def best_prefix(
         self, order: torch.Tensor, lengths: list[int], rows: torch.Tensor, tolerance: float
-    ) -> tuple[int, float]:
-        """Of the first units of an order, how many to keep, and their mean loss on the prompts `rows`."""
-        sets = prefixes(order, self.units, lengths)
+    ) -> tuple[torch.Tensor, float]:
+        """The smallest of several prefixes of an order that is within `tolerance` standard errors of the best.
+
+        The error is that of the mean paired difference to the best over the prompts (the one-standard-error rule of
+        Breiman et al., Classification and Regression Trees, 1984, §3.4.3, on pairs).
+
+        Args:
+            order: Unit numbers, the best first.
+            lengths: How many of them each prefix has.
+            rows: Prompt numbers [prompt].
+
+        Returns:
+            A set [unit], and its mean loss.
+        """
+        sets, weights = prefixes(order, self.units, lengths), self._weights(rows)
         losses = self.losses(sets, rows)
-        best = self.smallest_best(sets, losses, rows, tolerance)
-        return lengths[best], self.mean(losses[best], rows).item()
+        excess = losses - losses[(losses @ weights).argmin()]
+        mean = excess @ weights
+        error = ((excess - mean[:, None]) * weights).square().sum(1).sqrt()
+        sizes = sets.sum(1).double().masked_fill(mean > tolerance * error, torch.inf)
+        best = torch.where(sizes == sizes.min(), mean, torch.inf).argmin()
+        return sets[best], self.mean(losses[best], rows).item()
 
     def result(self, choices: torch.Tensor, scores: torch.Tensor, probabilistic: bool = False) -> SearchResult:
         """What a search found: a set [unit] that was validated, and the scores of the units."""

@@ -15,6 +15,9 @@ from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.maps import png, unit_maps
 from vtv_nnsight.patching import PatchSet, PatchSpace
 
+METADATA = ("algorithm", "probabilistic", "held_out_loss", "evaluations", "settings", "seed")
+"""What a file has of a result beside its set, its scores and its history."""
+
 
 class Step(NamedTuple):
     """A moment of a search at which a set was tried on the held-out prompts.
@@ -125,15 +128,8 @@ class SearchResult:
             "history": torch.tensor(self.history, dtype=torch.float64).view(-1, len(Step._fields)),
         }
         space = self.patches.space
-        metadata = {
-            "space": space.metadata if isinstance(space, PatchSpace) else space.fingerprint,
-            "algorithm": self.algorithm,
-            "probabilistic": self.probabilistic,
-            "held_out_loss": self.held_out_loss,
-            "evaluations": self.evaluations,
-            "settings": self.settings,
-            "seed": self.seed,
-        }
+        metadata = {"space": space.metadata if isinstance(space, PatchSpace) else space.fingerprint}
+        metadata |= {name: getattr(self, name) for name in METADATA}
         if not isinstance(space, PatchSpace):
             metadata["names"] = list(space.names)
         write_tensors(path, "search result", tensors, metadata)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vtv_nnsight.search.budget import Search, prefixes
+from vtv_nnsight.search.budget import Search
 from vtv_nnsight.search.registry import algorithm
 
 MIN_PROMPTS = 4
@@ -212,8 +212,6 @@ def _prune(search: Search, probabilities: torch.Tensor, tolerance: float) -> tor
     needs = search.mean(search.losses(without, rows), rows)
     kept = ranked[: len(ranked) - len(tried)]
     order = torch.cat([kept, tried[needs.argsort(descending=True, stable=True)]])
-    sets = prefixes(order, search.units, list(range(len(kept), len(ranked) + 1)))
-    losses = search.losses(sets, rows)
-    best = search.smallest_best(sets, losses, rows, tolerance)
-    search.validate(sets[best], search.mean(losses[best], rows))
-    return sets[best]
+    choices, loss = search.best_prefix(order, list(range(len(kept), len(ranked) + 1)), rows, tolerance)
+    search.validate(choices, loss)
+    return choices
