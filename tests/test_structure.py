@@ -3,7 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
 from helpers import ROOT
 
 PACKAGE = ROOT / "vtv_nnsight"
@@ -36,7 +35,6 @@ def test_modules_are_imported_by_name_in_four_places():
     assert {name for name in MODULES if any(map(is_hidden, nodes(PACKAGE / name)))} <= LAZY
 
 
-@pytest.mark.xfail(reason="until every room is done")
 def test_the_core_imports_at_the_top():
     assert not [
         f"{name}:{node.lineno}"
@@ -68,7 +66,6 @@ def test_no_module_has_the_name_of_what_its_package_exports():
     assert not clashes
 
 
-@pytest.mark.xfail(reason="until every room is done")
 def test_files_and_functions_are_short():
     """At most 450 and 80 lines, docstrings included."""
     long = []

@@ -80,10 +80,12 @@ class AttentionEnvoy(Envoy):
 
     @pattern.postprocess  # type: ignore[no-redef]
     def pattern(self, value: torch.Tensor) -> torch.Tensor:
+        """A pattern that was written, as the module computes it: the streams below each other."""
         return _join_pattern(self, value)
 
     @pattern.transform  # type: ignore[no-redef]
     def pattern(self, view: torch.Tensor, raw: Any) -> torch.Tensor:
+        """The same of one that was edited in place."""
         return _join_pattern(self, view)
 
 

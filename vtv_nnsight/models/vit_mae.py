@@ -142,6 +142,11 @@ class AttentionEnvoy(Envoy):
 
     @pattern.postprocess  # type: ignore[no-redef]
     def pattern(self, value: Any) -> Any:
+        """Refuse to write it.
+
+        Raises:
+            ValueError: always, naming what to change in its place.
+        """
         raise ValueError(f"{self.path}.pattern can only be read; change {self.path}.heads, which come of it.")
 
 

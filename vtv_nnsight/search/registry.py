@@ -80,6 +80,7 @@ class Algorithm(Generic[Options]):
         *more: Options.args,
         **options: Options.kwargs,
     ) -> SearchResult:
+        """Search units of a model; the arguments are those that `vtv_nnsight.search` describes."""
         self._check_options(*more, **options)
         objective = Objective(
             model, vector, task, prompts, space, loss=loss, batch_size=batch_size, held_out=held_out, seed=seed

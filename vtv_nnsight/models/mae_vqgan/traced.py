@@ -37,6 +37,7 @@ class AttentionEnvoy(Envoy):
 
     @pattern.transform  # type: ignore[no-redef]
     def pattern(self, edited: torch.Tensor, raw: Any) -> torch.Tensor:
+        """An edited pattern, as the module is to go on with it."""
         return edited
 
 
