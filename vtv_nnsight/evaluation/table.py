@@ -63,7 +63,13 @@ class Table:
         if missing := [name for name in COLUMNS if name not in frame]:
             raise ValueError(f"these values have no column {missing[0]!r}; expected {', '.join(COLUMNS)}, ….")
         labels = frame.metric.replace({name: metric.label for name, metric in metrics.METRICS.items()})
-        default: dict[str, Any] = {"label": labels, "query": frame.image, "draw": 0, "loss": np.nan, "loss_name": "loss"}
+        default: dict[str, Any] = {
+            "label": labels,
+            "query": frame.image,
+            "draw": 0,
+            "loss": np.nan,
+            "loss_name": "loss",
+        }
         self.frame = frame.assign(**{name: values for name, values in default.items() if name not in frame})
 
     @classmethod
