@@ -77,7 +77,8 @@ def test_hub_ids(tmp_path):
     options = {"cache_dir": str(tmp_path), "dispatch": True}
     model = load_model("BAAI/seggpt-vit-large", embedding_type="semantic", **options)
     assert type(model) is SegGPT and model.identity() == {"model": "SegGPT", "embedding_type": "semantic"}
-    assert type(load_model("facebook/vit-mae-base", **options)) is ViTMAE
+    for source in ("facebook/vit-mae-base", "hub:facebook/vit-mae-base"):
+        assert type(load_model(source, **options)) is ViTMAE
     snapshot = cached("BAAI/Painter")
     snapshot.mkdir(parents=True)
     tensors = seggpt(False).state_dict()

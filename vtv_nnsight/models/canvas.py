@@ -75,6 +75,8 @@ class CanvasModel(TraceableModel, InContextModel):
                 f"{type(source).__name__} is not a source of {type(self).__name__}; give {self.source_kinds} or a "
                 f"{self.module_class.__name__}."
             )
+        if isinstance(source, str) and locate(source).kind == "hub":
+            source = locate(source).path
         check_device_map(kwargs.get("device_map"))
         if envoys is None or isinstance(envoys, dict):
             envoys = {**self.envoy_classes, **(envoys or {})}
