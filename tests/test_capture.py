@@ -3,9 +3,11 @@
 import pytest
 import torch
 from helpers import LAYOUT, logits_of, random_module, random_prompts, small_painter
+from nnsight.intervention.envoy import traceable
 
 from vtv_nnsight import MAEVQGAN, Painter, PatchSet, PatchSpace, TaskVectors, VisualPrompt, ablate, capture, patch
 from vtv_nnsight.layouts import positions
+from vtv_nnsight.models.canvas import Inputs
 from vtv_nnsight.models.interface import HEADS, SITES
 from vtv_nnsight.models.nnsight_compat import heads_of
 from vtv_nnsight.models.sites import place_of
@@ -541,23 +543,25 @@ def test_ablate_and_capture(model, prompts, units):
 # Steps
 
 
-@pytest.fixture(scope="module")
-def repeating():
-    """A model that completes its own completion, twice: three forwards."""
-    module = random_module()
-    once = type(module).generate
+class Repeating(MAEVQGAN):
+    """Completes its own completion, twice: three forwards."""
 
-    def generate(canvas, visible, decoded, **options):
+    @traceable
+    def generate(self, *inputs, layout=None):
+        """The last canvas."""
+        canvas, *shown = inputs
         for _ in range(3):
-            canvas = once(module, canvas, visible, decoded, **options)
+            canvas = self.paint(self.network.forward(canvas, *shown), Inputs(canvas, *shown))
         return canvas
 
-    module.generate = generate
-    return MAEVQGAN(module)
+
+@pytest.fixture(scope="module")
+def repeating():
+    return Repeating(random_module())
 
 
-def test_steps_of_generate(repeating, prompts, units):
-    model = repeating
+def test_steps_of_generate(repeating, prompts):
+    model, units = repeating, PatchSet.random(PatchSpace(repeating), 12)
     vector = TaskVectors.collect(model, {"a": random_prompts(4, 2)}, progress=False)["a"]
 
     def step_by_step(patched):
