@@ -7,7 +7,7 @@ Activations are [batch, token, head, head_dim] at every site; a network's own te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,46 +29,45 @@ class Place(NamedTuple):
     streams: int
 
     def read(self) -> Any:
-        """What the module is given or gives, as it is."""
-        return getattr(self.module, self.side)
+        """What the module is given, (args, kwargs), or gives."""
+        return self.module.inputs if self.side == "input" else self.module.output
 
     def change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Put a function of the activations in their place."""
         raw = self.read()
         value = self.join(function(self.split(first(raw))), first(raw))
-        setattr(self.module, self.side, (value, *raw[1:]) if isinstance(raw, tuple) else value)
+        if self.side == "input":
+            self.module.inputs = ((value, *raw[0][1:]), raw[1])
+        else:
+            self.module.output = (value, *raw[1:]) if isinstance(raw, tuple) else value
 
     def split(self, value: torch.Tensor) -> torch.Tensor:
         """The network's own tensor as [batch, token, head, head_dim]."""
-        value = value.unflatten(-1, (self.heads, -1))
-        if value.ndim == 4:
-            return value
-        return value.unflatten(0, (self.streams, -1)).transpose(0, 1).flatten(1, 3)
+        z: torch.Tensor = value.unflatten(-1, (self.heads, -1))
+        return z if z.ndim == 4 else z.unflatten(0, (self.streams, -1)).transpose(0, 1).flatten(1, 3)
 
     def join(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The inverse of `split`, in the shape of `like`."""
-        value = value.flatten(2)
-        if like.ndim == 3:
-            return value
-        return value.unflatten(1, (self.streams, *like.shape[1:3])).transpose(0, 1).flatten(0, 1)
+        z: torch.Tensor = value.flatten(2)
+        if like.ndim == 4:
+            z = z.unflatten(1, (self.streams, *like.shape[1:3])).transpose(0, 1).flatten(0, 1)
+        return z
 
 
 def first(raw: Any) -> torch.Tensor:
-    """The tensor, or the first of a tuple: attention layers of transformers hand out their pattern beside it."""
-    return raw[0] if isinstance(raw, tuple) else raw
+    """The first tensor of what a module is given or gives: attention layers of transformers give their pattern beside
+    it."""
+    while isinstance(raw, tuple):
+        raw = raw[0]
+    tensor: torch.Tensor = raw
+    return tensor
 
 
 def stop_gradient(module: Any) -> None:
     """Let gradients pass by a module from its input to its output, and none through what it adds."""
-    before, raw = first(module.input), module.output
+    before, raw = first(module.inputs), module.output
     value = before + (first(raw) - before).detach()
     module.output = (value, *raw[1:]) if isinstance(raw, tuple) else value
-
-
-def change_all(changes: Iterable[tuple[Place, Callable[[torch.Tensor], torch.Tensor]]]) -> None:
-    """Change activations at places, in the order in which the model reaches them."""
-    for place, function in changes:
-        place.change(function)
 
 
 def mix(
@@ -87,7 +86,9 @@ def mix(
     if mask.dtype == torch.bool:
         return torch.where(mask, values, z)
     step = values - z if mode == "replace" else values
-    return z + mask.to(z.dtype) * torch.where(present.to(z.device), step, 0)
+    if present is not None:
+        step = torch.where(present.to(z.device), step, 0)
+    return z + mask.to(z.dtype) * step
 
 
 def at(values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,8 @@ class ByStage(dict[StageSite, Any]):
 
 
 def _key(key: str | tuple[str, str]) -> StageSite:
+    if isinstance(key, StageSite):
+        return key
     return StageSite(key) if isinstance(key, str) else StageSite(*key)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def patch(
             for edit in edits:
                 if edit.stage.name == stage.name:
                     edit.begin(model, seen)
-            inside_trace.change_all((place, partial(_apply, own, layer, seen)) for place, layer, own in changes)
+            for place, layer, at_place in changes:
+                place.change(partial(_apply, at_place, layer, seen))
 
     if by_stage:
         block.run(run, steps=steps)
@@ -136,15 +138,16 @@ def _edits(
             check_compatible("the patch set", units.fingerprint, "this model", owner)
             check_compatible("the patch set", units.fingerprint, vector.label, vector.fingerprint)
     masks = [ByStage(units.mask if isinstance(units, PatchSet) else units) for units in sets]
-    stages = [stage.at(site) for stage in model.stages for site in SITES]
-    if unknown := [key for mask in masks for key in mask if key not in [stage.key for stage in stages]]:
+    known = {(stage.name, site): stage for stage in model.stages for site in SITES}
+    if unknown := [key for mask in masks for key in mask if key not in known]:
         raise ValueError(f"a mask of {str(unknown[0])!r} was given; this model has {', '.join(owner['stages'])}.")
     edits = [
-        _Edit(stage, vector, mask[stage.key], scale, mode)
-        for stage in stages
+        _Edit(stage.at(key[1]), vector, mask[key], scale, mode)
+        for key, stage in known.items()
         for vector, mask in zip(vectors, masks)
-        if stage.key in mask
+        if key in mask
     ]
+    edits = [edit for edit in edits if edit.layers]
     for edit in edits:
         edit.check_vector(model)
     return edits
@@ -152,12 +155,12 @@ def _edits(
 
 def _changes(model: InContextModel, stage: Stage, edits: Sequence[_Edit]) -> list[tuple[Place, int, list[_Edit]]]:
     """The places of a stage that are changed, in the order in which the model reaches them."""
-    layers = sorted({layer for edit in edits if edit.stage.name == stage.name for layer in edit.layers})
+    of_stage = [edit for edit in edits if edit.stage.name == stage.name]
     changes = []
-    for layer in layers:
-        for place in (stage.at(site) for site in SITES):
-            if own := [edit for edit in edits if edit.stage.key == place.key and layer in edit.layers]:
-                changes.append((place_of(model, place, layer), layer, own))
+    for layer in sorted(set[int]().union(*(edit.layers for edit in of_stage))):
+        of_layer = (edit for edit in of_stage if layer in edit.layers)
+        for site, at_place in groupby(of_layer, key=lambda edit: edit.stage.site):
+            changes.append((place_of(model, stage.at(site), layer), layer, list(at_place)))
     return changes
 
 
@@ -189,8 +192,6 @@ class _Edit:
 
     def check_vector(self, model: InContextModel) -> None:
         """Refuse a vector that has nothing at these units."""
-        if not self.layers:
-            return
         label, sites = self.vector.label, self.vector.values.sites
         if not sites:
             raise ValueError(f"{label} are there after their block; patch with them in a later block.")
@@ -214,7 +215,7 @@ class _Edit:
     def begin(self, model: InContextModel, seen: torch.Tensor) -> None:
         """Get ready for a forward that has the stage's tokens at the positions `seen`, [token] or [batch, token]."""
         self.mask_at_tokens: torch.Tensor | None = None
-        if self.layers and not isinstance(seen, FakeTensor):
+        if not isinstance(seen, FakeTensor):
             with unset_fake_temporarily():
                 self._check_tokens(model, seen.cpu())
 
