@@ -60,8 +60,8 @@ def projection(heads: ByStage, stage: str, layer: int, head: int | Sequence[int]
     return figure
 
 
-def project(points: torch.Tensor, method: str = "pca") -> np.ndarray:
-    """Points [point, dim] → [point, 2]."""
+def project(points: torch.Tensor, method: str = "pca") -> Any:
+    """Points [point, dim] → an array [point, 2]."""
     if method == "pca":
         centred = (points - points.mean(0)).double()
         axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2]

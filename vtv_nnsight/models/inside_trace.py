@@ -65,7 +65,7 @@ def first(raw: Any) -> torch.Tensor:
 
 def stop_gradient(module: Any) -> None:
     """Let gradients pass by a module from its input to its output, and none through what it adds."""
-    before, raw = first(module.inputs), module.output
+    before, raw = first(module.input), module.output
     value = before + (first(raw) - before).detach()
     module.output = (value, *raw[1:]) if isinstance(raw, tuple) else value
 

@@ -345,7 +345,8 @@ class CallingBlock:
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Its rows of a tensor of the whole batch."""
-        return self._batcher.narrow(tensor, self._group)
+        rows: torch.Tensor = self._batcher.narrow(tensor, self._group)
+        return rows
 
     def run(self, function: Callable[[int], None], *, steps: str = "first", whole: bool = False) -> None:
         """Run a function of the step's number in the model's forward. It reads and writes modules in their order, from

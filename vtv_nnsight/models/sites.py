@@ -8,6 +8,7 @@ head, head_dim] at every site; those of whole layers have one head, as wide as t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -75,14 +76,14 @@ def list_layers(
     by_stage = layers if isinstance(layers, Mapping) else {}
     if by_stage:
         validate_stages(model, list(by_stage))
-    chosen = validate_stages(model, list(by_stage) if by_stage and stages is None else stages)
+    captured = validate_stages(model, list(by_stage) if by_stage and stages is None else stages)
     if layers is not None and not isinstance(layers, Mapping):
-        if len(chosen) > 1:
-            names = ", ".join(stage.name for stage in chosen)
+        if len(captured) > 1:
+            names = ", ".join(stage.name for stage in captured)
             raise ValueError(f"layers={layers} are of several stages ({names}); give a dict, {{stage: layers}}.")
-        by_stage = {chosen[0].name: layers}
+        by_stage = {captured[0].name: layers}
     places = []
-    for stage in chosen:
+    for stage in captured:
         numbers = by_stage.get(stage.name, range(stage.layers))
         numbers = [numbers] if isinstance(numbers, int) else sorted(set(numbers))
         if not numbers or not set(numbers) <= set(range(stage.layers)):
@@ -145,19 +146,19 @@ def read_layers(
     block = block or CallingBlock("reading", "with model.trace(prompts): ...")
     prompts, at = running_prompts(block), [(*place, place_of(model, *place)) for place in places]
 
+    def at_block(raw: torch.Tensor, place: Place) -> torch.Tensor:
+        return place.split(block.rows(raw))
+
     def run(step: int) -> None:
         positions: dict[str, torch.Tensor] = {}
         for stage, layer, place in at:
             if stage.name not in positions:
                 positions[stage.name] = token_positions(model, stage.name, prompts if step == 0 else None)
             seen, raw = positions[stage.name], inside_trace.first(place.read())
-            keep(step, stage, layer, place.split(block.rows(raw)), seen)
+            keep(step, stage, layer, at_block(raw, place), seen)
             if gradients is not None and raw.requires_grad and torch.is_grad_enabled():
-                raw.register_hook(
-                    lambda slope, own=(step, stage, layer), place=place, seen=seen: gradients(
-                        *own, place.split(block.rows(slope)), seen
-                    )
-                )
+                give = partial(gradients, step, stage, layer)
+                raw.register_hook(lambda slope, give=give, place=place, seen=seen: give(at_block(slope, place), seen))
         if stop:
             end_run()
 

@@ -67,4 +67,5 @@ def capture(
         captured[step].add_gradient(stage.key, layer, slope, seen)
 
     read_layers(model, places, keep, gradients=keep_gradient, block=block, steps=steps)
-    return save(captured) if steps == "all" else save(captured[0])
+    result: Activations | list[Activations] = save(captured if steps == "all" else captured[0])
+    return result

@@ -31,18 +31,18 @@ class Moments(NamedTuple):
     """What is kept of some prompts' activations, in float64, NaN where absent.
 
     Args:
-        count: Number of prompts.
+        prompts: Number of prompts.
         mean: By stage and site, [layer, position, head, head_dim].
         spread: Sums of squared distances to the mean, averaged over the head's dimensions: [layer, position, head].
     """
 
-    count: int
+    prompts: int
     mean: ByStage
     spread: ByStage
 
     def variance(self) -> ByStage | None:
         """By stage and site, [layer, position, head] in float32; None of a single prompt."""
-        return self.spread.map(lambda spread: (spread / (self.count - 1)).float()) if self.count > 1 else None
+        return self.spread.map(lambda spread: (spread / (self.prompts - 1)).float()) if self.prompts > 1 else None
 
 
 def collect_moments(
@@ -59,11 +59,11 @@ def collect_moments(
     owner = fingerprint(model, layout)
     moments = _read_state(resume, owner, prompts, sites) if resume else {}
     saved = time.monotonic()
-    total, done = sum(map(len, prompts.values())), sum(part.count for part in moments.values())
+    total, done = sum(map(len, prompts.values())), sum(part.prompts for part in moments.values())
     with progress_bar(total=total, initial=done, desc="collecting", unit="prompt", disable=not progress) as bar:
         for task, rows in prompts.items():
             bar.set_postfix_str(task)
-            rows = rows[moments[task].count :] if task in moments else rows
+            rows = rows[moments[task].prompts :] if task in moments else rows
             for batch in rows.split(batch_size or default_batch_size(model)):
                 new = measure(model, batch.to(device), sites)
                 moments[task] = _merge(moments[task], new) if task in moments else new
@@ -87,7 +87,8 @@ def collect_rows(
     """Every prompt's activations, and the fingerprint of what they belong to: see `Activations.collect`."""
     if not len(prompts):
         raise ValueError("there are no prompts to collect; give at least one.")
-    places, parts, device = list_layers(model, sites), [], device_of(model)
+    places, device = list_layers(model, sites), device_of(model)
+    parts: list[ByStage] = []
     owner = fingerprint(model, prompts.layout)
 
     def keep(step: int, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
@@ -150,7 +151,7 @@ def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _merge(a: Moments, b: Moments) -> Moments:
     """The moments of both sets of prompts together."""
-    n, m = a.count, b.count
+    n, m = a.prompts, b.prompts
     step = b.mean.map(torch.sub, a.mean)
     mean = a.mean.map(lambda mean, step: mean + step * (m / (n + m)), step)
     spread = a.spread.map(lambda x, y, step: x + y + step.square().mean(-1) * (n * m / (n + m)), b.spread, step)
@@ -183,7 +184,7 @@ def _write_state(
         for key, values in getattr(part, field).items()
     }
     metadata = {
-        "counts": {task: part.count for task, part in moments.items()},
+        "counts": {task: part.prompts for task, part in moments.items()},
         "prompts": _digests(prompts),
         "fingerprint": owner,
         "sites": list(next(iter(moments.values())).mean.sites),

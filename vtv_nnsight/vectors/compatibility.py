@@ -1,8 +1,4 @@
-"""Values by stage, and what fits what: the fingerprints of models, vectors and sets of units.
-
-A model's heads belong to its stages (see `models.interface`): "encoder" and "decoder" of MAE-VQGAN. What there is one
-of for each stage is a `ByStage`, a dict whose keys are the stages' names, and of sites other than heads, such as
-"encoder.mlp" (see `sites`).
+"""What fits what: the fingerprints of models, vectors and sets of units.
 
 A fingerprint is a dict of JSON values that must agree before one thing is used with another: the heads of every stage,
 the canvas, the kind of model and its weights. Two of them are compared in what both tell.
@@ -18,7 +14,7 @@ from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models import digests as weights
 from vtv_nnsight.models.interface import InContextModel, Stage
 
-MOST = 2048
+MAX_SIZE = 2048
 """What a file may say of layers, heads, their width, and patches along a side of the canvas: more would not fit into
 memory."""
 _SIZES = ("layers", "heads", "head_dim", "streams")
@@ -46,61 +42,60 @@ def fingerprint(model: InContextModel, layout: Layout | None = None, *, cached: 
 
 def geometry(model: InContextModel, layout: Layout | None = None) -> dict[str, Any]:
     """The fingerprint without the weights."""
-    stages, shown = model.stages, layout or model.layout
-    found: dict[str, Any] = {"stages": [stage.name for stage in stages]}
-    for stage in stages:
-        found |= {f"{stage.name} {size}": getattr(stage, size) for size in _SIZES}
-    own = {name: getattr(shown, name) for name in Layout.__dataclass_fields__}
-    return found | (own if layout else {name: own[name] for name in ("canvas_size", "patch_size")}) | model.identity()
+    facts: dict[str, Any] = {"stages": [stage.name for stage in model.stages]}
+    for stage in model.stages:
+        facts |= {f"{stage.name} {size}": getattr(stage, size) for size in _SIZES}
+    names = Layout.__dataclass_fields__ if layout else ("canvas_size", "patch_size")
+    return facts | {name: getattr(layout or model.layout, name) for name in names} | model.identity()
 
 
-def stages_of(found: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """The stages that a fingerprint tells of.
+def stages_of(facts: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages of a fingerprint.
 
     Raises:
         ValueError: when no model has such sizes.
     """
-    stages = tuple(Stage(name, *(found[f"{name} {size}"] for size in _SIZES)) for name in found["stages"])
+    stages = tuple(Stage(name, *(facts[f"{name} {size}"] for size in _SIZES)) for name in facts["stages"])
     for stage in stages:
         for size in _SIZES:
-            if not (isinstance(value := getattr(stage, size), int) and 0 < value <= MOST):
-                raise ValueError(f"{stage.name} {size} {value!r} is not a number from 1 to {MOST}")
+            if not (isinstance(value := getattr(stage, size), int) and 0 < value <= MAX_SIZE):
+                raise ValueError(f"{stage.name} {size} {value!r} is not a number from 1 to {MAX_SIZE}")
     return stages
 
 
-def layout_of(found: Mapping[str, Any]) -> Layout:
-    """The layout that a fingerprint tells of; where it tells a canvas only, one with the other settings' defaults.
+def layout_of(facts: Mapping[str, Any]) -> Layout:
+    """The layout of a fingerprint; of a canvas alone, the one with default order and examples.
 
     Raises:
         ValueError: when no model has such a canvas.
     """
-    layout = Layout(**{name: found[name] for name in Layout.__dataclass_fields__ if name in found})
-    if layout.grid > MOST:
-        raise ValueError(f"a canvas of {layout.grid} patches a side is beyond any model's ({MOST})")
+    layout = Layout(**{name: facts[name] for name in Layout.__dataclass_fields__ if name in facts})
+    if layout.grid > MAX_SIZE:
+        raise ValueError(f"a canvas of {layout.grid} patches a side is beyond any model's ({MAX_SIZE})")
     return layout
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """What two fingerprints say differently, of what both tell."""
-    differ = [name for name in expected if name in found and not _agree(name, found[name], expected[name])]
+def differences(facts: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """What two fingerprints say differently, of what both have."""
+    differ = [name for name in expected if name in facts and not _agree(name, facts[name], expected[name])]
     return [
-        "other weights" if name == "weights" else f"{name} {found[name]!r}, not {expected[name]!r}" for name in differ
+        "other weights" if name == "weights" else f"{name} {facts[name]!r}, not {expected[name]!r}" for name in differ
     ]
 
 
-def check_compatible(what: str, found: Mapping[str, Any], owner: str, expected: Mapping[str, Any]) -> None:
+def check_compatible(what: str, facts: Mapping[str, Any], owner: str, expected: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the differences of two fingerprints, where there are any."""
-    if differ := differences(found, expected):
+    if differ := differences(facts, expected):
         raise ValueError(f"{what} does not fit {owner}: it has {'; '.join(differ)}.")
 
 
-def _agree(name: str, found: Any, expected: Any) -> bool:
+def _agree(name: str, facts: Any, expected: Any) -> bool:
     if name != "weights":
-        found, expected = (list(value) if isinstance(value, tuple) else value for value in (found, expected))
-        return found == expected
-    if any(found[dtype] == expected[dtype] for dtype in weights.ROUNDED):
+        facts, expected = (list(value) if isinstance(value, tuple) else value for value in (facts, expected))
+        return bool(facts == expected)
+    if any(facts[dtype] == expected[dtype] for dtype in weights.ROUNDED):
         return True
-    if {found["dtype"], expected["dtype"]} == set(weights.ROUNDED):
+    if {facts["dtype"], expected["dtype"]} == set(weights.ROUNDED):
         warnings.warn(
             "weights in bfloat16 are compared with weights in float16, and whether they were the same before they were "
             "rounded cannot be told; load one of the two models in float32 to be sure.",

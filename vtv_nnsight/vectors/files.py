@@ -98,7 +98,7 @@ def _read_values(tensors: Mapping[str, torch.Tensor], name: str, field: str, sta
 
 def write_activations(path: str | Path, activations: ByStage, fingerprint: dict[str, Any]) -> None:
     """Write single prompts' activations as a safetensors file."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for key, values in activations.items():
         there = ~values[..., 0, 0].isnan()
         layers, positions = (there.any(0).any(dim).nonzero()[:, 0] for dim in (1, 0))

@@ -117,10 +117,11 @@ class TaskVector(Linear):
 
     def to(self, *args: Any, **kwargs: Any) -> TaskVector:
         """Move or cast, as `torch.Tensor.to` does."""
-        mean, variance = (
-            values and values.map(lambda x: x.to(*args, **kwargs)) for values in (self.mean, self.variance)
-        )
-        return replace(self, mean=mean, variance=variance)
+
+        def move(values: torch.Tensor) -> torch.Tensor:
+            return values.to(*args, **kwargs)
+
+        return replace(self, mean=self.mean.map(move), variance=self.variance and self.variance.map(move))
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{key} {list(mean.shape)}" for key, mean in self.mean.items())
@@ -362,7 +363,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         moments, owner = collect_moments(model, prompts, sites, batch_size=batch_size, resume=resume, progress=progress)
         return cls(
             {
-                task: TaskVector(task, part.mean.map(torch.Tensor.float), part.variance(), part.count, owner)
+                task: TaskVector(task, part.mean.map(torch.Tensor.float), part.variance(), part.prompts, owner)
                 for task, part in moments.items()
             }
         )
@@ -386,9 +387,11 @@ class TaskVectors(Mapping[str, TaskVector]):
             raise ValueError(f"over={over!r} cannot be summed over; choose 'position', 'head' or None.")
         if len(self) < 2:
             raise ValueError(f"a score compares tasks and there is only {', '.join(self)}; collect two or more.")
+        means, variances = [vector.mean for vector in self.values()], []
         for name, vector in self.items():
             if vector.variance is None:
                 raise ValueError(f"the vector of {name!r} has no variance; collect it from two or more prompts.")
+            variances.append(vector.variance)
 
         def ratio(means: list[torch.Tensor], variances: list[torch.Tensor]) -> torch.Tensor:
             between = torch.stack(means).double().var(0).mean(-1)
@@ -400,10 +403,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             scores = torch.where(between > 0, between / within, 0.0).masked_fill(absent, torch.nan).float()
             return scores if over else rearrange(scores, "layer position head -> layer head position")
 
-        vectors = list(self.values())
-        return ByStage(
-            {key: ratio([v.mean[key] for v in vectors], [v.variance[key] for v in vectors]) for key in vectors[0].mean}
-        )
+        return ByStage({key: ratio([m[key] for m in means], [v[key] for v in variances]) for key in means[0]})
 
     def _repr_png_(self) -> bytes | None:
         """How well each head tells the tasks apart, in a notebook; none of a single task."""
