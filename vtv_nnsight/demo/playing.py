@@ -18,6 +18,7 @@ from vtv_nnsight import data, tasks
 from vtv_nnsight.images import as_rgb, read_picture, to_pil
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.sources import EMBEDDED
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.patching.forward import forward, generate_with_gates, output_cell
 from vtv_nnsight.prompts import VisualPrompt
@@ -62,7 +63,7 @@ class Player:
         self.bundle.check(self.model)
 
     @classmethod
-    def load(cls, vectors: str = bundles.EMBEDDED, model: str | None = None, device: str | None = None) -> Player:
+    def load(cls, vectors: str = EMBEDDED, model: str | None = None, device: str | None = None) -> Player:
         """The player of a bundle's source (see `bundles.load`), with the model of its run where `model` names no other.
 
         Raises:
