@@ -736,6 +736,22 @@ def test_a_run_that_is_stopped_keeps_what_it_had(model, prompts, vector, units):
     assert run.layers["encoder"] == [0, 1] and "decoder" not in run.values
 
 
+def test_a_run_that_fails_says_what_failed_and_nothing_else(model, prompts, vector, units, recwarn):
+    def fail(*_):
+        raise MemoryError("all of it")
+
+    handle = model._module.encoder.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(MemoryError, match="all of it"), model.trace(prompts):
+            patch(model, vector, units)
+            run = capture(model)
+            model.output.logits[:, 0].save()
+            print(run)
+    finally:
+        handle.remove()
+    assert not recwarn.list
+
+
 def test_errors_in_a_later_stage_end_the_run_in_one_sentence(model, prompts, vector):
     words = "the decoder cannot be patched at patch 0.*do not show them"
     with pytest.raises(ValueError, match=words), model.trace(prompts.query_only()):

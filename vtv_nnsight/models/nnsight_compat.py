@@ -376,6 +376,8 @@ class CallingBlock:
                 f"{self.verb} comes too late: the model has run past {place} in this block; write {self.verb}(…) above "
                 "the lines that read what comes after it, or in an empty `with tracer.invoke():`."
             )
+        if worker.alive:
+            worker.worker.parent = caller.worker.parent  # not this block, which has other things to wait for
         interleaver.reindex()
 
     def _serve(self, worker: _Worker) -> None:

@@ -223,12 +223,12 @@ class _Edit:
         """Refuse what cannot be patched at these positions; of a whole head, those that are not shown may be left
         out."""
         rows = seen if seen.ndim == 2 else seen[None]
-        shown = torch.zeros(len(rows), self.units.shape[1], dtype=torch.bool).scatter_(1, rows, True)
+        visible = torch.zeros(len(rows), self.units.shape[1], dtype=torch.bool).scatter_(1, rows, True)
         present = self.vector.present_rows[self.stage.key].cpu()
-        if len({len(shown), len(present)} - {1}) > 1:
+        if len({len(visible), len(present)} - {1}) > 1:
             return  # as many rows as there are not: `change` says so
         patched = self.units.any(2).any(0)
-        hidden, lacked = patched & ~shown.all(0), patched & (shown & ~present).any(0)
+        hidden, lacked = patched & ~visible.all(0), patched & (visible & ~present).any(0)
         if hidden.any():
             (everywhere,) = model.groups(self.stage.name, "head").values()
             hidden &= (self.units & ~self.units[:, everywhere].all(1, keepdim=True)).any(2).any(0)

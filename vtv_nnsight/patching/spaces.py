@@ -21,7 +21,7 @@ from einops import rearrange
 
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.interface import HEADS, SITES, ByStage, InContextModel
-from vtv_nnsight.models.sites import module_path, validate_sites
+from vtv_nnsight.models.sites import module_path, validate_sites, validate_stages
 from vtv_nnsight.vectors.compatibility import geometry, layout_of, stages_of
 
 
@@ -70,13 +70,9 @@ class PatchSpace:
         sites: str | Sequence[str] = HEADS,
     ) -> None:
         sites = validate_sites(model, sites)
-        names = [stage.name for stage in model.stages]
-        patched = names if stages is None else [stages] if isinstance(stages, str) else list(stages)
-        if not patched or not set(patched) <= set(names):
-            raise ValueError(f"stages={patched} are not stages of the model; choose from {', '.join(names)}.")
+        patched = [stage.name for stage in validate_stages(model, stages)]
         layout = layout or model.layout
-        facts = geometry(model, layout)
-        facts |= {"granularity": granularity, "patched_stages": [name for name in names if name in patched]}
+        facts = geometry(model, layout) | {"granularity": granularity, "patched_stages": patched}
         groups, paths = ByStage(), ByStage()
         for stage in (stage.at(site) for stage in model.stages for site in sites):
             paths[stage.key] = [module_path(model, stage, layer) for layer in range(stage.layers)]
