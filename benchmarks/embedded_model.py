@@ -170,7 +170,7 @@ def composed(corpus: Corpus, kind: str, layout: Layout, seed: int) -> Source:
     )
 
 
-def generate_with_gates(model: MAEVQGAN, prompts: VisualPrompt) -> torch.Tensor:
+def painted_cells(model: MAEVQGAN, prompts: VisualPrompt) -> torch.Tensor:
     """The output cells that the model paints, [prompt, 3, cell, cell]."""
     return torch.cat([model.generate(some).answer.cpu() for some in prompts.split(32)])
 
@@ -183,7 +183,7 @@ def example_decides(model: MAEVQGAN, corruption: tasks.Task, source: Source, n: 
     variants = [source(corruption + t, n) for t in (*targets, *UNSEEN)]
     queries = [prompts.region("query") for prompts in variants]
     assert all(torch.equal(query, queries[0]) for query in queries), "the queries differ between tasks"
-    painted = [generate_with_gates(model, prompts) for prompts in variants]
+    painted = [painted_cells(model, prompts) for prompts in variants]
     distance = torch.stack([torch.stack([mse(a, p.region("output")) for p in variants]) for a in painted])
     right = distance.argmin(1) == torch.arange(len(variants))[:, None]
     return right[: len(targets)].double().mean().item(), right[len(targets) :].double().mean().item()
@@ -192,7 +192,7 @@ def example_decides(model: MAEVQGAN, corruption: tasks.Task, source: Source, n: 
 def lined(model: MAEVQGAN, source: Source, n: int) -> float:
     """The share of answers to VTV's tasks that have a line from side to side which the truth has not."""
     lines = [
-        line_across(generate_with_gates(model, prompts) - prompts.region("output"))
+        line_across(painted_cells(model, prompts) - prompts.region("output"))
         for task in tasks.VTV
         if (prompts := source(task, n)) is not None
     ]
@@ -216,7 +216,7 @@ def filled(model: MAEVQGAN, prompts: VisualPrompt) -> tuple[float, float]:
     where the two are within a tenth."""
     truth = prompts.region("output")
     hole = (prompts.region("query") != truth).any(1, keepdim=True)
-    painted = generate_with_gates(model, prompts)
+    painted = painted_cells(model, prompts)
     visible = hole.flatten(1).any(1)  # a black square on black is no hole
     hole, painted, truth = hole[visible], painted[visible], truth[visible]
     mean, wanted = ((hole * pixels).flatten(1).sum(1) / (3 * hole.flatten(1).sum(1)) for pixels in (painted, truth))

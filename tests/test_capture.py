@@ -780,3 +780,33 @@ def test_collecting_is_capturing(model, prompts):
     for key, values in run.values.items():
         torch.testing.assert_close(mean[key], values.double().mean(0).float(), **CLOSE)
     assert HEADS in run.values.sites
+
+
+def test_names_of_units_of_one_space_in_any_order(model, others, vector):
+    names = ["encoder.blocks.0.attn.heads[0] @ query", "encoder.blocks.0.attn.heads[0] @ example_input"]
+    for order in (names, names[::-1]):
+        with model.trace(others):
+            patch(model, vector, order)
+            logits = model.output.logits.save()
+        space = PatchSpace(model, others.layout, "cell")
+        with model.trace(others):
+            patch(model, vector, PatchSet.named(space, names))
+            expected = model.output.logits.save()
+        assert torch.equal(logits, expected)
+    with pytest.raises(ValueError, match="'nothing' is not a unit of this model"), model.trace(others):
+        patch(model, vector, [names[0], "nothing"])
+
+
+def test_a_stage_that_was_not_captured_is_named(model, prompts, others):
+    with model.trace(prompts):
+        activations = capture(model, stages="encoder")
+    with (
+        pytest.raises(ValueError, match="there is nothing of the decoder, only of the encoder; capture it too"),
+        model.trace(others),
+    ):
+        patch(model, activations, ["decoder.blocks.0.attn.heads[0] @ query"])
+    with (
+        pytest.raises(ValueError, match="layers= names decoder, which stages=encoder leaves out"),
+        model.trace(prompts),
+    ):
+        capture(model, stages="encoder", layers={"decoder": [0]})

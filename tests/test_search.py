@@ -466,6 +466,7 @@ def test_steps_end_a_search(space):
     result = find("reinforce", Planted(space), budget=4000, steps=3, prune=False)
     assert result.evaluations == 3 * 2 * 8 + len(Planted(space).held_out)
     assert result.settings["lr"] == 0.3 and result.settings["images"] == 2
+    assert (result.probabilities != torch.tensor(-1.0, dtype=torch.float64).sigmoid()).any()  # what they learned stays
 
 
 def test_no_module_has_the_name_of_an_algorithm():

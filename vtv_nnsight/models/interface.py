@@ -1,5 +1,5 @@
-"""What the rest of the package may ask of a model, and nothing else: `vectors`, `patches`, `search`, `evaluation`,
-`clusters`, reports and plots know no model but through `InContextModel`.
+"""What the rest of the package may ask of a model, and nothing else: vectors, patching, search, evaluation, studies and
+reports know no model but through `InContextModel`.
 
 A model of your own subclasses it beside one of nnsight's (`NNsight`, `HuggingFaceModel`), so that `trace` takes a
 `VisualPrompt` and `model.output` is what the network gives; then everything works on it: collecting, scoring,

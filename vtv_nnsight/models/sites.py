@@ -77,6 +77,8 @@ def list_layers(
     if by_stage:
         validate_stages(model, list(by_stage))
     captured = validate_stages(model, list(by_stage) if by_stage and stages is None else stages)
+    if others := sorted(set(by_stage) - {stage.name for stage in captured}):
+        raise ValueError(f"layers= names {', '.join(others)}, which stages={stages} leaves out; name the same stages.")
     if layers is not None and not isinstance(layers, Mapping):
         if len(captured) > 1:
             names = ", ".join(stage.name for stage in captured)

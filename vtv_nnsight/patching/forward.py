@@ -3,8 +3,8 @@
 >>> edit = partial(patch, vector=vector, patches=result.patches)
 >>> output, answered = forward(model, prompts.query_only(), edit)
 >>> output_cell(model, output, answered)                     # the painted answers: [batch, 3, cell, cell]
-    >>> gates = torch.linspace(0, 1, 11)[:, None] * result.patches.choices
-    >>> strip = generate_with_gates(model, prompts[0], vector, space, gates)
+>>> gates = torch.linspace(0, 1, 11)[:, None] * result.patches.choices
+>>> strip = generate_with_gates(model, prompts[0], vector, space, gates)
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def find_loss(
     for loss in known:
         if name in (None, loss.name) and (loss.differentiable or not gradient):
             return loss
-    if gradient:
+    if gradient and name in (None, PIXELS, *(loss.name for loss in known)):
         others = ", ".join(f'loss="{loss.name}"' for loss in known if loss.differentiable)
         raise ValueError(f"loss={name!r} has no gradient; use {others or 'a search that needs no gradient'}.")
     names = ", ".join(loss.name for loss in known) or "none"

@@ -121,9 +121,11 @@ def _as_sets(model: InContextModel, patches: Any, layout: Layout | None) -> list
         return [one for part in patches for one in _as_sets(model, part, layout)]
     sites = (HEADS, *model.outputs(model.stages[0].name, 0))
     spaces = (PatchSpace(model, layout, granularity, sites=sites) for granularity in GRANULARITIES)
-    space = next((space for space in spaces if patches[0] in space.index_of), None)
-    if space is None:
-        raise ValueError(f"{patches[0]!r} is not a unit of this model; PatchSpace(model).names has such.")
+    fits = [(sum(name in space.index_of for name in patches), space) for space in spaces]
+    known, space = max(fits, key=lambda pair: pair[0])
+    if known < len(patches):
+        name = next(name for name in patches if name not in space.index_of)
+        raise ValueError(f"{name!r} is not a unit of this model; PatchSpace(model).names has such.")
     return [PatchSet.named(space, patches)]
 
 
@@ -192,9 +194,14 @@ class _Edit:
 
     def check_vector(self, model: InContextModel) -> None:
         """Refuse a vector that has nothing at these units."""
-        label, sites = self.vector.label, self.vector.values.sites
-        if not sites:
+        label, sites = self.vector.label, [key.site for key in self.vector.values if key.stage == self.stage.name]
+        if not self.vector.values:
             raise ValueError(f"{label} are there after their block; patch with them in a later block.")
+        if not sites:
+            stages = ", ".join(dict.fromkeys(key.stage for key in self.vector.values))
+            raise ValueError(
+                f"{label}: there is nothing of the {self.stage.name}, only of the {stages}; capture it too."
+            )
         if self.values is None:
             raise ValueError(
                 f"{label}: there is no {self.stage.site} of the {self.stage.name}, only {', '.join(sites)}; collect "

@@ -6,7 +6,7 @@ as `vtv run --budget 20000` does, with what `vtv_nnsight.report` has for the las
 
 The folder, and what is written in it:
 
-    run.json                     settings, seeds, versions, the machine, seconds per step, a digest of every other file
+    run.json                     settings, seeds, versions, the machine, seconds per step, digests of the steps' files
     prompts.safetensors          prompts that the model does well one-shot, of every task
     vectors.safetensors          the task vectors of these prompts (`TaskVectors`)
     scores.csv                   how well each unit tells the tasks apart

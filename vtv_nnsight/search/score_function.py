@@ -103,6 +103,8 @@ def reinforce(
             loss = search.mean(search.validate(logits > 0, losses.mean()), search.held_out).item()
             if loss < best_loss:
                 best, best_loss = logits.sigmoid(), loss
+    if not search.history:  # too few steps to be judged on the way
+        best = logits.sigmoid()
     if not prune:
         search.validate(best > 0.5)
         return best > 0.5, best, True
@@ -113,8 +115,9 @@ def published(search: Search, recipe: Recipe = PUBLISHED) -> tuple[torch.Tensor,
     """The paper's REINFORCE: `search.reinforce(…, recipe="published")`.
 
     Each step draws 320 masks, 32 for each of the same 10 training prompts; the advantage is the loss standardised over
-    the step (within each task first, when there are several); the log-probability is the mean over units; after every
-    50th step one sampled mask is tried on the held-out prompts, and the best of these is the result. Without a budget
+    the step (within each task first, when there are several); the log-probability is the mean over units; after the
+    first step and every 50th from there one sampled mask is tried on the held-out prompts, and the best of these is the
+    result. Without a budget
     it runs its 500 steps.
 
     Returns:
