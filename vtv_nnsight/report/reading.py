@@ -20,7 +20,7 @@ from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.report.explorer import QueryExplorer
 from vtv_nnsight.report.labels import PICTURES
-from vtv_nnsight.runs.record import changed_files, read_record
+from vtv_nnsight.runs.resuming import changed_files, read_record
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors

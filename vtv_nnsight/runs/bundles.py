@@ -34,7 +34,7 @@ from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.models.sources import EMBEDDED, HUB, locate
 from vtv_nnsight.patching import PatchSet
-from vtv_nnsight.runs.record import read_record
+from vtv_nnsight.runs.resuming import read_record
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint

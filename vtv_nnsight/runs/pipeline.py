@@ -43,7 +43,7 @@ from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.folds import Fold, load_folds
 from vtv_nnsight.runs.outputs import identity, read_prompts, write_pictures, write_prompts, write_scores
 from vtv_nnsight.runs.protocol import search_prompts
-from vtv_nnsight.runs.record import STEPS, RunRecord, StepFiles, begin_step
+from vtv_nnsight.runs.resuming import STEPS, RunRecord, StepFiles, begin_step
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.runs.trial import check
 from vtv_nnsight.search import SearchResult
