@@ -1,6 +1,8 @@
 """How the package is built, where import-linter does not look. (Layers and cycles are `lint-imports`.)"""
 
 import ast
+import re
+from importlib import import_module
 from pathlib import Path
 
 from helpers import ROOT
@@ -82,3 +84,12 @@ def test_test_modules_import_nothing_from_each_other():
     for path in Path(__file__).parent.glob("*.py"):
         modules = [module for node in nodes(path) for module in imported(node)]
         assert not [name for name in modules if name.startswith(("test_", "conftest"))], path.name
+
+
+def test_what_docs_and_notebooks_import_is_there():
+    """Notebooks are run by night only; what they import is looked at here."""
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "tutorials").glob("*.ipynb")]:
+        text = path.read_text(encoding="utf-8")
+        for module, names in re.findall(r"from (vtv_nnsight[\w.]*) import ([\w, ]+)", text):
+            for name in names.split(","):
+                assert hasattr(import_module(module), name.split(" as ")[0].strip()), f"{path.name}: {module}, {name}"

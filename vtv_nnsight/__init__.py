@@ -9,10 +9,12 @@ from typing import Any
 _MODULES = {
     "bundles": "runs.bundles",
     "circuits": "studies.circuits",
+    "clusters": "studies.clusters",
     "data": "data",
     "learning": "studies.learning",
     "metrics": "metrics",
     "plots": "plots",
+    "released": "studies.released",
     "search": "search",
     "tasks": "tasks",
 }
