@@ -121,12 +121,13 @@ def _as_sets(model: InContextModel, patches: Any, layout: Layout | None) -> list
         return [one for part in patches for one in _as_sets(model, part, layout)]
     sites = (HEADS, *model.outputs(model.stages[0].name, 0))
     spaces = (PatchSpace(model, layout, granularity, sites=sites) for granularity in GRANULARITIES)
-    fits = [(sum(name in space.index_of for name in patches), space) for space in spaces]
-    known, space = max(fits, key=lambda pair: pair[0])
-    if known < len(patches):
-        name = next(name for name in patches if name not in space.index_of)
-        raise ValueError(f"{name!r} is not a unit of this model; PatchSpace(model).names has such.")
-    return [PatchSet.named(space, patches)]
+    unknown = patches
+    for space in spaces:  # the space of tokens, which is large, is made only where the ones before lack a name
+        missing = [name for name in patches if name not in space.index_of]
+        if not missing:
+            return [PatchSet.named(space, patches)]
+        unknown = min(unknown, missing, key=len)
+    raise ValueError(f"{unknown[0]!r} is not a unit of this model; PatchSpace(model).names has such.")
 
 
 def _edits(
