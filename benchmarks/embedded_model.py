@@ -2,12 +2,12 @@
 
     python benchmarks/embedded_model.py [--quick] [--corpus FOLDER] [--photographs FOLDER] [--markdown card.md]
 
-On scenes never seen, of classes seen and unseen in training, on the test pictures of a corpus (`vtv pretrain corpus`),
-and on crops of a folder of photographs, which should be of sources not trained on: the tokenizer's PSNR; every task
-one-shot, between the floor (the query copied) and the ceiling (the tokenizer's own drawing of the truth); zero-shot
-with nothing patched; whether the example decides which task is done; the tasks held out of training; and two faults
-that are seen at once: lines across answers, and holes that stay dark. `--model` also takes a training run's folder with
-its checkpoint.
+On scenes never seen, of classes seen and unseen in training, on the test pictures of a corpus
+(`docs/gather_corpus.py`), and on crops of a folder of photographs, which should be of sources not trained on: the
+tokenizer's PSNR; every task one-shot, between the floor (the query copied) and the ceiling (the tokenizer's own
+drawing of the truth); zero-shot with nothing patched; whether the example decides which task is done; the tasks held
+out of training; and two faults that are seen at once: lines across answers, and holes that stay dark. `--model` also
+takes a training run's folder with its checkpoint.
 """
 
 from __future__ import annotations

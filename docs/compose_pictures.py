@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
+from archives import fetch, members
 from einops import rearrange
 from PIL import Image, ImageFilter, ImageOps
 
@@ -31,7 +32,6 @@ from vtv_nnsight.data.embedded_pictures import EMBEDDED, SIZE, SPLITS, credits, 
 from vtv_nnsight.digests import bytes_digest
 from vtv_nnsight.files import replacing
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.training.archives import fetch, members
 
 Row = Mapping[str, str]
 

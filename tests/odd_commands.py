@@ -51,7 +51,7 @@ def bases(work: Path) -> dict[str, list[str]]:
         "search": ["tiny", "--vectors", vectors, "-o", "u.json", *few, "--budget", "40", "--algorithm", "random"],
         "evaluate": ["tiny", "-o", "e", *few, "--vectors", vectors, "--patches", units],
         "import-released": ["tiny", work / "junk.pkl", "-o", "imported"],
-        "pretrain": ["corpus", "--out", "corpus", "--config", "smoke", "--steps", "1", "--images", work / "junk.pth"],
+        "pretrain": ["tokenizer", "--out", "run", "--config", "smoke", "--steps", "1", "--images", work / "junk.pth"],
         "bench": ["nothing"],
         "demo": ["--vectors", work / "junk.pth"],
     }

