@@ -31,6 +31,7 @@ _NAMES = {
     "SegGPT": "models.painter",
     "TaskVector": "vectors",
     "TaskVectors": "vectors",
+    "TextPrompts": "text_prompts",
     "ViTMAE": "models.vit_mae",
     "VisualPrompt": "prompts",
     "ablate": "patching",
