@@ -93,7 +93,7 @@ class TextPrompts:
         """
         if not prompts:
             raise ValueError("there are no prompts to concatenate; give at least one.")
-        first, parts = prompts[0], {}
+        first, parts = prompts[0], dict[str, Any]()
         for name in ("texts", "answers", "query_texts", "wrong_answers"):
             values = [getattr(other, name) for other in prompts]
             if len({value is None for value in values}) > 1:
