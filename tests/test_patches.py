@@ -5,9 +5,12 @@ import pytest
 import torch
 from helpers import LAYOUT, all_heads, random_module, random_prompts
 
-from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, ablate, patch
+from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, ablate, capture, evaluate
+from vtv_nnsight import patch, search, tasks
 from vtv_nnsight.layouts import CLS, positions
 from vtv_nnsight.models.interface import GRANULARITIES, QUERY_ONLY, ByStage
+from vtv_nnsight.patching.forward import generate_with_gates
+from vtv_nnsight.runs.bundles import Bundle
 from vtv_nnsight.vectors import zero_vector
 
 
@@ -371,6 +374,57 @@ def test_what_does_not_belong_together_is_refused(model, prompts, vectors):
         logits(model, zero_shot, vectors["b"], horizontal)
     with pytest.raises(ValueError, match=r"a mask of shape \[36\] does not fit the encoder"):
         logits(model, zero_shot, vectors["b"], {"encoder": chosen.choices, "decoder": chosen.choices})
+
+
+LAYOUTS = {
+    "order": Layout(112, 8, order="horizontal"),
+    "examples": Layout(112, 8, examples=2),
+    "background": Layout(112, 8, background="black"),
+    "gap": Layout(112, 8, gap=8),
+}
+
+
+@pytest.mark.parametrize("fact", LAYOUTS)
+def test_another_layout_than_that_of_the_prompts_is_refused(model, vectors, fact):
+    layout, task = LAYOUTS[fact], tasks.Segmentation()
+    others, space = random_prompts(4, layout=layout).query_only(), PatchSpace(model, granularity="head")
+    theirs, units = TaskVectors.collect(model, {"a": others}, progress=False)["a"], PatchSet.random(space, 9)
+    words = f"does not fit these prompts: it has .*{fact} .*; make the prompts in its layout"
+    with model.trace(random_prompts(4)):
+        run = capture(model)
+    names, vector = list(units), vectors["b"]
+    for what, patched, patches in (
+        ("the vector of 'b'", vector, names),
+        ("the activations", run, names),
+        ("the patch set", theirs, units),
+        ("the patch set", theirs, units.mask),
+        ("the vector of 'b'", [theirs, vector], [names, names]),
+    ):
+        with pytest.raises(ValueError, match=f"^{what} {words}"):
+            logits(model, others, patched, patches)
+        with pytest.raises(ValueError, match=f"^{what} {words}"), model.trace() as tracer:
+            with tracer.invoke(others.canvas, others.visible, others.decoded):
+                pass
+            with tracer.invoke(others):
+                pass
+            with tracer.invoke():
+                patch(model, patched, patches)
+    assert logits(model, others, theirs, names) is not None
+    with torch.no_grad(), model.trace(others.canvas, others.visible, others.decoded):  # tensors tell no layout
+        patch(model, vector, units)
+    for call in (
+        lambda: search.random(model, vector, task, others, space, budget=4, progress=False),
+        lambda: search.random(model, theirs, task, others, space, budget=4, progress=False),
+        lambda: evaluate(model, task, others, {"b": (vector, units)}, progress=False),
+        lambda: evaluate(model, task, others, {"a": (theirs, units)}, progress=False),
+        lambda: generate_with_gates(model, others[0], vector, space, units.choices[None]),
+        lambda: generate_with_gates(model, others[0], theirs, space, units.choices[None]),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    found = search.random(model, vector, task, random_prompts(4).query_only(), space, budget=4, progress=False)
+    with pytest.raises(ValueError, match="units of 'a' does not fit the vectors"):
+        Bundle(TaskVectors({"a": theirs}), {"a": found})
 
 
 def test_sets(model):

@@ -50,6 +50,9 @@ class ByStage(dict[StageSite, Any]):
     """A value for each stage, or for each stage and site: `values["encoder"]` is that of the stage's heads,
     `values["encoder", "mlp"]` that of another site. Iteration gives `StageSite`s."""
 
+    fingerprint: Mapping[str, Any] | None = None
+    """Of a mask that a space of units made: the space's."""
+
     def __init__(self, values: Mapping[Any, Any] | Iterable[tuple[Any, Any]] = (), **stages: Any) -> None:
         super().__init__((_key(key), value) for key, value in dict(values, **stages).items())
 

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.inside_trace import Place
 from vtv_nnsight.models.interface import HEADS, SITES, InContextModel, Stage
@@ -112,6 +113,13 @@ def running_prompts(block: CallingBlock) -> list[VisualPrompt] | None:
     """The prompts of the invokes that a block sees; None where it was given tensors, which tell no layout."""
     prompts = [inputs[0] for inputs in block.inputs if len(inputs) == 1 and isinstance(inputs[0], VisualPrompt)]
     return prompts if prompts and len(prompts) == len(block.inputs) else None
+
+
+def running_layout(block: CallingBlock) -> Layout | None:
+    """The layout that the prompts of the invokes share, the one that vectors and units are compared with; None where
+    all of them were given tensors, which tell none."""
+    prompts = (inputs[0] for inputs in block.inputs if inputs and isinstance(inputs[0], VisualPrompt))
+    return next((rows.layout for rows in prompts), None)
 
 
 def token_positions(model: InContextModel, stage: str, prompts: Sequence[VisualPrompt] | None) -> torch.Tensor:

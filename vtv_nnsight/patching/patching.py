@@ -20,12 +20,12 @@ from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.inside_trace import Place
 from vtv_nnsight.models.interface import GRANULARITIES, HEADS, SITES, ByStage, InContextModel, Stage
 from vtv_nnsight.models.nnsight_compat import CallingBlock
-from vtv_nnsight.models.sites import module_path, place_of, running_prompts, token_positions
+from vtv_nnsight.models.sites import module_path, place_of, running_layout, running_prompts, token_positions
 from vtv_nnsight.patching.sets import PatchSet
 from vtv_nnsight.patching.spaces import PatchSpace
 from vtv_nnsight.text import join_names
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors, zero_vector
-from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
+from vtv_nnsight.vectors.compatibility import check_compatible, check_layout, fingerprint
 
 Patches = PatchSet | Mapping[Any, torch.Tensor] | Sequence[str]
 """Where to patch: a set, masks by stage and site, or names of units."""
@@ -69,13 +69,13 @@ def patch(
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}.")
     block = CallingBlock("patch", "with model.trace(prompts): patch(model, vector, patches)")
-    prompts = running_prompts(block)
+    prompts, layout = running_prompts(block), running_layout(block)
     vectors = [vector] if isinstance(vector, (TaskVector, Activations)) else list(vector)
     with unset_fake_temporarily():  # in a scan, too, what is patched is real
-        sets = _as_sets(model, patches, prompts[0].layout if prompts else None)
+        sets = _as_sets(model, patches, layout)
         if len(vectors) != len(sets):
             raise ValueError(f"{len(vectors)} vectors and {len(sets)} patch sets were given; give as many of both.")
-        edits = _edits(model, vectors, sets, scale, mode)
+        edits = _edits(model, vectors, sets, layout, scale, mode)
     by_stage = [(stage, changes) for stage in model.stages if (changes := _changes(model, stage, edits))]
 
     def run(step: int) -> None:
@@ -131,15 +131,21 @@ def _as_sets(model: InContextModel, patches: Any, layout: Layout | None) -> list
 
 
 def _edits(
-    model: InContextModel, vectors: Sequence[TaskVector | Activations], sets: Sequence[Any], scale: float, mode: str
+    model: InContextModel,
+    vectors: Sequence[TaskVector | Activations],
+    sets: Sequence[Any],
+    layout: Layout | None,
+    scale: float,
+    mode: str,
 ) -> list[_Edit]:
-    """What to do at each stage and site, where vectors, sets and model belong together."""
+    """What to do at each stage and site, where vectors, sets, model and the layout of its prompts belong together."""
     owner = fingerprint(model, cached=True)
     for vector, units in zip(vectors, sets):
-        check_compatible(vector.label, vector.fingerprint, "this model", owner)
-        if isinstance(units, PatchSet):
-            check_compatible("the patch set", units.fingerprint, "this model", owner)
-            check_compatible("the patch set", units.fingerprint, vector.label, vector.fingerprint)
+        facts = getattr(units, "fingerprint", None) or {}
+        for what, of_it in ((vector.label, vector.fingerprint), ("the patch set", facts)):
+            check_compatible(what, of_it, "this model", owner)
+            check_layout(what, of_it, layout)
+        check_compatible("the patch set", facts, vector.label, vector.fingerprint)
     masks = [ByStage(units.mask if isinstance(units, PatchSet) else units) for units in sets]
     known = {(stage.name, site): stage for stage in model.stages for site in SITES}
     if unknown := [key for mask in masks for key in mask if key not in known]:

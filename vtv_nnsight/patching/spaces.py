@@ -203,7 +203,8 @@ class PatchSpace:
             choices: [n] or [batch, n]; bool, or float for gates (differentiable).
 
         Returns:
-            By stage, [layer, position, head] or [batch, layer, position, head], zero outside the units.
+            By stage, [layer, position, head] or [batch, layer, position, head], zero outside the units; with the
+            space's fingerprint, which `patch` compares.
         """
 
         def spread(values: torch.Tensor, group_at: torch.Tensor) -> torch.Tensor:
@@ -211,7 +212,9 @@ class PatchSpace:
             elsewhere = values.new_zeros(*values.shape[:-2], 1, values.shape[-1])
             return torch.cat([values, elsewhere], dim=-2).index_select(-2, group_at.to(values.device))
 
-        return self.split(torch.as_tensor(choices)).map(spread, self._group_at)
+        mask = self.split(torch.as_tensor(choices)).map(spread, self._group_at)
+        mask.fingerprint = self.fingerprint
+        return mask
 
     def average(self, values: ByStage) -> torch.Tensor:
         """Mean over each unit's positions of values by stage, [..., layer, head, position], such as a score: [..., n].

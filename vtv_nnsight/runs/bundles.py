@@ -53,6 +53,9 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         model: The source of its model, as `models.load_model` takes it, where that is known.
         folder: Where it was read, with the tables and pictures of a run beside it.
         vqgan: The tokenizer's own checkpoint that `model` was read with, where there was one.
+
+    Raises:
+        ValueError: when the units are of another model or layout than the vectors.
     """
 
     vectors: TaskVectors
@@ -61,6 +64,12 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
     model: str | None = None
     folder: Path | None = None
     vqgan: str | None = None
+
+    def __post_init__(self) -> None:
+        for task, result in self.results.items():
+            check_compatible(
+                f"the units of {task!r}", result.patches.fingerprint, "the vectors", self.vectors.fingerprint
+            )
 
     def __getitem__(self, task: str) -> tuple[TaskVector, PatchSet]:
         if task not in self.results:

@@ -16,7 +16,7 @@ from nnsight import save
 
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage
 from vtv_nnsight.models.nnsight_compat import CallingBlock
-from vtv_nnsight.models.sites import Layers, list_layers, read_layers, running_prompts
+from vtv_nnsight.models.sites import Layers, list_layers, read_layers, running_layout
 from vtv_nnsight.vectors.collecting import put_rows
 from vtv_nnsight.vectors.compatibility import fingerprint
 from vtv_nnsight.vectors.values import Activations
@@ -54,8 +54,8 @@ def capture(
     block = CallingBlock("capture", "with model.trace(prompts): activations = capture(model)")
     if block.is_edit:
         raise ValueError("capture in an edit gives nothing back; write it in a trace of the edited model.")
-    places, prompts = list_layers(model, sites, stages, layers), running_prompts(block)
-    owner = fingerprint(model, prompts[0].layout if prompts else None, cached=True)
+    places = list_layers(model, sites, stages, layers)
+    owner = fingerprint(model, running_layout(block), cached=True)
     captured = [Activations(ByStage(), owner)]
 
     def keep(step: int, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
