@@ -5,8 +5,20 @@ import pytest
 import torch
 from helpers import LAYOUT, all_heads, random_module, random_prompts
 
-from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, ablate, capture, evaluate
-from vtv_nnsight import patch, search, tasks
+from vtv_nnsight import (
+    MAEVQGAN,
+    Layout,
+    PatchSet,
+    PatchSpace,
+    TaskVectors,
+    VisualPrompt,
+    ablate,
+    capture,
+    evaluate,
+    patch,
+    search,
+    tasks,
+)
 from vtv_nnsight.layouts import CLS, positions
 from vtv_nnsight.models.interface import GRANULARITIES, QUERY_ONLY, ByStage
 from vtv_nnsight.patching.forward import generate_with_gates

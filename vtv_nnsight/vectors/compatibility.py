@@ -95,7 +95,7 @@ def check_layout(what: str, facts: Mapping[str, Any], layout: Layout | None) -> 
     if layout and (differ := differences(facts, asdict(layout))):
         raise ValueError(
             f"{what} does not fit these prompts: it has {'; '.join(differ)}; make the prompts in its layout, or collect "
-            "and search with such prompts."
+            "and search anew."
         )
 
 
