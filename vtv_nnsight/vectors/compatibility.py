@@ -94,8 +94,8 @@ def check_layout(what: str, facts: Mapping[str, Any], layout: Layout | None) -> 
     """Raise a ValueError where a fingerprint is of prompts of another layout; None, of raw tensors, fits all."""
     if layout and (differ := differences(facts, asdict(layout))):
         raise ValueError(
-            f"{what} does not fit these prompts: it has {'; '.join(differ)}; make the prompts in its layout, or collect "
-            "and search anew."
+            f"{what} does not fit these prompts: it has {'; '.join(differ)}; make the prompts in its layout, or "
+            "collect and search anew."
         )
 
 
