@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -37,13 +38,17 @@ def test_help_is_grouped_by_step(vtv):
     assert "Example" in vtv("convert", "-h")[1]
 
 
-def test_help_needs_no_torch():
+@pytest.mark.parametrize("policy", [None, "ACTIVE"])
+def test_help_needs_no_torch_and_threads_yield_unless_told_otherwise(policy):
     script = (
-        "import sys\nfrom vtv_nnsight import cli\nsys.argv = ['vtv', '--help']\n"
-        "try: cli.main()\nfinally: sys.exit('torch' in sys.modules)"
+        "import os, sys\nfrom vtv_nnsight import cli\nsys.argv = ['vtv', '--help']\n"
+        "try: cli.main()\nfinally: print(os.environ['OMP_WAIT_POLICY']); sys.exit('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=DATA.parents[1])
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": policy} if policy else {}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=DATA.parents[1], env=env)
     assert done.returncode == 0 and "import-released" in done.stdout, done.stderr
+    assert done.stdout.split()[-1] == (policy or "PASSIVE")
 
 
 def test_help_shows_commands_as_their_own_help_does():

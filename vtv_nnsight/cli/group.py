@@ -4,6 +4,7 @@ help is shown, so that `vtv --help` does not wait for torch."""
 from __future__ import annotations
 
 import ast
+import os
 import signal
 from functools import cache
 from importlib import import_module
@@ -142,4 +143,5 @@ def main() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads yield busy cores; read when torch is imported
     app()
