@@ -62,6 +62,7 @@ class Bench:
         self.images = data.scenes("train", n=500, seed=0)
         collected = {t.name: self.draw(t, self.images, args.collected, 0) for t in {*tasks.VTV, self.task}}
         self.vectors = TaskVectors.collect(self.model, collected)
+        self.activations = {n: Activations.collect(self.model, rows, progress=False) for n, rows in collected.items()}
         fresh, count = data.scenes("validation", n=500, seed=0), args.held_out + args.test
         prompts, others = (self.draw(task, fresh, count, 1) for task in (self.task, self.other))
         self.held_out, self.test = prompts[: args.held_out], prompts[args.held_out :]
@@ -114,7 +115,8 @@ class Bench:
             for name in self.args.rankings:
                 file = journal(self.args.resume, name, way(direction, ablation), seed)
                 shared = dict(budget=self.args.budget, seed=self.args.seed + seed, vectors=self.vectors, resume=file)
-                scores[name].append(rank_units(name, objective, direction, progress=False, **shared))
+                shared |= dict(activations=self.activations, progress=False)
+                scores[name].append(rank_units(name, objective, direction, **shared))
         return scores
 
 
@@ -135,7 +137,7 @@ def known_circuits(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-BLIND = [name for name in RANKINGS if name != "between/within variance"]
+BLIND = [name for name, ranking in RANKINGS.items() if ranking.algorithm != "ranking"]
 """Rankings that need no vectors of other tasks, which a model of random weights has not."""
 
 

@@ -18,7 +18,7 @@ mean loss over budgets. Intervals are 95 % over seeds (Student's t).
 Beside units for the mean over prompts, "gates, bank of 3" chooses for each unit one of three vectors (k-means over the
 same prompts, `search.bank`), and "gates, learned vector" spends half of its budget on finding units and the other half
 on the vector itself (`learning.learn_vector`: a step costs three evaluations a prompt, a look at the held-out prompts
-one). `--ablations` adds the default REINFORCE with one of its parts taken away at a time (and writes
+one). "ranking, nearest centroid" takes the units that tell tasks apart (`circuits.centroid_accuracy`). `--ablations` adds the default REINFORCE with one of its parts taken away at a time (and writes
 search_efficiency_ablations).
 """
 
@@ -42,6 +42,7 @@ from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.search.budget import GRADIENT_COST, Search
 from vtv_nnsight.search.score_function import PUBLISHED, published
 from vtv_nnsight.studies.bank import BankObjective, cluster_vectors
+from vtv_nnsight.studies.circuits import centroid_accuracy
 from vtv_nnsight.studies.learning import learn_vector
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors
 
@@ -52,6 +53,8 @@ ABLATIONS = {
     "reinforce, constant rate": dict(decay=0.0, lr=0.15),
     "reinforce, same 10 prompts": dict(prompts=10),
 }
+CENTROIDS = "ranking, nearest centroid"
+"""The search table's second ranking that asks for no loss."""
 BEYOND = {"gates, bank of 3": dict(bank=3), "gates, learned vector": dict(learned=True)}
 """What chooses or makes vectors, too."""
 LEARNED_AT_ONCE = 16
@@ -80,6 +83,8 @@ class Bench:
         self.vectors = TaskVectors.collect(self.model, collected)
         self.collected = collected[self.task.name]
         self.space = PatchSpace(self.model, layout, args.granularity)
+        single = {n: Activations.collect(self.model, rows, progress=False) for n, rows in collected.items()}
+        self.accuracy = centroid_accuracy(single, self.space)
         fresh = self.task.prompts(data.scenes("validation", n=500, seed=0), args.held_out + args.test, 1, layout)
         self.held_out, self.test = fresh[: args.held_out].query_only(), fresh[args.held_out :]
 
@@ -106,6 +111,7 @@ class Bench:
         if count := own.pop("bank", None):
             return self.run_bank(search.ALGORITHMS[name], count, prompts, budget, seed, file)
         learned = own.pop("learned", False)
+        own |= {"scores": self.accuracy} if label == CENTROIDS else {}
         vector = self.vectors[self.task.name]
         shared = dict(held_out=self.held_out, seed=seed, vectors=self.vectors, resume=file)
         shared["budget"] = budget // 2 if learned else budget
@@ -186,6 +192,7 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, int, dict]]:
     rounds = -(-args.published_steps // PUBLISHED.validate_every)
     yield PAPER, args.published_steps * PUBLISHED.masks + rounds * args.held_out, dict(recipe="published")
     labels = {name: {} for name in args.algorithms} | (BEYOND if "gates" in args.algorithms else {})
+    labels |= {CENTROIDS: {}} if "ranking" in args.algorithms else {}
     labels |= ABLATIONS if args.ablations else {}
     for label, own in labels.items():
         for budget in args.budgets:

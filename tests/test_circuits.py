@@ -15,6 +15,7 @@ from vtv_nnsight.studies.circuits import (
     answer_metric,
     auroc,
     by_head,
+    centroid_accuracy,
     counterfactual,
     faithfulness,
     log_ratio,
@@ -22,6 +23,7 @@ from vtv_nnsight.studies.circuits import (
     rank_units,
     write_nodes,
 )
+from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.vectors import Activations, zero_vector
 
 
@@ -251,7 +253,7 @@ def test_searching_with_a_row_for_each_prompt(model, prompts):
             Objective(model, wrong, tasks.segmentation, rows[: 2 if held_out != 0.25 else 3], space, held_out=held_out)
 
 
-UNSEARCHED = ("random", "between/within variance")
+UNSEARCHED = ("random", "between/within variance", "nearest centroid")
 
 
 class Additive:
@@ -278,6 +280,60 @@ def test_rankings_put_first_what_matters(name, direction):
     first = scores.argsort(descending=True)[:2]
     assert set(first.tolist()) == {2, 5}, scores
     assert scores[4] < scores[[1, 2, 5]].min()
+
+
+class Noisy(Additive):
+    """The same, but a unit's effect is its weight times what a prompt makes of it: [prompt, unit]."""
+
+    def __init__(self, weights, factors):
+        super().__init__(weights)
+        self.factors = factors
+
+    def __call__(self, choices, rows):
+        return (choices.double() * self.factors[rows]) @ self.weights
+
+    def gradient(self, gates, rows):
+        return (gates.double() * self.factors[rows]) @ self.weights, self.weights * self.factors[rows]
+
+
+def test_what_bootstrap_samples_disagree_about_is_not_kept():
+    factors = torch.ones(12, 3).double()
+    factors[:8, 0] = torch.tensor([30.0, -9, -9, 9, -9, 9, -9, 9])  # the largest mean, of one prompt
+    objective = Noisy(torch.tensor([-1.0, -1.0, 1.0]).double(), factors)
+    plain = search.attribution.on(objective, 600, size=1, progress=False)
+    kept = search.consistent_attribution.on(objective, 600, size=1, progress=False)
+    assert plain.scores.tolist() == [2.625, 1, -1] and plain.patches.choices.tolist() == [True, False, False]
+    assert kept.scores.tolist() == [0, 1, -1] and kept.patches.choices.tolist() == [False, True, False]
+    assert kept.evaluations == 5 * 3 * 8 + 4  # as many as attribution at five points
+    with pytest.raises(ValueError, match="samples=0 leave nothing to agree about"):
+        search.consistent_attribution.on(objective, 600, samples=0, progress=False)
+
+
+def test_units_that_tell_tasks_apart_are_right_more_often(model):
+    """By hand: a unit with a direction for each task, one of noise, and one whose length alone differs."""
+    space = PatchSpace(model, granularity="head")
+    generator, activations = torch.Generator().manual_seed(0), {}
+    for task, number in (("a", 0), ("b", 1)):
+        values = model_sized(space, 6).map(lambda shape: torch.randn(shape, generator=generator))
+        first = values["encoder"][:, 0, :, 0]
+        first[...] = torch.eye(first.shape[-1])[number] + 0.1 * first
+        values["encoder"][:, 0, :, 1] = (1 + 9 * number) * torch.ones_like(first)
+        activations[task] = Activations(values, space.fingerprint)
+    accuracy = centroid_accuracy(activations, space)
+    assert accuracy[0] == 1 and accuracy[1] == 0.5 and 0.1 < accuracy[2:].mean() < 0.9
+    objective = Additive(torch.zeros(len(space)).double())
+    objective.space = space
+    scores = rank_units("nearest centroid", objective, activations=activations, budget=800, progress=False)
+    assert torch.equal(scores, accuracy)
+    for wrong in (None, {"a": activations["a"]}, {"a": activations["a"], "b": activations["b"][:1]}):
+        with pytest.raises(ValueError, match="two tasks or more are told apart, two or more of each"):
+            rank_units("nearest centroid", objective, activations=wrong, budget=800, progress=False)
+
+
+def model_sized(space, rows):
+    """By stage, the shape of activations of so many rows."""
+    positions = space.layout.num_positions
+    return ByStage({s.key: (rows, s.layers, positions, s.heads, s.head_dim) for s in space.stages})
 
 
 def test_units_that_stay():
@@ -320,7 +376,7 @@ def test_only_the_circuit_has_an_effect(known, known_objective):
     assert (losses[~truth] - whole).abs().max() < 1e-6 < 1e-3 < (losses[truth] - whole).abs().min()
 
 
-@pytest.mark.parametrize("name", [name for name in RANKINGS if name != "between/within variance"])
+@pytest.mark.parametrize("name", [n for n, own in RANKINGS.items() if own.algorithm != "ranking"])
 def test_what_is_there_is_found(known, known_objective, name):
     truth = known.circuit(known_objective.space)
     scores = rank_units(name, known_objective, "out", budget=400, progress=False)
@@ -328,7 +384,8 @@ def test_what_is_there_is_found(known, known_objective, name):
     if name == "random":
         assert found < 0.9
     else:
-        assert found > {"reinforce": 0.6}.get(name, 0.95), found  # these evaluations are few steps of REINFORCE
+        assert found > {"reinforce": 0.6, "consistent attribution": 0.7}.get(name, 0.95), found
+        # these evaluations are few steps of REINFORCE, and few prompts to agree
 
 
 def test_auroc():

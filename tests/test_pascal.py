@@ -302,6 +302,16 @@ def test_candidates_are_the_lists_in_order(published, voc_root):
     assert (drawn.rows != protocol.candidates(rows, n=20, seed=1).rows).any()
 
 
+def test_pairs_of_colorization_are_those_of_the_released_seed():
+    np.random.seed(5)  # as the released code draws them: all queries at once, then an example at each prompt
+    queries = np.random.choice(np.arange(0, 5000 - 1), size=1000, replace=False)
+    examples = [np.random.choice(np.arange(0, 1000 - 1)) for _ in range(1000)]
+    drawn = protocol.colorization_pairs(5000)
+    assert (drawn.rows == np.stack([examples, queries], 1)).all() and len(drawn) == 1000
+    with pytest.raises(ValueError, match="1000 images are too few for the 1000 released pairs; give 1001"):
+        protocol.colorization_pairs(1000)
+
+
 def test_the_published_protocol(published, voc_root, small_config, tmp_path, monkeypatch):
     """Vectors of folds 1 to 3, a search on the first images of a fold, and one set for all folds."""
     model = tmp_path / "model"

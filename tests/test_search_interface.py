@@ -88,7 +88,8 @@ def test_the_registry_says_what_an_algorithm_takes():
         parameters = inspect.signature(own).parameters
         assert set(own.options) < set(parameters) and "vectors" in parameters
         assert own.takes_size == ("size" in parameters) and own.needs_scores == ("scores" in parameters)
-    assert {n for n, a in search.ALGORITHMS.items() if a.needs_gradient} == {"attribution", "gates"}
+    with_gradient = {name for name, own in search.ALGORITHMS.items() if own.needs_gradient}
+    assert with_gradient == {"attribution", "consistent_attribution", "gates"}
 
 
 def test_a_new_algorithm_takes_a_decorator(monkeypatch):

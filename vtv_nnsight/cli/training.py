@@ -38,8 +38,8 @@ def pretrain(
     data: Annotated[
         str | None,
         typer.Option(
-            help='For mae: "figures", composed of --images as papers show them, or a folder of your own figures; parts '
-            "are hidden at random, as in VP.",
+            help='For mae: "figures", composed of --images as papers show them, a folder of your own figures, or '
+            "cvf:ROOT, VP's by their list; parts are hidden at random, as in VP.",
             show_default="prompts",
         ),
     ] = None,

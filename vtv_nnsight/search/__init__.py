@@ -31,6 +31,7 @@ from pkgutil import iter_modules
 
 from vtv_nnsight.patching.forward import PIXELS
 from vtv_nnsight.search.baselines import greedy, mediation, random, ranking
+from vtv_nnsight.search.bootstrap import consistent_attribution
 from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.gradients import attribution, gates
 from vtv_nnsight.search.objective import Objective
@@ -46,6 +47,7 @@ globals().update(ALGORITHMS)
 
 __all__ = [
     "attribution",
+    "consistent_attribution",
     "gates",
     "greedy",
     "mediation",

@@ -41,27 +41,32 @@ def attribution(
     if drop and layers < 2:
         raise ValueError(f"drop=True needs two layers or more that gradients can be kept out of; there are {layers}.")
     cost = GRADIENT_COST * steps * layers
-    prompts = min(len(search.train), max(1, search.budget // 2 // cost))
-    search.require(cost * prompts + len(search.held_out), "the gradient of one prompt")
-    rows = search.train[:prompts]
+    rows = affordable_prompts(search, cost)
     falls = dropped_falls(search, rows, steps, layers) if drop else estimated_falls(search, rows, steps)
     return search.top_units(falls.argsort(descending=True, stable=True), size, tolerance), falls
 
 
+def affordable_prompts(search: Search, cost: int) -> torch.Tensor:
+    """The training prompts that half of the budget pays for, at `cost` evaluations each: [prompt]."""
+    prompts = min(len(search.train), max(1, search.budget // 2 // cost))
+    search.require(cost * prompts + len(search.held_out), "the gradient of one prompt")
+    return search.train[:prompts]
+
+
 def estimated_falls(search: Search, rows: torch.Tensor, steps: int = 1) -> torch.Tensor:
     """How far the loss falls with each unit, as gradients on prompts `rows` [prompt] tell: [unit]."""
-    return search.mean(_falls(search, rows, steps).T, rows)
+    return search.mean(falls_of_prompts(search, rows, steps).T, rows)
 
 
 def dropped_falls(search: Search, rows: torch.Tensor, steps: int, layers: int) -> torch.Tensor:
     """How much each unit matters by GradDrop (AtP*, eq. 11): [unit]. Its own layer's gradient is nothing to a unit, so
     that one layer less is counted."""
-    falls = [search.mean(_falls(search, rows, steps, layer).abs().T, rows) for layer in range(layers)]
+    falls = [search.mean(falls_of_prompts(search, rows, steps, layer).abs().T, rows) for layer in range(layers)]
     return sum(falls, torch.zeros(search.units, dtype=torch.float64)) / (layers - 1)
 
 
-def _falls(search: Search, rows: torch.Tensor, steps: int, drop: int | None = None) -> torch.Tensor:
-    """Every prompt's: [prompt, unit]."""
+def falls_of_prompts(search: Search, rows: torch.Tensor, steps: int, drop: int | None = None) -> torch.Tensor:
+    """How far each prompt's loss falls with each unit, as gradients tell: [prompt, unit]."""
     points = torch.zeros(1) if steps == 1 else (torch.arange(steps) + 0.5) / steps
     at = [search.gradient(point.expand(len(rows), search.units), rows, drop)[1] for point in points]
     return -torch.stack(at).mean(0)

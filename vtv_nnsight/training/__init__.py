@@ -6,7 +6,8 @@
     >>> model = MAEVQGAN("runs/tiny/mae/model")
 
 The embedded model's card, weights/tiny/README.md, says how it was trained. VP's way, figures with random masks in the
-place of prompts, is `pretrain("mae", …, data="figures")`, or data="my/figures" for a folder of yours.
+place of prompts, is `pretrain("mae", …, data="figures")`, data="my/figures" for a folder of yours, or
+data="cvf:ROOT" for VP's own Computer Vision Figures (`figures.listed`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import torch
 from vtv_nnsight.models.mae_vqgan.traced import MAEVQGAN
 from vtv_nnsight.training import recipes
 from vtv_nnsight.training.corpus import PHOTO, Corpus
-from vtv_nnsight.training.figures import composed, cropped
+from vtv_nnsight.training.figures import composed, cropped, listed
 from vtv_nnsight.training.mae import random_mask, train_mae
 from vtv_nnsight.training.tokenizer import WEIGHTS, load_tokenizer, train_decoder, train_tokenizer
 
 STAGES = ("tokenizer", "decoder", "mae")
-FIGURES = "figures"
+FIGURES, CVF = "figures", "cvf:"
 
 __all__ = ["STAGES", "pretrain", "recipes", "train_decoder", "train_mae", "train_tokenizer"]
 
@@ -53,7 +54,8 @@ def pretrain(
         images: A corpus (as `docs/gather_corpus.py` writes it) or a folder of pictures to train on beside the scenes;
             without it, the photographs that scikit-image and scikit-learn carry.
         data: For "mae", what is learned from, with random masks, in the place of prompts: "figures" that are composed
-            of `images` (`figures.composed`), or a folder of figures or pictures ("./figures" where it has that name).
+            of `images` (`figures.composed`), a folder of figures or pictures ("./figures" where it has that name), or
+            "cvf:ROOT", the Computer Vision Figures that the released list says to train on (`figures.listed`).
         start: A model, by its name or folder, to begin the transformer with: of the same size or
             smaller (`growth.widen`), whatever its codes.
         steps: Optimiser steps in place of the recipe's; a resumed run may change them.
@@ -104,6 +106,9 @@ def _figures(data: str | os.PathLike[str], corpus: Corpus, size: int, seed: int)
     """The canvases of a step: figures composed of a corpus, or those of a folder."""
     if data == FIGURES:
         return lambda step, n: composed(step, n, size, seed, corpus)
+    if str(data).startswith(CVF):
+        published = listed(str(data).removeprefix(CVF))
+        return lambda step, n: cropped(step, n, size, seed, published)
     figures = Corpus.read(data)
     if not figures.has(PHOTO):
         raise ValueError(f"{data} lists no photographs; give a folder of figures or pictures, or 'figures'.")

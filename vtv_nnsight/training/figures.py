@@ -1,7 +1,7 @@
 """Canvases that look like figures of papers: what MAE-VQGAN learns from where there are no prompts.
 
 VP trains on figures of papers with random masks, and solves prompts since figures set pictures side by side that belong
-together. `composed` makes such figures of a corpus, `cropped` takes those of a folder:
+together. `composed` makes such figures of a corpus, `cropped` takes those of a folder (`listed`: VP's own figures):
 
 - Changes: a row shows a picture before and after, each column changed in another way (`curriculum.draw_task`), or
   rows and columns change places. Parts of a task that is held out never stand in one figure.
@@ -14,18 +14,23 @@ and mirrored as in VP's released code (20 to 100 % of the area, at 3 : 4 to 4 : 
 
 from __future__ import annotations
 
+import os
 import string
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from vtv_nnsight.data.drawn_scenes import render
-from vtv_nnsight.images import to_pil
+from vtv_nnsight.images import as_rgb, to_pil
 from vtv_nnsight.tasks import Row, Task
-from vtv_nnsight.training.corpus import PHOTO, Corpus
+from vtv_nnsight.training.corpus import PHOTO, Corpus, Picture
 from vtv_nnsight.training.curriculum import draw_task, is_held_out
 from vtv_nnsight.training.stream import SCENES, as_batch, draw_rows
 
@@ -54,7 +59,58 @@ def composed(step: int, n: int, size: int, seed: int, corpus: Corpus) -> torch.T
     return as_batch([fitted(compose_figure(corpus, round(SHEET * size), generator), size, generator) for _ in range(n)])
 
 
-def cropped(step: int, n: int, size: int, seed: int, corpus: Corpus) -> torch.Tensor:
+@dataclass(frozen=True)
+class ListedFigures:
+    """Figures that are read when they are drawn, all alike: decoded, those of VP do not fit in memory."""
+
+    files: tuple[Path, ...]
+
+    def draw(self, kind: str, generator: Generator) -> Picture:
+        """One of them; one that cannot be read is passed over."""
+        for number in generator.integers(len(self.files), size=100):
+            try:
+                with Image.open(self.files[number]) as image:
+                    return Picture(as_rgb(image), kind, "")
+            except (OSError, ValueError, Image.DecompressionBombError):
+                continue
+        raise ValueError(f"100 figures of {len(self.files)} cannot be read, such as {self.files[0]}; make them again.")
+
+
+def listed(root: str | os.PathLike[str], split: str = "train") -> ListedFigures:
+    """The Computer Vision Figures (NeurIPS 2022, §3.3) of one split that are in a folder.
+
+    Args:
+        root: Where the released `download_links.py` wrote (ROOT/train/PAPER/NAME, of a NAME.pdf
+            NAME.pdf_PAPER_0.png; all may be in ROOT/train), with the released lists df_train.csv and df_val.csv beside:
+            columns paper_id and img_name.
+        split: "train" or "val".
+
+    Raises:
+        FileNotFoundError: when there is no such list.
+        ValueError: when it is no list of figures, or none of them is there.
+
+    Warns:
+        UserWarning: saying how many are missing: papers are withdrawn, and PDFs of several pages are left out.
+    """
+    root = Path(root).expanduser()
+    path = root / f"df_{split}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; put the released lists df_train.csv and df_val.csv there.")
+    rows = pd.read_csv(path, dtype=str)
+    if missing := {"paper_id", "img_name"} - set(rows):
+        raise ValueError(f"{path} has no column {min(missing)}; expected the released list of figures.")
+    names = [n if n[-4:].lower() != ".pdf" else f"{n}_{p}_0.png" for p, n in zip(rows.paper_id, rows.img_name)]
+    places = [Path(paper) / name for paper, name in zip(rows.paper_id, names)]
+    found = [next((f for f in (root / split / at, root / "train" / at) if f.is_file()), None) for at in places]
+    files = tuple(file for file in found if file)
+    if not files:
+        raise ValueError(f"none of the {len(rows)} figures of {path} is in {root / split}; download them first.")
+    if len(files) < len(rows):
+        warnings.warn(f"{len(rows) - len(files)} of the {len(rows)} figures of {path} are not there.", stacklevel=2)
+    return ListedFigures(files)
+
+
+def cropped(step: int, n: int, size: int, seed: int, corpus: Corpus | ListedFigures) -> torch.Tensor:
     """The `n` canvases of a training step, parts of figures that are the corpus's photographs (as those of a folder
     are): float [n, 3, size, size] in [0, 1]."""
     generator = np.random.default_rng([seed, step, size, 2])

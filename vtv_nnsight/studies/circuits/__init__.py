@@ -8,6 +8,7 @@ from vtv_nnsight.studies.circuits.ground_truth import auroc
 from vtv_nnsight.studies.circuits.known_circuit import KnownCircuit
 from vtv_nnsight.studies.circuits.measures import Measure, answer_loss, answer_metric, log_ratio
 from vtv_nnsight.studies.circuits.mib_nodes import by_head, nodes, write_nodes
+from vtv_nnsight.studies.circuits.nearest_centroid import centroid_accuracy
 from vtv_nnsight.studies.circuits.rankings import RANKINGS, ComplementObjective, rank_units
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "answer_metric",
     "auroc",
     "by_head",
+    "centroid_accuracy",
     "counterfactual",
     "faithfulness",
     "log_ratio",

@@ -18,7 +18,8 @@ import torch
 
 from vtv_nnsight.search import ALGORITHMS
 from vtv_nnsight.search.budget import SearchObjective
-from vtv_nnsight.vectors import TaskVectors
+from vtv_nnsight.studies.circuits.nearest_centroid import centroid_accuracy
+from vtv_nnsight.vectors import Activations, TaskVectors
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,16 @@ RANKINGS = {
     "GradDrop": Ranking(
         "the mean absolute gradient without each layer's (AtP*)", "attribution", {"drop": True}, signed=False
     ),
+    "consistent attribution": Ranking(
+        "integrated gradients where 95 % of bootstrap samples of the prompts agree on the sign, else 0",
+        "consistent_attribution",
+    ),
     "gates": Ranking("the probability that its gate is not shut", "gates", keeps=True),
     "gates from attribution": Ranking("the same", "gates", {"start": "attribution"}, keeps=True),
     "reinforce": Ranking("the probability of being in the set", "reinforce", {"prune": False}, keeps=True),
     "mediation": Ranking("what it does alone", "mediation"),
     "between/within variance": Ranking("its task score, which asks for no loss", "ranking"),
+    "nearest centroid": Ranking("how often it tells a prompt's task (`centroid_accuracy`)", "ranking"),
     "random": Ranking("chance", "random"),
 }
 """Name → ranking. "random" is no search, but scores drawn by chance."""
@@ -65,6 +71,7 @@ def rank_units(
     budget: int | None = None,
     seed: int = 0,
     vectors: TaskVectors | None = None,
+    activations: Mapping[str, Activations] | None = None,
     **shared: Any,
 ) -> torch.Tensor:
     """The score of every unit, high where it matters: [unit].
@@ -75,9 +82,10 @@ def rank_units(
             what ablates into the whole prompt.
         direction: "in" or "out", see `faithfulness`.
         budget, seed, vectors, **shared: As for every search.
+        activations: Of "nearest centroid": task → those of its prompts, one-shot.
 
     Raises:
-        ValueError: when there is no such ranking.
+        ValueError: when there is no such ranking, or its activations are missing.
     """
     if name not in RANKINGS:
         raise ValueError(f"ranking {name!r} is unknown; choose from {', '.join(RANKINGS)}.")
@@ -87,6 +95,8 @@ def rank_units(
     algorithm, options = ALGORITHMS[ranking.algorithm], dict(ranking.options)
     if algorithm.takes_size:
         options["size"] = units // 2  # trying sizes is no part of ranking
+    if name == "nearest centroid":
+        options["scores"] = centroid_accuracy(activations or {}, objective.space)
     settings = dict(budget=budget, seed=seed, vectors=vectors, **shared, **options)
     if direction == "in" or algorithm.needs_scores or not ranking.signed:
         return algorithm.on(objective, **settings).scores
