@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, search, tasks
+from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.search import NamedUnits, Objective
 from vtv_nnsight.studies.circuits import (
     RANKINGS,
@@ -23,7 +24,6 @@ from vtv_nnsight.studies.circuits import (
     rank_units,
     write_nodes,
 )
-from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.vectors import Activations, zero_vector
 
 

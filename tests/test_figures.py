@@ -107,7 +107,7 @@ def test_a_random_mask_hides_three_quarters_anywhere():
 
 @pytest.fixture
 def cvf(tmp_path):
-    """A folder as VP's script leaves it, a figure each: of a list's three one is missing, and one is not of the list."""
+    """A folder as VP's script leaves it: of a list's three figures one is missing, and one is on no list."""
     files = ["train/2106.1/a.pdf_2106.1_0.png", "train/2106.1/b.jpg", "train/1804.2/other.png", "train/1804.2/v.png"]
     for shade, name in enumerate(files):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

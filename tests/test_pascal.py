@@ -308,7 +308,7 @@ def test_pairs_of_colorization_are_those_of_the_released_seed():
     examples = [np.random.choice(np.arange(0, 1000 - 1)) for _ in range(1000)]
     drawn = protocol.colorization_pairs(5000)
     assert (drawn.rows == np.stack([examples, queries], 1)).all() and len(drawn) == 1000
-    with pytest.raises(ValueError, match="1000 images are too few for the 1000 released pairs; give 1001"):
+    with pytest.raises(ValueError, match="1000 images are too few for 1000 released pairs; give 1001"):
         protocol.colorization_pairs(1000)
 
 

@@ -743,7 +743,7 @@ def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, cap
     assert PatchSet.load(tmp_path / "both.json").space.fingerprint["patched_stages"] == ["decoder"]
 
     code, _, error = vtv("--algorithm", "annealing", "-o", found)
-    assert code == 1 and "'annealing' is not an algorithm; choose from attribution, gates, greedy" in error
+    assert code == 1 and "'annealing' is not an algorithm; choose from attribution, consistent" in error
     code, _, error = vtv("--task", "lowlight", "-o", found)
     assert code == 1 and "no vector of 'lowlight'" in error
 

@@ -64,14 +64,16 @@ def colorization_pairs(images: int) -> Draw:
     """The pairs of VP's released evaluation of colorization (NeurIPS 2022, §4.2), of so many images in the order of
     their paths: ImageNet's validation half, in a folder for each class.
 
-    As there, queries are drawn from all images but the last, without repetition, and examples from the first 999 images,
-    so that they are of ImageNet's first twenty classes; a query may be its own example.
+    As there, queries are drawn from all images but the last, without repetition, and examples from the first 999, which
+    are of ImageNet's first twenty classes; a query may be its own example.
 
     Raises:
         ValueError: when there are too few images.
     """
     if images <= COLORIZED:
-        raise ValueError(f"{images} images are too few for the {COLORIZED} released pairs; give {COLORIZED + 1} or more.")
+        raise ValueError(
+            f"{images} images are too few for {COLORIZED} released pairs; give {COLORIZED + 1} or more."
+        )
     generator = np.random.RandomState(COLORIZATION_SEED)
     queries = generator.choice(images - 1, COLORIZED, replace=False)
     examples = [generator.choice(COLORIZED - 1) for _ in queries]

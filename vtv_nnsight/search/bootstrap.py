@@ -19,8 +19,8 @@ def consistent_attribution(
     size: int | None = None,
     tolerance: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top units by `attribution` that is of one sign in bootstrap samples of the prompts, as in the BlackboxNLP 2025
-    shared task on circuits (selection of edges by consistent scores). It costs no more than attribution does.
+    """The top units by `attribution` that is of one sign in bootstrap samples of the prompts, as edges were selected in
+    the BlackboxNLP 2025 shared task on circuits. It costs no more than attribution does.
 
     Args:
         steps: Points on the way from nothing patched to everything patched (integrated gradients).

@@ -28,7 +28,9 @@ def centroid_accuracy(activations: Mapping[str, Activations], space: PatchSpace)
     """
     if len(activations) < 2 or min(map(len, activations.values())) < 2:
         counts = ", ".join(f"{len(rows)} of {task}" for task, rows in activations.items())
-        raise ValueError(f"prompts of two tasks or more are told apart, two or more of each; given: {counts or 'none'}.")
+        raise ValueError(
+            f"prompts of two tasks or more are told apart, two or more of each; given: {counts or 'none'}."
+        )
     parts = []
     for key, groups in space.groups.items():
         regions = [
