@@ -71,9 +71,7 @@ def colorization_pairs(images: int) -> Draw:
         ValueError: when there are too few images.
     """
     if images <= COLORIZED:
-        raise ValueError(
-            f"{images} images are too few for {COLORIZED} released pairs; give {COLORIZED + 1} or more."
-        )
+        raise ValueError(f"{images} images are too few for {COLORIZED} released pairs; give {COLORIZED + 1} or more.")
     generator = np.random.RandomState(COLORIZATION_SEED)
     queries = generator.choice(images - 1, COLORIZED, replace=False)
     examples = [generator.choice(COLORIZED - 1) for _ in queries]
