@@ -1,4 +1,4 @@
-"""How far an answer is from the truth: pure functions of tensors, one value for each picture.
+"""How far an answer is from the truth: pure functions, one value for each picture or text.
 
 Pixels are [batch, 3, height, width] in [0, 1]; results are [batch]. The papers score the output cell only
 (`prompt.region("output")`).
@@ -34,18 +34,23 @@ class Metric:
 
     Args:
         name: A short name in lower case, as tables and files have it.
-        function: Predictions and targets, pixels [batch, 3, height, width] in [0, 1] → scores [batch].
+        function: Predictions and targets, as `reads` says → scores [batch].
         higher_is_better: The direction; searches minimise, and turn the sign where it is True.
         label: What people read, with an arrow to the better side, as "mIoU ↑".
+        reads: What it is given: "pixels", both [batch, 3, height, width] in [0, 1]; of texts "logits", those of the
+            answer's first token [batch, vocabulary] and the ids of that token [batch, 1], or [batch, 2] of the right
+            answer's and the wrong one's; or "text", lists of what was said, up to the template's stop, and of the
+            answers.
     """
 
     name: str
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    function: Callable[[Any, Any], torch.Tensor]
     higher_is_better: bool = field(compare=False)
     label: str = field(compare=False)
+    reads: str = field(default="pixels", compare=False)
 
-    def __call__(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Scores [batch] of predictions and targets, pixels [batch, 3, height, width] in [0, 1]."""
+    def __call__(self, prediction: Any, target: Any) -> torch.Tensor:
+        """Scores [batch] of predictions and targets, as `reads` says."""
         return self.function(prediction, target)
 
     def better(self, score: float, other: float) -> bool:
@@ -158,27 +163,48 @@ def lpips(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return distance.flatten()
 
 
+def first_token(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """1 where the likeliest token is the first of the true answer (Todd et al., ICLR 2024): logits [batch, vocabulary]
+    and ids [batch, 1 or 2] → [batch]."""
+    return (logits.argmax(-1) == ids[:, 0]).double()
+
+
+def preference(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """1 where the right answer's first token is likelier than the wrong one's: logits [batch, vocabulary] and ids
+    [batch, 2] → [batch]."""
+    right, wrong = logits.gather(-1, ids).unbind(-1)
+    return (right > wrong).double()
+
+
+def exact_match(said: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
+    """1 where what was said is the answer, but for the space around it: [batch]."""
+    return torch.tensor([a.strip() == b.strip() for a, b in zip(said, answers)], dtype=torch.float64)
+
+
 IOU = Metric("iou", iou, higher_is_better=True, label="mIoU ↑")
 MSE = Metric("mse", mse, higher_is_better=False, label="MSE ↓")
 LPIPS = Metric("lpips", lpips, higher_is_better=False, label="LPIPS ↓")
 COLOR_BLIND_IOU = Metric("color_blind_iou", color_blind_iou, higher_is_better=True, label="colour-blind IoU ↑")
 SHAPE_ACCURACY = Metric("shape_accuracy", shape_accuracy, higher_is_better=True, label="shape accuracy ↑")
-_BUILTIN = (IOU, MSE, LPIPS, COLOR_BLIND_IOU, SHAPE_ACCURACY)
+FIRST_TOKEN = Metric("first_token", first_token, True, "first-token accuracy ↑", "logits")
+PREFERENCE = Metric("preference", preference, True, "right preferred to wrong ↑", "logits")
+EXACT_MATCH = Metric("exact_match", exact_match, True, "exact match ↑", "text")
+_BUILTIN = (IOU, MSE, LPIPS, COLOR_BLIND_IOU, SHAPE_ACCURACY, FIRST_TOKEN, PREFERENCE, EXACT_MATCH)
 METRICS = {metric.name: metric for metric in _BUILTIN}
 """The metrics that `get` knows."""
 
 
-def get(name: str | Metric) -> Metric:
-    """The metric of a name.
+def get(name: str | Metric, reads: Sequence[str] | None = None) -> Metric:
+    """The metric of a name, and of a kind: one of `reads`.
 
     Raises:
         ValueError: naming the metrics there are.
     """
-    if isinstance(name, Metric):
-        return name
-    if name not in METRICS:
-        raise ValueError(f"metric={name!r} is not a metric; choose from {', '.join(METRICS)}, or register one.")
-    return METRICS[name]
+    metric = name if isinstance(name, Metric) else METRICS.get(name)
+    if metric is None or (reads and metric.reads not in reads):
+        known = [other.name for other in METRICS.values() if not reads or other.reads in reads]
+        raise ValueError(f"metric={str(name)!r} is not a metric here; choose from {', '.join(known)}, or register one.")
+    return metric
 
 
 def register(metric: Metric) -> Metric:

@@ -1,4 +1,4 @@
-"""Where pictures come from; each function returns a `datasets.Dataset`."""
+"""Where pictures and words come from; each function returns a `datasets.Dataset`."""
 
 from vtv_nnsight.data.drawn_scenes import scenes
 from vtv_nnsight.data.embedded_pictures import pictures
@@ -8,8 +8,9 @@ from vtv_nnsight.data.package_photographs import photographs
 from vtv_nnsight.data.pascal_voc import detection, pascal
 from vtv_nnsight.data.reasoning_shapes import reasoning
 from vtv_nnsight.data.sources import SOURCES, identities, load, pascal_argument, split_data
+from vtv_nnsight.data.word_lists import words
 
 __all__ = [
     "SOURCES", "detection", "folder", "hub", "identities", "load", "pairs", "pascal", "pascal_argument",
-    "photographs", "pictures", "reasoning", "scenes", "split_data",
+    "photographs", "pictures", "reasoning", "scenes", "split_data", "words",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset, get_dataset_split_names
 
+from vtv_nnsight import tasks
 from vtv_nnsight.data.checks import SPLITS, at_most, check_split
 from vtv_nnsight.data.drawn_scenes import scenes
 from vtv_nnsight.data.embedded_pictures import pictures
@@ -24,7 +25,7 @@ from vtv_nnsight.data.hub_datasets import hub
 from vtv_nnsight.data.package_photographs import photographs
 from vtv_nnsight.data.pascal_voc import LISTS, detection, pascal
 from vtv_nnsight.data.reasoning_shapes import reasoning
-from vtv_nnsight.digests import bytes_digest
+from vtv_nnsight.digests import bytes_digest, json_digest
 from vtv_nnsight.progress import progress_bar
 
 DRAWN = 500
@@ -129,6 +130,14 @@ def _hub(argument: str, split: str | None, n: int, seed: int) -> Dataset:
     return hub(name, _half(split, first, held_out[0]))
 
 
+@_source("words")
+def _words(_: str, split: str | None, n: int, seed: int) -> Dataset:
+    """lists of words for language models, each a task"""
+    check_split(split, (None, *SPLITS))
+    side = 0 if split in (None, "train") else 1
+    return Dataset.from_list([{"task": name, **row} for name in tasks.WORDS for row in tasks.words(name).split()[side]])
+
+
 @_source("pairs", "PATH")
 def _pairs(path: str, split: str | None, n: int, seed: int) -> Dataset:
     """pictures in PATH/inputs and what becomes of them in PATH/answers"""
@@ -208,7 +217,10 @@ def split_data(spec: str, train: int | None = None, test: int | None = None, see
 
 
 def identities(rows: Dataset) -> list[str]:
-    """A digest of each row's picture, of the bytes of its file: equal pictures have equal ones, wherever they lie."""
+    """A digest of each row's picture, of the bytes of its file: equal pictures have equal ones, wherever they lie. Of
+    texts, of the row."""
+    if "image" not in rows.column_names:
+        return [json_digest(row) for row in rows]
     digests = []
     with progress_bar(total=len(rows), desc="telling pictures apart", unit="picture", disable=len(rows) < 2000) as bar:
         for batch in rows.select_columns("image").with_format("arrow").iter(100):

@@ -12,8 +12,13 @@ all that it is, so that `get` makes an equal one of it:
 A row of data is a mapping with "image" (PIL, or the path of a picture) and, where the task needs them, "mask" (PIL "L",
 0 or 255), "label" and "answer" (the output itself). A picture alone, or its path, is a row with nothing else.
 
-A new task is a frozen dataclass, a subclass of `Task` that says what is done to the input (`corrupt`), or what is
-wanted (`target`), or how it is scored (`metric`). `register` lets `get` and the command line find it:
+A task of a language model is rows of words or texts and a template over them (see `tasks.text`):
+
+    >>> tasks.get("antonym") == tasks.words("antonym")
+    True
+
+A new task of pictures is a frozen dataclass, a subclass of `Task` that says what is done to the input (`corrupt`), or
+what is wanted (`target`), or how it is scored (`metric`). `register` lets `get` and the command line find it:
 
     @tasks.register
     @dataclass(frozen=True)
@@ -24,7 +29,7 @@ wanted (`target`), or how it is scored (`metric`). `register` lets `get` and the
 Sources: VP is *Visual Prompting via Image Inpainting* (NeurIPS 2022), VTV *Finding Visual Task Vectors* (ECCV 2024).
 """
 
-from vtv_nnsight.tasks.base import CENTER, Picture, Place, Row, Sum, Task, scored_by
+from vtv_nnsight.tasks.base import CENTER, AnyTask, Picture, Place, Row, Sum, Task, scored_by
 from vtv_nnsight.tasks.builtin import (
     PURPLE,
     VTV,
@@ -49,11 +54,12 @@ from vtv_nnsight.tasks.builtin import (
 from vtv_nnsight.tasks.reasoning import BLUE, GREEN, REASONING, Reasoning, color, shape, size
 from vtv_nnsight.tasks.registry import get, get_all, names, register
 from vtv_nnsight.tasks.sampling import Draw, draw, draw_queries, draw_rows, labels_of
+from vtv_nnsight.tasks.text import TEMPLATE, WORDS, Text, Words, words
 
 __all__ = [
-    "BLUE", "CENTER", "GREEN", "PURPLE", "REASONING", "VTV", "YELLOW", "Colorization", "Detection", "Draw", "Edges",
-    "Identity", "Inpainting", "Lowlight", "Pairs", "Picture", "Place", "Reasoning", "Row", "Segmentation", "Sum",
-    "Task", "color", "colorization", "detection", "draw", "draw_queries", "draw_rows", "edges", "get", "get_all",
-    "identity", "inpainting", "labels_of", "lowlight", "names", "pairs", "register", "scored_by", "segmentation",
-    "shape", "size",
+    "BLUE", "CENTER", "GREEN", "PURPLE", "REASONING", "TEMPLATE", "VTV", "WORDS", "YELLOW", "AnyTask", "Colorization",
+    "Detection", "Draw", "Edges", "Identity", "Inpainting", "Lowlight", "Pairs", "Picture", "Place", "Reasoning", "Row",
+    "Segmentation", "Sum", "Task", "Text", "Words", "color", "colorization", "detection", "draw", "draw_queries",
+    "draw_rows", "edges", "get", "get_all", "identity", "inpainting", "labels_of", "lowlight", "names", "pairs",
+    "register", "scored_by", "segmentation", "shape", "size", "words",
 ]  # fmt: skip

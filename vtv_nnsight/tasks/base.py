@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
 import torch
@@ -30,9 +30,46 @@ CENTER: Place = (0.5, 0.5)
 _COLUMNS = {"image": "PIL", "mask": "PIL 'L', 0 or 255", "answer": "PIL: the output itself"}
 
 
+Scored = TypeVar("Scored", bound="AnyTask")
+
+
+class AnyTask:
+    """What every task has, of pictures or of texts.
+
+    Class attributes:
+        metric: How answers are scored; given by its name, it becomes the metric.
+        reads: What kinds of metric there may be (see `metrics.Metric.reads`).
+    """
+
+    metric: metrics.Metric
+    reads: tuple[str, ...] = ("pixels",)
+    if TYPE_CHECKING:
+
+        @property
+        def name(self) -> str:
+            """What the task is called."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", metrics.get(self.metric, self.reads))
+
+    def score(self, prediction: Any, target: Any) -> torch.Tensor:
+        """The task's metric of answers, of which it says what they are (see `metrics.Metric.reads`): [batch]."""
+        return self.metric(prediction, target)
+
+    def loss(self, prediction: Any, target: Any) -> torch.Tensor:
+        """The score, negated where higher is better: [batch]."""
+        score = self.score(prediction, target)
+        return -score if self.higher_is_better else score
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher score is a better one, as the metric says."""
+        return self.metric.higher_is_better
+
+
 @dataclass(frozen=True)
-class Task:
-    """The identity task, and the base of the others: input and target are the image.
+class Task(AnyTask):
+    """The identity task, and the base of the others of pictures: input and target are the image.
 
     Class attributes:
         metric: How answers are scored.
@@ -43,9 +80,6 @@ class Task:
     needs = "image"
     fit = "bicubic"
     """How pictures become cells: one of `images.FITS`, or "crop"."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "metric", metrics.get(self.metric))
 
     @property
     def name(self) -> str:
@@ -70,20 +104,6 @@ class Task:
         """The answer [3, size, size] for a row, its clean cell and its corrupted one; None where the row lacks what the
         answer is made of."""
         return cell
-
-    def score(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The task's metric of output cells [batch, 3, size, size] in [0, 1]: [batch]."""
-        return self.metric(prediction, target)
-
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The score, negated where higher is better: [batch]."""
-        score = self.score(prediction, target)
-        return -score if self.higher_is_better else score
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a higher score is a better one, as the metric says."""
-        return self.metric.higher_is_better
 
     def __add__(self, other: Task) -> Task:
         return self._merge(other) or Sum((self, other))
@@ -206,16 +226,19 @@ class Sum(Task):
         return self._asking.score(prediction, target)
 
 
-def scored_by(task: Task, metric: metrics.Metric | str) -> Task:
+def scored_by(task: Scored, metric: metrics.Metric | str) -> Scored:
     """The task with another metric.
 
     Raises:
         ValueError: when there is no such metric, or the task does not score by its metric alone, as of masks.
     """
-    metric = metrics.get(metric)
+    metric = metrics.get(metric, task.reads)
     if metric == task.metric:
         return task
-    if type(task).score is not Task.score and not any(field.name == "metric" for field in fields(task)):
+    if type(task).score is not AnyTask.score and not any(
+        field.name == "metric"
+        for field in fields(task)  # type: ignore[arg-type]  # all tasks are dataclasses
+    ):
         raise ValueError(f"{task.name!r} is scored by {task.metric.label} in a way of its own, not by {metric.name}.")
     other = copy(task)
     object.__setattr__(other, "metric", metric)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from functools import reduce
 from operator import add
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from vtv_nnsight.tasks.base import Sum, Task, read_setting
+from vtv_nnsight.tasks.base import AnyTask, Sum, Task, read_setting
 from vtv_nnsight.tasks.builtin import VTV, detection, edges, pairs
 from vtv_nnsight.tasks.reasoning import color, shape, size
+from vtv_nnsight.tasks.text import WORDS, words
 
-_REGISTRY: dict[str, Task] = {}
-_KINDS: dict[str, type[Task]] = {}
+_REGISTRY: dict[str, AnyTask] = {}
+_KINDS: dict[str, type[AnyTask]] = {}
 _OUTSIDE_BRACKETS = r"(?![^(]*\))"
-_Registered = TypeVar("_Registered", bound=Task | type[Task])
+_Registered = TypeVar("_Registered", bound=AnyTask | type[Task])
 
 
 def register(task: _Registered) -> _Registered:
@@ -31,7 +32,7 @@ def register(task: _Registered) -> _Registered:
         ValueError: when the name belongs to one of the package's tasks. A task of yours is replaced.
     """
     instance = task() if isinstance(task, type) and issubclass(task, Task) else task
-    if not isinstance(instance, Task):
+    if not isinstance(instance, AnyTask):
         raise TypeError(f"{task!r} is not a task; give an instance or a subclass of tasks.Task.")
     if isinstance(instance, Sum):
         raise ValueError(f"{instance.name!r} is a sum; register its parts, and get finds the sum.")
@@ -43,16 +44,22 @@ def register(task: _Registered) -> _Registered:
     return task
 
 
-def get(name: str) -> Task:
-    """The task of a name such as "lowlight" or "lowlight(0.1)", or of several joined by "+".
+def get(name: str) -> Any:
+    """The task of a name such as "lowlight", "lowlight(0.1)" or "antonym", or of several of pictures joined by "+".
+
+    Returns:
+        An `AnyTask`: of pictures a `Task`, else a `Text`.
 
     Raises:
         ValueError: naming the tasks there are, or what is wrong with the settings.
     """
-    return reduce(add, map(_parse, re.split(r"\+" + _OUTSIDE_BRACKETS, name)))
+    parts = list(map(_parse, re.split(r"\+" + _OUTSIDE_BRACKETS, name)))
+    if len(parts) > 1 and not all(isinstance(part, Task) for part in parts):
+        raise ValueError(f"{name!r} joins tasks of texts; give one of them, or add their vectors.")
+    return reduce(add, parts)
 
 
-def get_all(names: str) -> list[Task]:
+def get_all(names: str) -> list[Any]:
     """The tasks of names with commas between them, as the command line takes them."""
     return [get(name) for name in re.split("," + _OUTSIDE_BRACKETS, names)]
 
@@ -62,7 +69,7 @@ def names() -> list[str]:
     return list(_REGISTRY)
 
 
-def _parse(name: str) -> Task:
+def _parse(name: str) -> AnyTask:
     """The task of a name without "+"."""
     name = name.strip()
     if name in _REGISTRY:
@@ -83,5 +90,5 @@ def _parse(name: str) -> Task:
         raise ValueError(f"{name!r} is not a {kind} task: {error}") from error
 
 
-for _task in (*VTV, detection, edges, pairs, color, shape, size):
+for _task in (*VTV, detection, edges, pairs, color, shape, size, *map(words, WORDS)):
     register(_task)
