@@ -326,9 +326,7 @@ def bundle(tmp_path_factory, small_config):
     result = SearchResult(
         "random", PatchSet.random(space, 9), torch.zeros(len(space)).double(), False, 1.0, 1, (), {}, 0
     )
-    bundles.Bundle(vectors, dict.fromkeys(vectors, result)).save(folder / "run")
-    settings = {"model": str(folder / "model"), "tasks": [], "folds": []}
-    (folder / "run" / "run.json").write_text(json.dumps({"settings": settings}))
+    bundles.Bundle(vectors, dict.fromkeys(vectors, result), model=str(folder / "model")).save(folder / "run")
     return folder
 
 

@@ -25,12 +25,14 @@ from typer.testing import CliRunner
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, data, tasks
 from vtv_nnsight.cli import start
+from vtv_nnsight.digests import file_digest
 from vtv_nnsight.evaluation import Table, rank_among_draws, verdicts
+from vtv_nnsight.files import read_json, write_json
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import numbered_steps, progress_bar
 from vtv_nnsight.report import comparison, explorer, figures, labels, pictures, reading
 from vtv_nnsight.report import page as report
-from vtv_nnsight.runs import STEPS, outputs, pipeline
+from vtv_nnsight.runs import STEPS, bundles, outputs, pipeline
 from vtv_nnsight.runs import folds as of_folds
 from vtv_nnsight.runs import steps as runs
 from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
@@ -188,8 +190,9 @@ def test_a_file_that_was_changed_is_named_and_made_again(copy, finished, model, 
     damage(copy)
     with pytest.raises(ValueError, match=f"{name}.*not as this run wrote it; put it back, or do .*redo"):
         run(copy, settings, progress=False)
-    with pytest.raises(ValueError, match=f"{name}.*not as the run wrote it"):
-        reading.load_run(copy)
+    for read in (reading.load_run, *([bundles.load] if "search" in again else [])):
+        with pytest.raises(ValueError, match=f"{name}.*not as it was written"):
+            read(copy)
     assert done == []
     run(copy, settings, redo=True, progress=False)
     assert done[: len(again)] == again
@@ -205,28 +208,34 @@ def files(folder):
 
 def test_a_file_that_no_run_wrote_is_not_used(copy, finished, model, done):
     """As when the program was killed between a file and its record, or somebody put one there."""
-    record = json.loads((copy / "run.json").read_text())
+    record = read_json(copy / "run.json")
     del record["files"]["search/lowlight.safetensors"]
-    (copy / "run.json").write_text(json.dumps(record))
+    write_json(copy / "run.json", record)
     (copy / "search" / "lowlight.safetensors").write_bytes(b"not a search")
     run(copy, Settings(model=model, **SMALL), progress=False)
     assert done == ["search"] and files(copy) == files(finished)
 
 
+def replace_text(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda out: (out / "run.json").write_text('{"kind": "vtv run"}'), "run.json lacks the settings of a run"),
-        (lambda out: (out / "run.json").write_text("{"), "run.json cannot be read"),
+        (lambda out: (out / "run.json").write_text('{"kind": "vtv run"}'), "run.json is not as it was written"),
+        (lambda out: (out / "run.json").write_text(""), "run.json is not as it was written"),
+        (lambda out: replace_text(out / "run.json", '"seed": 0', '"seed": 1'), "run.json is not as it was written"),
         (
-            lambda out: (out / "run.json").write_text(
-                json.dumps({"settings": {"tasks": [], "folds": []}, "files": {"../thesis.safetensors": "0"}})
+            lambda out: write_json(
+                out / "run.json", read_json(out / "run.json") | {"files": {"../thesis.safetensors": "0"}}
             ),
             "names files that no run writes",
         ),
         (
             lambda out: ((out / "vectors.safetensors").unlink(), (out / "vectors.safetensors").mkdir()),
-            "is a folder where a run keeps a file",
+            "is a folder where a run keeps a file|vectors.safetensors: not as it was written",
         ),
     ],
 )
@@ -241,7 +250,6 @@ def test_a_damaged_folder_is_one_sentence(copy, model, done, damage, words):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda out, path: path.write_bytes(path.read_bytes()[:200]), "is not the whole table of an evaluation"),
         (
             lambda out, path: path.write_bytes((out / "evaluation" / "segmentation.parquet").read_bytes()),
             "is of segmentation; expected an evaluation of lowlight",
@@ -253,11 +261,12 @@ def test_a_damaged_folder_is_one_sentence(copy, model, done, damage, words):
     ],
 )
 def test_an_evaluation_of_something_else_is_one_sentence(copy, damage, words):
-    """In a run of 0.1, whose record has no digests."""
-    record = json.loads((copy / "run.json").read_text())
-    del record["files"]
-    (copy / "run.json").write_text(json.dumps(record))
-    damage(copy, copy / "evaluation" / "lowlight.parquet")
+    """Whatever the record says."""
+    path = copy / "evaluation" / "lowlight.parquet"
+    damage(copy, path)
+    record = read_json(copy / "run.json")
+    record["files"]["evaluation/lowlight.parquet"] = file_digest(path)
+    write_json(copy / "run.json", record)
     with pytest.raises(ValueError, match=words):
         reading.load_run(copy)
 
@@ -381,11 +390,51 @@ def test_what_pictures_cannot_serve(photographs, model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"search": "luck"}, {"dtype": "int8"}, {"prompts": 0}, {"test_prompts": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"search": "luck"},
+        {"dtype": "int8"},
+        {"prompts": 0},
+        {"test_prompts": -1},
+        {"draws": 2.5},
+        {"seed": "1"},
+        {"folds": 4},
+    ],
+)
 def test_settings_that_lead_nowhere_are_refused_at_once(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"^{name}={value!r} "):
-        Settings(**wrong)
+        Settings(**wrong if name != "folds" else {"folds": (0, value)})
+
+
+def test_doubled_names_count_once_in_every_list(vtv):
+    names = {"tasks": ("lowlight", "identity", " lowlight"), "sites": ("mlp", "heads", "mlp"), "folds": (2, 0, 2)}
+    settings = Settings(data="pascal:/voc", **names)
+    assert (settings.tasks, settings.sites, settings.folds) == (("lowlight", "identity"), ("heads", "mlp"), (0, 2))
+    doubled = {"tasks": "lowlight,identity,lowlight", "sites": "mlp,heads, mlp", "folds": "2,0,2"}
+    options = [word for name, value in doubled.items() for word in (f"--{name}", value)]
+    assert vtv("run", "--data", "pascal:/voc", *options)[2][1] == settings
+    with pytest.raises(ValueError, match="named twice"):
+        comparison.compare(["a", "b", "./a"], "page.html")
+
+
+def test_tasks_come_from_what_the_data_serve(photographs):
+    """In every command that has not been told them, `vtv run --quick` too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pictures, masks = data.folder(photographs), data.pictures("test", 4)
+    quick, one = Settings(**QUICK), Settings(most_tasks=1)
+    for given, names in (
+        ((quick, masks), ["segmentation", "lowlight"]),
+        ((quick, pictures), ["lowlight", "identity"]),
+        ((one, masks), ["segmentation"]),
+        ((one, pictures), ["lowlight"]),
+        ((one, pictures, ["segmentation", "inpainting"]), ["inpainting"]),
+    ):
+        assert [task.name for task in runs.servable(*given)] == names
+    with pytest.raises(ValueError, match="which serve none of segmentation"):
+        runs.servable(one, pictures, ["segmentation"])
 
 
 def test_the_report_is_one_file_with_everything(finished):

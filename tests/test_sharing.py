@@ -152,9 +152,7 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundle, model, tmp_path):
 @pytest.mark.slow
 def test_a_runs_model_is_read_with_its_tokenizer(hub, bundle, split_checkpoint, checkpoint, tmp_path):
     path, vqgan = map(str, split_checkpoint)
-    settings = {"model": path, "vqgan": vqgan, "tasks": [], "folds": []}
-    bundle.save(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    replace(bundle, model=path, vqgan=vqgan).save(tmp_path)
     found = bundles.load(tmp_path)
     assert "vqgan" in found.load_model().parts
     assert "vqgan" in found.load_model(str(checkpoint)).parts  # which has its own
@@ -171,6 +169,21 @@ def test_a_bundle_of_another_model_is_refused_by_name(hub, bundle, small_config)
     other = MAEVQGAN(MAEVQGANModel(small_config()))
     with pytest.raises(ValueError, match="the bundle of me/vectors does not fit this model: it has other weights"):
         bundles.from_hub("me/vectors").check(other)
+
+
+def test_a_bundle_is_as_it_was_saved_or_refused(bundle, tmp_path):
+    bundle.save(tmp_path)
+    one, other = (tmp_path / "search" / f"{task}.safetensors" for task in ("segmentation", "lowlight"))
+    whole = one.read_bytes()
+    for content, words in ((other.read_bytes(), "not as it was written"), (None, "is missing"), (b"", "not as it was")):
+        one.unlink() if content is None else one.write_bytes(content)
+        with pytest.raises((ValueError, FileNotFoundError), match=f"segmentation.safetensors.*{words}"):
+            bundles.load(tmp_path)
+        one.write_bytes(whole)
+    assert list(bundles.load(tmp_path)) == list(bundle)
+    (tmp_path / "bundle.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no run.json, which says what is in it"):
+        bundles.load(tmp_path)
 
 
 def test_a_repository_that_is_not_there_or_no_bundle(hub):

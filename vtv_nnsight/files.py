@@ -1,8 +1,13 @@
-"""Files that are whole or not there: written under a temporary name and renamed."""
+"""Files that are whole or not there: written under a temporary name and renamed.
+
+Those that are read again are sealed: somewhere in each stands a digest of all its other bytes, whatever its format.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 import os
 import re
 import stat
@@ -17,6 +22,10 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+SEAL = b"blake2b-"
+UNSEALED = SEAL.decode() + "0" * 32
+"""What a writer puts into a file's metadata, for `seal` to replace."""
 
 
 @contextmanager
@@ -79,19 +88,68 @@ def write_picture(path: str | Path, save: Callable[..., Any], **options: Any) ->
         raise ValueError(f"{path} cannot be a picture of that ending; give it another, such as .png.") from error
 
 
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """A sealed JSON file, of an object; `read_json` reads it."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({**content, "digest": UNSEALED}, indent=1) + "\n", encoding="utf-8")
+        seal(temporary)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        OSError, ValueError: when it cannot be read, or is not as it was written.
+    """
+    check_seal(path)
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    return {name: value for name, value in content.items() if name != "digest"}
+
+
+def seal(path: str | Path) -> None:
+    """Put the digest of a file's other bytes in the place of `UNSEALED`."""
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        place = content.find(SEAL) + len(SEAL)
+        content[place : place + 32] = _digest_around(content, place)
+
+
+def check_seal(path: str | Path) -> None:
+    """Refuse a file that is not as `seal` left it: each of its bytes counts.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it was changed, cut short, or never sealed.
+    """
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+        place = content.find(SEAL) + len(SEAL)
+        if place < len(SEAL) or content[place : place + 32] != _digest_around(content, place):
+            raise ValueError(f"{path} is not as it was written: it was changed, or cut short; make it again.")
+
+
+def _digest_around(content: mmap.mmap | bytes, place: int) -> bytes:
+    """The digest of all bytes but 32, as 32 hexadecimal digits."""
+    hasher = hashlib.blake2b(digest_size=16)
+    with memoryview(content) as view, view[:place] as before, view[place + 32 :] as after:
+        hasher.update(before)
+        hasher.update(after)
+    return hasher.hexdigest().encode()
+
+
 def write_tensors(
     path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    """A safetensors file, the same bytes for the same content.
+    """A sealed safetensors file, the same bytes for the same content.
 
     Args:
         kind: What the file holds; `read_tensors` asks for it.
         metadata: What JSON can hold; it goes into the file's own metadata, with the version of this package.
     """
-    strings = {"vtv_nnsight": package_version(), "kind": kind, "facts": json.dumps(metadata)}
+    strings = {"vtv_nnsight": package_version(), "kind": kind, "digest": UNSEALED, "facts": json.dumps(metadata)}
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, strings)
         _sort_metadata(temporary)
+        seal(temporary)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -112,7 +170,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is incomplete, of another kind, without metadata, or too large for this machine's memory.
+        ValueError: when it is not as it was written, of another kind, or too large for this machine's memory.
     """
     path = Path(path)
     if path.is_dir():
@@ -126,12 +184,9 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
             metadata = file.metadata() or {}
             if metadata.get("kind") != kind:
                 raise ValueError(f"{path} holds {metadata.get('kind', 'something else')}; expected {kind}.")
-            content = json.loads(metadata.get("facts", "null"))
-            if not isinstance(content, dict):
-                raise ValueError(f"{path} lacks the metadata that belong to {kind}; make it again.")
+            check_seal(path)
+            content = json.loads(metadata["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, content  # noqa: SIM118
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has metadata that cannot be read ({error}); make it again.") from error
     except (SafetensorError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}); make it again.") from error
 

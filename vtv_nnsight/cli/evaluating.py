@@ -20,6 +20,7 @@ from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.folds import folds_to_test
+from vtv_nnsight.runs.resuming import check_files
 from vtv_nnsight.runs.settings import PUBLISHED, Settings
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task, scored_by
@@ -77,7 +78,7 @@ def evaluate(
     ctx: typer.Context,
     source: options.Source,
     output: ResultsFolder,
-    tasks: options.Tasks = "segmentation",
+    tasks: options.OneTask = None,
     vectors: Annotated[Path | None, typer.Option(help="The vectors that `vtv collect` wrote.")] = None,
     patches: PatchesFile = None,
     data: options.Data = Settings.data,
@@ -105,13 +106,13 @@ def evaluate(
         raise ValueError("--vectors and --patches go together; give both or neither.")
     if beside and vectors:
         raise ValueError("--vectors are of one model; leave them out, or --beside.")
-    preset = {name: PUBLISHED[name] for name in ("protocol", "test_prompts")} if published else None
-    settings = options.settings_of(ctx, preset, model=source)
+    preset = {name: PUBLISHED[name] for name in ("protocol", "test_prompts")} if published else {}
+    settings = options.settings_of(ctx, preset | {"most_tasks": 1}, model=source)
     units = _patches(patches) if patches else None
     sites = () if units is None else getattr(units.space, "sites", ())  # of a space that is no model's there are none
     by_task = steps.read_vectors(vectors, settings.tasks, sites) if vectors else None
     folds = folds_to_test(settings, split, max_images)
-    unscored = steps.servable(settings, folds[0][1])
+    unscored = steps.servable(settings, folds[0][1], by_task)
     to_evaluate = [scored_by(task, metric) if metric else task for task in unscored]
     if by_task and metric:  # they are named as the tasks were without it
         names = {task.name: scored.name for task, scored in zip(unscored, to_evaluate)}
@@ -175,4 +176,5 @@ def _models(tables: Mapping[str, Table]) -> str:
 
 def _patches(path: Path) -> PatchSet:
     """The patch set in a file of its own, or in a search result."""
+    check_files(path.parent, path.name, recorded=False)
     return PatchSet.load(path) if path.suffix != ".safetensors" else SearchResult.load(path).patches

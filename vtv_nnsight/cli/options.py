@@ -65,6 +65,15 @@ Tasks = Annotated[
     str | None,
     typer.Option(help="Tasks by name, with commas between them.", show_default="VTV's that the data can serve"),
 ]
+OneTask = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        "--task",
+        help="A task, or several with commas between them.",
+        show_default="the first of VTV's, or of those that the vectors have, that the data can serve",
+    ),
+]
 Prompts = Annotated[int, typer.Option("--prompts", "--n", min=1, help="Prompts per task.")]
 Candidates = Annotated[
     int,
@@ -127,8 +136,8 @@ def settings_of(ctx: typer.Context, preset: Mapping[str, Any] | None = None, **o
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """What an option names with commas between."""
-    return tuple(part.strip() for part in text.split(","))
+    """What an option names with commas between, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def given(**options: Any) -> dict[str, Any]:

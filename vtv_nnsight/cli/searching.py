@@ -28,9 +28,6 @@ ResultFile = Annotated[
     ),
 ]
 AlgorithmName = Annotated[str, typer.Option("--algorithm", "--search", help=options.SEARCHES)]
-TaskNames = Annotated[
-    str, typer.Option("--tasks", "--task", help="A task; with several, commas between them, one set is to serve all.")
-]
 Budget = Annotated[
     int | None,
     typer.Option(
@@ -72,7 +69,7 @@ def search(
     vectors: options.Vectors,
     output: ResultFile,
     algorithm: AlgorithmName = Settings.search,
-    tasks: TaskNames = "segmentation",
+    tasks: options.OneTask = None,
     recipe: Annotated[str | None, typer.Option(help='"published" makes reinforce the paper\'s.')] = None,
     budget: Budget = None,
     size: Size = None,
@@ -96,15 +93,15 @@ def search(
     dtype: options.DType = None,
     device: options.Device = None,
 ) -> None:
-    """Search for the units to patch so that the model does a task with no examples."""
+    """Search for the units to patch so that the model does a task with no examples; one set for several tasks."""
     if algorithm not in (*ALGORITHMS, "published"):
         raise ValueError(f"{algorithm!r} is not an algorithm; choose from {', '.join(ALGORITHMS)}, or published.")
-    preset = {"budget": None} if "published" in (algorithm, recipe) else None
-    settings = options.settings_of(ctx, preset, model=source, search=algorithm)
+    preset = {"budget": None} if "published" in (algorithm, recipe) else {}
+    settings = options.settings_of(ctx, preset | {"most_tasks": 1}, model=source, search=algorithm)
     by_task = steps.read_vectors(vectors, settings.tasks, settings.sites if sites else ())
     setup = steps.set_up(settings, device, batch_size, dtype)
     rows = load(settings.data, split, max_images, seed)
-    to_serve = steps.servable(settings, rows)
+    to_serve = steps.servable(settings, rows, by_task)
     patched = settings.sites if sites else by_task.sites
     space = PatchSpace(setup.model, setup.layout, granularity, options.listed(stages) if stages else None, patched)
     to_search = [steps.select(setup, task, rows) for task in to_serve]

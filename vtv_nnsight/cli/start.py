@@ -66,7 +66,7 @@ RunTasks = Annotated[
     str | None,
     typer.Option(
         help="Tasks by name, with commas between them.",
-        show_default=f"those of VTV's five that the data can serve; {','.join(QUICK['tasks'])} with --quick",
+        show_default=f"those of VTV's five that the data can serve; the first {QUICK['most_tasks']} with --quick",
     ),
 ]
 Folds = Annotated[str | None, typer.Option(help="Folds of Pascal-5i, such as 0,1.", show_default="all four")]

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as arrow
 import torch
+from pyarrow.parquet import write_table as write_parquet
 
 from vtv_nnsight import metrics
 from vtv_nnsight.evaluation.conditions import BASELINE
-from vtv_nnsight.files import replacing, write_text
+from vtv_nnsight.files import UNSEALED, check_seal, replacing, seal, write_text
 
 RESAMPLES = 2000
 COLUMNS = ("task", "metric", "condition", "fold", "image", "score")
@@ -89,6 +91,7 @@ class Table:
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}.")
         try:
+            check_seal(path)
             return cls(pd.read_parquet(path))
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} does not hold the values of an evaluation ({error}); evaluate again.") from error
@@ -162,7 +165,9 @@ class Table:
     def to_parquet(self, path: str | Path) -> None:
         """Write the per-image values."""
         with replacing(path) as temporary:
-            self.frame.to_parquet(temporary, index=False)
+            table = arrow.Table.from_pandas(self.frame, preserve_index=False)
+            write_parquet(table.replace_schema_metadata({**table.schema.metadata, "digest": UNSEALED}), temporary)
+            seal(temporary)
 
     def summary(self, task: str) -> pd.DataFrame:
         """The table of a task as people read it: a row of text for each condition."""

@@ -32,6 +32,8 @@ def compare(runs: Sequence[str | os.PathLike], path: str | Path) -> Path:
     Raises:
         ValueError: when the runs have no task in common; and as `load_run`.
     """
+    if len({Path(run).resolve() for run in runs}) < len(runs):
+        raise ValueError(f"a run is named twice in {', '.join(map(str, runs))}; give different ones.")
     results = [load_run(run) for run in runs]
     if len({run.name for run in results}) < len(results):
         results = [run._replace(name=str(folder)) for run, folder in zip(results, runs)]

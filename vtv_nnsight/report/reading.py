@@ -20,7 +20,7 @@ from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.report.explorer import QueryExplorer
 from vtv_nnsight.report.labels import PICTURES
-from vtv_nnsight.runs.resuming import changed_files, read_record
+from vtv_nnsight.runs.resuming import check_files, read_record
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
@@ -115,11 +115,7 @@ def load_run(run: str | os.PathLike) -> RunResults:
     for path, name in evaluations.items():
         if not path.is_file():
             raise FileNotFoundError(f"{run} is not finished: {name} is not evaluated yet; run the same `vtv run`.")
-    if changed := changed_files(run, record):
-        raise ValueError(
-            f"{', '.join(str(run / name) for name in changed)}: not as the run wrote it; put it back, or do it again "
-            "with the same `vtv run` and --redo."
-        )
+    _, written = check_files(run, "")
     with quiet():
         table = Table.cat([_read_table(path, name) for path, name in evaluations.items()])
     results = {
@@ -130,7 +126,7 @@ def load_run(run: str | os.PathLike) -> RunResults:
     if len(names) > 1:
         scores = {fold: TaskVectors.load(folder / "vectors.safetensors").score() for fold, folder in folders.items()}
     explored = {name: next(iter(folders.values())) / "shown" / f"{name}.safetensors" for name in names}
-    explorers = {name: QueryExplorer.load(path) for name, path in explored.items() if path.is_file()}
+    explorers = {name: QueryExplorer.load(p) for name, p in explored.items() if str(p.relative_to(run)) in written}
     return RunResults(run.resolve().name, record, table, results, scores, explorers)
 
 

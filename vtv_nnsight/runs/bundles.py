@@ -27,19 +27,20 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 
-from vtv_nnsight.files import write_text
+from vtv_nnsight.digests import file_digest
+from vtv_nnsight.files import write_json, write_text
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models import load_model
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.models.sources import EMBEDDED, HUB, locate
 from vtv_nnsight.patching import PatchSet
-from vtv_nnsight.runs.resuming import read_record
+from vtv_nnsight.runs.resuming import BUNDLE_RECORD, check_files
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
 
-VECTORS, ABOUT, CARD_NAME = "vectors.safetensors", "bundle.json", "README.md"
+VECTORS, CARD_NAME = "vectors.safetensors", "README.md"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +121,11 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         folder = Path(folder)
         (folder / "search").mkdir(parents=True, exist_ok=True)
         self.vectors.save(folder / VECTORS, dtype)
-        for task in self:
-            self.results[task].save(folder / "search" / f"{task}.safetensors")
+        names = {task: f"search/{task}.safetensors" for task in self}
+        for task, name in names.items():
+            self.results[task].save(folder / name)
+        files = {name: file_digest(folder / name) for name in (VECTORS, *names.values())}
+        write_json(folder / BUNDLE_RECORD, {"model": self.model, "vqgan": self.vqgan, "files": files})
 
     def card(self, licence: str | None = None) -> str:
         """What a folder's README.md says: what it is of, how to use it, what was measured, and its model."""
@@ -166,7 +170,6 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
             folder = Path(temporary)
             self.save(folder, dtype)
             write_text(folder / CARD_NAME, self.card(licence))
-            write_text(folder / ABOUT, json.dumps({"model": self.model, "vqgan": self.vqgan}) + "\n")
             for name in ("table.md", "table.csv", "answers.png"):
                 if path := self._beside(name):
                     shutil.copyfile(path, folder / name)
@@ -184,7 +187,7 @@ def from_hub(repo_id: str, *, revision: str | None = None, token: str | None = N
     Raises:
         ValueError, OSError: when there is no such repository, or it holds no bundle.
     """
-    wanted = [VECTORS, "search/*.safetensors", ABOUT, "table.md", "table.csv", "answers.png"]
+    wanted = [VECTORS, "search/*.safetensors", BUNDLE_RECORD, "table.md", "table.csv", "answers.png"]
     folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
     if not (folder / VECTORS).is_file():
         raise FileNotFoundError(f"{repo_id} on the Hub has no {VECTORS}; expected what Bundle.push_to_hub writes.")
@@ -197,7 +200,7 @@ def load(source: str | os.PathLike[str] = EMBEDDED) -> Bundle:
 
     Raises:
         FileNotFoundError: when there is no such folder, or it has no vectors or no units.
-        ValueError: when a file in it is damaged or something else.
+        ValueError: when a file in it was changed, is damaged or is something else.
     """
     kind, path = locate(source)
     if kind == "hub" and str(source).startswith(HUB):
@@ -209,24 +212,15 @@ def load(source: str | os.PathLike[str] = EMBEDDED) -> Bundle:
         folds = sorted(path.name for path in folder.glob("fold*") if (path / VECTORS).is_file())
         instead = f"give one of its folds ({', '.join(folds)})" if folds else "give a folder that `vtv run` wrote"
         raise FileNotFoundError(f"{folder} has no {VECTORS}; {instead}.")
+    record, names = check_files(folder, VECTORS, "search/")
     vectors = TaskVectors.load(folder / VECTORS)
-    paths = {task: folder / "search" / f"{task}.safetensors" for task in vectors}
-    results = {task: SearchResult.load(path) for task, path in paths.items() if path.is_file()}
+    paths = {task: f"search/{task}.safetensors" for task in vectors}
+    results = {task: SearchResult.load(folder / path) for task, path in paths.items() if path in names}
     if not results:
         raise FileNotFoundError(f"{folder} has no units in search/; let the same `vtv run` finish.")
-    known = {"model": EMBEDDED} if str(source) == EMBEDDED else _source_of(folder)
-    return Bundle(vectors, results, str(source), known.get("model"), folder, known.get("vqgan"))
-
-
-def _source_of(folder: Path) -> dict[str, Any]:
-    """The "model" and the "vqgan" that a shared folder tells of, or the run that a folder is of, or is a fold of."""
-    if (folder / ABOUT).is_file():
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        return about if isinstance(about, dict) else {}
-    for place in (folder, folder.parent):
-        if (place / "run.json").is_file():
-            return dict(read_record(place)["settings"])
-    return {}
+    about = record.get("settings", record)
+    model = EMBEDDED if str(source) == EMBEDDED else about["model"]
+    return Bundle(vectors, results, str(source), model, folder, about["vqgan"])
 
 
 def _keep(vector: TaskVector, kept: torch.Tensor) -> TaskVector:

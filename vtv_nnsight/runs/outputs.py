@@ -56,7 +56,8 @@ def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:
 
 def identity(settings: Settings, model: InContextModel, folds: Sequence[Fold], tasks: Sequence[Task]) -> dict[str, Any]:
     """What the numbers of a run depend on, as run.json has it: settings, weights, pictures and version."""
-    return asdict(settings) | {
+    named = {name: value for name, value in asdict(settings).items() if name != "most_tasks"}
+    return named | {
         "loss": find_loss(model, settings.loss, tasks[0]).name,
         "sites": validate_sites(model, settings.sites),
         "tasks": [task.name for task in tasks],

@@ -27,9 +27,11 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from vtv_nnsight.digests import file_digest
-from vtv_nnsight.files import replacing, write_text
+from vtv_nnsight.files import read_json, replacing, write_json
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.text import in_words
+
+RECORD, BUNDLE_RECORD = "run.json", "bundle.json"
 
 STEPS = {
     "select": ("model", "vqgan", "embedding_type", "dtype", "weights", "data", "folds", "pictures", "tasks", "order")
@@ -68,22 +70,15 @@ def read_record(run: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: when there is none.
-        ValueError: when it is not what a run writes.
+        ValueError: when it is not as a run wrote it.
     """
-    path = Path(run) / "run.json"
+    path = Path(run) / RECORD
     if not path.is_file():
-        raise FileNotFoundError(f"{run} holds no run.json; make it with `vtv run --out {run}`.")
-    try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); name another folder, or remove this one.") from error
-    settings = record.get("settings") if isinstance(record, dict) else None
-    if not isinstance(settings, dict) or not all(isinstance(settings.get(n), list) for n in ("tasks", "folds")):
-        raise ValueError(f"{path} lacks the settings of a run; name another folder, or remove this one.")
-    files = record.setdefault("files", {})
-    if not isinstance(files, dict) or not all(isinstance(d, str) and step_of(n) for n, d in files.items()):
+        raise FileNotFoundError(f"{run} holds no {RECORD}; make it with `vtv run --out {run}`.")
+    record = read_json(path)
+    if not all(map(step_of, record["files"])):
         raise ValueError(f"{path} names files that no run writes; name another folder, or remove this one.")
-    return {"notes": [], "versions": {}, "machine": {}, "seconds": {}, **record}
+    return record
 
 
 def step_of(name: str) -> str | None:
@@ -99,6 +94,43 @@ def fold_of(name: str) -> Path:
     """The folder of the fold that a file is of, relative to the run's folder; "." where there are no folds."""
     first = "".join(Path(name).parts[:1])
     return Path(first if re.fullmatch(r"fold\d+", first) else ".")
+
+
+def check_files(folder: str | os.PathLike[str], *names: str, recorded: bool = True) -> tuple[dict[str, Any], list[str]]:
+    """Refuse files that are not as they were written, by the record of a run, of the run that a folder is a part of, or
+    of a shared bundle.
+
+    Args:
+        folder: A folder of files.
+        *names: How the names of those that count begin, relative to the folder.
+        recorded: Whether there has to be a record.
+
+    Returns:
+        The record, and the names that it has of these files.
+
+    Raises:
+        FileNotFoundError: when there is no record, or a file that it names is missing.
+        ValueError: when the record or a file was changed.
+    """
+    folder = Path(folder).absolute()
+    places = [place / name for place in (folder, *folder.parents[:2]) for name in (RECORD, BUNDLE_RECORD)]
+    path = next(filter(Path.is_file, places), None)
+    if path is None:
+        if recorded:
+            raise FileNotFoundError(f"{folder} has no {RECORD}, which says what is in it; let `vtv run` make it.")
+        return {}, []
+    record = read_json(path)
+    files = {os.path.relpath(path.parent / name, folder): digest for name, digest in record["files"].items()}
+    files = {name: digest for name, digest in files.items() if name.startswith(names)}
+    if missing := [name for name in files if not (folder / name).exists()]:
+        raise FileNotFoundError(f"{folder / missing[0]} is missing; do it again with the same `vtv run`.")
+    paths = {folder / name: digest for name, digest in files.items()}
+    if changed := [path for path, digest in paths.items() if not path.is_file() or file_digest(path) != digest]:
+        raise ValueError(
+            f"{', '.join(map(str, changed))}: not as it was written, by {path}; put it back, or do it again with the "
+            "same `vtv run` and --redo."
+        )
+    return record, list(files)
 
 
 def changed_files(run: str | os.PathLike[str], record: dict[str, Any]) -> list[str]:
@@ -147,7 +179,7 @@ class RunRecord:
                 folder holds something else.
         """
         settings, earlier = json.loads(json.dumps(settings)), {}
-        if (out / "run.json").exists():
+        if (out / RECORD).exists():
             earlier = read_record(out)
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not empty and holds no run; name a new folder.")
@@ -218,7 +250,7 @@ class RunRecord:
     def write(self) -> None:
         """Write run.json as it stands."""
         self.content["peak memory (MiB)"] = _peak_memory()
-        write_text(self.out / "run.json", json.dumps(self.content, indent=1) + "\n")
+        write_json(self.out / RECORD, self.content)
 
     def _spoilt_by_settings(self, earlier: dict[str, Any], redo: bool) -> list[str]:
         """The steps that depend on settings that differ from the earlier ones."""

@@ -12,6 +12,8 @@ from vtv_nnsight.search import ALGORITHMS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+FOLDS = (0, 1, 2, 3)
+"""Of Pascal-5i."""
 MAX_COUNT = 10_000_000
 """No count of prompts or pictures may be larger."""
 
@@ -24,12 +26,12 @@ class Settings:
         model, vqgan, embedding_type: As for `models.load_model`.
         dtype: Precision of the weights, one of `DTYPES`; None is that of the source.
         data: As for `data.load`: "pictures" (those in the package), "scenes", a folder of pictures, "pascal:ROOT", …
-        folds: Folds of Pascal-5i to test on, by their numbers, each once, in whatever order they are given; by default
-            all four where the data are "pascal:ROOT".
+        folds: Folds of Pascal-5i to test on, by their numbers; by default all four where the data are "pascal:ROOT".
         protocol: "own", or "published": what the released code does. On "pascal:ROOT" that is `runs.protocol`,
             whose vectors and sets serve all folds; elsewhere it removes duplicates among selected prompts as released.
         search_fold: With the published protocol, the fold of the training half that is searched on.
-        tasks: Names; by default those of VTV's five that the data can serve.
+        tasks: Names; by default those of VTV's five that the data can serve. Doubled ones count once, in every list.
+        most_tasks: Of tasks that are not named, at most so many.
         order: "vertical" or "horizontal" prompts.
         max_images: The most pictures to draw prompts from.
         prompts: Prompts per task to collect and to search on.
@@ -57,6 +59,7 @@ class Settings:
     data: str = "pictures"
     folds: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
+    most_tasks: int = 5
     order: str = "vertical"
     protocol: str = "own"
     search_fold: int = 0
@@ -80,27 +83,34 @@ class Settings:
             "granularity": QUERY_ONLY,
             "order": ("vertical", "horizontal"),
             "protocol": ("own", "published"),
-            "search_fold": (0, 1, 2, 3),
+            "search_fold": FOLDS,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 offered = ", ".join(str(choice) for choice in known if choice is not None)
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {offered}.")
-        if strange := [site for site in self.sites if site not in SITES] or [""] * (not self.sites):
-            raise ValueError(f"sites={strange[0]!r} is unknown; choose from {', '.join(SITES)}, or several of them.")
-        for name in ("max_images", "prompts", "candidates", "budget", "test_prompts", "draws", "control_prompts"):
+        for name, several in {"sites": SITES, "folds": FOLDS}.items():
+            values = getattr(self, name)
+            if strange := [value for value in values if value not in several] or [""] * (
+                name == "sites" and not values
+            ):
+                offered = ", ".join(map(str, several))
+                raise ValueError(f"{name}={strange[0]!r} is unknown; choose from {offered}, or several of them.")
+            object.__setattr__(self, name, tuple(value for value in several if value in values))
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(registry.get(name).name for name in self.tasks)))
+        counts = ("max_images", "prompts", "candidates", "budget", "test_prompts", "draws", "control_prompts")
+        for name in (*counts, "most_tasks", "seed"):
             value = getattr(self, name)
             if value is None and name == "budget":
                 continue
-            if value < 1:
+            if type(value) is not int:
+                raise ValueError(f"{name}={value!r} is no whole number; give one.")
+            if value < 1 and name != "seed":
                 raise ValueError(f"{name}={value} leaves nothing to do; give 1 or more.")
-            if value > MAX_COUNT and name != "budget":
+            if value > MAX_COUNT and name not in ("budget", "seed"):
                 raise ValueError(f"{name}={value} is more than can be done; give {MAX_COUNT:,} or fewer.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} is not a seed; give a number from 0 to {2**32 - 1}.")
-        for name in self.tasks:
-            registry.get(name)
-        object.__setattr__(self, "folds", tuple(sorted(set(self.folds))))
 
     @property
     def name(self) -> str:
@@ -113,7 +123,7 @@ PUBLISHED = {"candidates": 1000, "search": "published", "loss": "pixels", "budge
 PUBLISHED |= {"protocol": "published"}
 """The settings with which the paper's experiment differs from the defaults."""
 
-QUICK = {"tasks": ("segmentation", "lowlight"), "max_images": 160, "prompts": 32, "candidates": 64}
+QUICK = {"most_tasks": 2, "max_images": 160, "prompts": 32, "candidates": 64}
 QUICK |= {"search": "gates", "budget": 400, "test_prompts": 16, "draws": 4, "control_prompts": 16}
 """The settings of a first look. Its search is the one that finds most with few evaluations: on the embedded model, sets
 of `gates` after 240 are about as good as those of `reinforce` after 1000, in a quarter of the time."""

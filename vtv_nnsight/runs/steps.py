@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.runs.folds import is_published_pascal, selects
 from vtv_nnsight.runs.protocol import candidates, test_prompts
+from vtv_nnsight.runs.resuming import check_files
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
 from vtv_nnsight.tasks import Task
@@ -73,8 +74,13 @@ def set_up(
     return Setup(settings, model.to(place) if place else model, batch_size)
 
 
-def servable(settings: Settings, rows: Dataset) -> list[Task]:
-    """The tasks that were asked for, or those of VTV's that the data have the columns for."""
+def servable(settings: Settings, rows: Dataset, known: Collection[str] | None = None) -> list[Task]:
+    """The tasks that were asked for, or those of VTV's that the data have the columns for: of the `known` ones, and at
+    most `settings.most_tasks`.
+
+    Raises:
+        ValueError: when the data cannot serve a task that was asked for, or none that is known.
+    """
     wanted = [registry.get(name) for name in settings.tasks]
     for task in wanted:
         if task.needs not in rows.column_names:
@@ -82,7 +88,13 @@ def servable(settings: Settings, rows: Dataset) -> list[Task]:
                 f"{task.name!r} needs a column {task.needs!r}, and {settings.data} has {', '.join(rows.column_names)}; "
                 "leave the task out, or give other data."
             )
-    return wanted or [task for task in registry.VTV if task.needs in rows.column_names]
+    offered = [registry.get(name) for name in known] if known is not None else registry.VTV
+    serve = wanted or [task for task in offered if task.needs in rows.column_names][: settings.most_tasks]
+    if not serve:
+        raise ValueError(
+            f"{settings.data} has {', '.join(rows.column_names)}, which serve none of {', '.join(known or ())}."
+        )
+    return serve
 
 
 def select(setup: Setup, task: Task, rows: Dataset) -> VisualPrompt:
@@ -110,6 +122,7 @@ def read_vectors(path: str | Path, tasks: Sequence[str] = (), sites: Sequence[st
     Raises:
         FileNotFoundError, ValueError: as `TaskVectors.load`; and naming the task or the site that is missing.
     """
+    check_files(Path(path).parent, Path(path).name, recorded=False)
     vectors = TaskVectors.load(path)
     if missing := [task for task in tasks if task not in vectors]:
         raise ValueError(f"{path} has no vector of {', '.join(map(repr, missing))}; it has {', '.join(vectors)}.")

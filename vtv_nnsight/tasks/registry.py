@@ -60,8 +60,8 @@ def get(name: str) -> Any:
 
 
 def get_all(names: str) -> list[Any]:
-    """The tasks of names with commas between them, as the command line takes them."""
-    return [get(name) for name in re.split("," + _OUTSIDE_BRACKETS, names)]
+    """The tasks of names with commas between them, as the command line takes them; each once."""
+    return list({task.name: task for task in map(get, re.split("," + _OUTSIDE_BRACKETS, names))}.values())
 
 
 def names() -> list[str]:
