@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -62,9 +62,10 @@ class Text(AnyTask):
     reads = ("logits", "text")
 
     def __post_init__(self) -> None:
-        default = metrics.FIRST_TOKEN if self.single else metrics.PREFERENCE
+        if not isinstance(self.answer, str):
+            object.__setattr__(self, "answer", tuple(self.answer))
+        default = metrics.FIRST_TOKEN if len(self.outputs) == 1 else metrics.PREFERENCE
         object.__setattr__(self, "metric", self.metric or default)
-        object.__setattr__(self, "answer", self.answer if self.single else tuple(self.answer))
         super().__post_init__()
         if not re.fullmatch(r"[\w.-]([\w. -]*[\w.-])?", self.name):
             raise ValueError(f"name={self.name!r} cannot be a file's; take letters, digits, '_', '-', '.' and spaces.")
@@ -84,29 +85,30 @@ class Text(AnyTask):
             seen.add(query)
 
     @property
-    def single(self) -> bool:
-        """Whether the answer is one column, not a pair."""
-        return isinstance(self.answer, str)
+    def outputs(self) -> tuple[str, ...]:
+        """The column of the answer, or the pair of them."""
+        return (self.answer,) if isinstance(self.answer, str) else self.answer
 
     @property
     def needs(self) -> str:
         """The column of the true answer."""
-        return self.answer if isinstance(self.answer, str) else self.answer[0]
+        return self.outputs[0]
+
+    @property
+    def _parts(self) -> tuple[str, str]:
+        """The template before the answer, and after it."""
+        question, _, stop = self.template.partition(f"{{{self.needs}}}")
+        return question, stop
 
     @property
     def stop(self) -> str:
         """What ends an answer."""
-        return self.template.partition(f"{{{self.needs}}}")[2]
+        return self._parts[1]
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The columns of a query."""
-        return _columns(self.template.partition(f"{{{self.needs}}}")[0])
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The column of the answer, or the pair of them."""
-        return (self.answer,) if isinstance(self.answer, str) else self.answer
+        return _columns(self._parts[0])
 
     def read(self, rows: Iterable[Row], answered: bool = True) -> tuple[Row, ...]:
         """The task's columns of some rows, as texts; of rows with a column "task", those that are this task's.
@@ -165,21 +167,25 @@ class Text(AnyTask):
         Raises:
             ValueError: when the rows are too few for so many examples.
         """
+        drawn = self.draw(rows, n, seed, shots=shots)
+        return TextPrompts.cat([self.prompt(examples, query, positions=positions) for examples, query in drawn])
+
+    def draw(
+        self, rows: Iterable[Row], n: int, seed: int = 0, *, shots: int = 8
+    ) -> Iterator[tuple[tuple[Row, ...], Row]]:
+        """The examples and the query of each of the `prompts` that these arguments make."""
         rows, generator = self.read(rows), np.random.default_rng(seed)
         if n < 1 or len(rows) <= shots:
             raise ValueError(
                 f"n={n} prompts of {self.name!r} with shots={shots} were asked for and there are {len(rows)} rows; ask "
                 "for a prompt or more, of fewer examples than rows."
             )
-        groups, prompts = self._groups(rows), []
-        queries = np.concatenate([generator.permutation(len(rows)) for _ in range(-(-n // len(rows)))])[:n]
-        for query in queries.tolist():
+        groups = self._groups(rows)
+        for query in np.concatenate([generator.permutation(len(rows)) for _ in range(-(-n // len(rows)))])[:n]:
             others = np.flatnonzero(groups != groups[query])
             if len(others) < shots:
                 raise ValueError(f"{rows[query]} of {self.name!r} shares words with all but {len(others)} other rows.")
-            examples = [rows[i] for i in generator.choice(others, shots, replace=False)]
-            prompts.append(self.prompt(examples, rows[query], positions=positions))
-        return TextPrompts.cat(prompts)
+            yield tuple(rows[i] for i in generator.choice(others, shots, replace=False)), rows[query]
 
     def prompt(self, examples: Row | Sequence[Row], query: Row | str, *, positions: int = 1) -> TextPrompts:
         """One prompt: the examples solved, and the query, with its answer where that is known.
@@ -203,12 +209,12 @@ class Text(AnyTask):
             TextLayout(self.template, len(examples), positions, self.stop),
             (asked.rstrip(),),
             torch.tensor(numbers),
-            None if self.single else answers[1],
+            answers[1] if len(answers) > 1 else None,
         )
 
     def _query(self, row: Row) -> str:
         """A row's text up to its answer, with the space before it."""
-        return self.template.partition(f"{{{self.needs}}}")[0].format_map(row)
+        return self._parts[0].format_map(row)
 
     def _groups(self, rows: Sequence[Row]) -> np.ndarray:
         """A number for each row [row]: rows of one number are to stay together."""
