@@ -168,9 +168,10 @@ def pictures(spec: str, n: int) -> dict[str, tuple[Dataset, Dataset, Dataset]]:
     return parts
 
 
-def summary(values: np.ndarray, base: np.ndarray, folds: np.ndarray | None = None) -> dict[str, Any]:
-    """Of values [seed, image]: mean and interval, those of the paired difference to the base, and the seeds' means."""
-    parts = {"": bootstrap(values.mean(0), folds), "difference_": bootstrap((values - base).mean(0), folds)}
+def summary(values: np.ndarray, base: np.ndarray, *shared: np.ndarray | None) -> dict[str, Any]:
+    """Of values [seed, image]: mean and interval, those of the paired difference to the base, and the seeds' means.
+    What images share are the folds and identifiers of `bootstrap`."""
+    parts = {"": bootstrap(values.mean(0), *shared), "difference_": bootstrap((values - base).mean(0), *shared)}
     numbers = {prefix + end: x for prefix, three in parts.items() for end, x in zip(("mean", "low", "high"), three)}
     return numbers | {"of_seeds": values.mean(1).tolist()}
 
@@ -187,7 +188,7 @@ def lines(name: str, plan: Mapping, searched: Sequence[Mapping[Any, Found]], jud
         for measure in ("score", "token_loss"):
             values = [np.stack([t.values(name, str(k), measure) for t in judged]) for k in (key, base)]
             one = judged[0].frame[(judged[0].frame.condition == str(base)) & (judged[0].frame.task == name)]
-            row[measure] = summary(*values, np.sort(one.fold.to_numpy()))
+            row[measure] = summary(*values, np.sort(one.fold.to_numpy()), judged[0].identifiers(name, str(base)))
         rows.append(row)
     return rows
 

@@ -12,7 +12,7 @@ layouts      Do the units that serve one order of cells serve the other? Vectors
 geometry     Cosine of every pair of tasks' vectors, less their mean, and how far a head's vectors lie apart.
 
 Losses are token losses of test prompts, query only, patched at the units that `search.gates` finds for the task's own
-vector; intervals are 95 % over prompts (Student's t).
+vector; intervals are 95 % over prompts and what they share (bootstrap).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from common import interval, options, save, table
+from common import options, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, Layout, PatchSet, PatchSpace, TaskVectors, VisualPrompt, data, search, tasks
+from vtv_nnsight.evaluation import bootstrap
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.vectors import TaskVector
 
@@ -71,7 +72,10 @@ class Bench:
         rows = rows if shot == "one" else rows.query_only()
         judge = search.Objective(self.model, vector, task, rows[:1], space, held_out=rows)
         choices = torch.zeros(len(space), dtype=torch.bool) if units is None else units.choices
-        return interval(judge(choices.expand(len(rows), -1), judge.held_out).tolist())
+        losses = judge(choices.expand(len(rows), -1), judge.held_out).numpy()
+        shared = torch.stack(list(rows.identifiers.values()), dim=1).numpy()
+        mean, low, high = bootstrap(losses, identifiers=shared)
+        return mean, (high - low) / 2
 
 
 def carried(bench: Bench) -> list[dict]:

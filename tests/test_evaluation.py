@@ -21,11 +21,11 @@ from vtv_nnsight.evaluation import (
     rank_among_draws,
     select_prompts,
     selection,
-    specificity,
+    transfer_at_fixed_units,
     vector_pairs,
     verdicts,
 )
-from vtv_nnsight.evaluation.table import intervals
+from vtv_nnsight.evaluation.resampling import intervals
 from vtv_nnsight.models.vit_mae import ViTMAE
 from vtv_nnsight.search.objective import Objective
 
@@ -181,15 +181,62 @@ def test_intervals_resample_queries_not_prompts():
     order = generator.permutation(240)
     few = bootstrap(values)
     for given in ((repeated, queries), (repeated[order], queries[order] * 7919)):
-        mean, low, high = bootstrap(given[0], queries=given[1])
+        mean, low, high = bootstrap(given[0], identifiers=given[1])
         assert mean == pytest.approx(few[0]) and high - low == pytest.approx(few[2] - few[1], rel=0.1)
     mean, low, high = bootstrap(repeated)
     assert high - low < 0.5 * (few[2] - few[1])
     frame = {"task": "t", "metric": "mse", "condition": "x", "fold": 0, "image": range(240), "score": repeated}
     (line, _) = Table(pd.DataFrame(frame | {"query": queries})).lines()
     assert (line.mean, line.low, line.high) == pytest.approx(
-        bootstrap(repeated, queries=queries)
+        bootstrap(repeated, identifiers=queries)
     ) and line.images == 240
+
+
+def test_intervals_are_multiway():
+    """Rows share queries and examples, each with an effect of its own: the interval covers the mean of 0 as often as it
+    says, where one over queries alone, or over rows, is too sure."""
+    generator = np.random.default_rng(0)
+    hits = np.zeros(3)
+    for _ in range(60):
+        levels = generator.integers(25, size=(120, 2))
+        effects = generator.normal(size=(2, 25))
+        values = effects[0][levels[:, 0]] + effects[1][levels[:, 1]] + 0.5 * generator.normal(size=120)
+        for i, shared in enumerate((levels, levels[:, 0], None)):
+            _, low, high = bootstrap(values, identifiers=shared)
+            hits[i] += low < 0 < high
+    assert hits[0] >= 54 and hits[1] < 52 and hits[2] < 42
+
+
+def test_factors_that_say_nothing_more_change_nothing():
+    """A query that stands in one row, beside its example that several have, is drawn with that example; a second name
+    for the same pictures, or one that all have, counts for nothing."""
+    generator = np.random.default_rng(0)
+    values, rows = generator.normal(size=40), np.arange(40)
+    examples = rows % 13
+    alone = bootstrap(values, identifiers=examples)
+    for columns in ([rows, examples], [examples, 7 * examples], [examples, 0 * rows]):
+        assert bootstrap(values, identifiers=np.stack(columns, 1)) == pytest.approx(alone, abs=1e-12)
+    assert bootstrap(values, identifiers=np.stack([rows, rows + 100], 1)) == pytest.approx(bootstrap(values), abs=1e-12)
+    two = np.stack([rows % 2, rows // 20], 1)  # crossed: one resample in four leaves nothing of two levels of each
+    assert np.isfinite(bootstrap(values, identifiers=two)).all()
+
+
+def test_a_table_knows_what_its_images_share(model):
+    """Query, example, and what the rows of data tell of themselves: intervals are over all of them."""
+    rows = data.pictures("test", 24)
+    prompts = tasks.lowlight.prompts(rows, 16, layout=model.layout)
+    assert list(prompts.identifiers) == ["query", "example", "object", "background", "source"]
+    drawn = tasks.draw(rows, 16)
+    names = [rows[i]["background"] for i in drawn.rows[:, 1].tolist()]
+    same = torch.tensor([[a == b for b in names] for a in names])
+    numbers = prompts[torch.arange(16)].identifiers["background"]
+    assert torch.equal(numbers[:, None] == numbers[None], same) and same.sum() > 16
+    table = evaluate(model, tasks.lowlight, prompts, {"copy": "copy"}, keep=0, progress=False)
+    line = table.lines()[0]
+    shared = torch.stack(list(prompts.identifiers.values()), 1).numpy()
+    expected = bootstrap(table.values("lowlight", "copy"), identifiers=shared)
+    assert (line.mean, line.low, line.high) == pytest.approx(expected)
+    assert np.array_equal(table.identifiers("lowlight", "copy"), shared)
 
 
 def test_intervals_are_over_draws_too():
@@ -349,34 +396,45 @@ def test_controls_may_ask_fewer_prompts(model, prompts, vectors, patches, table)
 @pytest.mark.parametrize(
     ("shift", "words"),
     [
-        (0.2, "Not specific: the vector of lowlight does as well at these units (+0.200 [+0.200, +0.200])."),
-        (-0.2, "Specific: no other vector does as well; the best, of lowlight, is off by -0.200 [-0.200, -0.200]."),
+        (0.2, "the vector of lowlight is not surely worse (+0.200 [+0.200, +0.200])."),
+        (
+            -0.2,
+            "the best other vector, of lowlight, is off by -0.200 [-0.200, -0.200]; units searched for it may do better.",
+        ),
     ],
 )
 def test_verdicts_are_sentences(shift, words):
     drawn = [("random units", 0, 0.25), ("random units", 1, 0.75), ("matched random units", 0, 0.875)]
     rows = [("task vector", 0, 0.5), ("copy", 0, 0.625), ("tokenizer", 0, 0.9375), *drawn]
     rows += [("matched random units", 1, 0.75), ("vector of lowlight", 0, 0.5 + shift)]
-    about = {"task": "segmentation", "metric": "iou", "fold": 0, "image": range(4)}
+    about = {"task": "segmentation", "metric": "iou", "fold": 0, "image": range(8)}
     frames = [pd.DataFrame(about | {"condition": name, "draw": i, "score": score}) for name, i, score in rows]
     table = Table(pd.concat(frames))
     (said,) = verdicts(table)
     assert said == (
         "segmentation: mIoU ↑ 0.500 with the task vector; copy, the floor, has 0.625 and tokenizer, the ceiling, has "
         "0.938. Copying the query scores better than the task vector does. The found units beat 1 of 2 draws of random "
-        "units (from 0.250 to 0.750; 4 queries). The found units beat 0 of 2 draws of matched random units (from 0.750 "
-        f"to 0.875; 4 queries). {words}"
+        "units (from 0.250 to 0.750; 8 images). The found units beat 0 of 2 draws of matched random units (from 0.750 "
+        f"to 0.875; 8 images). Transfer at fixed units: {words}"
     )
     assert verdicts(Table(pd.concat(frames[1:3]))) == []
     (other,) = verdicts(Table(table.frame.assign(task="identity", metric="lpips", label="LPIPS ↓")))
     assert other.startswith("identity: LPIPS ↓ 0.500 with the task vector") and "beat 1 of 2 draws of random" in other
+    few = Table(table.frame.assign(query=table.frame.image % 7))
+    assert verdicts(few) == [
+        "segmentation: 7 pictures, 8 prompts are too few for a verdict; give 8 different pictures or more."
+    ]
+    assert "segmentation, 7 pictures, 8 prompts" in repr(few) and not best_others(vector_pairs(few)).worse.any()
+    asked_less = table.frame[(table.frame.image < 7) | table.frame.condition.isin(["task vector", "copy"])]
+    (said,) = verdicts(Table(asked_less))
+    assert said.endswith("Copying the query scores better than the task vector does.")
 
 
-def test_specificity_is_every_vector_on_every_task(model, images, vectors, patches):
+def test_transfer_at_fixed_units_is_every_vector_on_every_task(model, images, vectors, patches):
     names = ("segmentation", "lowlight")
     prompts = {name: tasks.get(name).prompts(images, 5, seed=1, layout=model.layout) for name in names}
     units = {"segmentation": patches, "lowlight": PatchSet.random(patches.space, 7, 3)}
-    pairs = specificity(model, units, vectors, prompts, progress=False)
+    pairs = transfer_at_fixed_units(model, units, vectors, prompts, progress=False)
     assert list(zip(pairs.task, pairs.vector)) == [(a, b) for a in names for b in names]
     for row in pairs.itertuples():
         task = tasks.get(row.task)
@@ -392,7 +450,7 @@ def test_specificity_is_every_vector_on_every_task(model, images, vectors, patch
         else:
             assert row.difference == pytest.approx((scores[row.vector] - scores[row.task]).mean())
     with pytest.raises(ValueError, match="'lowlight' has units and no prompts"):
-        specificity(model, units, vectors, {"segmentation": prompts["segmentation"]}, progress=False)
+        transfer_at_fixed_units(model, units, vectors, {"segmentation": prompts["segmentation"]}, progress=False)
 
 
 def test_the_best_other_vector_decides():
@@ -405,8 +463,8 @@ def test_the_best_other_vector_decides():
         ("down", "b", False, 0.6, 0.1, 0.5),
     ]
     names = ("task", "vector", "higher_is_better", "mean", "difference_low", "difference_high")
-    best = best_others(pd.DataFrame(rows, columns=names))
-    assert list(zip(best.task, best.vector, best.specific)) == [("up", "b", True), ("down", "a", False)]
+    best = best_others(pd.DataFrame(rows, columns=names).assign(pictures=8))
+    assert list(zip(best.task, best.vector, best.worse)) == [("up", "b", True), ("down", "a", False)]
 
 
 class Unbounded:
@@ -453,7 +511,7 @@ def test_a_model_of_another_family(images):
     painted = model.paint(output, prompts["lowlight"].query_only())[:, :, rows, columns]
     scores = tasks.lowlight.score(painted, prompts["lowlight"].region("output"))
     np.testing.assert_allclose(found.values("lowlight", "task vector"), scores, atol=1e-6)
-    pairs = specificity(model, {"lowlight": units}, vectors, prompts, progress=False)
+    pairs = transfer_at_fixed_units(model, {"lowlight": units}, vectors, prompts, progress=False)
     assert pairs.set_index("vector")["mean"]["lowlight"] == pytest.approx(float(scores.mean()))
 
 

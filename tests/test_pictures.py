@@ -22,7 +22,7 @@ def rows(request):
 
 def test_the_columns(rows):
     row = rows[0]
-    assert rows.column_names == ["image", "mask", "label", "name", "source", "licence"]
+    assert rows.column_names == ["image", "mask", "label", "name", "source", "licence", "object", "background"]
     assert row["image"].mode == "RGB" and row["image"].size == (SIZE, SIZE)
     assert row["mask"].mode == "L" and row["mask"].size == (SIZE, SIZE)
     assert rows.features["label"].names == sorted({row["label"] for row in credits()} - {""})

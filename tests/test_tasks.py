@@ -447,6 +447,17 @@ def test_prompts_know_their_pictures():
         assert torch.equal(task.compose(images, drawn[[3, 1]]).canvas, prompts[[3, 1]].canvas)
 
 
+def test_queries_are_drawn_without_replacement():
+    images = [row(seed) for seed in range(6)]
+    for n, most, least in ((6, 1, 1), (15, 3, 2)):
+        counts = np.bincount(tasks.draw(images, n, seed=3).rows[:, 1], minlength=6)
+        assert counts.max() == most and counts.min() == least
+    labels = [0, 1, 1, 1, 2, 2]
+    rows = tasks.draw([{"label": label} for label in labels], 10, seed=1).rows
+    assert sorted(rows[:, 1].tolist()) == sorted([1, 2, 3, 4, 5] * 2) and all(labels[a] == labels[b] for a, b in rows)
+    assert not np.array_equal(rows, tasks.draw([{"label": label} for label in labels], 10, seed=2).rows)
+
+
 def test_a_new_task_is_a_class_with_one_method():
     @dataclass(frozen=True)
     class Negative(tasks.Task):

@@ -45,6 +45,11 @@ def json_digest(value: Any) -> str:
     return bytes_digest(json.dumps(value, sort_keys=True).encode(), 8)
 
 
+def text_number(value: object) -> int:
+    """A number from 0 to 2^63 - 1 that stands for what is written of a value."""
+    return int(bytes_digest(str(value).encode("utf-8", "replace"), 8), 16) >> 1
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a tensor; of one that lies on another device, or not in one piece, that of a copy."""
     flat = tensor.detach().cpu().contiguous().flatten()

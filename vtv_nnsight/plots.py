@@ -77,12 +77,12 @@ def project(points: torch.Tensor, method: str = "pca") -> Any:
 
 
 def matrix(pairs: Any) -> Figure:
-    """Every vector on every task, as `evaluation.specificity` measured it: scores, coloured in each row from the worst
-    (dark) to the best (light); the task's own vector is framed, and a star marks the best one of another task where
+    """Every vector on every task, as `evaluation.transfer_at_fixed_units` measured it: scores, coloured in each row from the
+    worst (dark) to the best (light); the task's own vector is framed, and a star marks the best one of another task where
     the own is not surely better.
 
     Args:
-        pairs: What `evaluation.specificity` returned.
+        pairs: What `evaluation.transfer_at_fixed_units` returned.
     """
     tasks, vectors = list(pairs.task.unique()), list(pairs.vector.unique())
     scores = pairs.pivot(index="task", columns="vector", values="mean").loc[tasks, vectors]
@@ -90,7 +90,7 @@ def matrix(pairs: Any) -> Figure:
     signed = scores.where(first.higher_is_better, -scores, axis=0)
     low, high = signed.min(axis=1), signed.max(axis=1)
     goodness = signed.sub(low, axis=0).div((high - low).where(high > low, 1.0), axis=0)
-    doubtful = {(row.task, row.vector) for row in best_others(pairs).itertuples() if not row.specific}
+    doubtful = {(row.task, row.vector) for row in best_others(pairs).itertuples() if not row.worse}
     figure = Figure(figsize=(0.55 * PANEL * len(vectors) + 2, 0.3 * PANEL * len(tasks) + 1.4), layout="constrained")
     panel = figure.subplots()
     panel.imshow(goodness.to_numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 
+from vtv_nnsight.digests import text_number
 from vtv_nnsight.images import as_cell, digest, png_of, to_pil
 from vtv_nnsight.layouts import Layout
 
@@ -29,6 +30,8 @@ class VisualPrompt:
         layout: Where the cells lie.
         pictures: LongTensor [batch, examples + 1] of `images.digest`s of the pictures that the cells were made of, as
             they were before a task changed them, the query last; None where that is not known. Tasks say it.
+        sources: What rows tell of what the query's picture was made of ("object", "background", "source") → a number
+            for each, LongTensor [batch] on the CPU: rows of one number share it. Tasks say it.
 
     Raises:
         TypeError, ValueError: naming what is wrong with the canvas or the patch ids. Rows, moves and other forms of a
@@ -40,6 +43,7 @@ class VisualPrompt:
     decoded: torch.Tensor
     layout: Layout
     pictures: torch.Tensor | None = None
+    sources: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_canvas(self.canvas, self.layout)
@@ -95,7 +99,9 @@ class VisualPrompt:
                 )
         known = [p.pictures for p in prompts if p.pictures is not None]
         pictures = torch.cat(known) if len(known) == len(prompts) else None
-        return first._with(canvas=torch.cat([p.canvas for p in prompts]), pictures=pictures)
+        names = [name for name in first.sources if all(name in p.sources for p in prompts)]
+        sources = {name: torch.cat([p.sources[name] for p in prompts]) for name in names}
+        return first._with(canvas=torch.cat([p.canvas for p in prompts]), pictures=pictures, sources=sources)
 
     def _with(self, **changes: Any) -> VisualPrompt:
         """This prompt with other tensors that are known to be good. `dataclasses.replace` looks at all of them, and
@@ -110,7 +116,10 @@ class VisualPrompt:
     def __getitem__(self, rows: int | slice | Sequence[int] | torch.Tensor) -> VisualPrompt:
         """Some of the rows, always as a batch: an int gives a batch of one."""
         rows = as_rows(rows, len(self))
-        return self._with(canvas=self.canvas[rows], pictures=None if self.pictures is None else self.pictures[rows])
+        of_rows = as_rows(rows.cpu() if isinstance(rows, torch.Tensor) else rows, len(self))
+        sources = {name: numbers[of_rows] for name, numbers in self.sources.items()}
+        pictures = None if self.pictures is None else self.pictures[rows]
+        return self._with(canvas=self.canvas[rows], pictures=pictures, sources=sources)
 
     def __iter__(self) -> Iterator[VisualPrompt]:
         return (self[i] for i in range(len(self)))
@@ -148,9 +157,19 @@ class VisualPrompt:
     def queries(self) -> torch.Tensor:
         """A number for each row's query picture, LongTensor [batch] on the CPU: rows of one number ask about the same
         picture. Of the query's cell where `pictures` is not known."""
-        if self.pictures is not None:
-            return self.pictures[:, -1].cpu()
-        return torch.tensor([digest(cell) for cell in self.region("query").cpu()], dtype=torch.long)
+        return self.identifiers["query"]
+
+    @property
+    def identifiers(self) -> dict[str, torch.Tensor]:
+        """What rows may share, and intervals resample together: "query", "example" (all examples of a prompt as one)
+        and `sources` → a number for each row, LongTensor [batch] on the CPU."""
+        names = [name for name in self.layout.cells if "output" not in name]
+        cells = [self.region(name).cpu() for name in names] if self.pictures is None else []
+        looked_at = [[digest(cell) for cell in row] for row in zip(*cells)]
+        pictures = looked_at if self.pictures is None else self.pictures.tolist()
+        examples = [row[0] if len(row) == 2 else text_number(row[:-1]) for row in pictures]
+        numbers = {"query": [row[-1] for row in pictures], "example": examples}
+        return {name: torch.tensor(column, dtype=torch.long) for name, column in numbers.items()} | dict(self.sources)
 
     def region(self, name: str) -> torch.Tensor:
         """Pixels [batch, 3, cell, cell] of a cell, such as "query" or "output" (the truth)."""

@@ -30,7 +30,7 @@ from vtv_nnsight import search, tasks
 from vtv_nnsight.evaluation import CONTROL, Condition, bootstrap, evaluate, random_units
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, ZERO_SHOT
 from vtv_nnsight.evaluation.random_controls import DRAWS
-from vtv_nnsight.evaluation.table import intervals
+from vtv_nnsight.evaluation.resampling import intervals
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
@@ -90,9 +90,8 @@ def bounds(bench: Bench, task: Task) -> dict[str, list[float]]:
         bench.model, task, bench.here[task.name], {name: name for name in names}, batch_size=bench.batch_size, keep=0,
         progress=False,
     )  # fmt: skip
-    queries = bench.here[task.name].queries.numpy()
     return {
-        names[condition]: list(bootstrap(table.values(task.name, condition), queries=queries))
+        names[condition]: list(bootstrap(table.values(task.name, condition), None, table.identifiers(task.name, condition)))
         for condition in table.frame.condition.unique()
     }
 
@@ -148,18 +147,18 @@ def measure(
         bench.model, task, prompts[task.name], conditions, batch_size=bench.batch_size, keep=0, progress=False
     )
     measured: Measured = {}
-    queries = prompts[task.name].queries.numpy()
+    shared = table.identifiers(task.name, table.frame.condition.iloc[0])
     scores: dict[Any, np.ndarray] = {}
     for what, several in plans.items():
         values = {
             label: np.mean([table.values(task.name, f"{what} {i}", column) for i in range(len(several))], axis=0)
             for label, column in (("metric", "score"), ("loss", "loss"))
         }
-        measured[what] = {label: list(bootstrap(value, queries=queries)) for label, value in values.items()}
+        measured[what] = {label: list(bootstrap(value, identifiers=shared)) for label, value in values.items()}
         measured[what]["loss_name"] = table.frame.loss_name.iloc[0]
         scores[what] = values["metric"]
     for what in measured if against else ():
-        measured[what]["difference"] = list(bootstrap(scores[what] - scores[against], queries=queries))
+        measured[what]["difference"] = list(bootstrap(scores[what] - scores[against], identifiers=shared))
     for numbers in measured.values():
         numbers["gap_closed"] = gap_closed(numbers, references or measured)
     return measured
@@ -179,13 +178,13 @@ def measure_draws(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> dict[st
         plans[what] = [Condition("zero", vector, one) for draws in several for one in draws]
     table = evaluate(bench.model, task, prompts, plans, batch_size=bench.batch_size, keep=0, progress=False)
     measured: Measured = {}
-    queries = prompts.queries.numpy()
+    shared = table.identifiers(task.name, BASELINE)
     for what in plans:
         rows = table.frame[table.frame.condition == what]
         measured[what] = {}
         for label, column in (("metric", "score"), ("loss", "loss")):
             values = rows.pivot(index="image", columns="draw", values=column).to_numpy()
-            measured[what][label] = list(intervals([values], queries=queries)[0])
+            measured[what][label] = list(intervals([values], identifiers=shared)[0])
     for what in names:
         measured[what]["gap_closed"] = gap_closed(measured[what], measured)
         means = table.draws(task.name, what).tolist()

@@ -40,8 +40,9 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             if best:
                 name, other = best
                 _, low, high = other["difference"]
-                specific = high < 0 if metric.higher_is_better else low > 0
-                text += f"; {'specific' if specific else 'not specific'}: {name}'s vector has {other['metric'][0]:.3f}"
+                worse = high < 0 if metric.higher_is_better else low > 0
+                text += f"; transfer at fixed units: {name}'s vector has {other['metric'][0]:.3f}"
+                text += "" if worse else ", not surely worse"
             text += "."
         lines.append(text)
     return lines

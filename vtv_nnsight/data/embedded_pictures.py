@@ -32,7 +32,8 @@ EMBEDDED = Path(__file__).with_name("embedded")
 
 def pictures(split: str = "train", n: int | None = None, seed: int = 0) -> Dataset:
     """The pictures of a split, with the columns image (RGB, `SIZE` on a side), mask ("L", 0 or 255), label, name (what
-    the source calls the thing), source (the package and file of the object, then of the background) and licence.
+    the source calls the thing), licence, source (the package and file of the object, then of the background) and each
+    of the two apart: object and background, which are the same of a photograph as it was taken.
 
     Each label has at least two rows of different objects in a split that has it. The two splits know the same labels,
     but have not all of them: `set(rows["label"])`.
@@ -48,7 +49,11 @@ def pictures(split: str = "train", n: int | None = None, seed: int = 0) -> Datas
     check_split(split, SPLITS)
     if n is not None:
         check_count(n, "pictures")
-    return at_most(Dataset(parquet.read_table(EMBEDDED / f"{split}.parquet")).cast(features()), n, seed)
+    rows = Dataset(parquet.read_table(EMBEDDED / f"{split}.parquet")).cast(features())
+    parts = [source.split("; ") for source in rows["source"]]
+    for name, part in (("object", 0), ("background", -1)):
+        rows = rows.add_column(name, [names[part] for names in parts])
+    return at_most(rows, n, seed)
 
 
 def credits() -> list[dict[str, str]]:

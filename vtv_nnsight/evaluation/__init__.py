@@ -8,12 +8,13 @@ from vtv_nnsight.evaluation.random_controls import (
     controls,
     random_units,
     rank_among_draws,
-    specificity,
+    transfer_at_fixed_units,
     vector_pairs,
     verdicts,
 )
 from vtv_nnsight.evaluation.selection import select_prompts
-from vtv_nnsight.evaluation.table import Line, Table, bootstrap
+from vtv_nnsight.evaluation.resampling import bootstrap
+from vtv_nnsight.evaluation.table import Line, Table
 
 __all__ = [
     "BASELINE",
@@ -29,8 +30,8 @@ __all__ = [
     "evaluate",
     "random_units",
     "select_prompts",
-    "specificity",
     "rank_among_draws",
+    "transfer_at_fixed_units",
     "vector_pairs",
     "verdicts",
 ]

@@ -3,7 +3,7 @@
 >>> conditions = comparison(vector, result) | controls(vector, result, vectors, prompts=48)
 >>> table = evaluate(model, task, prompts, conditions)      # intervals over draws and queries
 >>> print(*verdicts(table), sep="\n")                       # what the found units beat, in sentences
->>> pairs = specificity(model, results, vectors, prompts)   # every vector on every task
+>>> pairs = transfer_at_fixed_units(model, results, vectors, prompts)   # every vector on every task
 >>> plots.matrix(pairs)
 """
 
@@ -29,7 +29,7 @@ from vtv_nnsight.evaluation.conditions import (
     sets_of,
 )
 from vtv_nnsight.evaluation.evaluation import evaluate
-from vtv_nnsight.evaluation.table import Table
+from vtv_nnsight.evaluation.table import ENOUGH, Table
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.prompts import VisualPrompt
@@ -39,8 +39,8 @@ DRAWS = 16
 """One draw says little: with 16, the mIoU of segmentation at random units of the embedded model went from 0.12 to
 0.74."""
 _STRIDE = 1_000_003
-NUMBERS = ("images", "mean", "low", "high", "difference", "difference_low", "difference_high")
-"""What `specificity` takes of a `Line`."""
+NUMBERS = ("images", "pictures", "mean", "low", "high", "difference", "difference_low", "difference_high")
+"""What `transfer_at_fixed_units` takes of a `Line`."""
 
 
 def random_units(patches: Any, draws: int = DRAWS, *, matched: bool = False, seed: int = 0) -> list[PatchSet]:
@@ -140,7 +140,7 @@ def rank_among_draws(table: Table, task: str, among: str = RANDOM, condition: st
 
 
 def vector_pairs(table: Table) -> pd.DataFrame:
-    """What `specificity` returns, of a table of evaluations with the vectors of other tasks at the same units, as
+    """What `transfer_at_fixed_units` returns, of a table of evaluations with the vectors of other tasks at the same units, as
     `controls` gives them. All are compared on the images that every vector was asked.
 
     Raises:
@@ -162,7 +162,8 @@ def vector_pairs(table: Table) -> pd.DataFrame:
 
 def verdicts(table: Table) -> list[str]:
     """What a table says of each task's found units, in a few sentences each: where they stand between floor and ceiling
-    and among random units, and whether it takes the task's own vector."""
+    and among random units, and what the vectors of other tasks do there. None where fewer than `ENOUGH` different
+    pictures were asked."""
     return [" ".join(sentences) for task in table.tasks if (sentences := task_verdict(table, task))]
 
 
@@ -172,6 +173,8 @@ def task_verdict(table: Table, task: str) -> list[str]:
     lines = {line.condition: line for line in table.lines() if line.task == task and line.measure == metric.name}
     if PATCHED not in lines:
         return []
+    if lines[PATCHED].pictures < ENOUGH:
+        return [f"{task}: {lines[PATCHED].asked} are too few for a verdict; give {ENOUGH} different pictures or more."]
     mean = lines[PATCHED].mean
     known = {"the floor": FLOOR, "the ceiling": CEILING}
     bounds = [f"{name}, {what}, has {lines[name].mean:.3f}" for what, name in known.items() if name in lines]
@@ -180,27 +183,28 @@ def task_verdict(table: Table, task: str) -> list[str]:
     if FLOOR in lines and metric.better(lines[FLOOR].mean, mean):
         sentences.append("Copying the query scores better than the task vector does.")
     for name in (RANDOM, MATCHED):
-        if name in lines and lines[name].draws > 1:
+        if name in lines and lines[name].draws > 1 and lines[name].pictures >= ENOUGH:
             rank = rank_among_draws(table, task, name)
             sentences.append(
                 f"The found units beat {rank.beaten} of {rank.draws} draws of {name} (from {rank.worst:.3f} to "
-                f"{rank.best:.3f}; {lines[name].images} queries)."
+                f"{rank.best:.3f}; {lines[name].asked})."
             )
     if any(name.startswith(OTHER) for name in lines):
-        pairs = vector_pairs(Table(table.frame[table.frame.task == task]))
-        sentences.append(specific_sentence(best_others(pairs).iloc[0]))
+        best = best_others(vector_pairs(Table(table.frame[table.frame.task == task]))).iloc[0]
+        if best.pictures >= ENOUGH:
+            sentences.append(f"Transfer at fixed units: {transfer_sentence(best)}")
     return sentences
 
 
-def specific_sentence(best: Any) -> str:
-    """Whether a task needs its own vector, of a row of `best_others`."""
+def transfer_sentence(best: Any) -> str:
+    """What the best vector of another task does at a task's units, of a row of `best_others`."""
     change = f"{best.difference:+.3f} [{best.difference_low:+.3f}, {best.difference_high:+.3f}]"
-    if best.specific:
-        return f"Specific: no other vector does as well; the best, of {best.vector}, is off by {change}."
-    return f"Not specific: the vector of {best.vector} does as well at these units ({change})."
+    if best.worse:
+        return f"the best other vector, of {best.vector}, is off by {change}; units searched for it may do better."
+    return f"the vector of {best.vector} is not surely worse ({change})."
 
 
-def specificity(
+def transfer_at_fixed_units(
     model: InContextModel,
     patches: Mapping[str, Any],
     vectors: Mapping[str, TaskVector],
@@ -209,8 +213,9 @@ def specificity(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Is it the task's vector that does the task, or any vector at these units? Every vector, zero-shot, at the units
-    that were found for every task.
+    """Every vector, zero-shot, at the units that were found for every task. A vector that fails there may still do the
+    task at units that are searched for it: the identity's does lowlight. So this tells what units and vector do
+    together, and not whether a task needs its own vector.
 
     Args:
         model: The model.
@@ -221,7 +226,7 @@ def specificity(
         progress: Show a progress bar.
 
     Returns:
-        A row for each task and vector: task, vector, metric, label, higher_is_better, images; mean, low and high of the
+        A row for each task and vector: task, vector, metric, label, higher_is_better, images, pictures; mean, low and high of the
         score with its 95 % interval; difference, difference_low and difference_high: the vector's score minus that of
         the task's own vector on the same prompts (NaN for its own).
 
@@ -241,17 +246,18 @@ def specificity(
 
 
 def best_others(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Of each task in what `specificity` returned, the best vector of another task, and whether the task's own is
-    better: specific is True where the interval of the difference leaves no doubt."""
+    """Of each task in what `transfer_at_fixed_units` returned, the best vector of another task: worse is True where the
+    interval of its difference to the task's own leaves no doubt, and there are `ENOUGH` pictures."""
     others = pairs[pairs.vector != pairs.task].copy()
     higher = others.higher_is_better
-    others["specific"] = (others.difference_high < 0).where(higher, others.difference_low > 0)
+    others["worse"] = (others.difference_high < 0).where(higher, others.difference_low > 0)
+    others["worse"] &= others.pictures >= ENOUGH
     goodness = others["mean"].where(higher, -others["mean"])
     return others.loc[goodness.groupby(others.task, sort=False).idxmax()].reset_index(drop=True)
 
 
 def _pairs(table: Table, vectors: Mapping[str, str], baseline: str) -> pd.DataFrame:
-    """The rows of `specificity` of a table of one task.
+    """The rows of `transfer_at_fixed_units` of a table of one task.
 
     Args:
         vectors: Condition → the task that its vector is of.

@@ -15,16 +15,22 @@ from pyarrow.parquet import write_table as write_parquet
 
 from vtv_nnsight import metrics
 from vtv_nnsight.evaluation.conditions import BASELINE
+from vtv_nnsight.evaluation.resampling import intervals
 from vtv_nnsight.files import UNSEALED, check_seal, replacing, seal, write_text
+from vtv_nnsight.tasks.base import SOURCES
 
-RESAMPLES = 2000
 COLUMNS = ("task", "metric", "condition", "fold", "image", "score")
 """What every file of values has."""
+IDENTIFIERS = ("query", "example", *SOURCES)
+"""Columns of numbers: rows that have one in common share a picture."""
+ENOUGH = 8
+"""Different query pictures, at least, for a verdict."""
 
 
 class Line(NamedTuple):
     """One measure of one condition: its mean, and its mean difference to one-shot on the same images, with 95 %
-    bootstrap intervals, over its draws too where it has several; NaN where there is none."""
+    bootstrap intervals, over its draws too where it has several; NaN where there is none. `images` are the prompts, and
+    `pictures` their different query pictures."""
 
     task: str
     condition: str
@@ -37,6 +43,12 @@ class Line(NamedTuple):
     difference_low: float
     difference_high: float
     draws: int = 1
+    pictures: int = 0
+
+    @property
+    def asked(self) -> str:
+        """What was asked: "128 images", or "2 pictures, 16 prompts" where query pictures repeat."""
+        return f"{self.images} images" if self.pictures == self.images else f"{self.pictures} pictures, {self.images} prompts"
 
     @property
     def title(self) -> str:
@@ -50,8 +62,9 @@ class Table:
 
     Args:
         frame: One row for each image and condition: task, metric (its name), label (of the metric, for people),
-            condition, draw (0, or the number of a condition's draw), fold, image, query (a number; images of one number
-            ask about the same picture), score, loss (the model's own), loss_name.
+            condition, draw (0, or the number of a condition's draw), fold, image, score, loss (the model's own),
+            loss_name, and `IDENTIFIERS` as far as they are known: of `query`, images of one number ask about the same
+            picture.
         pictures: Task → name → uint8 [image, 3, height, width]: "prompt" (canvases, their outputs grey), "truth" and
             every condition's answers for the first images.
     """
@@ -67,7 +80,7 @@ class Table:
         labels = frame.metric.replace({name: metric.label for name, metric in metrics.METRICS.items()})
         default: dict[str, Any] = {
             "label": labels,
-            "query": frame.image,
+            "query": frame.groupby(["fold", "image"]).ngroup(),
             "draw": 0,
             "loss": np.nan,
             "loss_name": "loss",
@@ -120,6 +133,15 @@ class Table:
         frame = frame.assign(repeat=frame.groupby(["draw", "fold", "image"]).cumcount())
         return frame.groupby(key)[columns[measure]].mean().to_numpy()
 
+    def identifiers(self, task: str, condition: str) -> np.ndarray:
+        """What the images of `values` share, [image, identifier], for `bootstrap`.
+
+        Raises:
+            ValueError: when there is no such task or condition.
+        """
+        rows = self._rows(task, condition).drop_duplicates(["fold", "image"]).sort_values(["fold", "image"])
+        return rows[_known(rows)].to_numpy()
+
     def draws(self, task: str, condition: str, same_images_as: str | None = None) -> np.ndarray:
         """The mean score of every draw of a condition [draw]: of folds, the mean of their means.
 
@@ -142,8 +164,8 @@ class Table:
 
     def lines(self, baseline: str = BASELINE) -> list[Line]:
         """Means and intervals of all conditions: the task's metric, then the model's loss. With several folds, a mean
-        is the mean of the folds' means. Intervals resample query pictures, within folds, and draws where a condition
-        has several.
+        is the mean of the folds' means. Intervals resample the pictures that images share, within folds (see
+        `resampling`), and draws where a condition has several.
 
         Args:
             baseline: The condition that differences are to.
@@ -173,11 +195,11 @@ class Table:
         """The table of a task as people read it: a row of text for each condition."""
         lines = [line for line in self.lines() if line.task == task]
         frame = self.frame[self.frame.task == task]
-        most = max(line.images for line in lines)
-        head = f"{task}, {most} images"
+        most = max(lines, key=lambda line: line.images)
+        head = f"{task}, {most.asked}"
         columns = {frame.label.iloc[0]: frame.metric.iloc[0], f"{frame.loss_name.iloc[0]} ↓": frame.loss_name.iloc[0]}
         rows: dict[str, dict[str, str]] = {
-            line.condition: {head: line.title + (f", {line.images} images" if line.images < most else "")}
+            line.condition: {head: line.title + (f", {line.asked}" if line.images < most.images else "")}
             for line in lines
         }
         for i, (label, measure) in enumerate(columns.items()):
@@ -203,7 +225,7 @@ def _lines(frame: pd.DataFrame, baseline: str) -> list[Line]:
     key = ["fold", "image", "repeat"]
     frame = frame.assign(repeat=frame.groupby(["condition", "draw", "fold", "image"]).cumcount(), there=True)
     wide: Any = frame.pivot(index=key, columns=["condition", "draw"], values=["score", "loss", "there"])
-    queries = frame.groupby(key)["query"].first().loc[wide.index].to_numpy()
+    identifiers = frame.groupby(key)[_known(frame)].first().loc[wide.index].to_numpy()
     folds = wide.index.get_level_values("fold").to_numpy()
     there = wide["there"].notna()
     names = list(frame.condition.unique())
@@ -218,69 +240,22 @@ def _lines(frame: pd.DataFrame, baseline: str) -> list[Line]:
     for group in [names] if there.all(axis=None) else [[name] for name in names]:  # those of the same images
         rows = there[group[0]].iloc[:, 0].to_numpy()
         part = {place: values[rows] for place, values in series.items() if place[1] in group}
-        numbers |= dict(zip(part, intervals(list(part.values()), folds[rows], queries[rows])))
+        numbers |= dict(zip(part, intervals(list(part.values()), folds[rows], identifiers[rows])))
     lines = []
     for column, measure in measures.items():
         for name in names:
             mean = numbers[column, name, "mean"]
             change = numbers[column, name, "change"] if name != baseline else (np.nan, np.nan, np.nan)
-            images, draws = int(there[name].iloc[:, 0].sum()), there[name].shape[1]
-            lines.append(Line(frame.task.iloc[0], name, measure, images, *mean, *change, draws))
+            asked = there[name].iloc[:, 0].to_numpy()
+            facts = {"draws": there[name].shape[1], "pictures": len(np.unique(identifiers[asked, 0]))}
+            lines.append(Line(frame.task.iloc[0], name, measure, int(asked.sum()), *mean, *change, **facts))
     return lines
+
+
+def _known(frame: pd.DataFrame) -> list[str]:
+    """The identifiers that all rows have."""
+    return [name for name in IDENTIFIERS if name in frame and frame[name].notna().all()]
 
 
 def _interval(mean: float, low: float, high: float, sign: str = "") -> str:
     return "" if np.isnan(mean) else f"{mean:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
-
-
-def bootstrap(
-    values: np.ndarray, folds: np.ndarray | None = None, queries: np.ndarray | None = None, seed: int = 0
-) -> tuple[float, float, float]:
-    """The mean of values [image] and its 95 % percentile interval; see `intervals`."""
-    return intervals([np.asarray(values)], folds, queries, seed)[0]
-
-
-def intervals(
-    series: Sequence[np.ndarray], folds: np.ndarray | None = None, queries: np.ndarray | None = None, seed: int = 0
-) -> list[tuple[float, float, float]]:
-    """The mean of each of several series of values and its 95 % percentile interval, from the same
-    `RESAMPLES` resamples.
-
-    Images are resampled within folds, and the folds' means averaged. Images of one query are not independent: they are
-    drawn or left out together. Where a series has draws, these are resampled as well.
-
-    Args:
-        series: [image] or [image, draw] each.
-        folds: [image]; one fold by default.
-        queries: [image]: images of one number belong together; by default each stands alone.
-        seed: Of what is drawn.
-
-    Returns:
-        (mean, low, high) of each series.
-    """
-    columns = [one[:, None] if one.ndim == 1 else one for one in series]
-    values = np.hstack(columns)
-    folds = np.zeros(len(values)) if folds is None else np.asarray(folds)
-    queries = np.arange(len(values)) if queries is None else np.asarray(queries)
-    generator = np.random.default_rng(seed)
-    means, resampled = [], []
-    for fold in np.unique(folds):
-        part = values[folds == fold]
-        query, _ = pd.factorize(queries[folds == fold])  # numbered as they first come
-        counts = np.bincount(query)
-        sums = np.zeros((len(counts), part.shape[1]))
-        np.add.at(sums, query, part)
-        drawn = generator.integers(len(counts), size=(RESAMPLES, len(counts)))
-        offsets = len(counts) * np.arange(RESAMPLES)[:, None]
-        weights = np.bincount((drawn + offsets).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
-        means.append(part.mean(0))
-        resampled.append((weights @ sums) / (weights @ counts)[:, None])
-    mean, again = np.mean(means, axis=0), np.mean(resampled, axis=0)
-    numbers, ends = [], np.cumsum([column.shape[1] for column in columns])[:-1]
-    for part, draws in zip(np.split(mean, ends), np.split(again, ends, axis=1)):
-        if draws.shape[1] > 1:
-            drawn = np.random.default_rng(seed).integers(draws.shape[1], size=draws.shape)
-            draws = np.take_along_axis(draws, drawn, axis=1)
-        low, high = np.quantile(draws.mean(1), [0.025, 0.975])
-        numbers.append((float(part.mean()), float(low), float(high)))
-    return numbers

@@ -17,7 +17,8 @@ from typing import Any
 from vtv_nnsight import plots
 from vtv_nnsight.evaluation import best_others, vector_pairs, verdicts
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
-from vtv_nnsight.evaluation.random_controls import specific_sentence, task_verdict
+from vtv_nnsight.evaluation.random_controls import task_verdict, transfer_sentence
+from vtv_nnsight.evaluation.table import ENOUGH
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
 from vtv_nnsight.report import numbers
@@ -56,6 +57,7 @@ def _content(run: RunResults, keep: Keep) -> dict[str, Any]:
         "places": "a single token" if space.granularity == "token" else join_words(groups, "or"),
         "parts": join_words(SITES[site][0] for site in space.sites),
         "unit": _unit(run),
+        "asked": list(dict.fromkeys(task["scores"][PATCHED].asked for task in tasks)),
         "summary": [name for name in SUMMARY if any(name in task["scores"] for task in tasks)],
         "words": legend(condition for task in lines.values() for condition in task["score"]),
         "tasks": tasks,
@@ -73,14 +75,16 @@ def _task(run: RunResults, task: Task, lines: Lines, keep: Keep) -> dict[str, An
     patched = scores[PATCHED]
     differs = patched.difference_low > 0 or patched.difference_high < 0
     better = (patched.difference > 0) == task.metric.higher_is_better
+    verdict = ("better than" if better else "worse than") if differs else "not told apart from"
+    enough = patched.pictures >= ENOUGH
     return {
         "name": task.name,
         "metric": task.metric.label,
         "size": run.size(task),
         "scores": scores,
         "losses": lines["loss"],
-        "verdict": ("better than" if better else "worse than") if differs else "not told apart from",
-        "controls": task_verdict(run.table, task.name)[1:],
+        "verdict": verdict if enough else "no verdict against",
+        "controls": task_verdict(run.table, task.name)[enough:],
         "pictures": first_pictures(run, task),
         "figures": _units(run, task, keep),
         "play": playground(explorer, task, run.space, keep) if explorer else None,
@@ -130,19 +134,17 @@ def _searches(run: RunResults, lines: dict[str, Lines], keep: Keep) -> Drawn:
 
 
 def _matrix(run: RunResults, keep: Keep) -> dict[str, Any]:
-    """Every task's vector at every task's units, and which tasks need their own."""
+    """Every task's vector at every task's units."""
     if not run.table.frame.condition.str.startswith(OTHER).any():
         return {}
     pairs = vector_pairs(run.table)
     caption = (
-        f"Every vector at the units of every task, on {pairs.images.min()} queries. The task's own is framed; a star "
+        f"Every vector at the units of every task, on {pairs.pictures.min()} pictures. The task's own is framed; a star "
         "marks the best of another task where the own is not surely better."
     )
-    best = list(best_others(pairs).itertuples())
     return {
         "figure": draw(partial(plots.matrix, pairs), caption, keep=keep, name="matrix", numbers=pairs),
-        "specific": [row.task for row in best if row.specific],
-        "others": {row.task: specific_sentence(row) for row in best if not row.specific},
+        "best": {row.task: transfer_sentence(row) for row in best_others(pairs).itertuples() if row.pictures >= ENOUGH},
     }
 
 

@@ -125,6 +125,6 @@ PUBLISHED |= {"protocol": "published"}
 """The settings with which the paper's experiment differs from the defaults."""
 
 QUICK: dict[str, Any] = {"most_tasks": 2, "max_images": 160, "prompts": 32, "candidates": 64}
-QUICK |= {"search": "gates", "budget": 400, "test_prompts": 16, "draws": 4, "control_prompts": 16}
+QUICK |= {"search": "gates", "budget": 400, "test_prompts": 16, "draws": 4}
 """The settings of a first look. Its search is the one that finds most with few evaluations: on the embedded model, sets
 of `gates` after 240 are about as good as those of `reinforce` after 1000, in a quarter of the time."""

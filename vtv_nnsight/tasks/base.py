@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from vtv_nnsight import metrics
+from vtv_nnsight.digests import text_number
 from vtv_nnsight.images import as_cell, digest, open_picture
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.prompts import VisualPrompt
@@ -27,6 +28,8 @@ Place = tuple[float, float]
 """A random point of the unit square, drawn once for each prompt: what the example and the query share."""
 
 CENTER: Place = (0.5, 0.5)
+SOURCES = ("object", "background", "source")
+"""Columns that tell what a row's picture was made of: rows that share it are not independent."""
 _COLUMNS = {"image": "PIL", "mask": "PIL 'L', 0 or 255", "answer": "PIL: the output itself"}
 
 
@@ -149,7 +152,9 @@ class Task(AnyTask):
                     f"an example of {self.name} has no {self.needs!r}; give a row with one: "
                     f"{{'image': …, {self.needs!r}: …}} ({_COLUMNS.get(self.needs, 'as the task wants it')})."
                 )
-        return VisualPrompt.from_cells(cells, layout)._with(pictures=torch.tensor([pictures]))
+        columns = query if isinstance(query, Mapping) else {}
+        sources = {name: torch.tensor([text_number(columns[name])]) for name in SOURCES if columns.get(name) is not None}
+        return VisualPrompt.from_cells(cells, layout)._with(pictures=torch.tensor([pictures]), sources=sources)
 
     def prompts(self, images: Any, n: int = 100, seed: int = 0, layout: Layout | None = None) -> VisualPrompt:
         """`n` one-shot prompts of random rows; the same seed gives the same prompts.

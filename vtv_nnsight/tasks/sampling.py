@@ -47,22 +47,15 @@ def draw_queries(images: Any, queries: Sequence[int], examples: int = 1, seed: i
         ValueError: when a query has too few others of its class.
     """
     generator = np.random.default_rng(seed)
-    labels = labels_of(images)
-    labels = np.zeros(len(images)) if labels is None else labels
-    groups = {label: np.flatnonzero(labels == label) for label in np.unique(labels[list(queries)])}
-    rows = []
-    for query in queries:
-        others = groups[labels[query]][groups[labels[query]] != query]
-        if len(others) < examples:
-            raise ValueError(f"row {query} has {len(others)} others of its class and a prompt needs {examples}.")
-        rows.append([*generator.choice(others, size=examples, replace=False), query])
-    return Draw(np.array(rows, dtype=np.int64).reshape(len(rows), examples + 1), generator.random((len(rows), 2)))
+    rows = _with_examples(_classes(images), np.asarray(queries, dtype=np.int64), examples, generator)
+    return Draw(rows, generator.random((len(rows), 2)))
 
 
 def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator) -> np.ndarray:
     """Draw rows for prompts: [n, examples + 1] row numbers, the query last.
 
-    The rows of a prompt are distinct and of one class where the data has labels.
+    Queries are drawn without replacement, from all rows again where there are fewer than `n`: each row is the query as
+    often as any other, give or take one. The rows of a prompt are distinct and of one class where the data has labels.
 
     Raises:
         TypeError: when the data have no rows by number, such as a streaming data set.
@@ -75,15 +68,33 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
             f"{type(images).__name__} has no rows that can be drawn by number; give a Dataset or a list: of a "
             "streaming data set, list(images.take(1000))."
         )
-    labels = labels_of(images)
-    groups = [np.arange(len(images))] if labels is None else [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    groups = [group for group in groups if len(group) > examples]
-    if not groups:
-        what = "images" if labels is None else "images of a class"
+    classes = _classes(images)
+    able = np.flatnonzero(np.bincount(classes)[classes] > examples)
+    if not len(able):
+        what = "images" if labels_of(images) is None else "images of a class"
         raise ValueError(f"a prompt needs {examples + 1} different {what}, more than there are in these data.")
-    sizes = np.array([len(group) for group in groups])
-    choice = generator.choice(len(groups), size=n, p=sizes / sizes.sum())
-    return np.stack([generator.choice(groups[c], size=examples + 1, replace=False) for c in choice])
+    turns = [generator.permutation(able) for _ in range(-(-n // len(able)))]
+    return _with_examples(classes, np.concatenate(turns)[:n], examples, generator)
+
+
+def _classes(images: Any) -> np.ndarray:
+    """A number for the class of every row [row], the same for all where there are no labels."""
+    labels = labels_of(images)
+    return np.zeros(len(images), np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
+
+
+def _with_examples(
+    classes: np.ndarray, queries: np.ndarray, examples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Row numbers [query, examples + 1]: other rows of each query's class, drawn at random, and the query."""
+    groups = {number: np.flatnonzero(classes == number) for number in np.unique(classes[queries])}
+    rows = np.empty((len(queries), examples + 1), np.int64)
+    for row, query in zip(rows, queries):
+        others = groups[classes[query]][groups[classes[query]] != query]
+        if len(others) < examples:
+            raise ValueError(f"row {query} has {len(others)} others of its class and a prompt needs {examples}.")
+        row[:] = *generator.choice(others, size=examples, replace=False), query
+    return rows
 
 
 def labels_of(images: Any) -> np.ndarray | None:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.integrate import trapezoid
 
+from vtv_nnsight.evaluation.resampling import product_weights
 from vtv_nnsight.files import write_text
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -32,6 +33,7 @@ class Curves:
             smallest.
         full, empty: m of the whole model and with no unit: [prompt].
         kept: (ranking, order, seed) → m under its first units: [size, prompt].
+        identifiers: What prompts share, [prompt, identifier]; by default each stands alone.
     """
 
     direction: str
@@ -41,6 +43,7 @@ class Curves:
     full: np.ndarray
     empty: np.ndarray
     kept: dict[tuple[str, str, int], np.ndarray]
+    identifiers: np.ndarray | None = None
 
     @property
     def names(self) -> list[tuple[str, str]]:
@@ -49,10 +52,11 @@ class Curves:
 
     def faithfulness(self, ranking: str, order: str = "signed") -> np.ndarray:
         """f(k) of a ranking, its seeds' mean: [size]."""
-        return self._resampled(ranking, order, np.arange(len(self.full))[None], self._seeds(ranking, order)[None])[0]
+        return self._resampled(ranking, order, np.ones((1, len(self.full))), self._seeds(ranking, order)[None])[0]
 
     def interval(self, ranking: str, order: str = "signed", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """95 % bootstrap interval of f(k): two arrays [size]. Prompts and seeds are resampled together."""
+        """95 % bootstrap interval of f(k): two arrays [size]. Prompts and seeds are resampled together, and prompts by
+        what they share (see `evaluation.resampling`)."""
         low, high = np.quantile(self._bootstrap(ranking, order, seed), [0.025, 0.975], axis=0)
         return low, high
 
@@ -90,6 +94,7 @@ class Curves:
             "full": self.full.tolist(),
             "empty": self.empty.tolist(),
             "kept": [[*name, values.tolist()] for name, values in self.kept.items()],
+            "identifiers": None if self.identifiers is None else self.identifiers.tolist(),
         }
         write_text(path, json.dumps(content) + "\n")
 
@@ -106,8 +111,9 @@ class Curves:
             content = json.loads(Path(path).read_text())
             kept = {(ranking, order, int(seed)): np.array(values) for ranking, order, seed, values in content["kept"]}
             arrays = (np.array(content["full"]), np.array(content["empty"]))
+            shared = content.get("identifiers") and np.array(content["identifiers"])
             return cls(content["direction"], content["measure"], tuple(content["sizes"]), tuple(content["counts"]),
-                       *arrays, kept)  # fmt: skip
+                       *arrays, kept, shared)  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no faithfulness curves; expected what Curves.save writes.") from error
 
@@ -121,19 +127,20 @@ class Curves:
     def _bootstrap(self, ranking: str, order: str, seed: int) -> np.ndarray:
         """f(k) of resampled prompts and seeds: [resample, size]."""
         generator, seeds = np.random.default_rng(seed), self._seeds(ranking, order)
-        prompts = generator.integers(len(self.full), size=(RESAMPLES, len(self.full)))
-        return self._resampled(ranking, order, prompts, generator.choice(seeds, size=(RESAMPLES, len(seeds))))
+        shared = np.arange(len(self.full)) if self.identifiers is None else self.identifiers
+        weights = product_weights(shared, RESAMPLES, generator)
+        weights = weights[weights.any(1)]  # a resample can leave nothing
+        return self._resampled(ranking, order, weights, generator.choice(seeds, size=(len(weights), len(seeds))))
 
     def _resampled(self, ranking: str, order: str, prompts: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """f(k) over prompts [resample, prompt] and seeds [resample, seed]: [resample, size]. The quotient is that of
-        mean m: a single prompt's could divide by nothing."""
+        """f(k) over prompts' weights [resample, prompt] and seeds [resample, seed]: [resample, size]. The quotient is
+        that of mean m: a single prompt's could divide by nothing."""
         places = {seed: i for i, seed in enumerate(self._seeds(ranking, order).tolist())}
         stacked = np.stack([self.kept[ranking, order, seed] for seed in places])  # [seed, size, prompt]
-        full, empty = self.full[prompts].mean(1), self.empty[prompts].mean(1)
+        drawn = prompts / prompts.sum(1, keepdims=True)
+        full, empty = drawn @ self.full, drawn @ self.empty
         weights = np.zeros((len(seeds), len(places)))
         np.add.at(weights, (np.arange(len(seeds))[:, None], np.vectorize(places.get)(seeds)), 1 / seeds.shape[1])
-        drawn = np.zeros((len(prompts), len(self.full)))
-        np.add.at(drawn, (np.arange(len(prompts))[:, None], prompts), 1 / prompts.shape[1])
         m = np.einsum("rs,skp,rp->rk", weights, stacked, drawn, optimize=True)
         return (m - empty[:, None]) / (full - empty)[:, None]
 

@@ -115,14 +115,14 @@ def faithfulness(
         else:
             values = dict(zip(sets, answers(prompts.query_only(), list(sets.values()))))
             full = answers(prompts, [nothing])[0]
-    curves = []
+    curves, shared = [], np.stack([numbers.numpy() for numbers in prompts.identifiers.values()], axis=1)
     for i, part in enumerate(measures):
         kept = {
             name: np.stack([values[_key(choices)][i] for choices in prefixes(order, len(space), counts)])
             for name, order in ranked.items()
         }
         empty = values[_key(nothing)][i]
-        curves.append(Curves(direction, part.name, tuple(sizes), tuple(counts), full[i], empty, kept))
+        curves.append(Curves(direction, part.name, tuple(sizes), tuple(counts), full[i], empty, kept, shared))
     return curves[0] if isinstance(measure, Measure) else curves
 
 
