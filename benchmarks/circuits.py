@@ -13,7 +13,7 @@ out, counterfactual  or by what the units say of the same query under the other 
 
 m is minus the token loss, the task's metric, and log p(answer) - log p(the other task's answer to the same query), on
 test prompts that no search saw. CPR is the integral of f over k (higher is better), CMD that of |1 - f| (0 is best), on
-linear and on log k, each over the range of k; intervals are 95 % over prompts and seeds (bootstrap). Rankings search at
+linear and on log k, each over the range of k, by which MIB does not divide; a star marks the order that MIB takes each of; intervals are 95 % over prompts and seeds (bootstrap). Rankings search at
 equal budgets; random units stand beside them. The folder circuits/ holds the curves of every direction and measure
 (`Curves.load`), and the heads as MIB's nodes.
 
@@ -46,6 +46,7 @@ from vtv_nnsight.studies.circuits import (
     rank_units,
     write_nodes,
 )
+from vtv_nnsight.studies.circuits.curves import MIB
 from vtv_nnsight.studies.circuits.faithfulness_curves import ORDERS
 from vtv_nnsight.vectors import zero_vector
 
@@ -200,11 +201,11 @@ def main() -> None:
                 row for row in rows if (row["way"], row["measure"]) == (name, measure) and not is_repeated(row, rows)
             ]
             body = [
-                [row["ranking"], row["order"], *(cell(row, name) for name in columns)]
+                [row["ranking"], row["order"], *(cell(row, name, rows) for name in columns)]
                 for row in sorted(listed, key=lambda row: -row["CPR log"])
             ]
             print(f"\n{args.model}, {args.task}; {name}; m: {measure}")
-            print(table(["ranking", "order", *columns], body))
+            print(table(["ranking", "order", *columns], body) + "\n* as MIB takes it")
     known = known_circuits(args)
     print(f"\nAUROC on {args.seeds} known circuits")
     body = [[row["ranking"], *(value for name in ORDERS for value in interval(row[name]))] for row in known]
@@ -223,9 +224,11 @@ def is_repeated(row: dict, rows: list[dict]) -> bool:
     return row["order"] == "absolute" and signed in rows
 
 
-def cell(row: dict, name: str) -> str:
-    """A value with its interval."""
-    return f"{row[name]:.3f} [{row[f'{name} low']:.3f}, {row[f'{name} high']:.3f}]"
+def cell(row: dict, name: str, rows: list[dict]) -> str:
+    """A value with its interval, and a star where MIB takes it from that order, or from the other one if it is equal."""
+    orders = [order for order in ORDERS if row | {"order": order} in rows]
+    star = "*" if any((name.split()[0], order) in MIB for order in orders) else ""
+    return f"{row[name]:.3f} [{row[f'{name} low']:.3f}, {row[f'{name} high']:.3f}]{star}"
 
 
 if __name__ == "__main__":

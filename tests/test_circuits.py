@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -81,6 +82,25 @@ def test_intervals_hold_the_doubt_of_prompts_and_of_seeds():
     seeds = made_up({("a", "signed", seed): np.full((2, 4), 2.0 * seed) for seed in (0, 1)})
     low, high = seeds.interval("a")
     assert (low[0], high[0]) == (0, 1) and seeds.faithfulness("a")[0] == 0.5
+
+
+def test_prompts_that_share_a_picture_are_resampled_together():
+    values = np.array([[0.0, 0, 2, 2], [2.0] * 4])
+    alone = made_up({("a", "signed", 0): values})
+    shared = Curves(*(getattr(alone, name) for name in alone.__dataclass_fields__ if name != "identifiers"),
+                    np.array([1, 2, 1, 2]))  # fmt: skip
+    widths = [one.interval("a")[1][0] - one.interval("a")[0][0] for one in (alone, shared)]
+    assert widths == [1, 0]  # each picture has one prompt that works and one that does not
+
+
+def test_unit_counts_and_the_marked_pair_are_mibs(model, prompts, vectors, space):
+    """int(share * units), and CPR of the signed order beside CMD of the absolute one."""
+    rows, scores = prompts["segmentation"], {"a": torch.randn(96, generator=torch.Generator().manual_seed(0))}
+    curves = faithfulness(model, vectors["segmentation"], rows, space, scores, answer_loss(model, rows), progress=False)
+    assert len(space) == 96 and curves.counts == (0, 0, 0, 0, 1, 4, 9, 19, 48, 96)
+    signed, absolute = (line for line in repr(curves).splitlines() if " signed " in line or " absolute " in line)
+    marked = [re.findall(r"\](\*?)(?: |$)", line) for line in (signed, absolute)]
+    assert marked == [["*", ""] * 2, ["", "*"] * 2]  # CPR linear, CMD linear, CPR log, CMD log
 
 
 def test_curves_save_and_load(tmp_path):
@@ -190,6 +210,40 @@ def test_nodes_of_mib(model, tmp_path):
     values = torch.arange(96).double()
     summed = by_head(PatchSpace(model), values)
     assert summed.shape == (len(heads),) and summed[0] == 0 + 1 and summed[-1] == 93 + 94 + 95
+
+
+def named_by_eap_ig(layers, heads):
+    """The nodes and edges of EAP-IG's graph of a model of these sizes (attention before MLP): all the names it knows."""
+    stream, edges = ["input"], set()
+    for layer in range(layers):
+        attention = [f"a{layer}.h{head}" for head in range(heads)]
+        edges |= {f"{start}->{end}<{letter}>" for start in stream for end in attention for letter in "qkv"}
+        stream += attention
+        edges |= {f"{start}->m{layer}" for start in stream}
+        stream.append(f"m{layer}")
+    return {*stream, "logits"}, edges | {f"{start}->logits" for start in stream}
+
+
+def test_written_nodes_are_a_graph_of_eap_ig(model, tmp_path):
+    """Its `Graph.from_json` wants cfg, nodes and edges, knows every name by the sizes in cfg, and keeps what has no
+    score; a circuit is connected, so that pruning leaves it."""
+    heads = PatchSpace(model, granularity="head")
+    for number, circuit in enumerate((None, PatchSet.named(heads, [heads.names[0], heads.names[-1]]))):
+        write_nodes(tmp_path / "nodes.json", heads, torch.arange(len(heads)), circuit)
+        graph = json.loads((tmp_path / "nodes.json").read_text())
+        assert graph["cfg"] == {"n_layers": 10, "n_heads": 4, "parallel_attn_mlp": False, "d_model": 128}
+        names, edges = named_by_eap_ig(10, 4)
+        assert set(graph["nodes"]) == names and set(graph["edges"]) <= edges
+        inside = {name for name, node in graph["nodes"].items() if node["in_graph"]}
+        assert (
+            len(inside) == len(names)
+            if circuit is None
+            else inside == {"input", "logits", "a0.h0", "a9.h3"} | {f"m{layer}" for layer in range(10)}
+        )
+        ends = (edge.split("<")[0].split("->") for edge in edges)
+        expected = {edge for edge, (start, end) in zip(edges, ends) if start in inside and end in inside}
+        assert set(graph["edges"]) == expected and all(edge["in_graph"] for edge in graph["edges"].values())
+        assert "score" not in graph["nodes"]["m3"] and graph["nodes"]["a9.h3"]["score"] == 39, number
 
 
 def test_a_counterfactual_is_the_same_query_under_another_example(model, prompts):

@@ -91,7 +91,9 @@ def bounds(bench: Bench, task: Task) -> dict[str, list[float]]:
         progress=False,
     )  # fmt: skip
     return {
-        names[condition]: list(bootstrap(table.values(task.name, condition), None, table.identifiers(task.name, condition)))
+        names[condition]: list(
+            bootstrap(table.values(task.name, condition), None, table.identifiers(task.name, condition))
+        )
         for condition in table.frame.condition.unique()
     }
 

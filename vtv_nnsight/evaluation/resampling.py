@@ -23,10 +23,7 @@ def bootstrap(
 
 
 def intervals(
-    series: Sequence[np.ndarray],
-    folds: np.ndarray | None = None,
-    identifiers: np.ndarray | None = None,
-    seed: int = 0,
+    series: Sequence[np.ndarray], folds: np.ndarray | None = None, identifiers: np.ndarray | None = None, seed: int = 0
 ) -> list[tuple[float, float, float]]:
     """The mean of each of several series of values and its 95 % percentile interval, from the same
     `RESAMPLES` resamples.

@@ -48,7 +48,11 @@ class Line(NamedTuple):
     @property
     def asked(self) -> str:
         """What was asked: "128 images", or "2 pictures, 16 prompts" where query pictures repeat."""
-        return f"{self.images} images" if self.pictures == self.images else f"{self.pictures} pictures, {self.images} prompts"
+        return (
+            f"{self.images} images"
+            if self.pictures == self.images
+            else f"{self.pictures} pictures, {self.images} prompts"
+        )
 
     @property
     def title(self) -> str:

@@ -153,7 +153,9 @@ class Task(AnyTask):
                     f"{{'image': …, {self.needs!r}: …}} ({_COLUMNS.get(self.needs, 'as the task wants it')})."
                 )
         columns = query if isinstance(query, Mapping) else {}
-        sources = {name: torch.tensor([text_number(columns[name])]) for name in SOURCES if columns.get(name) is not None}
+        sources = {
+            name: torch.tensor([text_number(columns[name])]) for name in SOURCES if columns.get(name) is not None
+        }
         return VisualPrompt.from_cells(cells, layout)._with(pictures=torch.tensor([pictures]), sources=sources)
 
     def prompts(self, images: Any, n: int = 100, seed: int = 0, layout: Layout | None = None) -> VisualPrompt:

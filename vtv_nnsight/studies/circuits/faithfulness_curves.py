@@ -97,7 +97,7 @@ def faithfulness(
         raise ValueError(f"activations of {len(vector)} prompts were given for {len(prompts)}; give a row for each.")
     measures = [measure] if isinstance(measure, Measure) else list(measure)
     ranked = _orders(rankings, orders, len(space))
-    counts = [round(size * len(space)) for size in sizes]
+    counts = [int(size * len(space)) for size in sizes]  # the floor, as MIB has it
     nothing, everything = (torch.full((len(space),), value) for value in (False, True))
     sets = {_key(choices): choices for choices in (nothing, everything)}
     for order in ranked.values():

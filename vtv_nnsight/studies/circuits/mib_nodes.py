@@ -1,4 +1,5 @@
-"""Rankings of heads as MIB's circuits are written: nodes by name, with scores (code hannamw/MIB-circuit-track)."""
+"""Rankings of heads as MIB's circuits are written: a graph of nodes by name, with scores, which `Graph.from_json` of
+EAP-IG reads (code hannamw/MIB-circuit-track and hannamw/EAP-IG)."""
 
 from __future__ import annotations
 
@@ -46,6 +47,8 @@ def nodes(space: PatchSpace, scores: torch.Tensor, circuit: PatchSet | None = No
 
 
 _NODES = {"heads": "a{layer}.h{head}", "mlp": "m{layer}"}
+_INPUTS = {"a": ("<q>", "<k>", "<v>"), "m": ("",)}
+"""What an edge says of the input of a head or an MLP that it ends in."""
 
 
 def by_head(space: PatchSpace, scores: torch.Tensor) -> torch.Tensor:
@@ -56,7 +59,37 @@ def by_head(space: PatchSpace, scores: torch.Tensor) -> torch.Tensor:
 
 
 def write_nodes(path: str | Path, space: PatchSpace, scores: torch.Tensor, circuit: PatchSet | None = None) -> None:
-    """Write `nodes` as JSON, with the names that they have here beside MIB's."""
+    """Write `nodes` as the JSON of a graph: cfg (layers, heads, width), nodes and edges.
+
+    Nodes have the names that they have here beside MIB's. Those that the space has not (the input, the logits, MLPs of
+    a space of heads) are in the graph without a score, which keeps them there. Edges are those between nodes in the
+    graph; they are not scored, so that rankings of it are by node (`apply_topn(n, level="node")`). Where a stage has
+    fewer heads than another, the heads that it lacks are no nodes of the file.
+    """
     pairs = zip(nodes(space, scores, circuit).items(), space.names)
     labelled = {name: node | {"label": label} for (name, node), label in pairs}
-    write_text(path, json.dumps({"nodes": labelled}, indent=1) + "\n")
+    heads = [
+        space.fingerprint[f"{s.name} heads"]
+        for s in {s.name: s for s in space.stages}.values()
+        for _ in range(s.layers)
+    ]
+    graph = {"input": {"in_graph": True}}
+    stream, edges = ["input"], []
+    for layer, count in enumerate(heads):
+        for names in ([_NODES["heads"].format(layer=layer, head=head) for head in range(count)], [f"m{layer}"]):
+            graph |= {name: labelled.get(name, {"in_graph": True}) for name in names}
+            read = [end + inputs for end in names if graph[end]["in_graph"] for inputs in _INPUTS[end[0]]]
+            edges += [f"{start}->{end}" for start in stream for end in read]
+            stream += [name for name in names if graph[name]["in_graph"]]
+    edges += [f"{start}->logits" for start in stream]
+    content = {
+        "cfg": {
+            "n_layers": len(heads),
+            "n_heads": max(heads),
+            "parallel_attn_mlp": False,
+            "d_model": max(stage.width for stage in space.stages),
+        },
+        "nodes": graph | {"logits": {"in_graph": True}},
+        "edges": {name: {"score": 0.0, "in_graph": True} for name in edges},
+    }
+    write_text(path, json.dumps(content) + "\n")
