@@ -13,9 +13,10 @@ out, counterfactual  or by what the units say of the same query under the other 
 
 m is minus the token loss, the task's metric, and log p(answer) - log p(the other task's answer to the same query), on
 test prompts that no search saw. CPR is the integral of f over k (higher is better), CMD that of |1 - f| (0 is best), on
-linear and on log k, each over the range of k, by which MIB does not divide; a star marks the order that MIB takes each of; intervals are 95 % over prompts and seeds (bootstrap). Rankings search at
-equal budgets; random units stand beside them. The folder circuits/ holds the curves of every direction and measure
-(`Curves.load`), and the heads as MIB's nodes.
+linear and on log k, each over the range of k, by which MIB does not divide; a star marks the order that MIB takes each
+of. Intervals are 95 % over prompts, what they share, and seeds (bootstrap). Rankings search at equal budgets;
+random units stand beside them. The folder circuits/ holds the curves of every direction and measure (`Curves.load`), and
+the heads as MIB's nodes, in a graph that EAP-IG reads.
 
 The last table is of models whose circuit is known by construction, another one for each seed: the chance that a ranking
 puts a head of the circuit before another head (AUROC), direction "out, counterfactual", at the same budget.
@@ -225,7 +226,7 @@ def is_repeated(row: dict, rows: list[dict]) -> bool:
 
 
 def cell(row: dict, name: str, rows: list[dict]) -> str:
-    """A value with its interval, and a star where MIB takes it from that order, or from the other one if it is equal."""
+    """A value with its interval, and a star where MIB takes it from that order, or from one that is equal."""
     orders = [order for order in ORDERS if row | {"order": order} in rows]
     star = "*" if any((name.split()[0], order) in MIB for order in orders) else ""
     return f"{row[name]:.3f} [{row[f'{name} low']:.3f}, {row[f'{name} high']:.3f}]{star}"

@@ -213,7 +213,7 @@ def test_nodes_of_mib(model, tmp_path):
 
 
 def named_by_eap_ig(layers, heads):
-    """The nodes and edges of EAP-IG's graph of a model of these sizes (attention before MLP): all the names it knows."""
+    """Nodes and edges of EAP-IG's graph of a model of these sizes (attention before MLP): all the names it knows."""
     stream, edges = ["input"], set()
     for layer in range(layers):
         attention = [f"a{layer}.h{head}" for head in range(heads)]

@@ -399,7 +399,8 @@ def test_controls_may_ask_fewer_prompts(model, prompts, vectors, patches, table)
         (0.2, "the vector of lowlight is not surely worse (+0.200 [+0.200, +0.200])."),
         (
             -0.2,
-            "the best other vector, of lowlight, is off by -0.200 [-0.200, -0.200]; units searched for it may do better.",
+            "the best other vector, of lowlight, is off by -0.200 [-0.200, -0.200]; "
+            "units searched for it may do better.",
         ),
     ],
 )

@@ -12,8 +12,8 @@ from vtv_nnsight.evaluation.random_controls import (
     vector_pairs,
     verdicts,
 )
-from vtv_nnsight.evaluation.selection import select_prompts
 from vtv_nnsight.evaluation.resampling import bootstrap
+from vtv_nnsight.evaluation.selection import select_prompts
 from vtv_nnsight.evaluation.table import Line, Table
 
 __all__ = [

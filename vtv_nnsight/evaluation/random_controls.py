@@ -140,8 +140,8 @@ def rank_among_draws(table: Table, task: str, among: str = RANDOM, condition: st
 
 
 def vector_pairs(table: Table) -> pd.DataFrame:
-    """What `transfer_at_fixed_units` returns, of a table of evaluations with the vectors of other tasks at the same units, as
-    `controls` gives them. All are compared on the images that every vector was asked.
+    """What `transfer_at_fixed_units` returns, of a table of evaluations with the vectors of other tasks at the
+    same units, as `controls` gives them. All are compared on the images that every vector was asked.
 
     Raises:
         ValueError: when no task of the table has vectors of others.
@@ -226,8 +226,8 @@ def transfer_at_fixed_units(
         progress: Show a progress bar.
 
     Returns:
-        A row for each task and vector: task, vector, metric, label, higher_is_better, images, pictures; mean, low and high of the
-        score with its 95 % interval; difference, difference_low and difference_high: the vector's score minus that of
+        A row for each task and vector: task, vector, metric, label, higher_is_better, images, pictures; mean, low and
+        high of the score with its 95 % interval; difference, difference_low and difference_high: the vector's score minus that of
         the task's own vector on the same prompts (NaN for its own).
 
     Raises:

@@ -139,8 +139,8 @@ def _matrix(run: RunResults, keep: Keep) -> dict[str, Any]:
         return {}
     pairs = vector_pairs(run.table)
     caption = (
-        f"Every vector at the units of every task, on {pairs.pictures.min()} pictures. The task's own is framed; a star "
-        "marks the best of another task where the own is not surely better."
+        f"Every vector at the units of every task, on {pairs.pictures.min()} pictures. The task's own is framed; a "
+        "star marks the best of another task where the own is not surely better."
     )
     return {
         "figure": draw(partial(plots.matrix, pairs), caption, keep=keep, name="matrix", numbers=pairs),

@@ -87,7 +87,8 @@ class Curves:
             star = ["*" * ((name.split()[0], order) in MIB) for order in frame.order]
             cells[name] = [f"{m:.3f} [{low:.3f}, {high:.3f}]{mark}" for m, low, high, mark in zip(*columns, star)]
         head = f"direction {self.direction!r}, m = {self.measure}, {len(self.full)} prompts"
-        return f"{head}\n{frame[['ranking', 'order', 'seeds']].join(pd.DataFrame(cells)).to_string(index=False)}\n* as MIB takes it"
+        rows = frame[["ranking", "order", "seeds"]].join(pd.DataFrame(cells)).to_string(index=False)
+        return f"{head}\n{rows}\n* as MIB takes it"
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file of all values."""
