@@ -15,8 +15,8 @@ m is minus the token loss, the task's metric, and log p(answer) - log p(the othe
 test prompts that no search saw. CPR is the integral of f over k (higher is better), CMD that of |1 - f| (0 is best), on
 linear and on log k, each over the range of k, by which MIB does not divide; a star marks the order that MIB takes each
 of. Intervals are 95 % over prompts, what they share, and seeds (bootstrap). Rankings search at equal budgets;
-random units stand beside them. The folder circuits/ holds the curves of every direction and measure (`Curves.load`), and
-the heads as MIB's nodes, in a graph that EAP-IG reads.
+random units stand beside them. The folder circuits/ holds the curves of every direction and measure (`Curves.load`),
+and the heads as MIB's nodes, in a graph that EAP-IG reads.
 
 The last table is of models whose circuit is known by construction, another one for each seed: the chance that a ranking
 puts a head of the circuit before another head (AUROC), direction "out, counterfactual", at the same budget.

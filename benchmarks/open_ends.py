@@ -73,7 +73,7 @@ class Bench:
         judge = search.Objective(self.model, vector, task, rows[:1], space, held_out=rows)
         choices = torch.zeros(len(space), dtype=torch.bool) if units is None else units.choices
         losses = judge(choices.expand(len(rows), -1), judge.held_out).numpy()
-        shared = torch.stack(list(rows.identifiers.values()), dim=1).numpy()
+        shared = torch.stack(list(rows.factors.values()), dim=1).numpy()
         mean, low, high = bootstrap(losses, identifiers=shared)
         return mean, (high - low) / 2
 

@@ -225,15 +225,15 @@ def test_a_table_knows_what_its_images_share(model):
     """Query, example, and what the rows of data tell of themselves: intervals are over all of them."""
     rows = data.pictures("test", 24)
     prompts = tasks.lowlight.prompts(rows, 16, layout=model.layout)
-    assert list(prompts.identifiers) == ["query", "example", "object", "background", "source"]
+    assert list(prompts.factors) == ["query", "example", "object", "background", "source"]
     drawn = tasks.draw(rows, 16)
     names = [rows[i]["background"] for i in drawn.rows[:, 1].tolist()]
     same = torch.tensor([[a == b for b in names] for a in names])
-    numbers = prompts[torch.arange(16)].identifiers["background"]
+    numbers = prompts[torch.arange(16)].factors["background"]
     assert torch.equal(numbers[:, None] == numbers[None], same) and same.sum() > 16
     table = evaluate(model, tasks.lowlight, prompts, {"copy": "copy"}, keep=0, progress=False)
     line = table.lines()[0]
-    shared = torch.stack(list(prompts.identifiers.values()), 1).numpy()
+    shared = torch.stack(list(prompts.factors.values()), 1).numpy()
     expected = bootstrap(table.values("lowlight", "copy"), identifiers=shared)
     assert (line.mean, line.low, line.high) == pytest.approx(expected)
     assert np.array_equal(table.identifiers("lowlight", "copy"), shared)

@@ -77,9 +77,9 @@ def project(points: torch.Tensor, method: str = "pca") -> Any:
 
 
 def matrix(pairs: Any) -> Figure:
-    """Every vector on every task, as `evaluation.transfer_at_fixed_units` measured it: scores, coloured in each row from
-    the worst (dark) to the best (light); the task's own vector is framed, and a star marks the best one of another task
-    where the own is not surely better.
+    """Every vector on every task, as `evaluation.transfer_at_fixed_units` measured it: scores, coloured in each row
+    from the worst (dark) to the best (light); the task's own vector is framed, and a star marks the best one of another
+    task where the own is not surely better.
 
     Args:
         pairs: What `evaluation.transfer_at_fixed_units` returned.

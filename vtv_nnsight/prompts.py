@@ -157,10 +157,10 @@ class VisualPrompt:
     def queries(self) -> torch.Tensor:
         """A number for each row's query picture, LongTensor [batch] on the CPU: rows of one number ask about the same
         picture. Of the query's cell where `pictures` is not known."""
-        return self.identifiers["query"]
+        return self.factors["query"]
 
     @property
-    def identifiers(self) -> dict[str, torch.Tensor]:
+    def factors(self) -> dict[str, torch.Tensor]:
         """What rows may share, and intervals resample together: "query", "example" (all examples of a prompt as one)
         and `sources` → a number for each row, LongTensor [batch] on the CPU."""
         names = [name for name in self.layout.cells if "output" not in name]

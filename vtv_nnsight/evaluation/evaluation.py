@@ -153,7 +153,7 @@ def _frame(
     """
     facts: dict[str, Any] = {"task": task.name, "metric": task.metric.name, "label": task.metric.label, "fold": fold}
     facts["loss_name"] = f"{loss.name.removesuffix('s').replace('_', ' ')} loss" if loss else "loss"
-    images = pd.DataFrame({"image": range(len(prompts))} | {n: i.numpy() for n, i in prompts.identifiers.items()})
+    images = pd.DataFrame({"image": range(len(prompts))} | {n: i.numpy() for n, i in prompts.factors.items()})
     frames = []
     for (name, draw), parts in values.items():
         if parts:

@@ -227,8 +227,8 @@ def transfer_at_fixed_units(
 
     Returns:
         A row for each task and vector: task, vector, metric, label, higher_is_better, images, pictures; mean, low and
-        high of the score with its 95 % interval; difference, difference_low and difference_high: the vector's score minus that of
-        the task's own vector on the same prompts (NaN for its own).
+        high of the score with its 95 % interval; difference, difference_low and difference_high: the vector's score
+        minus that of the task's own vector on the same prompts (NaN for its own).
 
     Raises:
         ValueError: when a task lacks its vector or its prompts.

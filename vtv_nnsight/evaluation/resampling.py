@@ -35,7 +35,7 @@ def intervals(
         series: [image] or [image, draw] each.
         folds: [image]; one fold by default.
         identifiers: [image] or [image, identifier]: images that have a number in common share a picture; by default
-            each stands alone. `VisualPrompt.identifiers` has them.
+            each stands alone. `VisualPrompt.factors` has them.
         seed: Of what is drawn.
 
     Returns:

@@ -115,7 +115,7 @@ def faithfulness(
         else:
             values = dict(zip(sets, answers(prompts.query_only(), list(sets.values()))))
             full = answers(prompts, [nothing])[0]
-    curves, shared = [], np.stack([numbers.numpy() for numbers in prompts.identifiers.values()], axis=1)
+    curves, shared = [], np.stack([numbers.numpy() for numbers in prompts.factors.values()], axis=1)
     for i, part in enumerate(measures):
         kept = {
             name: np.stack([values[_key(choices)][i] for choices in prefixes(order, len(space), counts)])
