@@ -438,7 +438,7 @@ def test_what_is_there_is_found(known, known_objective, name):
     if name == "random":
         assert found < 0.9
     else:
-        assert found > {"reinforce": 0.6, "consistent attribution": 0.7}.get(name, 0.95), found
+        assert found > {"reinforce": 0.6, "consistent attribution": 0.6}.get(name, 0.95), found
         # these evaluations are few steps of REINFORCE, and few prompts to agree
 
 
