@@ -505,10 +505,12 @@ def test_offloaded_weights(models, prompts, tmp_path):
 
 
 def test_a_wrong_write_says_what_was_expected(model, prompts):
-    for wrong in (torch.zeros(3, 256, 64), torch.zeros(3, 256, 16, 4), 0.0):
-        words = r"encoder\.layers\.0\.attention\.heads was given .* \[batch, token, 4, 16\]"
+    for wrong in (torch.zeros(3, 256, 64), torch.zeros(3, 256, 16, 4), torch.zeros(1, 256, 4, 16), 0.0):
+        words = r"encoder\.layers\.0\.attention\.heads was given .*head_dim\] = \[3, 256, 4, 16\]"
         with pytest.raises(ValueError, match=words), model.trace(prompts):
             model.encoder.layers[0].attention.heads = wrong
+    with pytest.raises(ValueError, match=r"pattern was given shape \[1, 4, 256, 128\]"), model.trace(prompts):
+        model.encoder.layers[0].attention.pattern = torch.zeros(1, 4, 256, 128)
 
 
 def test_prompts_that_do_not_fit(model, prompts):

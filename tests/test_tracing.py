@@ -144,8 +144,9 @@ def test_edits_in_place_and_whole_equal_hooks(model, module, prompts, grad):
 
 
 def test_a_wrong_write_says_what_was_expected(model, prompts):
-    for wrong in (torch.zeros(3, 148, 32), torch.zeros(3, 148, 8, 4), 0.0):
-        message = r"encoder\.blocks\.0\.attn\.heads was given .* \[batch, token, 4, 8\]"
+    zeros = torch.zeros(3, 148, 4, 8)  # of which less than all rows, tokens, heads or dimensions would broadcast
+    for wrong in (zeros.flatten(2), zeros.mT, zeros[:1], zeros[:, :1], zeros[:, :, :1], zeros[..., :1], 0.0):
+        message = r"encoder\.blocks\.0\.attn\.heads was given .*head_dim\] = \[3, 148, 4, 8\]"
         with pytest.raises(ValueError, match=message), model.trace(prompts):
             model.encoder.blocks[0].attn.heads = wrong
 

@@ -22,6 +22,7 @@ from einops import rearrange
 from scipy import ndimage
 from torch.nn import functional as F
 
+from vtv_nnsight.finite import check_finite
 from vtv_nnsight.images import IMAGENET_STD
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -50,8 +51,14 @@ class Metric:
     reads: str = field(default="pixels", compare=False)
 
     def __call__(self, prediction: Any, target: Any) -> torch.Tensor:
-        """Scores [batch] of predictions and targets, as `reads` says."""
-        return self.function(prediction, target)
+        """Scores [batch] of predictions and targets, as `reads` says.
+
+        Raises:
+            ValueError: when a score is not finite.
+        """
+        scores = self.function(prediction, target)
+        check_finite(scores, f"the score {self.name!r}", "have the metric give a number for every answer")
+        return scores
 
     def better(self, score: float, other: float) -> bool:
         """Whether a score is better than another."""
@@ -243,6 +250,7 @@ def _lpips_network(device: torch.device) -> Any:
 
 def _nearest(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
     """Pixels [batch, 3, height, width] → which colour of the palette is nearest, [batch, height, width]."""
+    check_finite(pixels, "a picture", "give pixels from 0 to 1")
     values = pixels.double().mul(255).round(decimals=3)
     distances = [(values - values.new_tensor(colour).view(3, 1, 1)).square().sum(1) for colour in palette]
     return torch.stack(distances).argmin(0)
@@ -265,6 +273,8 @@ def _box(inside: torch.Tensor) -> torch.Tensor:
 
 
 def _check_pair(prediction: torch.Tensor, target: torch.Tensor) -> None:
+    for name, pixels in (("the prediction", prediction), ("the target", target)):
+        check_finite(pixels, name, "score pictures, whose pixels are from 0 to 1")
     if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
         raise ValueError(
             f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must both be "

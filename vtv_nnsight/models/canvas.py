@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from vtv_nnsight.finite import check_output
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import check_device_map, resolve_device
 from vtv_nnsight.models.interface import InContextModel
@@ -132,7 +133,12 @@ class CanvasModel(TraceableModel, InContextModel):
     @torch.no_grad()
     def paint(self, output: Any, prompts: VisualPrompt | Inputs, paste: bool = True) -> torch.Tensor:
         """The canvases that the network's output stands for, with their own pixels at the visible patches where
-        `paste`: [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated)."""
+        `paste`: [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated).
+
+        Raises:
+            ValueError: when the output is not finite.
+        """
+        check_output(output)
         return paint_canvas(self.draw, self.predictions(output), prompts, self.layout, paste)
 
     def predictions(self, output: Any) -> torch.Tensor:

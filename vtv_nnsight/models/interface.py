@@ -81,9 +81,10 @@ class ByStage(dict[StageSite, Any]):
 
 
 def _key(key: str | tuple[str, str]) -> StageSite:
-    if isinstance(key, StageSite):
-        return key
-    return StageSite(key) if isinstance(key, str) else StageSite(*key)
+    names = (key,) if isinstance(key, str) else key
+    if not isinstance(names, tuple) or not 0 < len(names) < 3 or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{key!r} is neither the name of a stage nor (stage, site), such as ('encoder', 'mlp').")
+    return StageSite(*names)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from vtv_nnsight.prompts import Canvases
 
 __all__ = ["Envoy", "eproperty", "traceable"]
 
+PATTERN_AXES = "[batch, head, query token, key token]"
+
 
 def network_of(envoy: Any) -> Any:
     """The torch module of a model, or of any envoy in it."""
@@ -74,12 +76,7 @@ def heads_of(
 
     @heads.postprocess  # type: ignore[no-redef]
     def heads(self: Envoy, value: torch.Tensor) -> Any:
-        number, size = sizes(self)
-        if not isinstance(value, torch.Tensor) or tuple(value.shape[-2:]) != (number, size) or value.ndim != 4:
-            given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(
-                f"{self.path}.heads was given {given}; expected a tensor [batch, token, {number}, {size}]."
-            )
+        check_written(heads, self, value, "[batch, token, head, head_dim]")
         return joined(self, value)
 
     @heads.transform  # type: ignore[no-redef]
@@ -87,6 +84,18 @@ def heads_of(
         return joined(self, view)
 
     return heads
+
+
+def check_written(view: eproperty, envoy: Envoy, value: Any, axes: str) -> None:
+    """Refuse what is written to an envoy's view and has not the shape of what it replaces, which would broadcast.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    expected = list(view._preprocess(envoy, Mediator.value(view._location(envoy))).shape)
+    if not isinstance(value, torch.Tensor) or list(value.shape) != expected:
+        given = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{envoy.path}.{view.name} was given {given}; expected a tensor {axes} = {expected}.")
 
 
 def editable(value: torch.Tensor) -> torch.Tensor:
@@ -310,13 +319,14 @@ class CallingBlock:
 
     Args:
         verb: The verb's name.
+        model: The model that the verb was given.
         example: What to write, for errors.
 
     Raises:
-        ValueError: outside a block, or in a loop over the steps of a run.
+        ValueError: outside a block, in the block of another model, or in a loop over the steps of a run.
     """
 
-    def __init__(self, verb: str, example: str) -> None:
+    def __init__(self, verb: str, model: Any, example: str) -> None:
         self.verb = verb
         try:
             self._mediator = Mediator.current(verb)
@@ -327,6 +337,12 @@ class CallingBlock:
                 f'{verb} cannot be called in a loop over steps; write {verb}(…, steps="all") once, above the loop.'
             )
         self._batcher, self._group = self._mediator.interleaver.batcher, self._mediator.batch_group
+        traced = self._batcher.envoy
+        if not isinstance(model, Envoy) or (model.interleaver, model.path) != (traced.interleaver, traced.path):
+            raise ValueError(
+                f"{verb} was given a {type(model).__name__} that is not the model of this trace; give the "
+                f"{type(traced).__name__} whose block it is called in."
+            )
 
     @property
     def is_edit(self) -> bool:

@@ -23,13 +23,16 @@ from torch.nn import functional as F
 from transformers import SegGptConfig, SegGptForImageSegmentation
 from transformers.models.seggpt.modeling_seggpt import SegGptAttention
 
+from vtv_nnsight.finite import check_output
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, positions
 from vtv_nnsight.models.canvas import CanvasModel, drop_none
 from vtv_nnsight.models.interface import Loss, Stage, group_positions
 from vtv_nnsight.models.nnsight_compat import (
     Envoy,
+    PATTERN_AXES,
     SourceProperty,
+    check_written,
     editable,
     eproperty,
     heads_of,
@@ -81,6 +84,7 @@ class AttentionEnvoy(Envoy):
     @pattern.postprocess  # type: ignore[no-redef]
     def pattern(self, value: torch.Tensor) -> torch.Tensor:
         """A pattern that was written, as the module computes it: the streams below each other."""
+        check_written(AttentionEnvoy.pattern, self, value, PATTERN_AXES)
         return _join_pattern(self, value)
 
     @pattern.transform  # type: ignore[no-redef]
@@ -216,6 +220,7 @@ class Painter(CanvasModel):
     @torch.no_grad()
     def paint(self, output: Any, prompts: VisualPrompt | Inputs) -> torch.Tensor:  # type: ignore[override]
         """The prompts' canvases with the answer in the output cell, clipped: [batch, 3, height, width] in [0, 1]."""
+        check_output(output)
         painted, (rows, columns) = prompts.canvas.clone(), self.layout.cells["output"]
         painted[..., rows, columns] = denormalise(output.prediction.to(painted.dtype)).clamp(0, 1)
         return painted

@@ -153,7 +153,7 @@ def read_layers(
         steps: "first" or "all": the forwards of the traced call that are read.
         stop: End the run with the last layer.
     """
-    block = block or CallingBlock("reading", "with model.trace(prompts): ...")
+    block = block or CallingBlock("reading", model, "with model.trace(prompts): ...")
     prompts, at = running_prompts(block), [(*place, place_of(model, *place)) for place in places]
 
     def at_block(raw: torch.Tensor, place: Place) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from nnsight import save
 
+from vtv_nnsight.finite import WHERE, check_finite
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
 from vtv_nnsight.patching.patching import patch
@@ -67,9 +68,14 @@ def losses(
         model, prompts, edit: As for `forward`.
         loss: What `find_loss` gives.
         truth: What the loss compares with: `model.truth(prompts)`, or the true output cells for "pixels".
+
+    Raises:
+        ValueError: when a loss is not finite.
     """
     output, answered = forward(model, prompts, edit, restrict=loss.name != PIXELS)
-    return loss.value(output, answered, truth)
+    values = loss.value(output, answered, truth)
+    check_finite(values, f"the loss {loss.name!r}", WHERE)
+    return values
 
 
 def find_loss(

@@ -7,14 +7,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
+from numbers import Real
+from typing import Any, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from vtv_nnsight.finite import check_finite
 from vtv_nnsight.layouts import Layout, place_names
 from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.inside_trace import Place
@@ -27,8 +29,17 @@ from vtv_nnsight.text import join_names
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors, zero_vector
 from vtv_nnsight.vectors.compatibility import check_compatible, check_layout, fingerprint
 
-Patches = PatchSet | Mapping[Any, torch.Tensor] | Sequence[str]
-"""Where to patch: a set, masks by stage and site, or names of units."""
+
+class HasPatches(Protocol):
+    """What has a set of units, as a search's result has."""
+
+    @property
+    def patches(self) -> PatchSet:
+        """The set."""
+
+
+Patches = PatchSet | HasPatches | Mapping[Any, torch.Tensor] | str | Iterable[str]
+"""Where to patch: a set, a search's result, masks by stage and site, or names of units."""
 MODES = ("replace", "add")
 """What `patch` can do with a vector."""
 
@@ -38,7 +49,7 @@ def patch(
     vector: TaskVector | Activations | Sequence[TaskVector | Activations],
     patches: Patches | Sequence[Patches],
     *,
-    scale: float = 1.0,
+    scale: float | torch.Tensor = 1.0,
     mode: str = "replace",
     steps: str = "first",
 ) -> None:
@@ -51,31 +62,33 @@ def patch(
         model: The model that is traced (or the one that `edit` hands out).
         vector: What to put there; faster when it is on the model's device. `Activations` have a row for each row of the
             batch. Or a list, with as many patches.
-        patches: Where. A PatchSet; or what `PatchSpace.mask` returns: by stage, [layer, position, head] for all rows,
-            or [batch, layer, position, head] with a mask for each row (float masks are gates, which mix the two
-            activations and through which gradients flow); or names of units, ["decoder.blocks.0.mlp @ output"].
+        patches: Where. A PatchSet or a SearchResult; or what `PatchSpace.mask` returns: by stage, [layer, position,
+            head] for all rows, or [batch, layer, position, head] with a mask for each row (float masks are gates,
+            which mix the two activations and through which gradients flow); or names of units of one space, as
+            `PatchSpace.names` has them: ["decoder.blocks.0.mlp @ output"].
         scale: How far to go: 0 leaves an activation as it is, 1 replaces it, 2 goes as far again. With mode="add", how
-            much of the vector to add.
+            much of the vector to add. A tensor has a number for each row of the batch: a sweep in one forward.
         mode: "replace": the vector in the place of the activation. "add": the vector on top of it, as one steers
             language models.
         steps: "first": in the first forward of the traced call. "all": in each of its forwards.
 
     Raises:
-        ValueError: when vector, patches and model do not belong together, naming what differs; when patches ask for
-            layers, positions or sites that the vector lacks or positions that the prompt does not show (a whole head
-            is patched at the tokens there are); outside a block; or when the model has run past the first of the
-            places.
+        TypeError: when vector, patches or scale are of another kind.
+        ValueError: when vector, patches, model and prompts do not belong together, naming what differs; when patches
+            ask for layers, positions or sites that the vector lacks or positions that the prompt does not show (a
+            whole head is patched at the tokens there are); when what would be put there is not finite; outside a
+            block; or when the model has run past the first of the places.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}.")
-    block = CallingBlock("patch", "with model.trace(prompts): patch(model, vector, patches)")
+    block = CallingBlock("patch", model, "with model.trace(prompts): patch(model, vector, patches)")
     prompts, layout = running_prompts(block), running_layout(block)
-    vectors = [vector] if isinstance(vector, (TaskVector, Activations)) else list(vector)
+    vectors = _as_vectors(vector)
     with unset_fake_temporarily():  # in a scan, too, what is patched is real
         sets = _as_sets(model, patches, layout)
         if len(vectors) != len(sets):
             raise ValueError(f"{len(vectors)} vectors and {len(sets)} patch sets were given; give as many of both.")
-        edits = _edits(model, vectors, sets, layout, scale, mode)
+        edits = _edits(model, vectors, sets, layout, _as_scale(scale), mode)
     by_stage = [(stage, changes) for stage in model.stages if (changes := _changes(model, stage, edits))]
 
     def run(step: int) -> None:
@@ -112,22 +125,52 @@ def ablate(model: InContextModel, patches: Patches, to: str | TaskVector | TaskV
     patch(model, to, patches)
 
 
+def _as_vectors(vector: Any) -> list[TaskVector | Activations]:
+    vectors = list(vector) if isinstance(vector, (list, tuple)) else [vector]
+    for one in vectors:
+        if not isinstance(one, (TaskVector, Activations)):
+            raise TypeError(
+                f"patch was given a {type(one).__name__} as its vector; write patch(model, vector, patches) with a "
+                'TaskVector, such as vectors["segmentation"], Activations, or a list of them.'
+            )
+    return vectors
+
+
+def _as_scale(scale: Any) -> float | torch.Tensor:
+    """A number, or a tensor [batch, 1, 1, 1]."""
+    is_tensor = isinstance(scale, torch.Tensor) and scale.ndim < 2 and not scale.is_complex()
+    if not is_tensor and not isinstance(scale, Real):
+        raise TypeError(f"scale={scale!r} is no scale; give a number, or a tensor with a number for each row.")
+    check_finite(scale, "scale", "give a number from 0 (as it is) to 1 (the vector), or beyond")
+    return scale[:, None, None, None] if is_tensor and scale.ndim else scale
+
+
 def _as_sets(model: InContextModel, patches: Any, layout: Layout | None) -> list[PatchSet | Mapping[Any, torch.Tensor]]:
     """Sets and masks of what `patch` was given."""
+    patches = getattr(patches, "patches", patches)
     if isinstance(patches, (PatchSet, Mapping)):
         return [patches]
-    patches = list(patches)
-    if not patches or not isinstance(patches[0], str):
+    if not isinstance(patches, Iterable) or isinstance(patches, torch.Tensor):
+        raise TypeError(
+            f"patch was given a {type(patches).__name__} as its patches; give a PatchSet (PatchSet(space, choices) "
+            "makes one), a SearchResult, masks by stage, or names of units."
+        )
+    patches = [patches] if isinstance(patches, str) else list(patches)
+    if not patches:
+        raise ValueError("patches=[] names no unit; give names, or PatchSet.random(space, 0) for a set without any.")
+    if not all(isinstance(name, str) for name in patches):
         return [one for part in patches for one in _as_sets(model, part, layout)]
     sites = (HEADS, *model.outputs(model.stages[0].name, 0))
     spaces = (PatchSpace(model, layout, granularity, sites=sites) for granularity in GRANULARITIES)
-    unknown = patches
+    unknown, everywhere = patches, set(patches)
     for space in spaces:  # the space of tokens, which is large, is made only where the ones before lack a name
         missing = [name for name in patches if name not in space.index_of]
         if not missing:
             return [PatchSet.named(space, patches)]
-        unknown = min(unknown, missing, key=len)
-    raise ValueError(f"{unknown[0]!r} is not a unit of this model; PatchSpace(model).names has such.")
+        unknown, everywhere = min(unknown, missing, key=len), everywhere.intersection(missing)
+    if everywhere:
+        raise ValueError(f"{min(everywhere)!r} is not a unit of this model; PatchSpace(model).names has such.")
+    raise ValueError(f"{unknown[0]!r} is not a unit of the space of the others; name units of one PatchSpace.")
 
 
 def _edits(
@@ -135,7 +178,7 @@ def _edits(
     vectors: Sequence[TaskVector | Activations],
     sets: Sequence[Any],
     layout: Layout | None,
-    scale: float,
+    scale: float | torch.Tensor,
     mode: str,
 ) -> list[_Edit]:
     """What to do at each stage and site, where vectors, sets, model and the layout of its prompts belong together."""
@@ -183,21 +226,41 @@ class _Edit:
     """One vector and its mask, at one site of a stage."""
 
     def __init__(
-        self, stage: Stage, vector: TaskVector | Activations, mask: torch.Tensor, scale: float, mode: str
+        self,
+        stage: Stage,
+        vector: TaskVector | Activations,
+        mask: torch.Tensor,
+        scale: float | torch.Tensor,
+        mode: str,
     ) -> None:
         self.stage, self.vector, self.mode = stage, vector, mode
         values = vector.values.get(stage.key)
-        if values is not None and (mask.ndim not in (3, 4) or mask.shape[-3:] != values.shape[-4:-1]):
-            raise ValueError(
-                f"a mask of shape {list(mask.shape)} does not fit the {stage.key}; expected [layer, position, head] = "
-                f"{list(values.shape[-4:-1])}, with or without a batch in front."
-            )
+        if not isinstance(mask, torch.Tensor) or mask.is_complex():
+            raise TypeError(f"the mask of the {stage.key} is a {type(mask).__name__}; give a tensor, bool or float.")
+        check_finite(mask, f"the mask of the {stage.key}", "give True and False, or gates from 0 to 1")
+        if values is not None:
+            expected = [stage.layers, values.shape[-3], stage.heads]
+            if list(values.shape[-4:]) != [*expected, stage.head_dim]:
+                raise ValueError(
+                    f"{vector.label} has shape {list(values.shape)} at the {stage.key}; expected [layer, position, "
+                    f"head, head_dim] = {[*expected, stage.head_dim]}, of activations with rows in front."
+                )
+            if mask.ndim not in (3, 4) or list(mask.shape[-3:]) != expected:
+                raise ValueError(
+                    f"a mask of shape {list(mask.shape)} does not fit the {stage.key}; expected [layer, position, "
+                    f"head] = {expected}, with or without a batch in front."
+                )
+        if isinstance(scale, torch.Tensor) and scale.ndim and mask.ndim == 4 and len(mask) != len(scale):
+            raise ValueError(f"scale has {len(scale)} numbers for masks of {len(mask)} rows; give one for each row.")
         units = mask if mask.dtype == torch.bool else mask.detach() != 0
         self.units = (units.any(0) if units.ndim == 4 else units).cpu()
         busy = self.units.flatten(1).any(1) | mask.requires_grad  # gates that are 0 need their gradient, too
         self.layers = set(busy.nonzero()[:, 0].tolist())
         self.values = values
-        self.mask = mask if mask.dtype == torch.bool and scale == 1 and mode == "replace" else mask * scale
+        self.per_row = "a scale for" if isinstance(scale, torch.Tensor) and scale.ndim else "a mask for"
+        scale = scale.to(mask.device) if isinstance(scale, torch.Tensor) else scale
+        plain = mask.dtype == torch.bool and isinstance(scale, Real) and scale == 1 and mode == "replace"
+        self.mask = mask if plain else mask * scale
 
     def check_vector(self, model: InContextModel) -> None:
         """Refuse a vector that has nothing at these units."""
@@ -224,6 +287,24 @@ class _Edit:
             raise ValueError(
                 f"{label} have no layer {missing[0]} of the {self.stage.key}, which "
                 f"{module_path(model, self.stage, missing[0])}{unit} needs; capture it too."
+            )
+
+        self._check_finite(model)
+
+    def _check_finite(self, model: InContextModel) -> None:
+        """Refuse a vector that is NaN or infinite where it is put; gates of 0 multiply all of a layer."""
+        reached = self.units
+        if self.mask.dtype != torch.bool:
+            reached = torch.zeros_like(reached).index_fill(0, torch.tensor(sorted(self.layers)), True)
+        layer, position, head = reached.nonzero().to(self.values.device).unbind(1)
+        bad = ~self.values[..., layer, position, head, :].isfinite().all(-1)
+        bad = bad & self.vector.present_rows[self.stage.key].to(bad.device)[:, position]
+        if bad.any():
+            at = bad.any(0).nonzero()[0]
+            (place,), unit = place_names(position[at]), f".heads[{head[at].item()}]" * (self.stage.site == HEADS)
+            raise ValueError(
+                f"{self.vector.label} is not finite at {module_path(model, self.stage, layer[at].item())}{unit}, {place}; "
+                "look for NaN and infinity where it was made."
             )
 
     def begin(self, model: InContextModel, seen: torch.Tensor) -> None:
@@ -258,7 +339,7 @@ class _Edit:
         """A layer's activations [batch, token, head, head_dim] with the vector's in their place."""
         if isinstance(z, FakeTensor):
             return z
-        for given, what in ((self.mask, "a mask for"), (self.values, "activations of")):
+        for given, what in ((self.mask, self.per_row), (self.values, "activations of")):
             if given.ndim > 3 + (given is self.values) and len(given) != len(z):
                 raise ValueError(f"{what} {len(given)} rows was given; this batch has {len(z)}.")
         new, mask, present = inside_trace.at(self.values.select(-4, layer), seen), self._mask(layer, seen), None

@@ -32,20 +32,26 @@ class PatchSet:
 
     Args:
         space: The space.
-        choices: bool [n], one for each of its units.
+        choices: bool [n], or 0 and 1, one for each of its units.
 
     Raises:
-        ValueError: when choices are not one for each unit, or two sets are of different spaces.
+        ValueError: when choices are not one for each unit, or others than these, such as probabilities; or when two
+            sets are of different spaces.
     """
 
     space: PatchSpace
     choices: torch.Tensor
 
     def __post_init__(self) -> None:
-        choices = torch.as_tensor(self.choices).detach().cpu().bool()
+        choices = torch.as_tensor(self.choices).detach().cpu()
         if choices.shape != (len(self.space),):
             raise ValueError(f"choices of shape {list(choices.shape)} are not one for each of {len(self.space)} units.")
-        object.__setattr__(self, "choices", choices)
+        if len(others := choices[(choices != 0) & (choices != 1)]):
+            raise ValueError(
+                f"choices hold {others[0].item():.3g} and a unit is in a set or not; give True and False, such as "
+                "probabilities > 0.5, or patch with the gates of space.mask(probabilities)."
+            )
+        object.__setattr__(self, "choices", choices.bool())
 
     @classmethod
     def named(cls, space: PatchSpace, names: Iterable[str]) -> PatchSet:

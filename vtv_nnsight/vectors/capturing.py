@@ -51,7 +51,7 @@ def capture(
         ValueError: when the model has no such site, stage or layer; outside a block, or inside `edit`, which gives
             nothing back; or when the model has run past the first of the layers.
     """
-    block = CallingBlock("capture", "with model.trace(prompts): activations = capture(model)")
+    block = CallingBlock("capture", model, "with model.trace(prompts): activations = capture(model)")
     if block.is_edit:
         raise ValueError("capture in an edit gives nothing back; write it in a trace of the edited model.")
     places = list_layers(model, sites, stages, layers)

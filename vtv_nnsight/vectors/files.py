@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from vtv_nnsight.files import read_tensors, write_tensors
+from vtv_nnsight.finite import check_finite
+from vtv_nnsight.layouts import place_names
 from vtv_nnsight.models.interface import SITES, ByStage, Stage
 from vtv_nnsight.vectors.compatibility import layout_of, stages_of
 
@@ -97,13 +99,18 @@ def _read_values(tensors: Mapping[str, torch.Tensor], name: str, field: str, sta
 
 
 def write_activations(path: str | Path, activations: ByStage, fingerprint: dict[str, Any]) -> None:
-    """Write single prompts' activations as a safetensors file."""
+    """Write single prompts' activations as a safetensors file.
+
+    Raises:
+        ValueError: when one is not finite.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for key, values in activations.items():
-        there = ~values[..., 0, 0].isnan()
+        there = ~values.isnan().flatten(-2).all(-1)
         layers, positions = (there.any(0).any(dim).nonzero()[:, 0] for dim in (1, 0))
         tensors |= {f"{key}/layers": layers, f"{key}/positions": positions}
         tensors[f"{key}/values"] = values[:, layers][:, :, positions]
+        check_finite(values[there], f"what was captured of the {key}", "look for NaN in the model's weights")
     write_tensors(path, ACTIVATIONS, tensors, {"fingerprint": fingerprint})
 
 
@@ -140,8 +147,19 @@ def _within(numbers: torch.Tensor, count: int) -> bool:
 
 
 def present_positions(mean: ByStage) -> ByStage:
-    """By stage, bool [position]: the positions of means [layer, position, head, head_dim] that are not absent."""
-    return mean.map(lambda values: ~values[0, :, 0, 0].isnan())
+    """By stage, bool [position]: the positions of means [layer, position, head, head_dim] that are not absent, which is
+    NaN throughout.
+
+    Raises:
+        ValueError: when a position is neither absent nor finite throughout.
+    """
+    absent = mean.map(lambda values: values.isnan().flatten(2).all(-1).all(0))
+    for key, values in mean.items():
+        whole = values.isfinite().flatten(2).all(-1).all(0) | absent[key]
+        if not whole.all():
+            (place,) = place_names((~whole).nonzero()[0])
+            raise ValueError(f"the vector is not finite at {place} of the {key}; look for NaN where it was made.")
+    return absent.map(torch.logical_not)
 
 
 def scatter(values: torch.Tensor, at: torch.Tensor, places: int) -> torch.Tensor:

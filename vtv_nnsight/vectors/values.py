@@ -18,10 +18,12 @@ zero, and arithmetic keeps it so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +31,7 @@ import torch
 from einops import rearrange
 
 from vtv_nnsight import maps
+from vtv_nnsight.finite import check_finite
 from vtv_nnsight.models.inside_trace import put
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, StageSite
 from vtv_nnsight.prompts import VisualPrompt, as_rows
@@ -55,12 +58,15 @@ class Linear:
         return self._combine(other, "-", torch.sub) if isinstance(other, type(self)) else NotImplemented
 
     def __mul__(self: Self, factor: float) -> Self:
-        return self._scale(factor) if isinstance(factor, (int, float)) else NotImplemented
+        if not isinstance(factor, Real):
+            return NotImplemented
+        check_finite(factor, "the factor", "scale by a finite number")
+        return self._scale(factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self: Self, divisor: float) -> Self:
-        return self * (1 / divisor)
+        return self * (1 / divisor if divisor else math.inf)
 
     def __neg__(self: Self) -> Self:
         return -1 * self
@@ -94,6 +100,7 @@ class TaskVector(Linear):
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", ByStage(self.mean))
         object.__setattr__(self, "variance", None if self.variance is None else ByStage(self.variance))
+        _check_floating(self.mean, self.label)
 
     @property
     def values(self) -> ByStage:
@@ -142,6 +149,12 @@ class TaskVector(Linear):
         return replace(self, task=f"{factor:g} * ({self.task})", mean=mean, variance=None)
 
 
+def _check_floating(values: ByStage, label: str) -> None:
+    for key, tensor in values.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{label} is {tensor.dtype} at the {key}, which drops fractions; give floating point.")
+
+
 def _check_alike(other: TaskVector, first: TaskVector) -> None:
     check_compatible(other.label, other.fingerprint, f"that of {first.task!r}", first.fingerprint)
     if other.mean.keys() != first.mean.keys():
@@ -179,6 +192,9 @@ class Activations(Linear):
     fingerprint: dict[str, Any]
     _gradients: ByStage = field(default_factory=ByStage, init=False, repr=False)
     label = "the activations"
+
+    def __post_init__(self) -> None:
+        _check_floating(self.values, self.label)
 
     @classmethod
     def collect(
@@ -380,7 +396,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             Ratios by stage; NaN at the positions that some task lacks, 0 where nothing varies.
 
         Raises:
-            ValueError: with fewer than two tasks, or a task of fewer than two prompts.
+            ValueError: with fewer than two tasks, a task of fewer than two prompts, or a vector that is not finite.
         """
         dims = {None: None, "position": 1, "head": 2}
         if over not in dims:
@@ -391,6 +407,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         for name, vector in self.items():
             if vector.variance is None:
                 raise ValueError(f"the vector of {name!r} has no variance; collect it from two or more prompts.")
+            present_positions(vector.mean)
             variances.append(vector.variance)
 
         def ratio(means: list[torch.Tensor], variances: list[torch.Tensor]) -> torch.Tensor:
@@ -416,7 +433,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         whatever dtype the file has.
 
         Raises:
-            ValueError: when a value is NaN, or too large for the dtype.
+            ValueError: when a value is NaN, infinite, or too large for the dtype.
         """
         content = {name: (vector.mean, vector.variance, vector.count) for name, vector in self.items()}
         write_vectors(path, content, self.fingerprint, dtype)

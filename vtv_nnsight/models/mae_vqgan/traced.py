@@ -20,7 +20,16 @@ from vtv_nnsight.models.canvas import drop_none
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.published import load_checkpoint, read_config
 from vtv_nnsight.models.mae_vqgan.transformer import Attention, Decoder, Encoder, MAEVQGANModel
-from vtv_nnsight.models.nnsight_compat import EagerProperty, Envoy, StageEnvoy, editable, eproperty, heads_of
+from vtv_nnsight.models.nnsight_compat import (
+    PATTERN_AXES,
+    EagerProperty,
+    Envoy,
+    StageEnvoy,
+    check_written,
+    editable,
+    eproperty,
+    heads_of,
+)
 from vtv_nnsight.models.sources import EMBEDDED, locate
 from vtv_nnsight.models.torch_files import StrPath
 
@@ -34,6 +43,12 @@ class AttentionEnvoy(Envoy):
     def pattern(self, value: Any) -> torch.Tensor:
         """How much each token attends to each: [batch, head, query token, key token], rows that sum to one."""
         return editable(value)
+
+    @pattern.postprocess  # type: ignore[no-redef]
+    def pattern(self, value: torch.Tensor) -> torch.Tensor:
+        """A pattern that was written, of the shape of the one that it replaces."""
+        check_written(AttentionEnvoy.pattern, self, value, PATTERN_AXES)
+        return value
 
     @pattern.transform  # type: ignore[no-redef]
     def pattern(self, edited: torch.Tensor, raw: Any) -> torch.Tensor:

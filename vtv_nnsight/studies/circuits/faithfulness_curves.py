@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from vtv_nnsight.digests import tensor_digest
+from vtv_nnsight.finite import WHERE, check_finite
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, default_batch_size
 from vtv_nnsight.patching import PatchSpace, patch
@@ -180,7 +181,9 @@ def _measure(
     edit = partial(patch, vector=vector, patches=space.mask(choices.to(prompts.device)))
     restrict = all(measure.narrows for measure in measures)
     output, answered = forward(model, prompts[rows], edit, restrict=restrict)
-    return torch.stack([measure.value(output, answered, rows).double().cpu() for measure in measures], dim=1)
+    values = torch.stack([measure.value(output, answered, rows).double().cpu() for measure in measures], dim=1)
+    check_finite(values, "a measure", WHERE)
+    return values
 
 
 def _settings(

@@ -1,0 +1,35 @@
+"""Numbers that are numbers: NaN and infinity are refused where values come in, before they paint or score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def check_finite(values: torch.Tensor | float, what: str, instead: str) -> None:
+    """Refuse values of which one is NaN or infinite, in a sentence of what they are and what to do instead. Of tensors
+    that are shapes alone nothing is known.
+
+    Raises:
+        ValueError: naming the first such value.
+    """
+    tensor = torch.as_tensor(values).detach()
+    if not isinstance(tensor, FakeTensor) and not tensor.is_meta and not (finite := tensor.isfinite()).all():
+        raise ValueError(f"{what} {'is' if tensor.ndim == 0 else 'holds'} {tensor[~finite][0].item()}; {instead}.")
+
+
+def check_output(output: Any) -> None:
+    """Refuse a network's output, a mapping of tensors, of which one is not finite: it would paint and score something.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for name, tensor in output.items() if isinstance(output, Mapping) else ():
+        if isinstance(tensor, torch.Tensor):
+            check_finite(tensor, f"the model's {name}", WHERE)
+
+
+WHERE = "look for NaN and infinity in what is patched in, in edits and in the weights, or load them as torch.float32"
