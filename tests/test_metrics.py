@@ -29,6 +29,21 @@ def test_iou_of_halves():
     assert metrics.iou(torch.cat([top, top]), torch.cat([top, 1 - top])).tolist() == [1, 0]
 
 
+def test_pixels_and_scores_that_are_not_finite_are_refused():
+    white, bad = torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+    bad[0, 1, 2, 3] = torch.nan
+    for metric in (metrics.IOU, metrics.MSE, metrics.COLOR_BLIND_IOU, metrics.SHAPE_ACCURACY):
+        for pair in ((bad, white), (white, bad)):
+            with pytest.raises(ValueError, match="(prediction|target) holds nan"):
+                metric(*pair)
+    for look in (metrics.squared_off, lambda pixels: metrics.rounded(pixels, [(0, 0, 0)])):
+        with pytest.raises(ValueError, match="a picture holds nan"):
+            look(bad)
+    ratio = metrics.Metric("ratio", lambda a, b: -((a - b).square().mean((1, 2, 3)).log()), True, "ratio")
+    with pytest.raises(ValueError, match="the score 'ratio' holds inf"):
+        ratio(white, white)
+
+
 def test_two_empty_masks_agree():
     black = paint([0.0, 0.0])
     assert metrics.iou(black, black).item() == 1 and metrics.iou(black, 1 - black).item() == 0

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +20,10 @@ from vtv_nnsight import (
     search,
     tasks,
 )
+from vtv_nnsight.evaluation import Condition
 from vtv_nnsight.layouts import CLS, positions
 from vtv_nnsight.models.interface import GRANULARITIES, QUERY_ONLY, ByStage
-from vtv_nnsight.patching.forward import generate_with_gates
+from vtv_nnsight.patching.forward import find_loss, generate_with_gates, losses
 from vtv_nnsight.runs.bundles import Bundle
 from vtv_nnsight.vectors import zero_vector
 
@@ -386,6 +388,168 @@ def test_what_does_not_belong_together_is_refused(model, prompts, vectors):
         logits(model, zero_shot, vectors["b"], horizontal)
     with pytest.raises(ValueError, match=r"a mask of shape \[36\] does not fit the encoder"):
         logits(model, zero_shot, vectors["b"], {"encoder": chosen.choices, "decoder": chosen.choices})
+
+
+def test_what_may_be_patched_and_what_is_refused_in_a_sentence(model, prompts, vectors):
+    space, vector, rows = PatchSpace(model), vectors["b"], prompts.query_only()
+    units = PatchSet.random(space, 7)
+    found = search.random(model, vector, tasks.Segmentation(), rows, space, budget=4, progress=False)
+    expected, of_result = logits(model, rows, vector, units), logits(model, rows, vector, found.patches)
+    for patches in (
+        list(units),
+        tuple(units),
+        set(units),
+        dict.fromkeys(units).keys(),
+        units.mask,
+        [units],
+        [units.mask],
+    ):
+        assert torch.equal(logits(model, rows, vector, patches), expected)
+    assert torch.equal(logits(model, rows, vector, found), of_result)
+    assert torch.equal(logits(model, rows, [vector], [found]), of_result)
+    name = list(units)[0]
+    assert torch.equal(logits(model, rows, vector, name), logits(model, rows, vector, [name]))
+    head = PatchSpace(model, granularity="head").names[0]
+    bundle = Bundle(vectors, {"b": found})
+    for wrong, patches, error, words in (
+        (units, vector, TypeError, "a PatchSet as its vector"),
+        (bundle, units, TypeError, "a Bundle as its vector"),
+        (vectors, units, TypeError, "a TaskVectors as its vector"),
+        (found, units, TypeError, "a SearchResult as its vector"),
+        (vector.mean, units, TypeError, "a ByStage as its vector"),
+        (None, units, TypeError, "a NoneType as its vector"),
+        (vector, vector, TypeError, "a TaskVector as its patches"),
+        (vector, units.choices, TypeError, "a Tensor as its patches; .*PatchSet.space, choices. makes one"),
+        (vector, space, TypeError, "a PatchSpace as its patches"),
+        (vector, None, TypeError, "a NoneType as its patches"),
+        (vector, [0, 1], TypeError, "a int as its patches"),
+        (vector, bundle, ValueError, "a mask of 'b' was given; this model has encoder, decoder"),
+        (vector, {"encoder": [0]}, TypeError, "the mask of the encoder is a list"),
+        (vector, {3: units.choices}, TypeError, "3 is neither the name of a stage nor"),
+        (vector, [], ValueError, r"patches=\[\] names no unit"),
+        ([], [], ValueError, r"patches=\[\] names no unit"),
+        (vector, [[], units], ValueError, r"patches=\[\] names no unit"),
+        (vector, [head, name], ValueError, "is not a unit of the space of the others"),
+        (vector, [name, "x"], ValueError, "'x' is not a unit of this model; PatchSpace.model..names has such"),
+        (vector, [units, units], ValueError, "1 vectors and 2 patch sets were given"),
+    ):
+        with pytest.raises(error, match=words):
+            logits(model, rows, wrong, patches)
+    for other in (MAEVQGAN(random_module(1)), model.encoder, "tiny"):
+        for verb in (lambda: patch(other, vector, units), lambda: capture(other)):
+            with pytest.raises(ValueError, match="is not the model of this trace"), model.trace(rows):
+                verb()
+
+
+def test_a_scale_for_each_row(model, prompts, vectors):
+    rows, units = prompts.query_only(), PatchSet.random(PatchSpace(model), 36)
+    scales, vector = torch.tensor([0.0, 0.5, 1.0, 2.0]), vectors["b"]
+    expected = torch.cat([logits(model, rows[i], vector, units, scale=scales[i].item()) for i in range(4)])
+    torch.testing.assert_close(logits(model, rows, vector, units, scale=scales), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model, rows[2], vector, units, scale=torch.tensor(1)), expected[2:3])
+    masks = PatchSpace(model).mask(units.choices.float().expand(4, -1))
+    torch.testing.assert_close(logits(model, rows, vector, masks, scale=scales), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(rows[:1]):
+            patch(model, vector, units, scale=scales[:1])
+        with tracer.invoke(rows[1:]):
+            patch(model, vector, units, scale=scales[1:])
+        with tracer.invoke():
+            swept = model.output.logits.save()
+    torch.testing.assert_close(swept, expected, rtol=1e-4, atol=1e-5)
+    for scale, error, words in (
+        (scales[:3], ValueError, "a scale for 3 rows was given; this batch has 4"),
+        (scales[None], TypeError, "is no scale; give a number, or a tensor with a number for each row"),
+        ([1.0] * 4, TypeError, "is no scale"),
+        ("1", TypeError, "is no scale"),
+        (None, TypeError, "is no scale"),
+    ):
+        with pytest.raises(error, match=words):
+            logits(model, rows, vector, units, scale=scale)
+    with pytest.raises(ValueError, match="scale has 3 numbers for masks of 4 rows"):
+        logits(model, rows, vector, masks, scale=scales[:3])
+
+
+def broken(vector, value, layer=1, dim=3):
+    """A vector with a value in one of its numbers, at the first position of the query."""
+    place, head = 1 + LAYOUT.regions["query"][0], 1
+    mean = vector.mean.map(torch.clone)
+    mean["encoder"][layer, place, head, dim] = value
+    return replace(vector, mean=mean)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nothing_that_is_not_finite_is_patched_painted_scored_or_saved(model, prompts, vectors, value, tmp_path):
+    space, vector, rows = PatchSpace(model), vectors["b"], prompts.query_only()
+    units, task = PatchSet(space, torch.ones(len(space), dtype=torch.bool)), tasks.Segmentation()
+    one = PatchSet.named(space, ["encoder.blocks.0.attn.heads[0] @ query"])
+    gates = torch.zeros(len(space)).index_fill(0, torch.tensor([5]), value)
+    bad, scales = broken(vector, value), torch.tensor([1, 1, 1, value])
+    with model.trace(prompts):
+        run = capture(model)
+    run.values["decoder"][2, 1, -1, 1, 3] = value
+    changed = replace(vector, mean=vector.mean.map(torch.clone))
+    assert logits(model, rows, changed, units).isfinite().all()
+    changed.mean["encoder"][1, 1 + LAYOUT.regions["query"][0], 1, 3] = value  # after it was looked at
+    for patched, patches, scale in (
+        (vector, units, value),
+        (vector, units, scales),
+        (vector, space.mask(gates), 1.0),
+        (bad, units, 1.0),
+        (bad, space.mask(0.0 * gates.nan_to_num(0, 0, 0) + one.choices), 1.0),  # 0 times it is not 0
+        (run, units, 1.0),
+        (vector + bad, units, 0.0),
+        (changed, units, 1.0),
+    ):
+        with pytest.raises(ValueError, match=f"(is|holds) {value}|is not finite at .*patch"):
+            logits(model, rows, patched, patches, scale=scale)
+    for make in (lambda: vector * value, lambda: run / (0 * value if value != value else 0), lambda: value * run):
+        with pytest.raises(ValueError, match="the factor is"):
+            make()
+    for save in (
+        lambda: TaskVectors({"b": bad}).save(tmp_path / "v"),
+        lambda: TaskVectors({"b": broken(vector, value, layer=0, dim=0)}).save(tmp_path / "v"),
+        lambda: run.save(tmp_path / "v"),
+        lambda: TaskVectors({"a": vectors["b"], "b": bad}).score(),
+    ):
+        with pytest.raises(ValueError, match="not finite|holds"):
+            save()
+    assert not list(tmp_path.iterdir())
+
+    def spoil(model):
+        model.decoder.blocks[0].attn.heads[:, :, 0] = value
+
+    for answer in (
+        lambda: evaluate(model, task, prompts, {"x": Condition(run=spoil)}, progress=False),
+        lambda: evaluate(model, task, prompts, {"x": Condition("zero", bad, units)}, progress=False),
+        lambda: search.random(model, bad, task, rows, space, budget=40, progress=False),
+        lambda: losses(model, prompts, find_loss(model), model.truth(prompts), spoil),
+        lambda: generate_with_gates(model, prompts[0], vector, space, gates[None]),
+    ):
+        with pytest.raises(ValueError, match=f"(is|holds) (nan|{value})|is not finite at"):
+            answer()
+    with pytest.raises(ValueError, match="the model's logits holds nan; look for"):
+        with model.generate(prompts):
+            spoil(model)
+
+
+def test_what_would_broadcast_or_be_cut_is_refused(model, prompts, vectors):
+    space, vector = PatchSpace(model), vectors["b"]
+    units = PatchSet.random(space, 36)
+    flat = replace(vector, mean=vector.mean.map(lambda mean: mean.mean(-1, keepdim=True)))
+    few = replace(vector, mean=vector.mean.map(lambda mean: mean[:1]))
+    for wrong in (flat, few):
+        with pytest.raises(
+            ValueError, match=r"'b' has shape .* at the encoder; expected \[layer, position, head, head_"
+        ):
+            logits(model, prompts, wrong, units)
+    for cut in (lambda: vector.to(torch.int64), lambda: replace(vector, mean=vector.mean.map(torch.Tensor.long))):
+        with pytest.raises(TypeError, match="'b' is torch.int64 at the encoder, which drops fractions"):
+            cut()
+    for choices in (torch.rand(len(space)), torch.full((len(space),), torch.nan), 2 * units.choices.int()):
+        with pytest.raises(ValueError, match="a unit is in a set or not; give True and False"):
+            PatchSet(space, choices)
+    assert PatchSet(space, units.choices.double()) == PatchSet(space, units.choices.tolist()) == units
 
 
 LAYOUTS = {

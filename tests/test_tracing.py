@@ -540,6 +540,8 @@ def test_pattern(eager, model, prompts):
             eager.encoder.blocks[1].attn.pattern[:] = 1 / 148
             in_place = eager.output.logits.save()
         assert torch.equal(in_place, changed)
+        with pytest.raises(ValueError, match=r"attn.pattern was given shape \[1, 4, 148, 148\]"), eager.trace(prompts):
+            eager.encoder.blocks[1].attn.pattern = uniform[:1]
 
 
 def test_gradients_after_an_edit_of_the_pattern(module, prompts):

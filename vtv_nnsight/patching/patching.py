@@ -226,12 +226,7 @@ class _Edit:
     """One vector and its mask, at one site of a stage."""
 
     def __init__(
-        self,
-        stage: Stage,
-        vector: TaskVector | Activations,
-        mask: torch.Tensor,
-        scale: float | torch.Tensor,
-        mode: str,
+        self, stage: Stage, vector: TaskVector | Activations, mask: torch.Tensor, scale: float | torch.Tensor, mode: str
     ) -> None:
         self.stage, self.vector, self.mode = stage, vector, mode
         values = vector.values.get(stage.key)

@@ -30,7 +30,7 @@ def write_vectors(path: str | Path, vectors: Content, fingerprint: dict[str, Any
     """
     tensors = {}
     for name, (mean, variance, _) in vectors.items():
-        for key, present in present_positions(mean).items():
+        for key, present in present_positions(mean, f"the mean of {name!r}").items():
             tensors[f"{name}/{key}/present"] = present
             for field, values in zip(FIELDS, (mean, variance)):
                 if values:
@@ -146,7 +146,7 @@ def _within(numbers: torch.Tensor, count: int) -> bool:
     return numbers.dtype == torch.long and bool(((numbers >= 0) & (numbers < count)).all())
 
 
-def present_positions(mean: ByStage) -> ByStage:
+def present_positions(mean: ByStage, label: str = "the vector") -> ByStage:
     """By stage, bool [position]: the positions of means [layer, position, head, head_dim] that are not absent, which is
     NaN throughout.
 
@@ -155,10 +155,14 @@ def present_positions(mean: ByStage) -> ByStage:
     """
     absent = mean.map(lambda values: values.isnan().flatten(2).all(-1).all(0))
     for key, values in mean.items():
-        whole = values.isfinite().flatten(2).all(-1).all(0) | absent[key]
-        if not whole.all():
-            (place,) = place_names((~whole).nonzero()[0])
-            raise ValueError(f"the vector is not finite at {place} of the {key}; look for NaN where it was made.")
+        bad = ~values.isfinite().all(-1) & ~absent[key][:, None]
+        if bad.any():
+            layer, position, head = bad.nonzero()[0]
+            (place,) = place_names(position[None])
+            raise ValueError(
+                f"{label} is not finite at layer {layer} and head {head} of the {key}, {place}; look for NaN and infinity "
+                "where it was made."
+            )
     return absent.map(torch.logical_not)
 
 

@@ -115,7 +115,7 @@ class TaskVector(Linear):
     @cached_property
     def present(self) -> ByStage:
         """By stage, bool [position]: the positions that are not absent."""
-        return present_positions(self.mean)
+        return present_positions(self.mean, self.label)
 
     @cached_property
     def present_rows(self) -> ByStage:
@@ -407,7 +407,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         for name, vector in self.items():
             if vector.variance is None:
                 raise ValueError(f"the vector of {name!r} has no variance; collect it from two or more prompts.")
-            present_positions(vector.mean)
+            present_positions(vector.mean, vector.label)
             variances.append(vector.variance)
 
         def ratio(means: list[torch.Tensor], variances: list[torch.Tensor]) -> torch.Tensor:
