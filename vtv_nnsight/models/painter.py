@@ -29,8 +29,8 @@ from vtv_nnsight.layouts import Layout, positions
 from vtv_nnsight.models.canvas import CanvasModel, drop_none
 from vtv_nnsight.models.interface import Loss, Stage, group_positions
 from vtv_nnsight.models.nnsight_compat import (
-    Envoy,
     PATTERN_AXES,
+    Envoy,
     SourceProperty,
     check_written,
     editable,

@@ -297,9 +297,9 @@ class _Edit:
         if bad.any():
             at = bad.any(0).nonzero()[0]
             (place,), unit = place_names(position[at]), f".heads[{head[at].item()}]" * (self.stage.site == HEADS)
+            path = module_path(model, self.stage, layer[at].item()) + unit
             raise ValueError(
-                f"{self.vector.label} is not finite at {module_path(model, self.stage, layer[at].item())}{unit}, {place}; "
-                "look for NaN and infinity where it was made."
+                f"{self.vector.label} is not finite at {path}, {place}; look for NaN and infinity where it was made."
             )
 
     def begin(self, model: InContextModel, seen: torch.Tensor) -> None:

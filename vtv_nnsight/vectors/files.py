@@ -160,8 +160,8 @@ def present_positions(mean: ByStage, label: str = "the vector") -> ByStage:
             layer, position, head = bad.nonzero()[0]
             (place,) = place_names(position[None])
             raise ValueError(
-                f"{label} is not finite at layer {layer} and head {head} of the {key}, {place}; look for NaN and infinity "
-                "where it was made."
+                f"{label} is not finite at layer {layer} and head {head} of the {key}, {place}; look for NaN and "
+                "infinity where it was made."
             )
     return absent.map(torch.logical_not)
 

@@ -22,8 +22,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from operator import add
 from numbers import Real
+from operator import add
 from pathlib import Path
 from typing import Any, TypeVar
 
