@@ -196,6 +196,25 @@ def test_token_loss_is_the_cross_entropy_of_the_outputs_codes(objective, vectors
     assert (losses - nothing).abs().min() > 1e-4
 
 
+@pytest.mark.parametrize("ask", ["together", "alone"])
+def test_layers_before_the_first_patched_one_run_once_a_prompt(objective, model, ask):
+    whole, late, ran = objective(batch_size=4), objective(batch_size=4), []
+    whole._prefixes.before = {}
+    choices, rows = some_pairs(late, count=8)
+    choices[:, late._prefixes.layer < 3] = False  # the decoder alone
+    choices[4:, late._prefixes.layer == 0] = True  # and what the second half have in common
+    if ask == "alone":
+        choices = choices[:4]
+    rows = rows[: len(choices)]
+    expected = whole(choices, rows)
+    hook = model._module.encoder.blocks[0].attn.register_forward_hook(lambda _, __, out: ran.append(len(out)))
+    for _ in range(3):
+        assert torch.equal(late.among(choices)(choices, rows), expected)
+    hook.remove()
+    assert sum(ran) <= len(late.prompts) * (2 if ask == "together" else 1)
+    assert late.evaluations == 3 * len(rows)
+
+
 def test_pixel_loss_is_the_tasks_own_of_the_decoded_answer(objective, vectors):
     objective = objective(loss="pixels", batch_size=4)
     choices, rows = some_pairs(objective)

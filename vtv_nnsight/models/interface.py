@@ -182,6 +182,13 @@ class InContextModel(ABC):
         `positions`, or [stream * batch, row, column, width]. A model that says nothing has heads alone."""
         return {}
 
+    @property
+    def reread(self) -> tuple[int, ...] | None:
+        """Layers, counted through the stages, of which something reads the output again after the next layer has: of a
+        network that goes from layer to layer none, (). Searches then start from the last layer before the first that
+        they patch. None, where a model says nothing: they run all of it."""
+        return None
+
     @abstractmethod
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """The position of every token of a stage: LongTensor [token]; inside a trace whose rows were given patches of

@@ -168,6 +168,11 @@ class Painter(CanvasModel):
         )
 
     @property
+    def reread(self) -> tuple[int, ...]:
+        """The layers that the decoder reads."""
+        return tuple(self.network.config.intermediate_hidden_state_indices)
+
+    @property
     def losses(self) -> tuple[Loss, ...]:
         """The smooth L1 distance of the masked half, as trained."""
         return (Loss("smooth_l1", self._smooth_l1),)

@@ -11,7 +11,6 @@ loss compares with, the prompts and the vector on the model's device. Unless los
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,13 +18,15 @@ from accelerate.utils import reduce
 
 from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.inside_trace import first
 from vtv_nnsight.models.interface import InContextModel, default_batch_size
 from vtv_nnsight.models.sites import stop_gradient
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace, patch
-from vtv_nnsight.patching.forward import PIXELS, Edit, find_loss, losses
+from vtv_nnsight.patching.forward import PIXELS, Edit, find_loss, give_like, losses, residuals, start_from
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.search.holdout import hold_out
+from vtv_nnsight.search.prefixes import Prefixes, Start
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import Activations, TaskVector
 from vtv_nnsight.vectors.compatibility import fingerprint
@@ -110,6 +111,8 @@ class Objective:
                     "then of the held-out prompts, and give held_out as prompts."
                 )
         numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
+        chunks = [chunk for part in numbers for chunk in part.split(self.batch_size)]
+        self._prefixes = Prefixes(model, space, self._left, chunks)
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
         self.evaluations = 0
         if self.loss == PIXELS:
@@ -149,9 +152,21 @@ class Objective:
         Returns:
             Float64 [row], on the CPU.
         """
-        with torch.no_grad():
-            values = self._shared(lambda batch: self._losses(choices[batch], rows[batch]).double()[:, None], rows, 1)
-            return values[:, 0]
+        return self.among(choices)(choices, rows)
+
+    def among(self, sets: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The objective, for sets [set, unit] that are asked together: what they have in common is computed once (see
+        `prefixes`)."""
+        shared = self._prefixes.shared(sets)
+
+        @torch.no_grad()
+        def losses_of(choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            def of_batch(batch: torch.Tensor) -> torch.Tensor:
+                return self._losses(choices[batch], rows[batch], shared=shared).double()[:, None]
+
+            return self._shared(of_batch, rows, 1)[:, 0]
+
+        return losses_of
 
     @property
     def layers(self) -> int:
@@ -227,20 +242,39 @@ class Objective:
             stop_gradient(edited, stage, layer)
         return cast(InContextModel, edited)
 
-    def _losses(self, choices: torch.Tensor, rows: torch.Tensor, drop: int | None = None) -> torch.Tensor:
+    def _losses(
+        self, choices: torch.Tensor, rows: torch.Tensor, drop: int | None = None, shared: set[Start] | None = None
+    ) -> torch.Tensor:
         """Losses [row] of one batch of one task."""
         model = self.model if drop is None else self._without(drop)
-        task, edit = int(self.group[rows[0]]), self._edit(choices.to(self._truth.device), rows)
-        rows = rows.to(self._truth.device)
+        edit = self._edit(choices, rows, {} if shared is None else self._prefixes.left(choices, rows, shared))
+        task, rows = int(self.group[rows[0]]), rows.to(self._truth.device)
         return losses(model, self.prompts[rows], self._loss_of[task], self._truth[rows], edit)
 
-    def _edit(self, choices: torch.Tensor, rows: torch.Tensor) -> Edit:
-        """What patches one batch of one task."""
+    def _left(self, layers: list[int], units: torch.Tensor, rows: torch.Tensor) -> list[Any]:
+        """What layers leave of prompts of one task, under a set [unit]."""
+        parts = [
+            residuals(self.model, self.prompts[part], layers, self._edit(units.expand(len(part), -1), part))
+            for part in rows.split(self._fits)
+        ]
+        return [give_like(raws[0], torch.cat(list(map(first, raws)), 1)) for raws in zip(*parts)]
+
+    def _edit(self, choices: torch.Tensor, rows: torch.Tensor, left: dict[int, Any] | None = None) -> Edit:
+        """What patches one batch of one task, from where layers have left something."""
         task = int(self.group[rows[0]])
         vector = self.vectors[task]
         if isinstance(vector, Activations):
             vector = vector[rows - self._first[task]]
-        return partial(patch, vector=vector, patches=self.space.mask(choices))
+        if left:
+            choices = choices & (self._prefixes.layer > max(left))
+        patches = self.space.mask(choices.to(self._truth.device))
+
+        def edit(model: InContextModel) -> None:
+            patch(model, vector, patches)
+            if left:
+                start_from(model, left)
+
+        return edit
 
 
 def _listed(value: Any) -> list[Any]:
