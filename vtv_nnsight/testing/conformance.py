@@ -145,7 +145,7 @@ def check_invokes(model: InContextModel, prompts: VisualPrompt) -> Promises:
 
 
 def check_starts(model: InContextModel, prompts: VisualPrompt) -> Promises:
-    """A run that starts behind a layer, with what it and those of `reread` have left, gives the output of a whole one."""
+    """A run that starts behind a layer gives the output of a whole one."""
     if model.reread is None:
         return
     expected, _ = forward(model, prompts)
