@@ -30,33 +30,97 @@ UNSEALED = SEAL.decode() + "0" * 32
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its name when the block ends without an error.
+    """A temporary path beside `path`, which takes its name when the block ends without an error. Links are followed.
 
     The file has the permissions that the user's new files have, whatever the writer in the block gives it.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: when there is no folder to write in, or a folder has that name.
+        OSError: naming the file: as `check_place`, or when the disk is full.
     """
-    path = Path(path)
     check_place(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with naming(path):
+        try:
+            temporary.touch()
+            permissions = stat.S_IMODE(temporary.stat().st_mode)
+            yield temporary
+            temporary.chmod(permissions)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """What the system refuses while a file is written, in a sentence that names it."""
     try:
-        temporary.touch()
-        permissions = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
-        temporary.chmod(permissions)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def check_place(path: str | Path) -> None:
-    """Refuse a path where no file can be written, with the errors of `replacing`."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} in.")
-    if path.is_dir():
+    """Refuse a path where no file can be written: nothing is made there.
+
+    Raises:
+        FileNotFoundError, PermissionError: when there is no folder to write in, or nothing may be written there.
+        IsADirectoryError, OSError: when a folder, a device or a pipe has that name.
+    """
+    with naming(path):
+        target = Path(os.path.realpath(path))
+        folder, there = target.parent, target.exists() and not target.is_file()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} to write {target.name} in.")
+    if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder and a file was to be written there; name another, or remove it.")
+    if there:
+        raise OSError(f"{path} is a device or a pipe and a file was to be written there; name another.")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {folder} is not yours to write in.")
+
+
+def check_folder(path: str | Path) -> Path:
+    """Refuse a path where no folder to write in can be: nothing is made.
+
+    Raises:
+        FileNotFoundError: when the folder above it is missing too, unless that is "runs".
+        NotADirectoryError: when something else has that name.
+    """
+    path = Path(path)
+    with naming(path):
+        there, above = path.exists(), path.absolute().parent.is_dir() or path.parent == Path("runs")
+    if there and not path.is_dir():
+        raise NotADirectoryError(f"{path} is no folder and a folder was to be written there; name another.")
+    if not above:
+        raise FileNotFoundError(f"there is no folder {path.parent} to make {path.name} in.")
+    return path
+
+
+def make_folder(path: str | Path) -> Path:
+    """A folder to write in, made where it is missing; of those above it only "runs" is, with the errors of
+    `check_folder`."""
+    path = check_folder(path)
+    with naming(path):
+        path.mkdir(exist_ok=True, parents=path.parent == Path("runs"))
+    return path
+
+
+def check_file(path: str | Path) -> Path:
+    """A path that a file can be read from.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is a folder, a device or a pipe.
+    """
+    path = Path(path)
+    try:
+        kind = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"there is no file {path}.") from error
+    if not stat.S_ISREG(kind):
+        raise ValueError(f"{path} is a {'folder' if stat.S_ISDIR(kind) else 'device or a pipe'}; expected a file.")
+    return path
 
 
 def file_name(*parts: Any) -> str:
@@ -120,7 +184,7 @@ def check_seal(path: str | Path) -> None:
         OSError: when it cannot be read.
         ValueError: when it was changed, cut short, or never sealed.
     """
-    with open(path, "rb") as file:
+    with open(check_file(path), "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
         place = content.find(SEAL) + len(SEAL)
         if place < len(SEAL) or content[place : place + 32] != _digest_around(content, place):
@@ -172,11 +236,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
         FileNotFoundError: when there is no such file.
         ValueError: when it is not as it was written, of another kind, or too large for this machine's memory.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected a file with {kind}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+    path = check_file(path)
     if path.stat().st_size > (memory := physical_memory()):
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes and this machine's memory {memory:,}.")
     try:

@@ -14,6 +14,7 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from vtv_nnsight.digests import bytes_digest, tensor_bytes
+from vtv_nnsight.files import check_file
 
 MIN_SIDE = 8
 """Pictures with a side of fewer pixels than this are refused."""
@@ -39,7 +40,7 @@ def open_picture(image: Image.Image | str | os.PathLike[str]) -> Image.Image:
             "(PIL.Image.fromarray makes an image of an array, images.to_pil of a tensor)."
         )
     try:
-        return Image.open(os.path.expanduser(image))
+        return Image.open(check_file(os.path.expanduser(image)))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no picture {os.fspath(image)}.") from error
     except OSError as error:
@@ -60,7 +61,7 @@ def read_picture(file: str | os.PathLike[str] | BinaryIO, name: str = "") -> Ima
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file)
+            image = Image.open(check_file(file) if isinstance(file, (str, os.PathLike)) else file)
             image.load()
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {name}.") from error

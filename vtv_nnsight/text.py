@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,16 @@ def join_words(words: Iterable[str], by: str = "and") -> str:
 def in_words(value: Any) -> str:
     """A setting, as JSON holds it: a list's items with commas between them."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def printable(text: str) -> str:
+    """Text with names of files in it: bytes that are not UTF-8 as "\\xe9"."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """Text in which no word is longer: of one that is, its two ends."""
+    return re.sub(rf"\S{{{most + 1},}}", lambda word: f"{word[0][: most // 2]}…{word[0][-most // 4 :]}", text)
 
 
 def duration(seconds: float) -> str:

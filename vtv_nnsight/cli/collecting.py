@@ -39,7 +39,7 @@ def collect(
     order: options.Order = Settings.order,
     seed: options.Seed = Settings.seed,
     batch_size: options.BatchSize = None,
-    resume: Annotated[Path | None, typer.Option(help="A file that keeps the state of a long run.")] = None,
+    resume: options.Resume = None,
     vqgan: options.VQGAN = None,
     embedding_type: options.EmbeddingType = None,
     dtype: options.DType = None,
@@ -59,7 +59,9 @@ def score(
     vectors: Annotated[Path, typer.Argument(help="The vectors that `vtv collect` wrote.")],
     granularity: options.Granularity = Settings.granularity,
     top: Annotated[int, typer.Option(min=1, help="How many units to print.")] = 10,
-    plot: Annotated[Path | None, typer.Option(help="Write layer × head heat maps to this picture.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write layer × head heat maps to this picture.", callback=options.place_for_file)
+    ] = None,
     model: Annotated[
         str, typer.Option(help="The model that the vectors are of; its sizes are all it takes.")
     ] = Settings.model,

@@ -16,17 +16,16 @@ from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.evaluation import Table, verdicts
-from vtv_nnsight.files import write_picture, write_text
+from vtv_nnsight.files import make_folder, write_picture, write_text
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.runs import steps
-from vtv_nnsight.runs.folds import folds_to_test
+from vtv_nnsight.runs.folds import folds_to_test, is_published_pascal
 from vtv_nnsight.runs.resuming import check_files
 from vtv_nnsight.runs.settings import PUBLISHED, Settings
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task, scored_by
 from vtv_nnsight.vectors import TaskVectors
 
-ResultsFolder = Annotated[Path, typer.Option("--output", "-o", help="A folder for tables, values and pictures.")]
 PatchesFile = Annotated[
     Path | None, typer.Option(help="Where to patch: a patch set (.json) or a search result (.safetensors).")
 ]
@@ -77,7 +76,7 @@ Published = Annotated[
 def evaluate(
     ctx: typer.Context,
     source: options.Source,
-    output: ResultsFolder,
+    output: options.OutputFolder,
     tasks: options.OneTask = None,
     vectors: Annotated[Path | None, typer.Option(help="The vectors that `vtv collect` wrote.")] = None,
     patches: PatchesFile = None,
@@ -108,6 +107,8 @@ def evaluate(
         raise ValueError("--vectors are of one model; leave them out, or --beside.")
     preset = {name: PUBLISHED[name] for name in ("protocol", "test_prompts")} if published else {}
     settings = options.settings_of(ctx, preset | {"most_tasks": 1}, model=source)
+    if is_published_pascal(settings):
+        options.refuse_unused(ctx, "with --published on Pascal, where all pictures count", "max_images")
     units = _patches(patches) if patches else None
     sites = () if units is None else getattr(units.space, "sites", ())  # of a space that is no model's there are none
     by_task = steps.read_vectors(vectors, settings.tasks, sites) if vectors else None
@@ -133,6 +134,7 @@ def evaluate(
 
 def _write_tables(tables: Mapping[str, Table], tasks: Sequence[Task], output: Path) -> None:
     """Write the evaluations of several models, each in a folder, and one table of them all."""
+    make_folder(output)
     for i, (name, table) in enumerate(tables.items()):
         say(name)
         _write_table(table, tasks, output / f"{i}_{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}")
@@ -146,7 +148,7 @@ def _write_table(table: Table, tasks: Sequence[Task], output: Path) -> None:
     """Print a table of evaluations and what it says, and write it in every form."""
     said = verdicts(table)
     say("\n".join([str(table), "", *said]).strip())
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     write_text(output / "table.md", "\n\n".join([table.markdown(), *said]) + "\n")
     table.to_csv(output / "table.csv")
     table.to_parquet(output / "values.parquet")

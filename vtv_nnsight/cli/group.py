@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import signal
 from functools import cache
 from importlib import import_module
@@ -17,6 +18,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from vtv_nnsight.cli.output import complain, say, sentence
+from vtv_nnsight.text import shortened
 
 COMMANDS = {
     "From end to end": {"run": "start", "report": "start", "demo": "demo"},
@@ -52,7 +54,7 @@ class LazyCommand(TyperCommand):
     """The name of a command and the first line of its help; the command itself is imported to parse its arguments."""
 
     def __init__(self, name: str, module: str) -> None:
-        super().__init__(name, help=_docstrings(module)[name.replace("-", "_")].partition("\n\n")[0])
+        super().__init__(name, help=escape(_docstrings(module)[name.replace("-", "_")].partition("\n\n")[0]))
         self.load = lambda: load_commands(module)[name]
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -68,26 +70,44 @@ class Commands(TyperGroup):
         imported, self.commands = self.commands, {}
         for panel, modules in COMMANDS.items():
             for name, module in modules.items():
-                command: Any = imported.get(name) or LazyCommand(name, module)
+                command: Any = _as_written(imported[name]) if name in imported else LazyCommand(name, module)
                 command.rich_help_panel = panel
                 self.commands[name] = command
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """`--debug` is the group's, wherever it stands."""
+        """`--debug` is the group's, wherever it stands; empty values, as of a shell's variable that is not set, are
+        noted for `invoke`."""
+        ctx.meta["empty"] = [
+            "".join(args[:i][-1:]) if not arg.strip() else arg.strip().rstrip("=")
+            for i, arg in enumerate(args)
+            if not arg.strip() or re.fullmatch(r"--[\w-]+=\s*", arg)
+        ]
         return super().parse_args(ctx, sorted(args, key=lambda arg: arg != "--debug"))
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; its errors are told in a sentence, and are the exit code."""
         try:
+            if ctx.meta["empty"]:
+                raise ValueError(f"an empty value follows {ctx.meta['empty'][0]}; give one, or leave it out.")
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             complain(f"Stopped. {GO_ON.get(ctx.invoked_subcommand, '')}".strip())
             raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from stop
         except Exception as error:
+            if _is_of_typer(error):
+                vars(error).update(message=shortened(getattr(error, "message", "")))
             if ctx.params["debug"] or _is_of_typer(error):
                 raise
             complain(f"[bold red]Error:[/] {escape(sentence(error))}")
             raise typer.Exit(1) from error
+
+
+def _as_written(command: Any) -> Any:
+    """A command, the brackets in its help shown as they are."""
+    for shown in (command, *command.params):
+        if getattr(shown, "help", None):
+            shown.help = escape(shown.help)
+    return command
 
 
 def load_commands(*modules: str) -> dict[str, Any]:

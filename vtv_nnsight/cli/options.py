@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 
 from vtv_nnsight import tasks
 from vtv_nnsight.data.sources import SOURCES
-from vtv_nnsight.files import check_place
+from vtv_nnsight.files import check_folder, check_place
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.search import ALGORITHMS
 
@@ -20,13 +19,17 @@ SEARCHES = f"How to search: {', '.join(ALGORITHMS)}, or published (the paper's o
 DATA = f"The data: {', '.join(source.usage for source in SOURCES.values())}, or a folder by its path"
 
 
-def place_for_file(ctx: typer.Context, path: Path) -> Path:
-    """A path to write a file at, before the work that goes into it: its folder is made, and what cannot be a file's
-    path is refused. (Completion in a shell, which parses, too, makes nothing.)"""
-    if not ctx.resilient_parsing:
-        with suppress(FileExistsError, NotADirectoryError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+def place_for_file(ctx: typer.Context, path: Path | None) -> Path | None:
+    """A path to write a file at, refused before the work that goes into it where it cannot be."""
+    if path is not None and not ctx.resilient_parsing:
         check_place(path)
+    return path
+
+
+def place_for_folder(ctx: typer.Context, path: Path | None) -> Path | None:
+    """A path to write a folder at, alike."""
+    if path is not None and not ctx.resilient_parsing:
+        check_folder(path)
     return path
 
 
@@ -105,7 +108,12 @@ Order = Annotated[str, typer.Option(help='"vertical", or "horizontal" for inputs
 Seed = Annotated[int, typer.Option(min=0, help="The seed of all that is random.")]
 Vectors = Annotated[Path, typer.Option(help="The vectors that `vtv collect` wrote.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.", callback=place_for_file)]
-OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to write in.")]
+OutputFolder = Annotated[
+    Path, typer.Option("--output", "-o", help="The folder to write in.", callback=place_for_folder)
+]
+Resume = Annotated[
+    Path | None, typer.Option(help="A file that keeps the state of a long job.", callback=place_for_file)
+]
 
 
 def settings_of(ctx: typer.Context, preset: Mapping[str, Any] | None = None, **others: Any) -> Settings:
@@ -121,7 +129,7 @@ def settings_of(ctx: typer.Context, preset: Mapping[str, Any] | None = None, **o
     names = {field.name for field in fields(Settings)} - {"dtype"}  # the model checks it, but for a run
     options = given(**{name: value for name, value in ctx.params.items() if name in names} | others)
     if images := ctx.params.get("images"):
-        if options["data"] != Settings.data:
+        if is_given(ctx, "data"):
             raise ValueError("--images and --data both say where pictures come from; give one.")
         if not images.is_dir():
             raise ValueError(f"--images {images} is not a folder; give one of pictures (--max-images says how many).")
@@ -133,6 +141,26 @@ def settings_of(ctx: typer.Context, preset: Mapping[str, Any] | None = None, **o
     if "vqgan" in options:
         options["vqgan"] = str(options["vqgan"])
     return Settings(**{**(preset or {}), **options})
+
+
+def is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line."""
+    return getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
+def refuse_unused(ctx: typer.Context, why: str, *names: str) -> None:
+    """Refuse options that would change nothing.
+
+    Args:
+        why: What makes them useless: "without --model".
+        *names: Of the options' parameters.
+
+    Raises:
+        ValueError: naming one that is on the command line.
+    """
+    for name in names:
+        if is_given(ctx, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no use {why}; leave it out.")
 
 
 def listed(text: str) -> tuple[str, ...]:

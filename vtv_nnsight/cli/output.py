@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vtv_nnsight.text import printable, shortened
+
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 """Errors whose message is meant for the user; of others the kind is told as well."""
 
@@ -34,6 +36,7 @@ def complain(markup: str) -> None:
 def sentence(error: Exception) -> str:
     """An error's message on one line."""
     words = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    words = shortened(printable(words))
     if isinstance(error, EXPECTED) and words:
         return words
     return f"{type(error).__name__}{': ' if words else ''}{words} (--debug shows where)"

@@ -89,6 +89,7 @@ class ExampleCommand(TyperCommand):
     "vtv prompt --task colorization --example cat.jpg --query dog.jpg -o prompt.png",
 )
 def prompt(
+    ctx: typer.Context,
     query: Annotated[Path, typer.Option(help="The picture to answer.")],
     output: options.Output,
     example: Examples = None,
@@ -114,17 +115,25 @@ def prompt(
         raise ValueError("there is no --example; give one, or --vectors, which need none.")
     if mask is not None and len(files) != 1:
         raise ValueError("--mask goes with a single --example file; with two, the second file is the answer.")
+    if not model and not vectors:
+        options.refuse_unused(ctx, "without a model", "vqgan", "embedding_type", "dtype")
+    if vectors:
+        options.refuse_unused(ctx, "with --vectors, which know it", "order")
+    else:
+        options.refuse_unused(ctx, "without --vectors", "scale")
     keywords = options.given(vqgan=vqgan, embedding_type=embedding_type, dtype=dtype)
     bundle = bundles.load(vectors) if vectors else None
     name = task or (next(iter(bundle)) if bundle else "identity")
+    to_make = tasks.get(name)
+    if to_make.needs != "mask":
+        options.refuse_unused(ctx, f"for {name}, which asks for no mask", "mask")
     if bundle:
-        layout, to_make = bundle[name][1].space.layout, tasks.get(name)
+        layout = bundle[name][1].space.layout
         patched = bundle.load_model(model, **keywords)
         bundle.check(patched)
         visual_prompt = _compose(to_make, files, mask, read_picture(query), layout)
         image = _strip(patched, bundle, name, visual_prompt, scale, bool(files))
     else:
-        to_make = tasks.get(name)
         painter: Any = load_model(model, **keywords) if model else None
         layout = replace(painter.layout if painter else Layout(), order=order)
         visual_prompt = _compose(to_make, files, mask, read_picture(query), layout)

@@ -10,12 +10,14 @@ import typer
 from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
+from vtv_nnsight.files import make_folder
 from vtv_nnsight.models.mae_vqgan.traced import MAEVQGAN
 from vtv_nnsight.studies import released
 
 
 @app.command(epilog="Example: vtv import-released checkpoint-3400.pth outputs/ -o imported")
 def import_released(
+    ctx: typer.Context,
     source: options.Source,
     files: Annotated[
         list[Path], typer.Argument(help="{task}_mean_activations.pkl and bernoullis_*.pkl, or folders that hold them.")
@@ -33,11 +35,13 @@ def import_released(
 
     The files are pickles; only tensors and arrays are read from them, and nothing in them is run.
     """
-    activations, bernoullis = released.find(files)
+    activations, bernoullis = released.find(dict.fromkeys(files))
+    if not bernoullis:
+        options.refuse_unused(ctx, "without files of probabilities", "seed")
     model = MAEVQGAN(source, **options.given(vqgan=vqgan))
     sets = {file: released.read_patches(model, file, seed) for file in bernoullis}
     vectors, residuals = released.read_activations(model, activations) if activations else (None, {})
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     if vectors is not None:
         for task, residual in residuals.items():
             both = ", ".join(f"{stage} {value:.1e}" for stage, value in residual.items())

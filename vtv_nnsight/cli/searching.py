@@ -12,7 +12,7 @@ from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.data import load
-from vtv_nnsight.files import write_picture
+from vtv_nnsight.files import make_folder, write_picture
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.settings import Settings
@@ -86,8 +86,11 @@ def search(
     order: options.Order = Settings.order,
     seed: options.Seed = Settings.seed,
     batch_size: options.BatchSize = None,
-    resume: Annotated[Path | None, typer.Option(help="A file that keeps what a long run has learnt.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="A folder for pictures of the search and of what it found.")] = None,
+    resume: options.Resume = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="A folder for pictures of the search and its set.", callback=options.place_for_folder),
+    ] = None,
     vqgan: options.VQGAN = None,
     embedding_type: options.EmbeddingType = None,
     dtype: options.DType = None,
@@ -96,6 +99,10 @@ def search(
     """Search for the units to patch so that the model does a task with no examples; one set for several tasks."""
     if algorithm not in (*ALGORITHMS, "published"):
         raise ValueError(f"{algorithm!r} is not an algorithm; choose from {', '.join(ALGORITHMS)}, or published.")
+    if algorithm != "reinforce":
+        options.refuse_unused(ctx, "but for reinforce", "recipe")
+    if algorithm not in ("attribution", "mediation", "ranking", "random"):
+        options.refuse_unused(ctx, f"for {algorithm}", "size")
     preset = {"budget": None} if "published" in (algorithm, recipe) else {}
     settings = options.settings_of(ctx, preset | {"most_tasks": 1}, model=source, search=algorithm)
     by_task = steps.read_vectors(vectors, settings.tasks, settings.sites if sites else ())
@@ -116,7 +123,7 @@ def search(
 
 def _draw(folder: Path, algorithm: str, result: SearchResult) -> None:
     """Write the curve of a search, and the scores of its units where they are few enough to show."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     figures = {"curve.png": plots.curves({algorithm: result})}
     if result.patches.space.granularity != "token":
         figures["units.png"] = plots.score_maps(result)

@@ -20,6 +20,7 @@ from vtv_nnsight.report.comparison import compare
 from vtv_nnsight.report.explorer import demonstrate
 from vtv_nnsight.report.labels import FLOOR_TO_CEILING
 from vtv_nnsight.runs import pipeline
+from vtv_nnsight.runs.folds import is_published_pascal
 from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
 
 PANELS = {
@@ -60,7 +61,14 @@ def _default(name: str) -> str:
 Model = Annotated[str, typer.Option(help="A model, as SOURCE of `vtv info`.", metavar="SOURCE")]
 DataInFolds = Annotated[str, typer.Option(help=f"{options.DATA}; pascal:ROOT is done fold by fold.")]
 Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="The folder to write.", show_default="runs/NAME, after the data")
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="The folder to write.",
+        show_default="runs/NAME, after the data",
+        callback=options.place_for_folder,
+    ),
 ]
 RunTasks = Annotated[
     str | None,
@@ -156,6 +164,10 @@ def run(
         raise ValueError("--quick and --published are opposites; give one.")
     preset = QUICK if quick else PUBLISHED if published else None
     settings = options.settings_of(ctx, preset, folds=_numbers(folds) if folds else (), dtype=dtype)
+    if is_published_pascal(settings):
+        options.refuse_unused(ctx, "with --published on Pascal, which takes all pictures", "max_images")
+    else:
+        options.refuse_unused(ctx, "but with --published on pascal:ROOT", "search_fold")
     folder = out or Path("runs") / (f"{settings.name}-quick" if quick else settings.name)
     pipeline.run(
         folder, settings, redo=redo, device=device, batch_size=batch_size, explore=demonstrate, report=page.write
@@ -190,10 +202,14 @@ def summarise(folder: Path) -> None:
 
 @app.command(epilog="Example: vtv report runs/scenes runs/holiday -o comparison.html")
 def report(
+    ctx: typer.Context,
     runs: Annotated[list[Path], typer.Argument(help="Folders that `vtv run` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page that compares several runs.")] = Path(
-        "comparison.html"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The page that compares several runs.", callback=options.place_for_file),
+    ] = Path("comparison.html"),
 ) -> None:
     """Write the report of a run again, or a page that compares several runs."""
+    if len(runs) == 1:
+        options.refuse_unused(ctx, "for a single run, which has its page in its folder", "output")
     wrote(page.write(runs[0]) if len(runs) == 1 else compare(runs, output))

@@ -4,14 +4,16 @@
 >>> prompts = tasks.pairs.prompts(images, n=50, layout=model.layout)
 """
 
+import math
 import warnings
 from pathlib import Path
 
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
+from vtv_nnsight.files import check_file
 from vtv_nnsight.images import MIN_SIDE
-from vtv_nnsight.text import join_names
+from vtv_nnsight.text import join_names, printable
 
 PAIRS = ("inputs", "answers")
 """The folders of `pairs`."""
@@ -20,9 +22,9 @@ PAIRS = ("inputs", "answers")
 def folder(path: str | Path) -> Dataset:
     """Every picture in a folder and the folders inside it, sorted by path, as column image (size and mode are kept).
 
-    A picture is any file whose suffix Pillow knows how to open; hidden files are passed over. Files that turn out to be
-    broken, or smaller than tasks take, are left out, with a warning that names them. The Dataset refers to the files
-    where they lie.
+    A picture is anything that has a suffix which Pillow knows how to open; hidden files are passed over. What turns out
+    to be broken, too small or too large for tasks, no file, or of a name that is not UTF-8 is left out, with a warning
+    that names it. The Dataset refers to the files where they lie.
 
     Raises:
         FileNotFoundError: when there is no such folder.
@@ -35,12 +37,12 @@ def folder(path: str | Path) -> Dataset:
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder and a folder of pictures was expected: check the path.")
     readable = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
-    files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in readable and f.name[0] != "." and f.is_file()]
+    files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in readable and f.name[0] != "." and not f.is_dir()]
     if broken := {file for file in files if not _usable(file)}:
         names = ", ".join(str(file.relative_to(path)) for file in sorted(broken))
         warnings.warn(
-            f"{len(broken)} of {len(files)} files in {path} cannot be read or are smaller than {MIN_SIDE} pixels, and "
-            f"are left out: {names}.",
+            f"{len(broken)} of {len(files)} files in {path} cannot be read, or have fewer than {MIN_SIDE} pixels on a "
+            f"side or more than {PILImage.MAX_IMAGE_PIXELS:,} in all, and are left out: {printable(names)}.",
             stacklevel=2,
         )
     pictures = [str(file.absolute()) for file in files if file not in broken]
@@ -52,9 +54,16 @@ def folder(path: str | Path) -> Dataset:
 
 
 def _usable(file: Path) -> bool:
-    """Whether a picture is large enough, and whole: reading only its header would miss one that was cut short."""
+    """Whether a picture is neither too small nor too large, and whole: reading only its header would miss one that was
+    cut short."""
     try:
-        with PILImage.open(file) as picture:
+        str(file).encode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its size and its metadata
+            picture = PILImage.open(check_file(file))
+        with picture:
+            if picture.width * picture.height > (PILImage.MAX_IMAGE_PIXELS or math.inf):
+                return False
             large = min(picture.size) >= MIN_SIDE
             picture.draft("RGB", (64, 64))  # a JPEG is then decoded at an eighth of its size
             picture.load()

@@ -105,10 +105,8 @@ class Table:
         Raises:
             FileNotFoundError, ValueError: when there is no such file, or it holds something else.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}.")
+        check_seal(path)
         try:
-            check_seal(path)
             return cls(pd.read_parquet(path))
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} does not hold the values of an evaluation ({error}); evaluate again.") from error

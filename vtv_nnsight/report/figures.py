@@ -22,7 +22,7 @@ from PIL import Image
 
 from vtv_nnsight import plots
 from vtv_nnsight.evaluation.conditions import PATCHED
-from vtv_nnsight.files import replacing
+from vtv_nnsight.files import make_folder, replacing
 from vtv_nnsight.images import png_of
 from vtv_nnsight.report.labels import plain_label
 from vtv_nnsight.report.pictures import data_uri
@@ -84,8 +84,7 @@ def draw(
 
 def keep_file(run: Path, name: str, content: bytes | pd.DataFrame) -> str:
     """A `Keep` for the folder of a run: files lie in its folder figures."""
-    folder = run / "figures"
-    folder.mkdir(exist_ok=True)
+    folder = make_folder(run / "figures")
     if isinstance(content, pd.DataFrame):
         content = content.to_csv(index=False, lineterminator="\n").encode()
     with replacing(folder / name) as temporary:

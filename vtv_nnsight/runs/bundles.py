@@ -28,7 +28,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 
 from vtv_nnsight.digests import file_digest
-from vtv_nnsight.files import write_json, write_text
+from vtv_nnsight.files import make_folder, write_json, write_text
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models import load_model
 from vtv_nnsight.models.devices import device_of
@@ -118,8 +118,8 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
 
     def save(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write a folder, which is made; vectors in float16 take half the room, and lose a part in two thousand."""
-        folder = Path(folder)
-        (folder / "search").mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
+        make_folder(folder / "search")
         self.vectors.save(folder / VECTORS, dtype)
         names = {task: f"search/{task}.safetensors" for task in self}
         for task, name in names.items():

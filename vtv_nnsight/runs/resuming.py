@@ -27,7 +27,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from vtv_nnsight.digests import file_digest
-from vtv_nnsight.files import read_json, replacing, write_json
+from vtv_nnsight.files import make_folder, read_json, replacing, write_json
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.text import in_words
 
@@ -218,8 +218,8 @@ class RunRecord:
                 (out / name).unlink()
                 del self.content["files"][name]
                 self._forget_readers(name)
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in (out, *folders):
+            make_folder(folder)
         self.write()
         return self
 
@@ -325,7 +325,7 @@ class StepFiles:
     def save(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write a file, in the first process, and note its digest; `write` is called with its path."""
         if self.record is not None:
-            (self.folder / name).parent.mkdir(exist_ok=True)
+            make_folder((self.folder / name).parent)
             write(self.folder / name)
             self.record.wrote(self.folder / name)
 

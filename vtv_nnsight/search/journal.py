@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from vtv_nnsight.digests import tensor_digest
+from vtv_nnsight.files import check_place, naming
 
 
 class Answer(NamedTuple):
@@ -49,7 +50,8 @@ class Journal:
         settings: What the search is. The journal of another is refused.
 
     Raises:
-        ValueError: naming the setting that differs, or the line that is damaged, or why the file cannot be used.
+        ValueError: naming the setting that differs, or the line that is damaged.
+        OSError: naming the file, when it cannot be written.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
@@ -60,15 +62,10 @@ class Journal:
         if self.path is None:
             return
         settings = json.loads(json.dumps(settings))
-        try:
-            size = self._read(self.path, settings) if self.path.exists() else 0
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.truncate(size)
-        except OSError as error:
-            raise ValueError(
-                f"{self.path} cannot be a search's journal ({error.strerror}); give another file."
-            ) from error
+        check_place(self.path)
+        size = self._read(self.path, settings) if self.path.exists() else 0
+        with naming(self.path), self.path.open("ab") as file:
+            file.truncate(size)
         if not size:
             self._append({"vtv search": settings})
 
@@ -115,7 +112,7 @@ class Journal:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.path is not None:
-            with self.path.open("ab") as file:
+            with naming(self.path), self.path.open("ab") as file:
                 file.write(json.dumps(line).encode() + b"\n")
 
     def _read(self, path: Path, settings: Mapping[str, Any]) -> int:

@@ -24,7 +24,7 @@ from accelerate.utils import reduce
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from vtv_nnsight.files import replacing
+from vtv_nnsight.files import make_folder, naming, replacing
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.training.optimizers import build_optimizers, has_fast_bf16
@@ -73,7 +73,7 @@ def train(
         FloatingPointError: naming the step at which the loss is not finite.
     """
     ours = processes()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(make_folder(out.parent) / out.name)
     checkpoint, device = out / CHECKPOINT, torch.device(device)
     if checkpoint.exists() and not resume:
         raise FileExistsError(f"{checkpoint} is there already; continue it with resume, or choose another folder.")
@@ -101,7 +101,7 @@ def train(
                 line = {"step": run.step, "seconds": round(run.seconds, 1), "loss": sum(losses) / len(losses)}
                 line |= {**numbers, **validate(run.average)}
                 losses.clear()
-                with (out / "log.jsonl").open("a") as log:
+                with naming(out / "log.jsonl"), (out / "log.jsonl").open("a") as log:
                     log.write(json.dumps(line) + "\n")
                 print(json.dumps({k: round(v, 4) for k, v in line.items()}), flush=True)
             if time.monotonic() - saved_at > SAVE_EVERY or ended:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from vtv_nnsight.files import check_folder
 from vtv_nnsight.models.mae_vqgan.config import MAX_LAYERS, MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.transformer import MAEVQGANModel
 from vtv_nnsight.models.torch_files import (
@@ -124,7 +125,7 @@ def convert(path: StrPath, out_dir: StrPath, vqgan: StrPath | None = None, **kwa
 
 def save_whole(model: MAEVQGANModel, out: Path) -> None:
     """Write a model as a safetensors folder in the place of what is there, which stays until the new one is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(out)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         new, old = Path(folder) / out.name, Path(folder) / "old"
         model.save_pretrained(new)
