@@ -1,4 +1,5 @@
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from helpers import DATA
 from PIL import Image
+from rich.text import Text
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, data, tasks
 from vtv_nnsight.cli import start
@@ -143,7 +145,23 @@ def test_a_model_paints_the_output(vtv, tmp_path, checkpoint):
         (["run", "--quick", "--published"], "give one"),
         (["run", "--tasks", "sing[/b]"], "'sing[/b]' is not a task"),
         (["run", "--sites", "heads,mpl"], "sites='mpl' is unknown; choose from heads, attn, mlp, residual"),
-        (["collect", "tiny", "-o", "x", "--sites", ""], "sites='' is unknown; choose from heads, attn, mlp, residual"),
+        (["collect", "tiny", "-o", "x", "--sites", ""], "an empty value follows --sites; give one, or leave it out"),
+        (["run", "--tasks", ""], "an empty value follows --tasks"),
+        (["run", "--device="], "an empty value follows --device"),
+        (["run", "--images", " "], "an empty value follows --images"),
+        (["info", ""], "an empty value follows info"),
+        (["run", "--data", "pictures", "--images", "."], "--images and --data both say"),
+        (["run", "--search-fold", 1], "--search-fold has no use but with --published"),
+        (["prompt", "--example", SUPPORT, "--query", QUERY, "--dtype", "AAAA"], "--dtype has no use without a model"),
+        (["prompt", "--example", SUPPORT, "--query", QUERY, "--scale", 2], "--scale has no use without --vectors"),
+        (["prompt", "--example", SUPPORT, "--query", QUERY, "--mask", QUERY], "--mask has no use for identity"),
+        (["prompt", "--vectors", "tiny", "--query", QUERY, "--order", "vertical"], "--order has no use with --vectors"),
+        (["search", "tiny", "-o", "x", "--vectors", "v", "--size", 3], "--size has no use for reinforce"),
+        (["search", "tiny", "-o", "x", "--vectors", "v", "--recipe", "published", "--search", "gates"], "--recipe has"),
+        (["report", "run", "-o", "page.html"], "--output has no use for a single run"),
+        (["report", "one", "other", "-o", "."], "is a folder and a file was to be written there"),
+        (["report", "one", "other", "-o", "deeper/page.html"], "there is no folder"),
+        (["info", "x" * 3000], "xxxxx…xxxxx"),
         (["search", "tiny", "-o", "x", "--vectors", "tiny", "--sites", "neck"], "sites='neck' is unknown"),
         (["clusters", "tiny", "-o", "x", "--dtype", "int7"], "dtype='int7' is unknown; give a floating-point one"),
         (["layouts", "tiny", "-o", "x", "--embedding-type", "semantic"], "embedding_type='semantic' is for SegGPT"),
@@ -168,12 +186,41 @@ def test_mistakes_are_one_sentence(vtv, tmp_path, monkeypatch, args, words):
     ],
 )
 def test_a_place_for_the_output_is_seen_to_before_the_work(vtv, tmp_path, args):
-    code, _, complaint = vtv(*args, "-o", tmp_path / "new" / "folder" / "file.png")
-    assert code == 1 and "there is no file nowhere" in complaint and (tmp_path / "new" / "folder").is_dir()
+    assert "there is no file nowhere" in vtv(*args, "-o", tmp_path / "file.png")[2]
     assert "is a folder and a file was to be written there" in vtv(*args, "-o", tmp_path)[2]
-    for folder in (QUERY, QUERY / "deeper"):
+    assert "/dev/null is a device or a pipe" in vtv(*args, "-o", "/dev/null")[2]
+    for folder in (tmp_path / "new", tmp_path / "new" / "folder", QUERY, QUERY / "deeper"):
         expected = f"Error: there is no folder {folder} to write file.png in.\n"
         assert vtv(*args, "-o", folder / "file.png")[2] == expected
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["evaluate", "nowhere.pth"], ["run", "--model", "nowhere.pth"], ["import-released", "nowhere.pth", "nowhere.pkl"]],
+)
+def test_a_place_for_a_folder_is_seen_to_before_the_work(vtv, tmp_path, args):
+    assert "there is no file" in vtv(*args, "-o", tmp_path / "new")[2]
+    assert "is no folder and a folder was to be written there" in vtv(*args, "-o", QUERY)[2]
+    for folder in (tmp_path / "new", QUERY):
+        expected = f"Error: there is no folder {folder} to make deeper in.\n"
+        assert vtv(*args, "-o", folder / "deeper")[2] == expected
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_keeps_its_brackets(vtv):
+    """Rich takes those of a lower-case word for its markup."""
+    for name, command in load_commands().items():
+        if name == "bench":
+            continue
+        printed = re.sub(r"[\s│]+", "", vtv(name, "--help")[1])
+        written = (
+            Text.from_markup(shown.help or "").plain for shown in (command, *command.params) if hasattr(shown, "help")
+        )
+        brackets = [words for text in written for words in re.findall(r"\S*\[\S*", text)]
+        assert all(words in printed for words in brackets)
+        if name == "demo":
+            assert '"vtv-nnsight[demo]".' in brackets
 
 
 def test_a_picture_that_cannot_be_finished_leaves_the_one_before(vtv, tmp_path, monkeypatch):
@@ -187,7 +234,7 @@ def test_a_picture_that_cannot_be_finished_leaves_the_one_before(vtv, tmp_path, 
     out.write_text("before")
     for args in (("prompt", "--example", SUPPORT, "--query", QUERY, "-o", out), ("score", vectors, "--plot", out)):
         code, _, complaint = vtv(*args)
-        assert (code, complaint) == (1, "Error: no space left\n")
+        assert (code, complaint) == (1, f"Error: {out} cannot be written: no space left.\n")
         assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 

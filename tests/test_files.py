@@ -1,6 +1,8 @@
 """Files are whole, have the usual permissions, and are the same bytes for the same content."""
 
 import os
+import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from vtv_nnsight import files
 from vtv_nnsight.digests import bytes_digest, file_digest, json_digest, tensor_digest
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.files import read_json, read_tensors, replacing, write_json, write_picture, write_tensors, write_text
+from vtv_nnsight.search.journal import Journal
 
 TENSORS = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
 
@@ -51,7 +54,47 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
         write_text(tmp_path / "folder", "")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         write_text(tmp_path / "nowhere" / "file", "")
-    assert os.listdir(tmp_path) == ["folder"]
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(OSError, match=f"{path} is a device or a pipe"):
+            write_text(path, "")
+    for path in ("/proc/nothing", tmp_path / ("x" * 300)):
+        with pytest.raises(OSError, match=f"^{path} cannot be written: "):
+            write_text(path, "")
+    for make, words in (
+        (tmp_path / "new" / "deeper", "there is no folder .*new to make deeper in"),
+        (tmp_path / "pipe", "is no folder and a folder was to be written there"),
+    ):
+        with pytest.raises(OSError, match=words):
+            files.make_folder(make)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_text(path, "x" * 3_000_000),
+    lambda path: write_tensors(path, "test", {"a": torch.ones(2_000_000)}, {}),
+    lambda path: write_picture(path, Image.effect_noise((2000, 2000), 60).save),
+    lambda path: Journal(path, {"x": "x" * 3_000_000}),
+])  # fmt: skip
+def test_a_full_disk_is_a_sentence_with_the_name(write, tmp_path):
+    """A file may not grow over a limit, which the system refuses as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        with pytest.raises(OSError, match=r"^\S+file.png cannot be written: "):
+            write(tmp_path / "file.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real/text")
+    write_text(tmp_path / "link", "a")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "text").read_text() == "a"
 
 
 def test_pictures_are_whole_and_of_the_kind_that_they_end_in(tmp_path):
