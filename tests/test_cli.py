@@ -376,20 +376,31 @@ def bundle(tmp_path_factory, small_config):
     return folder
 
 
-@pytest.mark.parametrize(("options", "shown"), [([], 3), (["--example", SUPPORT, QUERY], 6)])
+@pytest.mark.parametrize(
+    ("options", "shown"), [([], 5), (["--example", SUPPORT], 6), (["--example", SUPPORT, QUERY], 5)]
+)
 def test_prompt_with_vectors_answers_in_a_strip(vtv, tmp_path, bundle, options, shown):
-    out = tmp_path / "strip.png"
+    out, full = tmp_path / "strip.png", tmp_path / "strip-full.png"
     args = ("prompt", "--vectors", bundle / "run", "--task", "lowlight", *options, "--query", QUERY)
-    assert vtv(*args, "--scale", 20, "-o", out)[:2] == (0, f"wrote {out}\n")
-    with Image.open(out) as strip:
-        assert strip.size == (16 + 240 * shown, 268)
-        lefts = (strip.width - 240, strip.width - 480)
-        last, before = (np.asarray(strip.crop((left, 28, left + 224, 252))) for left in lefts)
+    code, printed, _ = vtv(*args, "--scale", 20, "-o", out)
+    assert code == 0 and printed.endswith(f"wrote {full}\nwrote {out}\n")
+    assert ("answer carried over" in printed) == (len(options) < 3)
+    with Image.open(out) as strip, Image.open(full) as carried, Image.open(QUERY) as query:
+        assert strip.width == 22 + 342 * shown and carried.size == query.size
+        lefts = (strip.width - 342 * place for place in (1, 2))
+        last, before = (np.asarray(strip.crop((left, 80, left + 320, strip.height - 22))) for left in lefts)
     assert (last != before).any()
     assert vtv(*args, "--scale", 0, "-o", out)[0] == 0
     with Image.open(out) as strip:
-        last = np.asarray(strip.crop((strip.width - 240, 28, strip.width - 16, 252)))
-    assert (last == before).all()
+        lefts = (strip.width - 342 * place for place in (2, 4 if options[1:] else 3))
+        patched, before = (np.asarray(strip.crop((left, 80, left + 320, strip.height - 22))) for left in lefts)
+    assert (patched == before).all() or len(options) > 1
+
+
+def test_prompt_names_its_file_and_answers_the_packages_photograph(vtv, tmp_path, bundle, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, printed, _ = vtv("prompt", "--vectors", bundle / "run", "--task", "segmentation", "--query", "sample")
+    assert (code, printed) == (0, "wrote sample-segmentation-full.png\nwrote sample-segmentation.png\n")
 
 
 def test_prompt_with_vectors_of_another_model_is_refused(vtv, tmp_path, bundle, checkpoint):

@@ -613,6 +613,7 @@ def vtv(monkeypatch):
     asked = []
     monkeypatch.setattr(pipeline, "run", lambda out, settings, **options: asked.append((out, settings, options)) or out)
     monkeypatch.setattr(start, "summarise", lambda page: None)
+    monkeypatch.setattr(start, "_photographs", lambda images: {})
 
     def call(*args):
         result = CliRunner().invoke(cli.app, list(map(str, args)), env={"COLUMNS": "200"})

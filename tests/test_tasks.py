@@ -475,14 +475,21 @@ def test_a_new_task_is_a_class_with_one_method():
         ({"mask": mask()}, ValueError, "no 'image'"),
         ({"image": np.zeros((30, 40, 3))}, TypeError, "ndarray"),
         ({"image": photo((40, 7)), "mask": mask()}, ValueError, "40x7 pixels.*at least 8"),
-        ({"image": photo(), "mask": Image.new("L", (40, 30))}, ValueError, "black all over"),
+        ({"image": photo(), "mask": Image.new("L", (40, 30))}, ValueError, "no value above 0"),
         ({"image": photo(), "mask": mask((30, 40))}, ValueError, r"\(30, 40\).*\(40, 30\)"),
-        ({"image": photo(), "mask": mask().point(lambda v: v // 17)}, ValueError, "from 0 to 15"),
+        ({"image": photo(), "mask": mask().point(lambda v: v // 17)}, ValueError, "no value above 15"),
     ],
 )
 def test_bad_rows_are_refused(bad, error, words):
     with pytest.raises(error, match=words):
         tasks.segmentation.cells(bad, 32)
+
+
+def test_a_mask_with_soft_edges_is_taken_at_half():
+    soft = mask().resize((20, 15)).resize((40, 30), Image.Resampling.BILINEAR)
+    with pytest.warns(UserWarning, match="taken at half"):
+        values = np.asarray(tasks.segmentation.mask({"image": photo(), "mask": soft}))
+    assert np.array_equal(values, np.where(np.asarray(soft) > 127, 255, 0))
 
 
 def test_modes_of_pictures():

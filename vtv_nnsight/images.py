@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from scipy.ndimage import uniform_filter
+from torch.nn import functional as F
 
 from vtv_nnsight.digests import bytes_digest, tensor_bytes
 from vtv_nnsight.files import check_file
@@ -170,16 +172,86 @@ def png_of(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def strip(pictures: Mapping[str, torch.Tensor], side: int = 224) -> Image.Image:
-    """Pictures of one size beside one another, `side` pixels wide, with their names above: label → pixels
-    [3, height, width] in [0, 1]."""
-    margin, above = side // 14, max(side // 8, 20)
+def strip(pictures: Mapping[str, torch.Tensor], side: int = 224, title: str = "") -> Image.Image:
+    """Pictures beside one another, `side` pixels wide and of the first one's proportions, with their names above and a
+    title over all: label → pixels [3, height, width] in [0, 1]."""
+    margin, line = side // 14, max(side // 8, 20)
+    above = line + line * bool(title)
     *_, rows, columns = next(iter(pictures.values())).shape
     size = side, round(side * rows / columns)
     sheet = Image.new("RGB", (margin + (side + margin) * len(pictures), size[1] + above + margin), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(10, side // 15))
+    pen.text((margin, line // 2), title, "#1c2126", font, anchor="lm")
     for i, (label, pixels) in enumerate(pictures.items()):
         left = margin + i * (side + margin)
         sheet.paste(to_pil(pixels).resize(size, Image.Resampling.BICUBIC), (left, above))
-        pen.text((left + side // 2, above // 2), label, "#1c2126", font, anchor="mm")
+        pen.text((left + side // 2, above - line // 2), label, "#1c2126", font, anchor="mm")
     return sheet
+
+
+EPSILON = {"light": 1e-2, "colour": 1e-3}
+"""Of the guided filter of `carry_over`, by what changes."""
+RADIUS = 8
+"""Of its windows, in pixels of the answer."""
+CHANGES = (*EPSILON, "hole", "mask")
+"""What `carry_over` knows how to do."""
+OUTLINE = (0.95, 0.33, 0.0)
+"""The colour of a mask's outline, which is seen on black, grey and white."""
+
+
+def carry_over(photograph: torch.Tensor, answer: torch.Tensor, change: str) -> torch.Tensor:
+    """An answer carried over to the photograph at full resolution: what it asks for, without its blur.
+
+    "light" is the ratio of answer and query, "colour" the answer less its lightness: both are made locally linear in
+    the query's lightness, and so follow the photograph's edges (He & Sun, *Fast Guided Filter*, 2015). "hole" fills
+    what is black, and "mask" outlines what is bright in the answer.
+
+    Args:
+        photograph: The query as large as it is, [3, height, width] in [0, 1].
+        answer: The answer to it, [3, size, size] in [0, 1].
+        change: One of `CHANGES`; see `Task.change`.
+
+    Returns:
+        [3, height, width] in [0, 1].
+
+    Raises:
+        ValueError: when the change is unknown.
+    """
+    if change not in CHANGES:
+        raise ValueError(f"change={change!r} is unknown; choose from {', '.join(CHANGES)}.")
+    height, width = photograph.shape[-2:]
+    if change == "hole":
+        return torch.where((photograph == 0).all(0), enlarge(answer, height, width), photograph)
+    weights = answer.new_tensor(LUMA)[:, None, None]
+    if change == "mask":
+        inside = (enlarge((weights * answer).sum(0, keepdim=True), height, width) > 0.5).float()
+        side = 2 * max(1, min(height, width) // 160) + 1
+        edge = F.max_pool2d(inside, side, 1, side // 2) + F.max_pool2d(-inside, side, 1, side // 2)
+        return torch.where(edge > 0, answer.new_tensor(OUTLINE)[:, None, None], photograph)
+    query = F.interpolate(photograph[None], answer.shape[-2:], mode="bilinear", antialias=True)[0]
+    wanted = (0.01 + answer).log() - (0.01 + query).log() if change == "light" else answer - (weights * answer).sum(0)
+    slope, offset = _guided((weights * query).sum(0), wanted, EPSILON[change])
+    lightness = (weights * photograph).sum(0)
+    smooth = enlarge(slope, height, width) * lightness + enlarge(offset, height, width)
+    return (photograph * smooth.exp() if change == "light" else lightness + smooth).clamp(0, 1)
+
+
+def enlarge(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Values [channel, rows, columns] at another size, bilinear."""
+    return F.interpolate(pixels[None], (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def psnr(pixels: torch.Tensor, truth: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio of pixels in [0, 1], in dB."""
+    return float(-10 * (pixels - truth).square().mean().log10())
+
+
+def _guided(guide: torch.Tensor, values: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slope and offset of the guided filter: `slope * guide + offset` are the values [channel, height, width], smooth
+    but for the edges of the guide [height, width]."""
+
+    def mean(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(uniform_filter(pixels.numpy(), 2 * RADIUS + 1, axes=(-2, -1)))
+
+    slope = (mean(guide * values) - mean(guide) * mean(values)) / (mean(guide**2) - mean(guide) ** 2 + epsilon)
+    return mean(slope), mean(mean(values) - slope * mean(guide))

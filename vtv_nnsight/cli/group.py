@@ -7,6 +7,7 @@ import ast
 import os
 import re
 import signal
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -163,5 +164,6 @@ def main() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    warnings.showwarning = lambda message, *_, **__: complain(f"[bold yellow]Note:[/] {escape(str(message))}")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads yield busy cores; read when torch is imported
     app()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-import torch
 import typer
 from PIL import Image
 from typer.core import TyperCommand
@@ -17,12 +17,13 @@ from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.data import load
+from vtv_nnsight.data.embedded_pictures import SAMPLE
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.images import read_picture, strip, to_pil
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models import load_model
-from vtv_nnsight.patching.forward import generate_with_gates
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.report import photographs
 from vtv_nnsight.runs import bundles, steps
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.studies.prompting import ensembles, prompt_engineering
@@ -70,6 +71,10 @@ Colours = Annotated[
 ]
 
 
+STRIP_SIDE = 320
+"""Pixels: the width of each picture of a strip."""
+
+
 class ExampleCommand(TyperCommand):
     """Reads `--example IN OUT` as `--example IN --example OUT`."""
 
@@ -84,14 +89,19 @@ class ExampleCommand(TyperCommand):
 
 @app.command(
     cls=ExampleCommand,
-    epilog="Examples: vtv prompt --vectors tiny --task segmentation --query dog.jpg -o strip.png\n\n"
+    epilog="Examples: vtv prompt --vectors tiny --task lowlight --query sample\n\n"
     "vtv prompt --model tiny --task segmentation --example cat.jpg cat_mask.png --query dog.jpg -o out.png\n\n"
     "vtv prompt --task colorization --example cat.jpg --query dog.jpg -o prompt.png",
 )
 def prompt(
     ctx: typer.Context,
-    query: Annotated[Path, typer.Option(help="The picture to answer.")],
-    output: options.Output,
+    query: Annotated[Path, typer.Option(help='The picture to answer; "sample" is a photograph in the package.')],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The file to write.", callback=options.place_for_file, show_default="QUERY-TASK.png"
+        ),
+    ] = None,
     example: Examples = None,
     task: TaskName = None,
     mask: Mask = None,
@@ -105,8 +115,9 @@ def prompt(
 ) -> None:
     """Make a visual prompt of picture files; with --model, paint its output; with --vectors, answer it with no example.
 
-    Without a model the prompt itself is saved, the hidden patches dimmed. With vectors a strip is: the example and the
-    one-shot answer where there is an example, the query, the answer with nothing patched, and with the task vector.
+    Without a model the prompt itself is saved, the hidden patches dimmed. With vectors a strip is: the photograph, the
+    query, its answers zero-shot, one-shot (with an example) and with the task vector, and this last one carried over to
+    the photograph, which is also written at full resolution.
     """
     files = example or []
     if len(files) > 2:
@@ -127,18 +138,32 @@ def prompt(
     to_make = tasks.get(name)
     if to_make.needs != "mask":
         options.refuse_unused(ctx, f"for {name}, which asks for no mask", "mask")
+    output = output or Path(f"{query.stem}-{name}.png")
+    image = read_picture(SAMPLE if str(query) == "sample" else query)
     if bundle:
-        layout = bundle[name][1].space.layout
+        vector, patches = bundle[name]
         patched = bundle.load_model(model, **keywords)
         bundle.check(patched)
-        visual_prompt = _compose(to_make, files, mask, read_picture(query), layout)
-        image = _strip(patched, bundle, name, visual_prompt, scale, bool(files))
+        if sentence := photographs.warning(patched, patches.space.layout, image):
+            warnings.warn(sentence, stacklevel=2)
+        visual_prompt = _compose(to_make, files, mask, image, patches.space.layout) if files else None
+        pictures = photographs.answers(
+            patched, to_make, vector, patches, image, visual_prompt, scale=scale, as_it_is=len(files) == 2
+        )
+        write_picture(output, strip(pictures, STRIP_SIDE, f"{name}: {query.name}, vector of {vectors}").save)
+        if measured := photographs.psnrs(to_make, pictures):
+            values = ", ".join(f"{picture} {value:.1f} dB" for picture, value in measured.items())
+            say(f"{name}, PSNR against the photograph: {values}")
+        if photographs.CARRIED in pictures:
+            full = output.with_stem(f"{output.stem}-full")
+            write_picture(full, to_pil(pictures[photographs.CARRIED]).save)
+            wrote(full)
     else:
         painter: Any = load_model(model, **keywords) if model else None
         layout = replace(painter.layout if painter else Layout(), order=order)
-        visual_prompt = _compose(to_make, files, mask, read_picture(query), layout)
-        image = to_pil(painter.generate(visual_prompt)[0]) if painter else visual_prompt.picture()
-    write_picture(output, image.save)
+        visual_prompt = _compose(to_make, files, mask, image, layout)
+        drawn = to_pil(painter.generate(visual_prompt)[0]) if painter else visual_prompt.picture()
+        write_picture(output, drawn.save)
     wrote(output)
 
 
@@ -186,29 +211,11 @@ def layouts(
 def _compose(
     task: tasks.Task, example: list[Path], mask: Path | None, query: Image.Image, layout: Layout
 ) -> VisualPrompt:
-    """The prompt of a query and no example, one that the task makes input and output of, or an input and its output."""
+    """The prompt of a query and an example that the task makes input and output of, or of an input and its output."""
     if len(example) == 2:
         example_input, example_output = map(read_picture, example)
         return VisualPrompt.from_cells(
             {"example_input": example_input, "example_output": example_output, "query": query}, layout
         )
-    if example:
-        row = {"image": read_picture(example[0])} | ({"mask": read_picture(mask)} if mask else {})
-        return task.prompt(example=row, query={"image": query}, layout=layout)
-    return VisualPrompt.from_cells({"query": task.cells(query, layout.cell_size)[0]}, layout)
-
-
-def _strip(
-    model: Any, bundle: bundles.Bundle, task: str, prompt: VisualPrompt, scale: float, example: bool
-) -> Image.Image:
-    """The example, the query, and its answers, one beside the other."""
-    vector, patches = bundle[task]
-    gates = torch.tensor([0.0, scale])[:, None] * patches.choices
-    nothing, patched = generate_with_gates(model, prompt, vector, patches.space, gates)
-    pictures = {"query": prompt.region("query")[0]}
-    if example:
-        with torch.no_grad():
-            one_shot = model.generate(prompt).answer[0].cpu()
-        cells = {"example": prompt.region("example_input")[0], "its answer": prompt.region("example_output")[0]}
-        pictures = cells | pictures | {"one-shot": one_shot}
-    return strip(pictures | {"nothing": nothing, f"task vector, scale {scale:g}": patched})
+    row = {"image": read_picture(example[0])} | ({"mask": read_picture(mask)} if mask else {})
+    return task.prompt(example=row, query={"image": query}, layout=layout)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import webbrowser
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from datasets import Image
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
@@ -14,14 +16,22 @@ from typer.core import TyperCommand
 from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
+from vtv_nnsight.data import load
 from vtv_nnsight.evaluation import verdicts
-from vtv_nnsight.report import page, reading
+from vtv_nnsight.models.sources import EMBEDDED
+from vtv_nnsight.report import page, photographs, reading
 from vtv_nnsight.report.comparison import compare
 from vtv_nnsight.report.explorer import demonstrate
 from vtv_nnsight.report.labels import FLOOR_TO_CEILING
-from vtv_nnsight.runs import pipeline
+from vtv_nnsight.runs import bundles, pipeline
 from vtv_nnsight.runs.folds import is_published_pascal
 from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
+from vtv_nnsight.tasks import get
+
+FEW = 40
+"""Photographs below which `vtv run --images` finds no vectors: the embedded model's answer them."""
+MOST = 24
+"""Photographs of a run that are shown answered, at most."""
 
 PANELS = {
     "Basics": ("model", "data", "images", "out", "tasks", "quick", "redo", "device", "show"),
@@ -169,15 +179,37 @@ def run(
     else:
         options.refuse_unused(ctx, "but with --published on pascal:ROOT", "search_fold")
     folder = out or Path("runs") / (f"{settings.name}-quick" if quick else settings.name)
-    pipeline.run(
-        folder, settings, redo=redo, device=device, batch_size=batch_size, explore=demonstrate, report=page.write
-    )
-    summarise(folder)
-    wrote(folder / "report.html")
+    written = folder / "report.html"
+    files = _photographs(images) if images else {}
+    if files and len(files) < FEW and model == EMBEDDED:
+        written = _answer(folder, EMBEDDED, settings.tasks, files)
+        say(f"{len(files)} photographs are too few to find task vectors in: those of the package answer all of them.")
+    else:
+        pipeline.run(
+            folder, settings, redo=redo, device=device, batch_size=batch_size, explore=demonstrate, report=page.write
+        )
+        summarise(folder)
+        if files:
+            wrote(_answer(folder, str(folder), settings.tasks, dict(list(files.items())[:MOST])))
+    wrote(written)
     if show:
-        webbrowser.open((folder / "report.html").resolve().as_uri())
+        webbrowser.open(written.resolve().as_uri())
     else:
         say("Open it in a browser, or let --open do so. Next: vtv run --images FOLDER, with pictures of your own.")
+
+
+def _photographs(images: Path) -> dict[str, Path]:
+    """Name → file of the pictures in a folder."""
+    rows = load(str(images)).cast_column("image", Image(decode=False))
+    files = [Path(cell["path"]) for cell in rows["image"]]
+    return {str(file.relative_to(images.absolute())): file for file in files}
+
+
+def _answer(folder: Path, vectors: str, tasks: Sequence[str], files: Mapping[str, Path]) -> Path:
+    """The page of photographs that a bundle's vectors answer, in a folder, which is made."""
+    bundle = bundles.load(vectors)
+    asked = [task for task in map(get, tasks or bundle) if tasks or task.change]
+    return photographs.write(folder / "photographs.html", bundle.load_model(), bundle, asked, files)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -27,7 +27,9 @@ SIZE = 112
 """Height and width of a picture, in pixels."""
 
 EMBEDDED = Path(__file__).with_name("embedded")
-"""The folder of the files: one of rows for each split, and credits.csv."""
+"""The folder of the files: one of rows for each split, credits.csv, and a photograph to try."""
+SAMPLE = EMBEDDED / "sample.jpg"
+"""Tulips by riaphotographs, from wesaturate (CC0); the embedded model has not learned from it."""
 
 
 def pictures(split: str = "train", n: int | None = None, seed: int = 0) -> Dataset:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from vtv_nnsight.models.nnsight_compat import Envoy, TraceableModel, traceable
 from vtv_nnsight.models.painting import Inputs, paint_canvas
 from vtv_nnsight.models.sources import HUB_OPTIONS, check_folder, locate, read_model_type
 from vtv_nnsight.models.torch_files import StrPath, floating_dtype, refuse_differences
+from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import Canvases, VisualPrompt
 
 EXPECTED = (
@@ -225,7 +226,7 @@ class CanvasModel(TraceableModel, InContextModel):
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # what it would report is raised below
         try:
-            with _one_sentence(source):
+            with _one_sentence(source), quiet() if folder.is_dir() else nullcontext():
                 module, report = self.load_pretrained(
                     path, **options, output_loading_info=True, ignore_mismatched_sizes=True
                 )

@@ -77,10 +77,12 @@ class Task(AnyTask):
     Class attributes:
         metric: How answers are scored.
         needs: The column of a row that the answer is made of, if it is not the image.
+        change: How `images.carry_over` brings an answer to a photograph at full resolution; "" where it cannot.
     """
 
     metric = metrics.MSE
     needs = "image"
+    change = ""
     fit = "bicubic"
     """How pictures become cells: one of `images.FITS`, or "crop"."""
 

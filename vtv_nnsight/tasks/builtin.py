@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from numbers import Real
 
@@ -44,6 +45,7 @@ class Segmentation(Task):
     fill: str = "solid"
     metric = metrics.IOU
     needs = "mask"
+    change = "mask"
 
     def __post_init__(self) -> None:
         _choose("fill", self.fill, "solid", "edges", "texture")
@@ -73,18 +75,23 @@ class Segmentation(Task):
         """The mask of a row that has one, PIL "L" of its image's size, 0 or 255.
 
         Raises:
-            ValueError: when it has no foreground, another size than the image, or other values.
+            ValueError: when it has no foreground, or another size than the image.
+
+        Warns:
+            UserWarning: when its edges are soft, and are taken at half.
         """
         mask: Image.Image = row["mask"].convert("L")
+        values = np.asarray(mask)
         size = upright_size(row["image"])
         if mask.size != size:
             raise ValueError(f"a mask of {mask.size} pixels belongs to an upright image of {size}; give equal sizes.")
-        low, high = mask.getextrema()
-        if high == 0:
-            raise ValueError("a mask is black all over; give one with some foreground (255), or leave the row out.")
-        if set(np.unique(np.asarray(mask))) - {0, 255}:
-            raise ValueError(f"a mask holds values from {low} to {high}; expected 0 (background) and 255 (foreground).")
-        return mask
+        if (high := values.max()) < 128:
+            raise ValueError(
+                f"a mask holds no value above {high}; give one with some foreground (255), or leave the row out."
+            )
+        if ((values > 0) & (values < 255)).any():
+            warnings.warn("a mask holds greys between 0 and 255; it is taken at half.", stacklevel=2)
+        return mask.point(lambda value: 255 * (value > 127))
 
     @property
     def colours(self) -> tuple[metrics.Colour, metrics.Colour]:
@@ -143,6 +150,7 @@ class Lowlight(Task):
     """
 
     brightness: float = 0.5
+    change = "light"
 
     def __post_init__(self) -> None:
         if not isinstance(self.brightness, Real) or not 0 <= self.brightness <= 1:
@@ -162,20 +170,16 @@ class Inpainting(Task):
     """
 
     position: str = "random"
+    change = "hole"
 
     def __post_init__(self) -> None:
         _choose("position", self.position, "random", "center")
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
-        """The cell with a black square: [3, size, size]."""
-        size = cell.shape[-1]
-        side = size // 4
-        if self.position == "center":
-            top = left = (size - side) // 2
-        else:
-            top, left = (int(p * (size - side + 1)) for p in place)
+        """The cell with a black square, or a picture of any size with its like: [3, height, width]."""
         cell = cell.clone()
-        cell[:, top : top + side, left : left + side] = 0
+        rows, columns = (_quarter(size, self.position, at) for size, at in zip(cell.shape[1:], place))
+        cell[:, rows, columns] = 0
         return cell
 
 
@@ -190,6 +194,7 @@ class Colorization(Task):
 
     metric: metrics.Metric | str = metrics.MSE  # type: ignore[assignment]
     fit: str = "bicubic"
+    change = "colour"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,6 +229,13 @@ pairs = Pairs()
 
 VTV = (segmentation, lowlight, identity, inpainting, colorization)
 """The five tasks of VTV."""
+
+
+def _quarter(size: int, position: str, at: float) -> slice:
+    """A quarter of a side, in its middle or at a random place."""
+    side = size // 4
+    start = (size - side) // 2 if position == "center" else int(at * (size - side + 1))
+    return slice(start, start + side)
 
 
 def _outline(mask: Image.Image) -> Image.Image:
