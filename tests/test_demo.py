@@ -47,15 +47,14 @@ def test_an_uploaded_pair_is_shown_as_it_is(player):
         player.prompt("segmentation", {"image": left}, player.rows[1])
 
 
-def test_an_upload_is_checked_and_removed(tmp_path, monkeypatch):
+def test_an_upload_is_checked_and_left_to_other_visitors(tmp_path, monkeypatch):
+    """Gradio gives a file of the same content the same path, whoever uploads it, and a search may be tried again."""
     path = tmp_path / "query.png"
     path.write_bytes((DATA / "query_image.png").read_bytes())
-    picture = playing.upload(path)
-    assert picture.mode == "RGB" and not path.exists()
+    assert playing.upload(path).mode == playing.upload(path).mode == "RGB"
     path.write_bytes(b"GIF89a no picture")
     with pytest.raises(ValueError, match="^holiday cannot be read as a picture"):
         playing.upload(path, "holiday")
-    assert not path.exists()
     small = io.BytesIO()
     Image.new("RGB", (4, 4)).save(small, "PNG")
     path.write_bytes(small.getvalue())
@@ -65,7 +64,9 @@ def test_an_upload_is_checked_and_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(playing, "MAX_BYTES", 10)
     with pytest.raises(ValueError, match="has [0-9]+ bytes; give a picture of at most 10"):
         playing.upload(path)
-    assert not path.exists()
+    path.unlink()
+    with pytest.raises(ValueError, match="holiday was removed, as uploads are after 10 minutes; upload it again"):
+        playing.upload(path, "holiday")
 
 
 def test_what_is_painted_is_the_mask():
@@ -105,6 +106,38 @@ def page_of(player):
 
     blocks = make_page(player)
     return blocks, {function.fn.__name__: function for function in blocks.fns.values() if function.fn}
+
+
+def test_a_search_that_was_refused_can_be_tried_again(player, tmp_path):
+    _, called = page_of(player)
+    for i, row in enumerate(player.rows[:3]):
+        row["image"].save(tmp_path / f"{i}.png")
+    for _ in range(2):
+        with pytest.raises(Exception, match="3 pictures are too few to search on"):
+            called["search"].fn("lowlight", sorted(map(str, tmp_path.iterdir())), None, progress=lambda *_: None)
+
+
+def test_pages_of_other_origins_are_not_answered(player, monkeypatch):
+    blocks, _ = page_of(player)
+    from starlette.responses import PlainTextResponse
+    from starlette.testclient import TestClient
+
+    from vtv_nnsight.demo import page
+
+    monkeypatch.setattr(blocks, "launch", lambda **options: options)
+    (middleware,) = page.launch(blocks)["app_kwargs"]["middleware"]
+    client = TestClient(middleware.cls(PlainTextResponse("answer")), "http://127.0.0.1:7860")
+    for origin, status in (
+        (None, 200),
+        ("http://127.0.0.1:7860", 200),
+        ("http://127.0.0.1:9999", 403),
+        ("https://elsewhere.org", 403),
+        ("null", 403),
+        ("http://127.0.0.1:7860.elsewhere.org", 403),
+    ):
+        assert client.post("/", headers={"origin": origin} if origin else {}).status_code == status
+    proxied = {"origin": "https://a.gradio.live", "x-forwarded-host": "a.gradio.live"}
+    assert client.get("/", headers=proxied).status_code == 200
 
 
 def test_a_score_is_shown_where_the_truth_is_known(player):

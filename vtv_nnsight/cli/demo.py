@@ -33,8 +33,8 @@ def demo(
 ) -> None:
     """Play with task vectors on a page: pictures of your own, scales, mixtures, units on and off.
 
-    It listens on this machine alone, unless --host or --share say otherwise. Uploads are not kept. Needs gradio:
-    pip install "vtv-nnsight[demo]".
+    It listens on this machine alone, unless --host or --share say otherwise. Files of uploads are removed after ten
+    minutes. Needs gradio: pip install "vtv-nnsight[demo]".
     """
     from vtv_nnsight.demo.page import launch, make_page  # which needs gradio, and this help does not
 

@@ -228,6 +228,8 @@ def summarise(folder: Path) -> None:
         means = [f"{scores[name].mean:.3f}" if name in scores else "" for name in FLOOR_TO_CEILING]
         table.add_row(Text(task.name), *means)
     say(table)
+    for note in results.record["notes"]:
+        say(note)
     for verdict in verdicts(results.table):
         say(verdict)
 

@@ -15,18 +15,21 @@ from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 try:
     import gradio as gr
+    from starlette.datastructures import Headers
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
+    from starlette.types import ASGIApp, Receive, Scope, Send
 except ImportError as error:
     raise ImportError("vtv demo needs gradio; install it with pip install 'vtv-nnsight[demo]'.") from error
 
 from vtv_nnsight.demo.callbacks import NONE, Callbacks
-from vtv_nnsight.demo.playing import MAX_BYTES, MODES, VECTOR, Player, Row
+from vtv_nnsight.demo.playing import KEPT_SECONDS, MAX_BYTES, MODES, VECTOR, Player, Row
 from vtv_nnsight.models.nnsight_compat import without_save
 
-SECONDS = 600
-"""After which gradio's files are removed, while the page runs; all are when it ends."""
 STATE_SECONDS = 3600
 """Seconds for which a visitor's uploads are kept in memory."""
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
@@ -49,7 +52,7 @@ def make_page(player: Player) -> gr.Blocks:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     page: Any = SimpleNamespace(calls=Callbacks(player, Path(folder)), units=[])
     pictures = [row["image"] for row in player.rows]
-    with gr.Blocks(title="Task vectors", analytics_enabled=False, delete_cache=(SECONDS, SECONDS)) as blocks:
+    with gr.Blocks(title="Task vectors", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as blocks:
         gr.Markdown(ABOUT)
         page.example, page.query, page.visitor = (
             gr.State(value, time_to_live=STATE_SECONDS) for value in (dict(player.rows[0]), dict(player.rows[1]), None)
@@ -233,6 +236,21 @@ def _on_easel(row: Row) -> Any:
     return {"background": row["image"], "layers": [], "composite": None}
 
 
+class SameOrigin:
+    """Answers no page of another site: the origin that a browser tells of is that of this page, or there is none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        headers = Headers(raw=scope.get("headers", []))
+        origin, ours = headers.get("origin"), (headers.get("host"), headers.get("x-forwarded-host"))
+        strange = origin is not None and urlsplit(origin).netloc not in filter(None, ours)
+        app = PlainTextResponse("This page answers its own visitors only.", 403) if strange else self.app
+        await app(scope, receive, send)
+
+
 def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, share: bool = False, **options: Any):
     """Serve the page, to this machine alone unless `host` or `share` say otherwise."""
     with without_save():  # anyio, which gradio's server is made of, defines these when they are first used
@@ -241,5 +259,6 @@ def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, 
         from anyio.streams import file, stapled, tls  # noqa: F401
     return blocks.launch(
         server_name=host, server_port=port, share=share, max_file_size=MAX_BYTES, footer_links=[], ssr_mode=False,
-        css=blocks.css, theme=gr.themes.Default(font="system-ui", font_mono="monospace"), **options,
+        css=blocks.css, theme=gr.themes.Default(font="system-ui", font_mono="monospace"),
+        app_kwargs={"middleware": [Middleware(SameOrigin)]}, **options,
     )  # fmt: skip

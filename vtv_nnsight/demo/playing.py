@@ -33,6 +33,9 @@ ONE_SHOT, ZERO_SHOT, VECTOR = MODES = ("one-shot", "zero-shot", "task vector")
 """How an answer is asked for: with the example, with the query alone, with the vector patched in as well."""
 MAX_BYTES = 10 * 2**20
 """Of an upload."""
+KEPT_SECONDS = 600
+"""After which files of uploads are removed, while the page runs; all are when it ends. Visitors with the same file
+share one, which is therefore left when it is read."""
 MAX_SIDE = 1024
 """Uploads are kept in memory at this size, in pixels, at most."""
 MIN_PICTURES = 8
@@ -163,19 +166,17 @@ def _pairs(pictures: int, seed: int) -> Draw:
 
 
 def upload(path: str | os.PathLike, name: str = "the upload") -> Image.Image:
-    """A visitor's picture, checked like any file, as RGB and no larger than need be; the file is removed.
+    """A visitor's picture, checked like any file, as RGB and no larger than need be.
 
     Raises:
-        ValueError: when it is too large, no picture, damaged, or too small.
+        ValueError: when it is too large, no picture, damaged, too small, or was removed.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    finally:
-        path.unlink(missing_ok=True)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{name} has {len(content):,} bytes; give a picture of at most {MAX_BYTES:,}.")
-    image = as_rgb(read_picture(io.BytesIO(content), name))
+    if not path.is_file():
+        raise ValueError(f"{name} was removed, as uploads are after {KEPT_SECONDS // 60} minutes; upload it again.")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{name} has {size:,} bytes; give a picture of at most {MAX_BYTES:,}.")
+    image = as_rgb(read_picture(io.BytesIO(path.read_bytes()), name))
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
 
