@@ -3,6 +3,8 @@ import collections
 import json
 import os
 import pickle
+import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import pytest
 import torch
 from helpers import DATA
 
+from vtv_nnsight import MAEVQGAN, PatchSpace
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.published import convert, load_checkpoint, read_config
 
@@ -317,6 +320,81 @@ def test_pickles_that_stand_for_something_enormous_are_refused_at_once(tmp_path,
     began = time.process_time()
     refused(r"some.pth was refused: it.* (parts|deep|instructions)\. Nothing of it was run", tmp_path / "some.pth")
     assert time.process_time() - began < 30
+
+
+LIMITED = """
+import resource, sys, time
+from pathlib import Path
+from vtv_nnsight import MAEVQGAN, PatchSet, data, models, tasks
+
+MAEVQGAN("tiny", dispatch=True)
+rows = data.scenes("train", 4)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 200 * 2**20, resource.RLIM_INFINITY))
+for source in sys.argv[1:]:
+    began = time.process_time()
+    try:
+        if source == "prompts":
+            tasks.lowlight.prompts(rows, n=10**9)
+        elif source.endswith(".json"):
+            PatchSet.load(source)
+        else:
+            models.load_model(source, dispatch=True)
+    except Exception as error:
+        print(Path(source).name, type(error).__name__, f"{time.process_time() - began:.2f}", error)
+"""
+
+
+def hostile_sources(folder, small_config):
+    """Small files that stand for much memory."""
+    proto, frame = b"\x80\x02", b"]r" + struct.pack("<I", 2**27) + b"."
+    contents = {
+        "memo": proto + frame,
+        "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x",
+        "zeros": bytes(2**28),
+    }
+    for name, content in contents.items():
+        packed = zipfile.ZIP_DEFLATED if name == "zeros" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(folder / f"{name}.pth", "w", packed) as archive:
+            archive.writestr("archive/data.pkl", content)
+        legacy = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+        if name != "zeros":
+            (folder / f"{name}_legacy.pth").write_bytes(legacy + content)
+    for name, settings in {
+        "wide": {"hidden_size": 4096, "num_attention_heads": 16},
+        "deep": {"num_hidden_layers": 200, "decoder_num_hidden_layers": 200},
+        "codes": {"num_codes": 2**20},
+    }.items():
+        MAEVQGANModel(small_config()).save_pretrained(folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | settings))
+    shutil.copytree(folder / "wide", folder / "header")
+    with (folder / "header" / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 2**26) + b"{")
+        file.truncate(2**27)
+    shutil.copytree(folder / "wide", folder / "long")
+    (folder / "long" / "config.json").write_text(" " * 2**25 + "{}")
+    space = PatchSpace(MAEVQGAN(MAEVQGANModel(small_config()))).metadata
+    many = {"encoder heads": 2048, "encoder layers": 2000}
+    units = space["units"] | {"encoder": space["units"]["encoder"] | {"layers": ["a"] * 2000}}
+    (folder / "set.json").write_text(
+        json.dumps({"kind": "patch set", "space": space | many | {"units": units}, "patches": []})
+    )
+    return [*sorted(map(str, folder.iterdir())), "prompts"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its size from /proc")
+def test_what_is_refused_costs_little_memory_and_time(tmp_path, small_config):
+    """Under a limit of the address space, 200 MiB above what loading the embedded model takes."""
+    sources = hostile_sources(tmp_path, small_config)
+    done = subprocess.run([sys.executable, "-c", LIMITED, *sources], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(sources), (lines, sources)
+    for line in lines:
+        name, kind, seconds, words = line.split(" ", 3)
+        assert kind == "ValueError" and float(seconds) < 2 and "MemoryError" not in words, line
 
 
 def test_a_tensor_that_claims_more_than_its_file_is_refused(state, save):

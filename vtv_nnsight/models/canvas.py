@@ -4,6 +4,7 @@ source is read."""
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,7 @@ from vtv_nnsight.models.devices import check_device_map, resolve_device
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.models.nnsight_compat import Envoy, TraceableModel, traceable
 from vtv_nnsight.models.painting import Inputs, paint_canvas
-from vtv_nnsight.models.sources import HUB_OPTIONS, check_folder, locate, read_model_type
+from vtv_nnsight.models.sources import HUB_OPTIONS, locate, read_model_type, read_shapes
 from vtv_nnsight.models.torch_files import StrPath, floating_dtype, refuse_differences
 from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import Canvases, VisualPrompt
@@ -222,7 +223,7 @@ class CanvasModel(TraceableModel, InContextModel):
         path = locate(source).path
         folder = Path(path, options.get("subfolder") or "")
         if folder.is_dir():
-            check_folder(folder)
+            self._compare_sizes(folder, source, **options)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # what it would report is raised below
         try:
@@ -235,6 +236,21 @@ class CanvasModel(TraceableModel, InContextModel):
         missing, unknown, misshapen = (sorted(report[f"{kind}_keys"]) for kind in _DIFFERENCES)
         refuse_differences(path, type(self).__name__, missing, unknown, misshapen, "the sizes in its config")
         return module
+
+    def _compare_sizes(self, folder: Path, source: str, **options: Any) -> None:
+        """Refuse a folder of other sizes than its config tells of, before there is room for these."""
+        stored = read_shapes(folder)
+        with torch.device("meta"):
+            expected = self.build(self.read_config(source, **options), source).state_dict()
+        misshapen = [
+            (name, stored[name], list(tensor.shape))
+            for name, tensor in expected.items()
+            if name in stored and list(tensor.shape) != stored[name]
+        ]
+        missing = {name: tensor.numel() for name, tensor in expected.items() if name not in stored}
+        if sum(missing.values()) <= sum(map(math.prod, stored.values())):  # transformers knows some by other names
+            missing = {}
+        refuse_differences(folder, type(self).__name__, missing, [], misshapen, "the sizes in its config")
 
     def count_rows(self, *inputs: Any, **kwargs: Any) -> int:
         """Rows of one input set; 0 when it holds only options, as in `model.trace()` with invokes."""

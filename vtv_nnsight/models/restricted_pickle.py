@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-MAX_PICKLED, MAX_STEPS, MAX_PARTS, MAX_DEPTH = 2**28, 1_000_000, 50_000_000, 200
-"""Bounds of a pickle: its bytes, its instructions, the parts of all the objects that are hashed or given to a function,
-counted as often as they are referred to, and how deep they are nested. The published MAE-VQGAN needs 70 kB and 20,000
-instructions."""
+MAX_PICKLED, MAX_STEPS, MAX_PARTS, MAX_DEPTH = 2**24, 300_000, 50_000_000, 200
+"""Bounds of a pickle: its bytes besides arrays, its instructions, the parts of all the objects that are hashed or given
+to a function, counted as often as they are referred to, and how deep they are nested. The published MAE-VQGAN needs
+70 kB and 20,000 instructions."""
 
 
 class Refused(ValueError):
@@ -51,6 +51,8 @@ def check_pickle(stream: BinaryIO) -> int:
         elif name == "DUP":
             stack.append(stack[-1])
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            if argument is not None and argument > step:  # C's unpickler makes room for as many
+                raise Refused(f"it numbers an object {argument:,} after {step:,} instructions")
             memo[len(memo) if argument is None else argument] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[argument])

@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from vtv_nnsight.files import MAX_HEADER, check_header
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.models.torch_files import StrPath, read_tensors
 
@@ -54,6 +55,7 @@ FAMILY_ARGUMENTS = {"vqgan": "mae_vqgan", "tokenizer": "beit", "embedding_type":
 RELEASED = {"BAAI/Painter": ("painter", "painter_vit_large.pth"), "BAAI/SegGPT": ("seggpt", "seggpt_vit_large.pth")}
 """Hub ids that hold one released file and no config → the family, and the file's name."""
 
+Shapes = dict[str, list[int]]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -145,20 +147,21 @@ def fetch_released(source: str, **options: Any) -> str:
     return hf_hub_download(path, RELEASED[path][1], **options) if path in RELEASED else source
 
 
-def check_folder(folder: StrPath) -> None:
-    """Refuse a folder whose safetensors files are missing, cut or damaged, hold whole numbers, or are not those that
-    its index tells of. Only their headers are read.
+def read_shapes(folder: StrPath) -> Shapes:
+    """Name → shape of the tensors of a folder. Only the headers of its files are read.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        ValueError: naming a file that is missing, cut or damaged, holds whole numbers, or is not as the index tells.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).exists():
-        _tensor_names(folder / WEIGHTS)
-    elif (folder / INDEX).exists():
-        _check_index(folder)
-    elif not any(folder.glob("*.bin")):
+        return _shapes(folder / WEIGHTS)
+    if (folder / INDEX).exists():
+        return _read_index(folder)
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickled:
         raise ValueError(f"{folder} has no {WEIGHTS}; a model folder has one beside its config.json.")
+    return {name: list(tensor.shape) for file in pickled for name, tensor in read_tensors(file).items()}
 
 
 def read_model_type(folder: StrPath) -> str:
@@ -173,41 +176,46 @@ def read_model_type(folder: StrPath) -> str:
 def _has_values(folder: StrPath, name: str) -> bool:
     """Whether a tensor of a folder's model.safetensors has a number that is not zero. True where it cannot be told."""
     file = Path(folder) / WEIGHTS
-    if not file.exists() or name not in _tensor_names(file):
+    if not file.exists() or name not in _shapes(file):
         return True
     with safe_open(file, "pt") as tensors:
         return bool(tensors.get_tensor(name).any())
 
 
-def _check_index(folder: Path) -> None:
-    shards: dict[str, set[str]] = {}
+def _read_index(folder: Path) -> Shapes:
+    shards: dict[str, Shapes] = {}
     for name, shard in _read_json(folder / INDEX, "weight_map", dict).items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(f"{folder / INDEX} looks for {name} in {shard!r}; expected a file of its folder.")
         if shard not in shards:
             if not (folder / shard).exists():
                 raise ValueError(f"{folder / INDEX} looks for {name} in {shard}, which is not there.")
-            shards[shard] = _tensor_names(folder / shard)
+            shards[shard] = _shapes(folder / shard)
         if name not in shards[shard]:
             raise ValueError(f"{folder / INDEX} looks for {name} in {shard}, which does not have it.")
+    return {name: shape for shapes in shards.values() for name, shape in shapes.items()}
 
 
-def _tensor_names(file: Path) -> set[str]:
+def _shapes(file: Path) -> Shapes:
     """The tensors in a file, all of floating point."""
+    check_header(file)
     try:
         with safe_open(file, "pt") as tensors:
-            names = set(tensors.keys())
-            kinds = {name: tensors.get_slice(name).get_dtype() for name in names}
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            kinds = {name: part.get_dtype() for name, part in parts.items()}
+            shapes = {name: part.get_shape() for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is truncated, damaged or no safetensors file: {error}.") from error
     if whole := [name for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]:
         raise ValueError(f"{file}: {whole[0]} holds {kinds[whole[0]]}; expected floating point.")
-    return names
+    return shapes
 
 
 def _read_json(file: Path, key: str, kind: type) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}; expected a folder that save_pretrained wrote.")
+    if file.stat().st_size > MAX_HEADER:
+        raise ValueError(f"{file} has more than {MAX_HEADER:,} bytes; it is damaged, or of something else.")
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from vtv_nnsight.files import check_file
 from vtv_nnsight.models.restricted_pickle import MAX_PICKLED, Refused, RestrictedUnpickler, refusing
 from vtv_nnsight.text import join_names
 
@@ -312,9 +313,7 @@ def _read_file(path: Path) -> tuple[Any, dict[str, int]]:
     """What a checkpoint file holds, its tensors as `_Stored`; and where in the file each storage begins."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; a checkpoint is one file (from_pretrained reads folders).")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}.")
-    with path.open("rb") as file:
+    with check_file(path).open("rb") as file:
         head = file.read(64)
         file.seek(0)
         if not head.startswith((b"PK", _LEGACY_MAGIC)):
@@ -327,8 +326,9 @@ def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, int]]:
     with zipfile.ZipFile(file) as archive:
         (pickled,) = (name for name in archive.namelist() if name.split("/", 1)[-1] == "data.pkl")
         folder = pickled.removesuffix("data.pkl") + "data/"
-        if archive.getinfo(pickled).file_size > MAX_PICKLED:
-            raise Refused(f"its data.pkl has more than {MAX_PICKLED:,} bytes")
+        entry = archive.getinfo(pickled)
+        if entry.file_size > MAX_PICKLED or entry.compress_type != zipfile.ZIP_STORED:
+            raise Refused(f"its data.pkl has {entry.file_size:,} bytes, is packed, or both, which torch does not do")
         content = _CheckpointUnpickler(io.BytesIO(archive.read(pickled))).load()
         starts = {}
         for entry in archive.infolist():

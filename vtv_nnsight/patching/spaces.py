@@ -24,6 +24,9 @@ from vtv_nnsight.models.interface import HEADS, SITES, ByStage, InContextModel
 from vtv_nnsight.models.sites import module_path, validate_sites, validate_stages
 from vtv_nnsight.vectors.compatibility import geometry, layout_of, stages_of
 
+MAX_UNITS = 2**20
+"""What a file may say: more are no model's, and would not fit into memory."""
+
 
 class Units(NamedTuple):
     """Of every unit of a space, LongTensors [n]."""
@@ -101,8 +104,8 @@ class PatchSpace:
                     raise ValueError("it names more or fewer layers than it has")
             space = cls.__new__(cls)
             space._build(facts, groups, paths)
-            if not len(space):
-                raise ValueError("it has no units")
+            if not 0 < len(space) <= MAX_UNITS:
+                raise ValueError(f"it has {len(space):,} units, not 1 to {MAX_UNITS:,}")
         except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise ValueError(f"this is not a space of units: {reason}.") from error

@@ -88,6 +88,8 @@ def _read_values(tensors: Mapping[str, torch.Tensor], name: str, field: str, sta
     values, present = tensors[f"{name}/{stage.key}/{field}"], tensors[f"{name}/{stage.key}/present"]
     sizes = (stage.heads, stage.head_dim)[: 2 if field == "mean" else 1]
     expected = (stage.layers, int(present.sum()), *sizes)
+    if places > 100 * (1 + expected[1]):
+        raise ValueError(f"{name}/{stage.key}/{field} is present at {expected[1]} of {places:,} positions")
     if present.shape != (places,) or present.dtype != torch.bool or values.shape != expected:
         raise ValueError(
             f"{name}/{stage.key}/{field} has shape {list(values.shape)} at {list(present.shape)} positions, not "
