@@ -524,6 +524,9 @@ def test_tokenizers_that_do_not_fit(split_checkpoint, state, save):
 
 
 def test_convert(checkpoint, split_checkpoint, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*new to make model in"):
+        convert(checkpoint, tmp_path / "new" / "model")
+    (tmp_path / "new").mkdir()
     out = convert(checkpoint, tmp_path / "new" / "model")
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
     assert [file.name for file in out.parent.iterdir()] == ["model"]

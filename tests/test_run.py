@@ -125,11 +125,11 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path,
     settings = Settings(model=model, **SMALL)
     asked = []
 
-    def interrupt(*args):
+    def interrupt(*args, **options):
         asked.append(args)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return losses(*args)
+        return losses(*args, **options)
 
     losses = Objective._losses
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

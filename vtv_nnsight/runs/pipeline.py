@@ -34,6 +34,7 @@ from typing import Any
 
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.evaluation.conditions import PATCHED
+from vtv_nnsight.files import make_folder
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace
@@ -166,6 +167,7 @@ class _Work:
     def search(self, prompts: Mapping[str, VisualPrompt], vectors: TaskVectors) -> dict[str, SearchResult]:
         results = {}
         with self.begin("search") as files:
+            make_folder(self.fold.folder / "search")  # where journals are kept
             for task in self.tasks:
                 name = f"search/{task.name}"
                 if files.everyone_lacks(f"{name}.safetensors"):
