@@ -1,7 +1,9 @@
 import hashlib
+import json
 import sys
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +12,14 @@ from helpers import VOC_MAPS, VOC_SIZE, annotation, label_map, run
 from PIL import Image
 from typer.testing import CliRunner
 
-from vtv_nnsight import MAEVQGAN, cli, data, tasks
-from vtv_nnsight.data.pascal_voc import CLASSES, Entry, detection, pascal, published_list
+from vtv_nnsight import MAEVQGAN, Layout, cli, data, tasks
+from vtv_nnsight.data.pascal_voc import CLASSES, Entry, detection, pascal, published_list, released_detection_order
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.report import page as report
 from vtv_nnsight.report import reading
 from vtv_nnsight.runs import Settings, folds, protocol, steps
+from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.vectors import TaskVectors
 
 DIGEST = "ab33f1b4f213fe8a26c921f9bbd2e27ed002cc1148c1b364a7e988e93df3347c"
@@ -215,6 +218,27 @@ def test_detection_keeps_small_single_objects(voc_root):
     assert names(detection(voc_root, "val", largest=1.0)) == [("b1", 12), ("b3", 12)]
 
 
+def test_detection_in_the_released_order(voc_root, voc):
+    """The numbers are of the whole list, once for each class of its pictures, and index what is left of it."""
+    many = [("cat", 1, 1, 5, 5), ("dog", 1, 1, 5, 5), ("dog", 6, 6, 9, 9)]
+    for name, objects in {"b1": many, "b2": [("cow", 3, 3, 9, 9)], "b3": many[:1]}.items():
+        (voc / "Annotations" / f"{name}.xml").write_text(annotation(objects))
+    assert released_detection_order(voc_root, 2) == [0, 0] and names(detection(voc_root, "val")) == [
+        ("b2", 9),
+        ("b3", 7),
+    ]
+    assert released_detection_order(voc_root, 4) == [0, 0, 1, 2]
+    (voc / "Annotations" / "b3.xml").write_text(annotation([("cow", 1, 1, 9, 9)]))
+    settings = Settings(data=f"detection:{voc_root}:0.5", protocol="published", test_prompts=9, prompts=1)
+    ((_, rows),) = folds.folds_to_test(settings)
+    layout = Layout(canvas_size=64, patch_size=8)
+    setup = SimpleNamespace(settings=settings, layout=layout)
+    asked = steps.prompts_to_test(setup, tasks.detection, rows)
+    first, second = (tasks.detection.prompt(rows[1 - i], rows[i], layout) for i in (0, 1))
+    assert len(rows) == len(asked) == 2 and len(asked.queries.unique()) == 1
+    assert torch.equal(asked.canvas, torch.cat([first.canvas] * 2)) and not torch.equal(first.canvas, second.canvas)
+
+
 def test_detection_prompts_are_boxes(voc_root):
     images = detection(voc_root, "trn")
     prompt = tasks.detection.prompts(images, n=1, seed=0)
@@ -366,6 +390,36 @@ def test_the_published_protocol(published, voc_root, small_config, tmp_path, mon
         run(out, replace(settings, search_fold=1), progress=False)
 
 
+def test_units_may_be_drawn_for_each_fold(published, voc_root, small_config, tmp_path, monkeypatch):
+    """As the released code does, of the probabilities that the search ended with."""
+    model, asked = tmp_path / "model", {}
+    MAEVQGANModel(small_config()).save_pretrained(model)
+
+    def evaluate(model, task, prompts, conditions, **options):
+        asked[options["fold"]] = conditions["task vector"].patches
+        return own_evaluate(model, task, prompts, conditions, **options)
+
+    own_evaluate = steps.evaluate_conditions
+    monkeypatch.setattr(steps, "evaluate_conditions", evaluate)
+    settings = Settings(
+        model=str(model), data=f"pascal:{voc_root / 'VOCdevkit'}", folds=(2, 0), search_fold=3, tasks=("segmentation",),
+        prompts=6, candidates=16, test_prompts=2, draws=1, budget=100, search="reinforce", protocol="published",
+        fold_draws=True,
+    )  # fmt: skip
+    run(tmp_path / "run", settings, progress=False)
+    found = SearchResult.load(tmp_path / "run" / "fold0" / "search" / "segmentation.safetensors")
+    assert asked == {fold: protocol.fold_draw(found, fold).patches for fold in (0, 2)}
+    assert len({tuple(patches.choices.tolist()) for patches in (*asked.values(), found.patches)}) == 3
+    assert "drawn for it" in json.loads((tmp_path / "run" / "run.json").read_text())["notes"][0]
+    for wrong, words in (
+        (dict(search="random"), "search='random' has no probabilities"),
+        (dict(protocol="own"), "fold_draws goes with the published protocol on pascal:ROOT"),
+        (dict(sparsity=float("nan")), "sparsity=nan is no price"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(settings, **wrong)
+
+
 def test_task_vectors_of_a_voc_tree(voc_root, cached, small_config, tmp_path, monkeypatch):
     MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
     out = tmp_path / "vectors.safetensors"
@@ -404,4 +458,4 @@ def test_evaluation_as_published_is_over_folds(published, voc_root, small_config
     assert result.exit_code == 0, result.output
     frame = Table.load(tmp_path / "out" / "values.parquet").frame
     assert frame.groupby("fold").image.nunique().to_dict() == dict.fromkeys(range(4), 7)
-    assert "segmentation, 28 images" in result.output
+    assert "pictures, 28 prompts" in result.output  # each fold's six pictures begin again

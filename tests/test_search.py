@@ -558,7 +558,23 @@ def test_published_recipe_keeps_the_best_of_its_samples(space):
     result = search.reinforce.on(objective, recipe="published", budget=101 * 320 + 12, seed=0, progress=False)
     assert [step.evaluations for step in result.history] == [324, 51 * 320 + 8, 101 * 320 + 12]
     assert result.held_out_loss == min(step.held_out_loss for step in result.history)
-    assert PUBLISHED == (-1.0, 0.1, 500, 320, 10, 50, 1e-6, 0.0)
+    assert PUBLISHED == (-1.0, 0.1, 500, 320, 10, 50, 1e-6, 0.0, None)
+
+
+@pytest.mark.parametrize("recipe", ["published", "leave-one-out"])
+def test_one_of_several_tasks_may_judge(space, recipe):
+    """The released code judges a search of several tasks by segmentation alone."""
+    objective = Planted(space, prompts=12, held_out=6, groups=2)
+    objective.tasks = [tasks.lowlight, tasks.segmentation]
+    options = dict(recipe=recipe, budget=700, seed=1, progress=False)
+    result = search.reinforce.on(objective, judge="segmentation", **options)
+    rows = objective.held_out[objective.group[objective.held_out] == 1]
+    assert 0 < len(rows) < len(objective.held_out) == 6
+    expected = objective(result.patches.choices.expand(len(rows), -1), rows).mean().item()
+    assert result.held_out_loss == pytest.approx(expected) and result.settings["judge"] == "segmentation"
+    assert result.held_out_loss != pytest.approx(search.reinforce.on(objective, **options).held_out_loss)
+    with pytest.raises(ValueError, match="judge='identity' is not searched for; choose from lowlight, segmentation"):
+        search.reinforce.on(objective, judge="identity", **options)
 
 
 def test_published_recipe_has_settings_of_its_own(space):

@@ -64,7 +64,8 @@ Published = Annotated[
     typer.Option(
         "--published",
         help="On pascal:ROOT, evaluate as both papers' released code does: in each fold, the pictures of its list in "
-        "their order as queries; then the mean over folds.",
+        "their order as queries; then the mean over folds. On detection:ROOT:0.2, the queries of VP's list and its "
+        "repeats.",
     ),
 ]
 

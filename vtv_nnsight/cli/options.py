@@ -104,6 +104,14 @@ Loss = Annotated[
         show_default="the model's first",
     ),
 ]
+Sparsity = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="With reinforce and published, the price of all units, in standard deviations of the loss: the released "
+        "code's regularization_strength.",
+    ),
+]
 Order = Annotated[str, typer.Option(help='"vertical", or "horizontal" for inputs above outputs.')]
 Seed = Annotated[int, typer.Option(min=0, help="The seed of all that is random.")]
 Vectors = Annotated[Path, typer.Option(help="The vectors that `vtv collect` wrote.")]

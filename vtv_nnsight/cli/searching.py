@@ -71,6 +71,15 @@ def search(
     algorithm: AlgorithmName = Settings.search,
     tasks: options.OneTask = None,
     recipe: Annotated[str | None, typer.Option(help='"published" makes reinforce the paper\'s.')] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="With reinforce and published, the one of several tasks that judges, as segmentation does in the "
+            "released code.",
+            show_default="all alike",
+        ),
+    ] = None,
+    sparsity: options.Sparsity = Settings.sparsity,
     budget: Budget = None,
     size: Size = None,
     loss: options.Loss = Settings.loss,
@@ -112,7 +121,7 @@ def search(
     patched = settings.sites if sites else by_task.sites
     space = PatchSpace(setup.model, setup.layout, granularity, options.listed(stages) if stages else None, patched)
     to_search = [steps.select(setup, task, rows) for task in to_serve]
-    keywords = options.given(recipe=recipe, size=size)
+    keywords = options.given(recipe=recipe, judge=judge, size=size)
     result = steps.search(setup, by_task, to_serve, to_search, space, resume=resume, **keywords)
     say(str(result))
     (result.patches if output.suffix == ".json" else result).save(output)

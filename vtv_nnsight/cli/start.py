@@ -35,9 +35,10 @@ MOST = 24
 
 PANELS = {
     "Basics": ("model", "data", "images", "out", "tasks", "quick", "redo", "device", "show"),
-    "Search": ("search", "loss", "budget", "granularity", "sites"),
+    "Search": ("search", "loss", "budget", "sparsity", "granularity", "sites"),
     "Evaluation": ("test_prompts", "draws", "control_prompts"),
     "Expert": ("max_images", "prompts", "candidates", "order", "seed", "folds", "published", "search_fold")
+    + ("fold_draws",)
     + ("batch_size", "vqgan", "embedding_type", "dtype"),
 }
 """Panel of the help of `vtv run` → its options."""
@@ -124,6 +125,14 @@ Published = Annotated[
 SearchFold = Annotated[
     int, typer.Option(min=0, max=3, help="With --published, the fold of Pascal-5i that is searched on.")
 ]
+FoldDraws = Annotated[
+    bool,
+    typer.Option(
+        "--fold-draws",
+        help="With --published on pascal:ROOT, draw the units anew for each fold from the search's probabilities, as "
+        "the released code does.",
+    ),
+]
 Redo = Annotated[bool, typer.Option("--redo", help="Do again what depends on settings or files that changed.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
 
@@ -150,6 +159,7 @@ def run(
     search: Search = None,
     loss: options.Loss = Settings.loss,
     budget: Budget = None,
+    sparsity: options.Sparsity = Settings.sparsity,
     test_prompts: TestPrompts = None,
     draws: Draws = None,
     control_prompts: ControlPrompts = None,
@@ -158,6 +168,7 @@ def run(
     quick: Quick = False,
     published: Published = False,
     search_fold: SearchFold = Settings.search_fold,
+    fold_draws: FoldDraws = Settings.fold_draws,
     redo: Redo = False,
     batch_size: options.BatchSize = None,
     vqgan: options.VQGAN = None,

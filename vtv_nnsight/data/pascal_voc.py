@@ -185,6 +185,23 @@ def detection(root: str | os.PathLike[str], split: str = "val", *, largest: floa
     return _dataset(voc, pictures, masks, labels, _box_mask)
 
 
+def released_detection_order(root: str | os.PathLike[str], count: int) -> list[int]:
+    """Row numbers of `detection(root, "val", …)`, which has `count` rows, in the order in which VP's released code asks
+    them: only its front part, with repeats.
+
+    The code's list (`2012_val_flattened_set.pth`) has a pair of number and class for every class of every validation
+    picture, and takes these numbers as indices into the pictures that are left of a single object.
+    """
+    voc = _voc(root, "Annotations", "ImageSets/Main")
+    order: list[int] = []
+    for number, name in enumerate(_lines(voc / "ImageSets" / "Main" / "val.txt")):
+        _, objects = _annotation(voc / "Annotations" / f"{name}.xml")
+        order += [number] * len({label for label, _ in objects})
+        if len(order) >= count:
+            break
+    return order[:count]
+
+
 def _dataset(
     voc: Path, names: Iterable[str], masks: list[dict[str, Any]], labels: Iterable[int], draw: DrawMask
 ) -> Dataset:

@@ -108,10 +108,8 @@ def _pascal(argument: str, split: str | None, n: int, seed: int) -> Dataset:
 def _detection(argument: str, split: str | None, n: int, seed: int) -> Dataset:
     """single objects of Pascal VOC with boxes of at most LARGEST of the picture: 0.5 (the paper's, the default) or
     0.2 (the released code's)"""
-    root, _, share = argument.rpartition(":")
-    if root and share.replace(".", "", 1).isdecimal():
-        return detection(root, _half(split, "trn", "val"), largest=float(share))
-    return detection(argument, _half(split, "trn", "val"))
+    root, largest = detection_argument(argument)
+    return detection(root, _half(split, "trn", "val"), largest=largest)
 
 
 @_source("hub", "NAME[:SPLIT]")
@@ -155,6 +153,12 @@ def _half(split: str | None, train: str, test: str) -> str:
     if split is None or split == "train":
         return train
     return test if split in SPLITS else split
+
+
+def detection_argument(argument: str) -> tuple[str, float]:
+    """Root and the largest share of "ROOT[:LARGEST]"."""
+    root, _, share = argument.rpartition(":")
+    return (root, float(share)) if root and share.replace(".", "", 1).isdecimal() else (argument, 0.5)
 
 
 def pascal_argument(argument: str) -> tuple[str, int | None, str]:

@@ -17,6 +17,11 @@ PICTURES_PER_PROMPT = 4
 """Pictures per prompt, at least, for prompts to be selected: each serves in one only."""
 
 
+FOLD_DRAWS = (
+    "Each fold is tested with units drawn for it from the search's probabilities; figures show the best sample."
+)
+
+
 class Fold(NamedTuple):
     """The pictures of one fold, or of all data where there are no folds.
 
@@ -36,12 +41,12 @@ class Fold(NamedTuple):
 
 def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
     """The data of every fold, pictures to learn from and to test on apart; and what loading them had to say."""
-    names = {"": settings.data}
+    names, test = {"": settings.data}, None if is_published_detection(settings) else 2 * settings.test_prompts
     if settings.data.startswith("pascal:"):
         root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
         numbers = settings.folds or (range(4) if fold is None else (fold,))
         if is_published_pascal(settings):
-            return published_folds(out, settings, root, lists, numbers), []
+            return published_folds(out, settings, root, lists, numbers), [FOLD_DRAWS] * settings.fold_draws
         names = {f"fold{fold}": f"pascal:{root}:{fold}" + f":{lists}" * (lists != "published") for fold in numbers}
     elif settings.folds:
         raise ValueError(f"{settings.data!r} has no folds; they go with data='pascal:ROOT'.")
@@ -50,7 +55,7 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
         warnings.simplefilter("always", UserWarning)
         for name, spec in names.items():
             number = int(name.removeprefix("fold") or 0)
-            parts = data.split_data(spec, settings.max_images, 2 * settings.test_prompts, settings.seed)
+            parts = data.split_data(spec, settings.max_images, test, settings.seed)
             folds.append(Fold(name, out / name, number, *parts))
     notes = list(dict.fromkeys(str(warning.message) for warning in heard if warning.category is UserWarning))
     fewest = min(len(fold.train) for fold in folds)
@@ -61,6 +66,11 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
     return folds, notes
 
 
+def is_published_detection(settings: Settings) -> bool:
+    """Whether VP's released list of detection is followed; see `runs.protocol.detection_prompts`."""
+    return settings.protocol == "published" and settings.data.startswith("detection:")
+
+
 def is_published_pascal(settings: Settings) -> bool:
     """Whether the released protocol on Pascal-5i is followed; see `runs.protocol`."""
     return settings.protocol == "published" and settings.data.startswith("pascal:")
@@ -68,6 +78,8 @@ def is_published_pascal(settings: Settings) -> bool:
 
 def folds_to_test(settings: Settings, split: str = "test", max_images: int | None = None) -> list[tuple[int, Dataset]]:
     """Number and pictures of each fold to evaluate on: all that the published protocol tests on, else one."""
+    if is_published_detection(settings):
+        return [(0, data.load(settings.data, split))]
     if not is_published_pascal(settings):
         return [(0, data.load(settings.data, split, max_images or 2 * settings.test_prompts, settings.seed))]
     root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))

@@ -43,7 +43,7 @@ from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.folds import Fold, load_folds
 from vtv_nnsight.runs.outputs import identity, read_prompts, write_pictures, write_prompts, write_scores
-from vtv_nnsight.runs.protocol import search_prompts
+from vtv_nnsight.runs.protocol import fold_draw, search_prompts
 from vtv_nnsight.runs.resuming import STEPS, RunRecord, StepFiles, begin_step
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.runs.trial import check
@@ -176,6 +176,9 @@ class _Work:
                     files.save(f"{name}.safetensors", result.save)
                     files.remove(f"{name}.journal")
                 results[task.name] = SearchResult.load(files.path(f"{name}.safetensors"))
+        if self.setup.settings.fold_draws:
+            seed = self.setup.settings.seed
+            return {task: fold_draw(result, self.fold.number, seed) for task, result in results.items()}
         return results
 
     def _search(self, task: Task, prompts: VisualPrompt, vectors: TaskVectors, journal: Path) -> SearchResult:

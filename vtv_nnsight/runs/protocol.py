@@ -8,19 +8,26 @@ follows where data are "pascal:ROOT".
 - Evaluation: the one set on the validation half of all four folds, 1000 queries each, in the order of the list, which
   is begun again where it is shorter.
 
-One vector and one set of units for each task therefore serve all folds.
+One vector and one set of units for each task therefore serve all folds. The released code keeps the search's Bernoullis
+and draws a set from them for each fold: `Settings.fold_draws`, `fold_draw`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from vtv_nnsight import data
 from vtv_nnsight.data.pascal_voc import PER_FOLD
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.search.score_function import PUBLISHED
+from vtv_nnsight.runs.settings import Settings
+from vtv_nnsight.search.result import SearchResult
+from vtv_nnsight.search.score_function import PUBLISHED, sample
 from vtv_nnsight.tasks import Draw, Task, draw_queries
 
 VECTOR_FOLDS = (1, 2, 3)
@@ -58,6 +65,20 @@ def test_prompts(task: Task, images: Any, n: int, layout: Layout, seed: int = 0)
     """`n` prompts to evaluate on: the images in their order, from the first again where there are fewer."""
     queries = np.resize(np.arange(len(images)), n)
     return task.compose(images, draw_queries(images, queries.tolist(), layout.examples, seed), layout)
+
+
+def fold_draw(result: SearchResult, fold: int, seed: int = 0) -> SearchResult:
+    """The result with a set that is drawn for a fold from its probabilities, as the released code does."""
+    choices = sample(result.scores, (), torch.Generator().manual_seed(seed + fold))
+    return replace(result, patches=PatchSet(result.patches.space, choices))
+
+
+def detection_prompts(task: Task, images: Any, settings: Settings, layout: Layout) -> VisualPrompt:
+    """The prompts of VP's released evaluation of detection (NeurIPS 2022, §4.2): `images` in the order of
+    `data.released_detection_order`, `settings.test_prompts` at most. Examples are other images of the same half."""
+    root, _ = data.detection_argument(settings.data.removeprefix("detection:"))
+    queries = data.released_detection_order(root, len(images))[: settings.test_prompts]
+    return task.compose(images, draw_queries(images, queries, layout.examples, settings.seed), layout)
 
 
 def colorization_pairs(images: int) -> Draw:

@@ -38,8 +38,8 @@ STEPS = {
     + ("max_images", "prompts", "candidates", "seed", "version", "protocol"),
     "collect": ("sites",),
     "score": ("granularity",),
-    "search": ("search", "loss", "budget", "search_fold", "search pictures"),
-    "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts"),
+    "search": ("search", "loss", "budget", "sparsity", "search_fold", "search pictures"),
+    "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts", "fold_draws"),
     "demonstrate": (),
 }
 """Step → the settings that matter from there on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ class Settings:
         search: One of `search.ALGORITHMS`, or "published" for the paper's own recipe.
         loss: The name of one of the model's `losses` or "pixels", the task's own; None is the model's first.
         budget: Evaluations (one mask on one prompt each) that a search may spend; None leaves it to the algorithm.
+        sparsity: The price of all units, as `search.reinforce` and "published" have it: the released code's
+            `regularization_strength`.
+        fold_draws: With the published protocol on "pascal:ROOT", draw the units anew for each fold from the
+            probabilities of the search's best sample, as the released code does; else the sample serves all folds.
         test_prompts: Prompts per task to evaluate on, of pictures that were neither collected nor searched on.
         draws: Times that random units are drawn to compare with: uniform, and matched by stage and region.
         control_prompts: Of the test prompts, those that the vectors of other tasks are tried on; each draw of random
@@ -72,6 +77,8 @@ class Settings:
     search: str = "reinforce"
     loss: str | None = None
     budget: int | None = 8000
+    sparsity: float = 0.0
+    fold_draws: bool = False
     test_prompts: int = 128
     draws: int = 16
     control_prompts: int = 32
@@ -110,6 +117,12 @@ class Settings:
                 raise ValueError(f"{name}={value} leaves nothing to do; give 1 or more.")
             if value > MAX_COUNT and name not in ("budget", "seed"):
                 raise ValueError(f"{name}={value} is more than can be done; give {MAX_COUNT:,} or fewer.")
+        if not 0 <= self.sparsity < math.inf:
+            raise ValueError(f"sparsity={self.sparsity} is no price; give 0 or more.")
+        if (self.sparsity or self.fold_draws) and self.search not in ("reinforce", "published"):
+            raise ValueError(f"search={self.search!r} has no probabilities; sparsity and fold_draws go with published.")
+        if self.fold_draws and not (self.protocol == "published" and self.data.startswith("pascal:")):
+            raise ValueError("fold_draws goes with the published protocol on pascal:ROOT; leave it out.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} is not a seed; give a number from 0 to {2**32 - 1}.")
 

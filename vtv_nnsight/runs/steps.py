@@ -21,8 +21,8 @@ from vtv_nnsight.models.interface import SITES, InContextModel
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.runs.folds import is_published_pascal, selects
-from vtv_nnsight.runs.protocol import candidates, test_prompts
+from vtv_nnsight.runs.folds import is_published_detection, is_published_pascal, selects
+from vtv_nnsight.runs.protocol import candidates, detection_prompts, test_prompts
 from vtv_nnsight.runs.resuming import check_files
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
@@ -174,7 +174,7 @@ def search(
         Without the seconds of its history, so that the same seed gives the same file.
     """
     settings = setup.settings
-    algorithm, recipe = algorithm_of(settings.search)
+    algorithm, recipe = algorithm_of(settings)
     shared = {"budget": settings.budget, "loss": settings.loss, "seed": settings.seed, "batch_size": setup.batch_size}
     queries = [rows.query_only() for rows in prompts]
     result = algorithm(
@@ -184,11 +184,12 @@ def search(
     return replace(result, history=tuple(moment._replace(seconds=float("nan")) for moment in result.history))
 
 
-def algorithm_of(name: str) -> tuple[Algorithm[...], dict[str, Any]]:
-    """The algorithm of that name, and the options that make it so."""
-    if name == "published":
-        return reinforce, {"recipe": "published"}
-    return ALGORITHMS[name], {}
+def algorithm_of(settings: Settings) -> tuple[Algorithm[...], dict[str, Any]]:
+    """The algorithm of the settings, and the options that make it so."""
+    price = {"sparsity": settings.sparsity} if settings.sparsity else {}
+    if settings.search == "published":
+        return reinforce, {"recipe": "published"} | price
+    return ALGORITHMS[settings.search], price
 
 
 def evaluate(
@@ -211,6 +212,8 @@ def prompts_to_test(setup: Setup, task: Task, rows: Dataset) -> VisualPrompt:
     settings = setup.settings
     if is_published_pascal(settings):
         return test_prompts(task, rows, settings.test_prompts, setup.layout, settings.seed)
+    if is_published_detection(settings):
+        return detection_prompts(task, rows, settings, setup.layout)
     return task.prompts(rows, settings.test_prompts, settings.seed, setup.layout)
 
 

@@ -34,7 +34,7 @@ def check(
             f"candidates={settings.candidates} are fewer than the prompts={settings.prompts} to select; give more."
         )
     trial: Any = _Trial(space, settings.prompts, model, settings.loss, tasks[0])
-    algorithm, options = algorithm_of(settings.search)
+    algorithm, options = algorithm_of(settings)
     if algorithm.needs_scores:
         if len(tasks) < 2:
             raise ValueError(f"search={settings.search!r} ranks by what tells tasks apart; give two tasks or more.")

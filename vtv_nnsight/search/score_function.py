@@ -24,6 +24,7 @@ class Recipe(NamedTuple):
     validate_every: int = 50
     epsilon: float = 1e-6
     sparsity: float = 0.0
+    judge: str | None = None
 
 
 PUBLISHED = Recipe()
@@ -41,12 +42,14 @@ def reinforce(
     images: int | None = None,
     masks: int = 8,
     sparsity: float = 0.0,
+    judge: str | None = None,
     prune: bool = True,
     tolerance: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Score-function gradients of the expected loss (Williams, 1992) over a Bernoulli for every unit.
 
-    `recipe="published"` is the paper's, to the letter (`search.score_function.published`).
+    `recipe="published"` is the paper's (`search.score_function.published`); with `judge` and `sparsity` as its released
+    code has them.
 
     The default differs in three ways, which `benchmarks/search_efficiency.py --ablations` measures:
 
@@ -57,7 +60,8 @@ def reinforce(
       taken, then the units that it does without are dropped, by the effect of each.
 
     Args:
-        recipe: "leave-one-out" or "published". The second takes init, lr, steps, images and sparsity alone.
+        recipe: "leave-one-out" or "published". The second takes init, lr, steps, images, sparsity and
+            judge alone.
         init: Initial logit of every unit.
         lr: Adam's learning rate at the start; None is 0.3, published 0.1.
         decay: The share of it that is gone when the budget is, linearly.
@@ -67,12 +71,21 @@ def reinforce(
         masks: Masks for each of these prompts, 2 or more.
         sparsity: Price of all units, in standard deviations of the loss: this times the mean probability is added to
             the objective (the released code's `regularization_strength`).
+        judge: The name of one of several tasks: sets are judged by its held-out prompts alone, as the released code's
+            are by segmentation's. None judges by those of all tasks alike.
         prune: End with the pruning; False returns the units more likely than not.
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
 
     Raises:
-        ValueError: when the recipe is unknown or lacks an option that is given, or there are fewer than two masks.
+        ValueError: when the recipe is unknown or lacks an option that is given, there are fewer than two masks, or
+            judge is none of the tasks.
     """
+    if judge is not None:
+        names = [task.name for task in getattr(search.objective, "tasks", ())]
+        if judge not in names:
+            raise ValueError(f"judge={judge!r} is not searched for; choose from {', '.join(names)}.")
+        of_judge = search.objective.group[search.held_out] == names.index(judge)
+        search.held_out = search.held_out[of_judge]
     if recipe == "published":
         return published(search, _published_options(search.settings))
     if recipe != "leave-one-out":
@@ -164,7 +177,7 @@ def _published_options(settings: dict[str, Any]) -> Recipe:
     fixed = ("decay", "masks", "prune", "tolerance")
     if given := [name for name in fixed if settings[name] != reinforce.options[name]]:
         raise ValueError(f"recipe='published' takes no {', '.join(given)}; leave that out, or the recipe.")
-    names = ("init", "lr", "steps", "images", "sparsity")
+    names = ("init", "lr", "steps", "images", "sparsity", "judge")
     return PUBLISHED._replace(**{name: settings[name] for name in names if settings[name] is not None})
 
 
