@@ -5,14 +5,16 @@
     python benchmarks/patch_sets.py runs/scenes/search/*.safetensors --vectors runs/scenes/vectors.safetensors
 
 SETS are patch sets (.json) or search results (.safetensors). A file named after a task, as `vtv run` names them, or
-given as TASK=FILE is measured on that task, any other on all of --tasks. With neither SETS nor --algorithms every
-algorithm is run. An algorithm's numbers are means over its seeds, each with training prompts of its own; intervals are
+given as TASK=FILE is measured on that task, any other on all of --tasks. Files in a run's folder are measured as their
+run was: model, data, queries, seed and vectors are those of its run.json, unless an option says otherwise, and the line
+above the table warns where they are not. With neither SETS nor --algorithms every algorithm is run. An algorithm's numbers are means over its seeds, each with training prompts of its own; intervals are
 95 %, by bootstrap over prompts. Costs are differences in the model's own loss on the same prompts, the
 token loss (nats per patch) of MAE-VQGAN. The columns:
 
 - gap closed: the way from zero-shot with nothing patched (0) to one-shot (1), in loss; and by random units (16
   draws or more, on the first 24 prompts).
-- other vector: the gap closed by the vector of another task at the same units: that of the task that closes most.
+- other vector: the gap closed by the vector of another task at the same units (transfer at fixed units): that of the
+  task that closes most, of all that there are vectors of.
 - less a tenth: the set is cut at random into tenths and each is left out: the mean cost, and the greatest. A minimal
   set loses from every one.
 - Jaccard: of two seeds' sets, and what random sets of their sizes would have.
@@ -22,8 +24,8 @@ token loss (nats per patch) of MAE-VQGAN. The columns:
   task needs costs more. Units lie at CLS, query and output: what reads the example is never touched.
 
 Under the table stand each task's floor (copying the query) and ceiling (the tokenizer's own drawing), how many of 16 or
-more random draws each set beats by metric, uniform and matched by stage and region, and whether the task is specific:
-whether its own vector is surely better there than the best of another task.
+more random draws each set beats by metric, uniform and matched by stage and region, and what the best vector of another
+task has at the same units. There is no verdict on fewer than 8 different pictures.
 
 In JSON and picture only: sufficiency, the k best-scored units of an algorithm's first seed for several k. The work is
 done by `leaderboard/`.
@@ -34,7 +36,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import common
-from leaderboard import UNSEEN, Leaderboard, draw, markdown, measure_sets
+from leaderboard import OF_RUN, UNSEEN, Leaderboard, draw, heading, markdown, measure_sets, settings_of_runs
 
 from vtv_nnsight import search, tasks
 
@@ -64,19 +66,25 @@ def main() -> None:
         "--batch-size", type=int, help="prompts per forward; by default as evaluate and the searches have it"
     )
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="keep every search's journal there")
+    parser.set_defaults(**dict.fromkeys((*OF_RUN, "tasks")))
     args = parser.parse_args()
     if args.quick:
         vars(args).update(QUICK)
     if args.algorithms is None and not args.sets:
         args.algorithms = "attribution,ranking" if args.quick else ",".join(search.ALGORITHMS)
-    given = {name: value for name, value in vars(args).items() if name in Leaderboard.__dataclass_fields__}
-    given["tasks"] = tuple(task.name for task in tasks.get_all(args.tasks))
-    given["algorithms"] = tuple(args.algorithms.split(",")) if args.algorithms else ()
     try:
-        rows = measure_sets(Leaderboard(**given), args.sets)
+        runs = settings_of_runs(args.sets)
+        vars(args).update({name: value for name, value in (runs or [{}])[0].items() if vars(args)[name] is None})
+        known = {name: getattr(defaults, name) for name in OF_RUN} | {"tasks": ",".join(defaults.tasks)}
+        vars(args).update({name: value for name, value in known.items() if vars(args)[name] is None})
+        given = {name: value for name, value in vars(args).items() if name in Leaderboard.__dataclass_fields__}
+        given["tasks"] = tuple(task.name for task in tasks.get_all(args.tasks))
+        given["algorithms"] = tuple(args.algorithms.split(",")) if args.algorithms else ()
+        options = Leaderboard(**given)
+        rows = measure_sets(options, args.sets)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(markdown(rows))
+    print(heading(options, runs), markdown(rows), sep="\n\n")
     common.save(args, {"leaderboard": rows}, draw(rows))
 
 

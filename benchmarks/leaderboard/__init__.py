@@ -9,10 +9,20 @@
 
 from leaderboard.drawing import draw
 from leaderboard.measuring import agree, gap_closed, measure_sets
-from leaderboard.sets import UNSEEN, Leaderboard, best_scored, prunings, read, stability
+from leaderboard.sets import (
+    OF_RUN,
+    UNSEEN,
+    Leaderboard,
+    best_scored,
+    heading,
+    prunings,
+    read,
+    settings_of_runs,
+    stability,
+)
 from leaderboard.tables import markdown
 
 __all__ = [
-    "UNSEEN", "Leaderboard", "agree", "best_scored", "draw", "gap_closed", "markdown", "measure_sets", "prunings",
-    "read", "stability",
+    "OF_RUN", "UNSEEN", "Leaderboard", "agree", "best_scored", "draw", "gap_closed", "heading", "markdown",
+    "measure_sets", "prunings", "read", "settings_of_runs", "stability",
 ]  # fmt: skip

@@ -48,8 +48,9 @@ def draw_task(top: Axes, bottom: Axes, rows: Sequence[Mapping[str, Any]], sets: 
     """One task's panels: above, the metric of every set beside random draws; below, of its best-scored units."""
     for row in rows:
         value, low, high = row["metric"]
-        if row["set"] in REFERENCES:
-            style = dict(color="0.4", linewidth=1, linestyle=("-", "--", ":")[REFERENCES.index(row["set"])])
+        reference = next((name for name in REFERENCES if row["set"].startswith(name)), None)
+        if reference:
+            style = dict(color="0.4", linewidth=1, linestyle=("-", "--", ":")[REFERENCES.index(reference)])
             top.axvline(value, label=row["set"], **style)
             bottom.axhline(value, **style)
             continue

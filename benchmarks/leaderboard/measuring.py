@@ -74,12 +74,21 @@ def measure_all(bench: Bench, by_name: Mapping[str, Task], sets: Sets) -> list[d
 def references(bench: Bench, task: Task, sets: Sets) -> tuple[Measured, Measured]:
     """What one-shot, zero-shot and everything patched come to, here and on the other data."""
     spaces = [patches(by_task[task.name][0]).space for by_task in sets.values() if task.name in by_task]
-    space = spaces[0] if spaces else PatchSpace(bench.model, bench.here[task.name].layout)
-    everything = bench.vectors[task.name], PatchSet(space, torch.ones(len(space)))
-    plans = {BASELINE: [BASELINE], ZERO_SHOT: [ZERO_SHOT], EVERYTHING: [everything]}
+    spaces = spaces or [PatchSpace(bench.model, bench.here[task.name].layout)]
+    plans: dict[str, list[Any]] = {BASELINE: [BASELINE], ZERO_SHOT: [ZERO_SHOT]}
+    for name, space in everything(spaces).items():
+        plans[name] = [(bench.vectors[task.name], PatchSet(space, torch.ones(len(space), dtype=torch.bool)))]
     here, there = (measure(bench, task, prompts, plans) for prompts in (bench.here, bench.elsewhere))
     here[BASELINE] |= bounds(bench, task)
     return here, there
+
+
+def everything(spaces: Sequence[PatchSpace]) -> dict[str, PatchSpace]:
+    """Name → a space of each kind that there is: all of its units patched are a reference."""
+    kinds = {(space.granularity, *space.sites, *map(str, space.stages)): space for space in spaces}
+    if len(kinds) == 1:
+        return {EVERYTHING: spaces[0]}
+    return {f"{EVERYTHING}, {len(s)} units by {s.granularity} of {', '.join(s.sites)}": s for s in kinds.values()}
 
 
 def bounds(bench: Bench, task: Task) -> dict[str, list[float]]:
@@ -109,7 +118,7 @@ def measure_set(bench: Bench, task: Task, name: str, board: Sets, here: Measured
         "mean_ablated_one_shot": [(average, one, BASELINE) for one in sets],
         "random_units_mean_ablated_one_shot": [(average, one, BASELINE) for one in random],
     }
-    foreign = {f"vector of {t}": [(bench.vectors[t], one) for one in sets] for t in bench.here if t != task.name}
+    foreign = {f"vector of {t}": [(bench.vectors[t], one) for one in sets] for t in bench.vectors if t != task.name}
     best = {k: [(vector, one)] for k, one in curve.items()}
     measured = measure(bench, task, bench.here, plain | others | foreign | best, here, against="own")
     drawn = measure_draws(bench, task, sets)
@@ -123,6 +132,7 @@ def measure_set(bench: Bench, task: Task, name: str, board: Sets, here: Measured
     return measured["own"] | {
         "units": [len(one) for one in sets],
         "of_units": len(sets[0].space),
+        "pictures": len(bench.here[task.name].queries.unique()),
         "loss_by_seed": by_seed,
         **drawn,
         **{what: measured[what] for what in others},
@@ -196,6 +206,7 @@ def measure_draws(bench: Bench, task: Task, sets: Sequence[PatchSet]) -> dict[st
             "least": min(means),
             "most": max(means),
             "prompts": len(prompts),
+            "pictures": len(prompts.queries.unique()),
         }
     return {what: measured[what] for what in names}
 

@@ -22,14 +22,15 @@ from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.progress import progress_bar, quiet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.runs import steps
+from vtv_nnsight.runs.resuming import check_files
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.search.budget import prefixes, sizes
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, layout_of
 
-MAX_IMAGES = 500
-"""The most pictures to draw prompts to collect and search on from."""
+OF_RUN = ("model", "vqgan", "embedding_type", "dtype", "data", "max_images", "test_prompts", "seed")
+"""What sets are measured with as their run was."""
 DRAW_PROMPTS = 24
 """Prompts per task on which each draw of random units is measured."""
 UNSEEN = "unseen scenes"
@@ -62,6 +63,7 @@ class Leaderboard:
         algorithms: Searches to run now, of `search.ALGORITHMS`.
         model, vqgan, embedding_type, dtype: As for `Settings`.
         data: As for `vtv run`; searched on and measured on apart.
+        max_images: The most pictures to draw prompts to collect and search on from.
         transfer_data: Other data to measure on; None is `UNSEEN`, scenes of other classes, beside scenes.
         tasks: Names.
         vectors: A file of `vtv collect`; None collects them now.
@@ -84,6 +86,7 @@ class Leaderboard:
     embedding_type: str | None = None
     dtype: str | None = None
     data: str = "scenes"
+    max_images: int = 500
     transfer_data: str | None = None
     tasks: tuple[str, ...] = tuple(task.name for task in tasks.VTV)
     vectors: Path | None = None
@@ -97,7 +100,7 @@ class Leaderboard:
     resume: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("budget", "seeds", "prompts", "test_prompts", "batch_size"):
+        for name in ("budget", "seeds", "prompts", "test_prompts", "batch_size", "max_images"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} leaves nothing to do; give 1 or more.")
         if unknown := [name for name in self.algorithms if name not in search.ALGORITHMS]:
@@ -114,9 +117,7 @@ def read(files: Sequence[str], by_name: Mapping[str, Task], taken: Sequence[str]
     """The sets in files, by name and task. One is called as its file, or its folder if the file is called as a task."""
     sets: Sets = {}
     for text in files:
-        owner, _, file = text.rpartition("=")
-        path = Path(file if is_task(owner) else text)
-        owner = next(filter(is_task, (owner, path.stem)), None)
+        owner, path = owner_of(text)
         if owner and owner not in by_name:
             raise ValueError(f"{path} is of {owner!r} and --tasks is {','.join(by_name)}; add it, or omit the file.")
         name = str(path.parent) if path.stem == owner else path.stem
@@ -128,6 +129,48 @@ def read(files: Sequence[str], by_name: Mapping[str, Task], taken: Sequence[str]
                 raise ValueError(f"{path} is a second set of {task!r} that is called {name!r}; rename it.")
             sets[name][task] = [content]
     return sets
+
+
+def owner_of(text: str) -> tuple[str | None, Path]:
+    """The task and the file of [TASK=]FILE; None where neither names a task."""
+    owner, _, file = text.rpartition("=")
+    path = Path(file if is_task(owner) else text)
+    return next(filter(is_task, (owner, path.stem)), None), path
+
+
+def settings_of_runs(files: Sequence[str]) -> list[dict[str, Any]]:
+    """What the runs of sets in files were made with, each once: `OF_RUN`, their vectors, and {} for no run.
+
+    Raises:
+        ValueError, FileNotFoundError: when a file is not as its run wrote it.
+    """
+    runs: list[dict[str, Any]] = []
+    for _, path in map(owner_of, files):
+        record, _ = check_files(path.parent, path.name, recorded=False)
+        known = {name: record["settings"][name] for name in OF_RUN} if "settings" in record else {}
+        if known:
+            known["tasks"] = ",".join(record["settings"]["tasks"])
+        vectors = path.absolute().parent.parent / "vectors.safetensors"
+        if known and vectors.is_file():
+            known["vectors"] = vectors
+        if known.get("data", "").startswith("pascal:") and vectors.parent.name.startswith("fold"):
+            root, _, lists = data.pascal_argument(known["data"].removeprefix("pascal:"))
+            known["data"] = f"pascal:{root}:{vectors.parent.name.removeprefix('fold')}:{lists}"
+        if known not in runs:
+            runs.append(known)
+    return runs
+
+
+def heading(options: Leaderboard, runs: Sequence[Mapping[str, Any]]) -> str:
+    """What sets are measured on, and a warning where it is not known to be that of their run."""
+    text = f"{options.model}, {options.data}, {options.test_prompts} prompts a task, seed {options.seed}"
+    differ = [name for run in runs for name in OF_RUN if run and run[name] != getattr(options, name)]
+    if not runs or runs == [{}]:
+        return text + (". warning: no run.json says what these sets were found on." if runs else "")
+    if differ or {} in runs:
+        other = ", ".join(dict.fromkeys(differ)) or "their data"
+        return f"{text}. warning: sets of another run are here, which differs or is not known in {other}."
+    return f"{text}, as their run"
 
 
 def is_task(name: str) -> bool:
@@ -163,7 +206,7 @@ def prepare(options: Leaderboard, sets: Sets) -> tuple[Bench, Dataset]:
         expected = f"{options.model} and {next(iter(owners))}"
         check_compatible(name, owner.fingerprint, expected, fingerprint(model, layout))
 
-    train, test = data.split_data(options.data, MAX_IMAGES, 2 * options.test_prompts, options.seed)
+    train, test = data.split_data(options.data, options.max_images, 2 * options.test_prompts, options.seed)
     for task in options.by_name.values():
         if task.needs not in train.column_names:
             raise ValueError(f"{task.name!r} needs a column {task.needs!r} and {options.data} has none; omit the task.")

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from vtv_nnsight import metrics
+from vtv_nnsight.evaluation.table import ENOUGH
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -35,9 +36,12 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 )
                 for what, one in zip(("random", "matched"), drawn)
             )
-            text += f" {row['set']} beats {uniform} and {matched}"
+            if row["random_units"]["pictures"] < ENOUGH:
+                text += f" {row['set']}: no verdict on {row['random_units']['pictures']} pictures"
+            else:
+                text += f" {row['set']} beats {uniform} and {matched}"
             best = best_other(row, metric)
-            if best:
+            if best and row["pictures"] >= ENOUGH:
                 name, other = best
                 _, low, high = other["difference"]
                 worse = high < 0 if metric.higher_is_better else low > 0
