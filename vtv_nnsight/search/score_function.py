@@ -48,8 +48,7 @@ def reinforce(
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Score-function gradients of the expected loss (Williams, 1992) over a Bernoulli for every unit.
 
-    `recipe="published"` is the paper's (`search.score_function.published`); with `judge` and `sparsity` as its released
-    code has them.
+    `recipe="published"` is the paper's (`search.score_function.published`).
 
     The default differs in three ways, which `benchmarks/search_efficiency.py --ablations` measures:
 
@@ -60,32 +59,22 @@ def reinforce(
       taken, then the units that it does without are dropped, by the effect of each.
 
     Args:
-        recipe: "leave-one-out" or "published". The second takes init, lr, steps, images, sparsity and
-            judge alone.
+        recipe: "leave-one-out" or "published". The second takes no decay, masks, prune or tolerance.
         init: Initial logit of every unit.
         lr: Adam's learning rate at the start; None is 0.3, published 0.1.
         decay: The share of it that is gone when the budget is, linearly.
         steps: Steps at most; None is what the budget pays for, published 500.
-        images: Prompts a step; None is 2, published 10. Small steps suit a hundred units; with more units, a GPU, or
-            several processes to keep busy, give more.
+        images: Prompts a step; None is 2, published 10. With many units, a GPU or several processes, give more.
         masks: Masks for each of these prompts, 2 or more.
-        sparsity: Price of all units, in standard deviations of the loss: this times the mean probability is added to
-            the objective (the released code's `regularization_strength`).
-        judge: The name of one of several tasks: sets are judged by its held-out prompts alone, as the released code's
-            are by segmentation's. None judges by those of all tasks alike.
+        sparsity: Times the mean probability, added to the objective: the released code's `regularization_strength`.
+        judge: The one of several tasks whose held-out prompts judge; in the released code segmentation. None: all.
         prune: End with the pruning; False returns the units more likely than not.
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
 
     Raises:
-        ValueError: when the recipe is unknown or lacks an option that is given, there are fewer than two masks, or
-            judge is none of the tasks.
+        ValueError: when the recipe, the judge or an option is not among those there are, or masks is below two.
     """
-    if judge is not None:
-        names = [task.name for task in getattr(search.objective, "tasks", ())]
-        if judge not in names:
-            raise ValueError(f"judge={judge!r} is not searched for; choose from {', '.join(names)}.")
-        of_judge = search.objective.group[search.held_out] == names.index(judge)
-        search.held_out = search.held_out[of_judge]
+    search.held_out = _held_out_of(search, judge)
     if recipe == "published":
         return published(search, _published_options(search.settings))
     if recipe != "leave-one-out":
@@ -170,6 +159,16 @@ def published(search: Search, recipe: Recipe = PUBLISHED) -> tuple[torch.Tensor,
             if loss < best_loss:
                 best, best_loss = (drawn, probabilities), loss
     return *best, True
+
+
+def _held_out_of(search: Search, judge: str | None) -> torch.Tensor:
+    """The numbers of a task's held-out prompts, or of all."""
+    if judge is None:
+        return search.held_out
+    names = [task.name for task in getattr(search.objective, "tasks", ())]
+    if judge not in names:
+        raise ValueError(f"judge={judge!r} is not searched for; choose from {', '.join(names)}.")
+    return search.held_out[search.objective.group[search.held_out] == names.index(judge)]
 
 
 def _published_options(settings: dict[str, Any]) -> Recipe:
