@@ -9,7 +9,19 @@ import torch
 from helpers import FAST, random_module, vit_mae_config
 from transformers import ViTMAEForPreTraining
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, ablate, data, evaluate, metrics, patch, tasks
+from vtv_nnsight import (
+    MAEVQGAN,
+    PatchSet,
+    PatchSpace,
+    TaskVectors,
+    ablate,
+    data,
+    evaluate,
+    metrics,
+    patch,
+    search,
+    tasks,
+)
 from vtv_nnsight.evaluation import (
     Condition,
     Table,
@@ -17,13 +29,19 @@ from vtv_nnsight.evaluation import (
     bootstrap,
     comparison,
     controls,
+    each_vector,
+    noise_vector,
     random_units,
     rank_among_draws,
+    search_each,
     select_prompts,
     selection,
+    specific_tasks,
+    specificity_sentences,
     transfer_at_fixed_units,
     vector_pairs,
     verdicts,
+    with_other_examples,
 )
 from vtv_nnsight.evaluation.resampling import intervals
 from vtv_nnsight.models.vit_mae import ViTMAE
@@ -340,7 +358,8 @@ def test_random_units_are_as_many_and_matched_where_asked(patches):
 def test_controls_are_drawn_several_times(model, prompts, vectors, patches, table, tmp_path):
     own = vectors["segmentation"]
     conditions = {"one-shot": None} | controls(own, patches, vectors, draws=3)
-    assert list(conditions) == ["one-shot", "random units", "matched random units", "vector of lowlight"]
+    at_units = ["noise vector", "mean over tasks", "vector of lowlight"]
+    assert list(conditions) == ["one-shot", "random units", "matched random units", *at_units]
     found = evaluate(model, tasks.segmentation, prompts, conditions, keep=2, progress=False)
     zero_shot, sets = prompts.query_only(), random_units(patches, 3)
     each = np.array([answer(model, zero_shot, own, one)[0].numpy() for one in sets])
@@ -350,7 +369,9 @@ def test_controls_are_drawn_several_times(model, prompts, vectors, patches, tabl
     assert line.images == 7 and line.mean == pytest.approx(each.mean()) and line.low < line.mean < line.high
     one_shot = found.values("segmentation", "one-shot")
     assert line.difference == pytest.approx((each - one_shot).mean())
-    assert [len(cells) for cells in found.pictures["segmentation"].values()] == [2] * 6
+    assert [len(cells) for cells in found.pictures["segmentation"].values()] == [2] * 8
+    mean = answer(model, zero_shot, 0.5 * own + 0.5 * vectors["lowlight"], patches)[0]
+    np.testing.assert_allclose(found.values("segmentation", "mean over tasks"), mean, atol=1e-5)
     found.to_parquet(tmp_path / "values.parquet")
     assert repr(Table.load(tmp_path / "values.parquet")) == repr(found)
 
@@ -369,6 +390,8 @@ def test_controls_may_ask_fewer_prompts(model, prompts, vectors, patches, table)
         "copy": (7, 1),
         "random units": (2, 3),
         "matched random units": (2, 3),
+        "noise vector": (5, 1),
+        "mean over tasks": (5, 1),
         "vector of lowlight": (5, 1),
     }
     zero_shot, sets = prompts.query_only(), random_units(patches, 3)
@@ -379,10 +402,12 @@ def test_controls_may_ask_fewer_prompts(model, prompts, vectors, patches, table)
     other = table.values("segmentation", "vector of lowlight")[:5]
     mine = table.values("segmentation", "task vector")
     assert lines["vector of lowlight"].mean == pytest.approx(other.mean())
-    assert "random units, 3 draws, 2 images" in repr(found) and "vector of lowlight, 5 images" in repr(found)
+    beside = f"2 images; the task vector has {mine[:2].mean():.3f} there"
+    assert f"random units, 3 draws, {beside}" in repr(found) and "vector of lowlight, 5 images; the" in repr(found)
     place = rank_among_draws(found, "segmentation")
-    expected = (int((mine[:2].mean() > each.mean(1)).sum()), 3, each.mean(1).min(), each.mean(1).max())
+    expected = (int((mine[:2].mean() > each.mean(1)).sum()), 3, each.mean(1).min(), each.mean(1).max(), mine[:2].mean())
     assert place == pytest.approx(expected)
+    assert place.p == pytest.approx((4 - place.beaten) / 4) and place.least_p == 0.25
     pairs = vector_pairs(found).set_index("vector")
     assert list(pairs.index) == ["segmentation", "lowlight"] and set(pairs.images) == {5}
     assert pairs["mean"]["segmentation"] == pytest.approx(mine[:5].mean())
@@ -413,14 +438,16 @@ def test_verdicts_are_sentences(shift, words):
     table = Table(pd.concat(frames))
     (said,) = verdicts(table)
     assert said == (
-        "segmentation: mIoU ↑ 0.500 with the task vector; copy, the floor, has 0.625 and tokenizer, the ceiling, has "
-        "0.938. Copying the query scores better than the task vector does. The found units beat 1 of 2 draws of random "
-        "units (from 0.250 to 0.750; 8 images). The found units beat 0 of 2 draws of matched random units (from 0.750 "
-        f"to 0.875; 8 images). Transfer at fixed units: {words}"
+        "segmentation: mIoU ↑ 0.500 with the task vector; copying the query has 0.625 and the tokenizer's own picture "
+        "of the truth has 0.938. Copying the query scores better than the task vector does. On 8 images the found "
+        "units have 0.500 and 2 draws of random units 0.250 to 0.750: p = 0.667 by rank, of 0.333 at the least. "
+        "On 8 images the found units have 0.500 and 2 draws of matched random units 0.750 to 0.875: p = 1.000 by rank, "
+        f"of 0.333 at the least. Transfer at fixed units: {words}"
     )
     assert verdicts(Table(pd.concat(frames[1:3]))) == []
     (other,) = verdicts(Table(table.frame.assign(task="identity", metric="lpips", label="LPIPS ↓")))
-    assert other.startswith("identity: LPIPS ↓ 0.500 with the task vector") and "beat 1 of 2 draws of random" in other
+    assert other.startswith("identity: LPIPS ↓ 0.500 with the task vector")
+    assert "draws of random units 0.750 to 0.250" in other
     few = Table(table.frame.assign(query=table.frame.image % 7))
     assert verdicts(few) == [
         "segmentation: 7 pictures, 8 prompts are too few for a verdict; give 8 different pictures or more."
@@ -466,6 +493,67 @@ def test_the_best_other_vector_decides():
     names = ("task", "vector", "higher_is_better", "mean", "difference_low", "difference_high")
     best = best_others(pd.DataFrame(rows, columns=names).assign(pictures=8))
     assert list(zip(best.task, best.vector, best.worse)) == [("up", "b", True), ("down", "a", False)]
+
+
+def test_noise_has_the_norm_of_the_vector_everywhere(vectors):
+    own, noise = vectors["segmentation"], noise_vector(vectors["segmentation"])
+    for key, mean in own.mean.items():
+        torch.testing.assert_close(noise.mean[key].norm(dim=-1), mean.norm(dim=-1), equal_nan=True)
+        assert torch.nn.functional.cosine_similarity(noise.mean[key], mean, dim=-1).nanmean().abs() < 0.3
+    again, other = noise_vector(own), noise_vector(own, seed=1)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(noise.mean.values(), again.mean.values()))
+    assert not torch.equal(noise.mean["decoder"].nan_to_num(), other.mean["decoder"].nan_to_num())
+
+
+def test_other_examples_leave_query_and_truth(model, images, prompts):
+    dark = tasks.lowlight.prompts(images, 7, seed=0, layout=model.layout)
+    conditions = with_other_examples(prompts, dark, 5)
+    assert list(conditions) == ["wrong example", "blank example"] and conditions["wrong example"].prompts == 5
+    wrong, blank = (condition.prompts_override for condition in conditions.values())
+    for shown in (wrong, blank):
+        assert all(torch.equal(shown.region(name), prompts.region(name)) for name in ("query", "output"))
+    assert torch.equal(wrong.region("example_output"), dark.region("example_output"))
+    assert (blank.region("example_input") == 1).all() and (prompts.region("example_input") < 1).any()
+    found = evaluate(model, tasks.segmentation, prompts, conditions, keep=0, progress=False)
+    np.testing.assert_allclose(found.values("segmentation", "blank example"), answer(model, blank)[0][:5], atol=1e-6)
+
+
+def test_every_vector_is_searched_for_alike(model, images, vectors):
+    """The task's own, too; and the table is read as that of vectors at fixed units is."""
+    prompts, asked = (tasks.segmentation.prompts(images, n, seed=n, layout=model.layout) for n in (8, 5))
+    space = PatchSpace(model)
+    results = search_each(
+        model, tasks.segmentation, prompts, vectors, space, budget=150, loss="tokens", seed=3, progress=False
+    )
+    again = search.gates(
+        model, vectors["lowlight"], tasks.segmentation, prompts.query_only(), space, 150, seed=3, progress=False
+    )
+    assert results["lowlight"].patches == again.patches and list(results) == list(vectors)
+    assert {result.algorithm for result in results.values()} == {"gates"}
+    conditions = each_vector("segmentation", vectors, results)
+    found = evaluate(model, tasks.segmentation, asked, conditions, keep=0, progress=False)
+    assert list(vector_pairs(found).vector) == ["segmentation", "lowlight"]
+    by_pixels = search_each(
+        model, tasks.segmentation, prompts, vectors, space, budget=150, loss="pixels", progress=False
+    )
+    assert {result.algorithm for result in by_pixels.values()} == {"reinforce"}
+
+
+@pytest.mark.parametrize(
+    ("errors", "specific"),
+    [((0.01, 0.01), True), ((0.01, 0.06), False), ((0.045, 0.045), False), ((0.04, 0.045), True)],
+)
+def test_a_task_is_specific_where_all_others_are_surely_worse(errors, specific):
+    """Holm of two: the smaller p-value below 2.5 %, the other below 5 %."""
+    half = 1.96 * np.array([np.nan, *errors])
+    pairs = pd.DataFrame({"task": "t", "vector": ["t", "a", "b"], "higher_is_better": False, "mean": [0.2, 0.3, 0.3]})
+    pairs = pairs.assign(difference=[np.nan, 0.1, 0.1], pictures=8)
+    pairs = pairs.assign(difference_low=pairs.difference - half, difference_high=pairs.difference + half)
+    assert specific_tasks(pairs) == {"t": specific}
+    assert specific_tasks(pairs.assign(higher_is_better=True)) == {"t": False}
+    sentences = specificity_sentences(pairs)
+    assert sentences[0].endswith("does as well: t." if specific else "does as well: no task.")
+    assert len(sentences) == 1 + (not specific)
 
 
 class Unbounded:

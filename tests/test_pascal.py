@@ -1,5 +1,6 @@
 import hashlib
 import json
+import runpy
 import sys
 import warnings
 from dataclasses import replace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import VOC_MAPS, VOC_SIZE, annotation, label_map, run
+from helpers import ROOT, VOC_MAPS, VOC_SIZE, annotation, label_map, run
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -416,6 +417,37 @@ def test_units_may_be_drawn_for_each_fold(published, voc_root, small_config, tmp
     ):
         with pytest.raises(ValueError, match=words):
             replace(settings, **wrong)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_both_papers_tables_from_files_of_their_form(published, voc_root, voc, small_config, tmp_path, monkeypatch):
+    """A model, a VOC tree and an ImageNet folder in, tables with the papers' numbers out; then nothing again."""
+    for name in ("b1", "b3"):
+        (voc / "Annotations" / f"{name}.xml").write_text(annotation([("dog", 1, 1, 15, 12)]))
+    for i in range(1001):
+        path = tmp_path / "imagenet" / "val" / f"n{i // 500}" / f"{i:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (120, 115), (i % 256, 100, 40 * (i // 256))).save(path)
+    MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
+    folder = ROOT / "benchmarks"
+    arguments = [folder / "published.py", "--quick", "--device", "cpu", "--model", tmp_path / "model"]
+    arguments += ["--data", f"pascal:{voc_root}", "--imagenet", tmp_path / "imagenet", "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    monkeypatch.syspath_prepend(folder)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    found = json.loads((tmp_path / "out" / "published.json").read_text())
+    rows = {(row["paper"], row["task"], row["fold"], row["row"]): row for row in found["rows"]}
+    folds = [fold for paper, task, fold, row in rows if (paper, task, row) == ("VTV", "lowlight", "task vector")]
+    assert folds == ["0", "1", "2", "3"]
+    assert {task for paper, task, *_ in rows if paper == "VP"} >= {"segmentation", "detection(fit=bilinear)"}
+    known = rows["VP", "segmentation", "1", "one-shot"]
+    assert known["theirs"] == 0.3044 and known["difference"] == pytest.approx(known["here"] - 0.3044)
+    assert rows["VP", "segmentation", "0", "copy"]["theirs"] is None
+    assert any(task.startswith("colorization(fit=crop)") for paper, task, *_ in rows if paper == "VP")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
 
 
 def test_task_vectors_of_a_voc_tree(voc_root, cached, small_config, tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_answers_show_pictures_and_scores(model, prompts):
 def test_matrix_shows_every_vector_on_every_task():
     rows = [
         {"task": task, "vector": vector, "mean": mean, "label": label, "higher_is_better": up}
-        | {"difference_low": low, "difference_high": high}
+        | {"difference_low": low, "difference_high": high, "pictures": 8}
         for task, label, up, cells in (
             ("a", "mIoU ↑", True, {"a": (0.8, 0, 0), "b": (0.5, -0.4, -0.2), "c": (0.2, -0.7, -0.5)}),
             ("b", "MSE ↓", False, {"a": (0.9, 0.1, 0.3), "b": (0.6, 0, 0), "c": (0.5, -0.2, 0.1)}),
@@ -145,3 +145,5 @@ def test_matrix_shows_every_vector_on_every_task():
     assert words == ["0.800", "0.500", "0.200", "0.900", "0.600", "0.500 *"]
     assert [frame.get_xy() for frame in panel.patches] == [(-0.47, -0.46), (0.53, 0.54)]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["a\nmIoU ↑", "b\nMSE ↓"]
+    both = plots.matrix({"fixed": pd.DataFrame(rows), "anew": pd.DataFrame(rows)})
+    assert [panel.get_title() for panel in both.axes] == ["fixed", "anew"]

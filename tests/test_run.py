@@ -27,11 +27,13 @@ from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, data, tasks
 from vtv_nnsight.cli import start
 from vtv_nnsight.digests import file_digest
 from vtv_nnsight.evaluation import Table, rank_among_draws, verdicts
+from vtv_nnsight.evaluation.random_controls import beats_copying
 from vtv_nnsight.files import read_json, write_json
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import numbered_steps, progress_bar
 from vtv_nnsight.report import comparison, explorer, figures, labels, pictures, reading
 from vtv_nnsight.report import page as report
+from vtv_nnsight.report.seeds import merge
 from vtv_nnsight.runs import STEPS, bundles, outputs, pipeline
 from vtv_nnsight.runs import folds as of_folds
 from vtv_nnsight.runs import steps as runs
@@ -42,7 +44,7 @@ from vtv_nnsight.vectors import TaskVectors
 pytestmark = pytest.mark.timeout(900)
 
 TASKS = ("segmentation", "lowlight")
-SMALL = dict(tasks=TASKS, max_images=40, prompts=8, candidates=30, budget=200, test_prompts=6, draws=2)
+SMALL = dict(tasks=TASKS, max_images=40, prompts=8, candidates=30, budget=200, test_prompts=8, draws=2, matrix=110)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +101,24 @@ def test_a_run_writes_what_the_rest_of_the_library_reads(finished, model):
         found = SearchResult.load(finished / "search" / f"{name}.safetensors")
         assert found.evaluations <= 200 and len(found.patches.space) == 2 * 4 * 2 + 2 * 3
         table = Table.load(finished / "evaluation" / f"{name}.parquet")
-        assert len(table.values(name, "task vector")) == 6
+        assert len(table.values(name, "task vector")) == 8
     units = (finished / "scores.csv").read_text().splitlines()
     assert units[0] == "unit,score" and len(units) == 1 + 22 and "attn.heads[" in units[1]
     assert not [path for path in finished.rglob("*") if path.suffix in (".journal", ".state", ".tmp")]
+
+
+def test_every_vector_is_searched_for_on_every_task_where_asked(finished):
+    for name, other in (TASKS, TASKS[::-1]):
+        table = Table.load(finished / "matrix" / f"{name}.parquet")
+        assert set(table.frame.condition) == {"task vector", f"vector of {other}"}
+        assert len(table.values(name, f"vector of {other}")) == 8
+    pairs = pd.read_csv(finished / "figures" / "matrix.csv")
+    assert len(pairs) == 2 * 4 and set(pairs.units) == {"fixed", "searched anew"}
+    page = html.unescape((finished / "report.html").read_text())
+    assert "Of units searched anew for each pair, no other vector does as well" in page
+    assert "units searched anew for each pair" in (finished / "figures" / "matrix.svg").read_text()
+    conditions = set(Table.load(finished / "evaluation" / "lowlight.parquet").frame.condition)
+    assert conditions >= {"noise vector", "mean over tasks", "wrong example", "blank example", "matched random units"}
 
 
 def test_kept_prompts_are_exact(tmp_path, model):
@@ -323,8 +339,8 @@ def test_single_steps_are_those_of_a_run(finished, model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"seed": 1}, "seed was 0 and is 1.*or do select, collect, score, search, evaluate, demonstrate again"),
-        ({"budget": 300}, "budget was 200 and is 300.*or do search, evaluate, demonstrate again"),
+        ({"seed": 1}, "seed was 0 and is 1.*or do select, collect, score, search, evaluate, demonstrate, matrix again"),
+        ({"budget": 300}, "budget was 200 and is 300.*or do search, evaluate, demonstrate, matrix again"),
         ({"tasks": ("lowlight",)}, "tasks was segmentation, lowlight and is lowlight"),
     ],
 )
@@ -464,8 +480,8 @@ def test_the_report_is_one_file_with_everything(finished):
         assert "random units, 2 draws" in section and "The floor, copying the query, is" in section
         for drawn in ("random units", "matched random units"):
             place = rank_among_draws(table, name, drawn)
-            assert f"The found units beat {place.beaten} of 2 draws of {drawn}" in section
-    assert "Is it the task&#39;s own vector?" in page or "Is it the task's own vector?" in page
+            assert f"2 draws of {drawn} {place.worst:.3f} to {place.best:.3f}: p = {place.p:.3f} by rank" in section
+    assert "Transfer at fixed units" in page
     assert "A <b>unit</b> is one attention head at one place: cls, query or output." in page
     section = page[page.index('<section id="searches">') :]
     section = section[: section.index("</section>")]
@@ -758,3 +774,33 @@ def on_screen(printed: str) -> str:
             lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
             column += len(part)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def test_seeds_are_runs_of_their_own_and_one_table(finished, copy, model, tmp_path, done):
+    """A seed is a row of seeds.csv, and one more picture that rows may share."""
+    other = tmp_path / "other"
+    run(other, Settings(model=model, **SMALL | {"seed": 1, "matrix": 0}), progress=False)
+    sentences = merge(tmp_path, {0: copy, 1: other})
+    rows = pd.read_csv(tmp_path / "seeds.csv")
+    assert set(rows.seed) == {0, 1} and set(rows.task) == set(TASKS)
+    table = pd.read_csv(tmp_path / "table.csv").set_index(["task", "measure", "condition"])
+    for name in TASKS:
+        own = rows[(rows.task == name) & (rows.condition == "task vector")]
+        line = table.loc[name, tasks.get(name).metric.name, "task vector"]
+        assert line["mean"] == pytest.approx(own["mean"].mean(), abs=1e-5) and line.images == 16
+        assert line.low <= line["mean"] <= line.high
+    assert [sentence.partition(":")[0] for sentence in sentences] == list(TASKS)
+    assert all("against one-shot, of 2 seeds: " in sentence for sentence in sentences)
+    assert (tmp_path / "table.md").read_text().rstrip().endswith(sentences[-1])
+
+
+def test_the_vector_is_called_better_only_where_copying_is_worse():
+    def line(mean):
+        return reading.Table(pd.DataFrame(
+            {"task": "lowlight", "metric": "mse", "condition": "x", "fold": 0, "image": [0], "score": [mean]}
+        )).lines()[0]  # fmt: skip
+
+    metric = tasks.lowlight.metric
+    lines = {"one-shot": line(0.3), "task vector": line(0.2)}
+    assert beats_copying(metric, lines) and beats_copying(metric, lines | {"copy": line(0.4)})
+    assert not beats_copying(metric, lines | {"copy": line(0.25)})

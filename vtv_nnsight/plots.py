@@ -77,13 +77,24 @@ def project(points: torch.Tensor, method: str = "pca") -> Any:
 
 
 def matrix(pairs: Any) -> Figure:
-    """Every vector on every task, as `evaluation.transfer_at_fixed_units` measured it: scores, coloured in each row
-    from the worst (dark) to the best (light); the task's own vector is framed, and a star marks the best one of another
-    task where the own is not surely better.
+    """Every vector on every task: scores, coloured in each row from the worst (dark) to the best (light); the task's
+    vector is framed, and a star marks the best one of another task where it is not surely worse.
 
     Args:
-        pairs: What `evaluation.transfer_at_fixed_units` returned.
+        pairs: What `evaluation.vector_pairs` or `evaluation.transfer_at_fixed_units` returned; or title → such pairs,
+            to be drawn beside each other.
     """
+    titled = pairs if isinstance(pairs, dict) else {"": pairs}
+    first = next(iter(titled.values()))
+    width, height = 0.55 * PANEL * first.vector.nunique() + 2, 0.3 * PANEL * first.task.nunique() + 1.4
+    figure = Figure(figsize=(width * len(titled), height), layout="constrained")
+    for panel, (title, one) in zip(figure.subplots(1, len(titled), squeeze=False)[0], titled.items()):
+        _draw_matrix(panel, one)
+        panel.set_title(title)
+    return figure
+
+
+def _draw_matrix(panel: Any, pairs: Any) -> None:
     tasks, vectors = list(pairs.task.unique()), list(pairs.vector.unique())
     scores = pairs.pivot(index="task", columns="vector", values="mean").loc[tasks, vectors]
     first = pairs.drop_duplicates("task").set_index("task").loc[tasks]
@@ -91,8 +102,6 @@ def matrix(pairs: Any) -> Figure:
     low, high = signed.min(axis=1), signed.max(axis=1)
     goodness = signed.sub(low, axis=0).div((high - low).where(high > low, 1.0), axis=0)
     doubtful = {(row.task, row.vector) for row in best_others(pairs).itertuples() if not row.worse}
-    figure = Figure(figsize=(0.55 * PANEL * len(vectors) + 2, 0.3 * PANEL * len(tasks) + 1.4), layout="constrained")
-    panel = figure.subplots()
     panel.imshow(goodness.to_numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     for row, task in enumerate(tasks):
         for column, vector in enumerate(vectors):
@@ -104,8 +113,7 @@ def matrix(pairs: Any) -> Figure:
                 panel.add_patch(frame)
     panel.set_xticks(range(len(vectors)), vectors, rotation=20, ha="right")
     panel.set_yticks(range(len(tasks)), [f"{task}\n{first.label[task]}" for task in tasks])
-    panel.set(xlabel="vector", ylabel="task, at its units")
-    return figure
+    panel.set(xlabel="vector", ylabel="task")
 
 
 def answers(table: Any, task: str | None = None) -> Figure:

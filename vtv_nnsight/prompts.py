@@ -153,6 +153,24 @@ class VisualPrompt:
         everything."""
         return self._with(visible=self.layout.visible.to(self.device), decoded=self.layout.all_patches.to(self.device))
 
+    def with_examples(self, others: VisualPrompt | None) -> VisualPrompt:
+        """The same queries under the examples of as many other prompts, or with blank cells in the examples' place.
+
+        Raises:
+            ValueError: when there are more or fewer of the others, or they are of another layout.
+        """
+        if others is not None and (len(others) != len(self) or others.layout != self.layout):
+            raise ValueError(
+                f"{len(others)} prompts of {others.layout} cannot lend their examples to {len(self)} prompts of "
+                f"{self.layout}; give as many, of the same layout."
+            )
+        canvas = self.canvas.clone()
+        blank = canvas.new_tensor(self.layout.canvas_colour)[:, None, None]
+        for name, (rows, columns) in self.layout.cells.items():
+            if name not in ("query", "output"):
+                canvas[:, :, rows, columns] = blank if others is None else others.canvas[:, :, rows, columns].to(canvas)
+        return self._with(canvas=canvas, pictures=None)
+
     @property
     def queries(self) -> torch.Tensor:
         """A number for each row's query picture, LongTensor [batch] on the CPU: rows of one number ask about the same

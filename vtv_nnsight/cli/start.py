@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import webbrowser
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +18,14 @@ from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.data import load
-from vtv_nnsight.evaluation import verdicts
+from vtv_nnsight.evaluation import specificity_sentences, vector_pairs, verdicts
+from vtv_nnsight.evaluation.searched_anew import BUDGET
 from vtv_nnsight.models.sources import EMBEDDED
 from vtv_nnsight.report import page, photographs, reading
 from vtv_nnsight.report.comparison import compare
 from vtv_nnsight.report.explorer import demonstrate
 from vtv_nnsight.report.labels import FLOOR_TO_CEILING
+from vtv_nnsight.report.seeds import merge
 from vtv_nnsight.runs import bundles, pipeline
 from vtv_nnsight.runs.folds import is_published_pascal
 from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
@@ -36,7 +39,7 @@ MOST = 24
 PANELS = {
     "Basics": ("model", "data", "images", "out", "tasks", "quick", "redo", "device", "show"),
     "Search": ("search", "loss", "budget", "sparsity", "granularity", "sites"),
-    "Evaluation": ("test_prompts", "draws", "control_prompts"),
+    "Evaluation": ("test_prompts", "draws", "control_prompts", "matrix", "seeds"),
     "Expert": ("max_images", "prompts", "candidates", "order", "seed", "folds", "published", "search_fold")
     + ("fold_draws",)
     + ("batch_size", "vqgan", "embedding_type", "dtype"),
@@ -113,6 +116,14 @@ ControlPrompts = Annotated[
         help="Test prompts that the vectors of other tasks are tried on, and a quarter of them each random draw.",
     ),
 ]
+Matrix = Annotated[
+    bool,
+    typer.Option(
+        "--matrix",
+        help=f"Search units for every vector on every task, {BUDGET} evaluations each: which vectors carry their task?",
+    ),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of as many seeds, from --seed on, and their tables as one.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Take a first look: two tasks, a short search.")]
 Published = Annotated[
     bool,
@@ -163,8 +174,10 @@ def run(
     test_prompts: TestPrompts = None,
     draws: Draws = None,
     control_prompts: ControlPrompts = None,
+    matrix: Matrix = False,
     order: options.Order = Settings.order,
     seed: options.Seed = Settings.seed,
+    seeds: Seeds = 1,
     quick: Quick = False,
     published: Published = False,
     search_fold: SearchFold = Settings.search_fold,
@@ -190,18 +203,22 @@ def run(
     else:
         options.refuse_unused(ctx, "but with --published on pascal:ROOT", "search_fold")
     folder = out or Path("runs") / (f"{settings.name}-quick" if quick else settings.name)
-    written = folder / "report.html"
+    written = folder / ("table.md" if seeds > 1 else "report.html")
     files = _photographs(images) if images else {}
     if files and len(files) < FEW and model == EMBEDDED:
         written = _answer(folder, EMBEDDED, settings.tasks, files)
         say(f"{len(files)} photographs are too few to find task vectors in: those of the package answer all of them.")
     else:
-        pipeline.run(
-            folder, settings, redo=redo, device=device, batch_size=batch_size, explore=demonstrate, report=page.write
-        )
-        summarise(folder)
+        folders = {seed + i: folder / f"seed{seed + i}" for i in range(seeds)} if seeds > 1 else {seed: folder}
+        shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size)
+        for number, place in folders.items():
+            seeded = replace(settings, seed=number, matrix=BUDGET * matrix)
+            pipeline.run(place, seeded, explore=demonstrate, report=page.write, **shared)
+            summarise(place)
+        if seeds > 1:
+            say("\n".join(merge(folder, folders)))
         if files:
-            wrote(_answer(folder, str(folder), settings.tasks, dict(list(files.items())[:MOST])))
+            wrote(_answer(folder, str(folders[seed]), settings.tasks, dict(list(files.items())[:MOST])))
     wrote(written)
     if show:
         webbrowser.open(written.resolve().as_uri())
@@ -243,6 +260,8 @@ def summarise(folder: Path) -> None:
         say(note)
     for verdict in verdicts(results.table):
         say(verdict)
+    if results.anew is not None:
+        say(" ".join(specificity_sentences(vector_pairs(results.anew))))
 
 
 @app.command(epilog="Example: vtv report runs/scenes runs/holiday -o comparison.html")

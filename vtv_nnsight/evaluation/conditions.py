@@ -22,12 +22,14 @@ SHOTS = {
     "one": "the examples are shown",
     "zero": "no example is shown",
     "copy": "the query as its own answer, the floor",
-    "ceiling": "the best that the model could paint, such as its tokenizer's own picture of the truth",
+    "ceiling": "what the model's own parts make of the truth, such as its tokenizer's own picture of it",
 }
 """What a condition shows, or takes for the answer without asking the model."""
 BASELINE, ZERO_SHOT = "one-shot", "zero-shot"
 PATCHED, BOTH, OTHER = "task vector", "one-shot + task vector", "vector of "
 RANDOM, MATCHED = "random units", "matched random units"
+NOISE, MEAN = "noise vector", "mean over tasks"
+WRONG, BLANK = "wrong example", "blank example"
 FLOOR, CEILING = "copy", "tokenizer"
 """The names of conditions: the same in tables, under pictures and in files. The others are compared with `BASELINE`."""
 SHORT = {BASELINE: "one", ZERO_SHOT: "zero", FLOOR: "copy", CEILING: "ceiling", "ceiling": "ceiling"}

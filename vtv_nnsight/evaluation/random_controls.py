@@ -1,4 +1,5 @@
-"""What a found set of units must beat before it means anything: units drawn at random, and the vectors of other tasks.
+"""What a found set of units must beat before it means anything: units drawn at random, noise, the vectors of other
+tasks and their mean, and an example that tells nothing.
 
 >>> conditions = comparison(vector, result) | controls(vector, result, vectors, prompts=48)
 >>> table = evaluate(model, task, prompts, conditions)      # intervals over draws and queries
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -18,22 +20,27 @@ import torch
 from vtv_nnsight import metrics
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation.conditions import (
+    BASELINE,
+    BLANK,
     CEILING,
     CONTROL,
     FLOOR,
     MATCHED,
+    MEAN,
+    NOISE,
     OTHER,
     PATCHED,
     RANDOM,
+    WRONG,
     Condition,
     sets_of,
 )
 from vtv_nnsight.evaluation.evaluation import evaluate
-from vtv_nnsight.evaluation.table import ENOUGH, Table
+from vtv_nnsight.evaluation.table import ENOUGH, Line, Table
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.vectors import TaskVector
+from vtv_nnsight.vectors import TaskVector, TaskVectors
 
 DRAWS = 16
 """One draw says little: with 16, the mIoU of segmentation at random units of the embedded model went from 0.12 to
@@ -83,26 +90,50 @@ def controls(
     prompts: int | None = None,
 ) -> dict[str, Condition | list[Condition]]:
     """Conditions for `evaluate`: the vector at random units and at units matched by stage and region (see
-    `random_units`; several draws each), and the vector of every other task at the units that were found.
+    `random_units`; several draws each); and at the units that were found noise of the vector's norm, the mean over
+    tasks, and the vector of every other task.
 
     Args:
         vector: The task's.
         patches: A PatchSet or a SearchResult.
         others: Vectors of all tasks by name.
         draws: Of the random units.
-        seed: Of the random units; the first draw is the one of `comparison`.
-        prompts: Ask only so many prompts, the first ones, with the vectors of other tasks, and a quarter of them with
-            each draw. Tables say how many; None asks all.
+        seed: Of the random units and of the noise; the first draw is the one of `comparison`.
+        prompts: Ask only so many prompts, the first ones, with noise and other vectors, and a quarter of them with each
+            draw. Tables say how many; None asks all.
     """
     quarter = prompts and -(-prompts // 4)
     conditions: dict[str, Condition | list[Condition]] = {}
     for name, matched in ((RANDOM, False), (MATCHED, True)):
         sets = random_units(patches, draws, matched=matched, seed=seed)
         conditions[name] = [Condition("zero", vector, units, prompts=quarter) for units in sets]
-    for name, other in (others or {}).items():
-        if name != vector.task:
-            conditions[f"{OTHER}{name}"] = Condition("zero", other, patches, prompts=prompts)
-    return conditions
+    at_units = {NOISE: noise_vector(vector, seed)} | ({MEAN: TaskVectors(others).mean()} if others else {})
+    at_units |= {f"{OTHER}{name}": other for name, other in (others or {}).items() if name != vector.task}
+    return conditions | {name: Condition("zero", other, patches, prompts=prompts) for name, other in at_units.items()}
+
+
+def noise_vector(vector: TaskVector, seed: int = 0) -> TaskVector:
+    """Noise in the place of a task's vector: a random direction at every head and position, of the same norm."""
+    generator = torch.Generator().manual_seed(CONTROL + seed)
+
+    def noise(mean: torch.Tensor) -> torch.Tensor:
+        drawn = torch.randn(mean.shape, generator=generator).to(mean)
+        scale: torch.Tensor = torch.linalg.vector_norm(mean, dim=-1) / torch.linalg.vector_norm(drawn, dim=-1)
+        return drawn * scale[..., None]
+
+    return replace(vector, task=f"noise for {vector.task}", mean=vector.mean.map(noise), variance=None)
+
+
+def with_other_examples(prompts: VisualPrompt, others: VisualPrompt, asked: int | None = None) -> dict[str, Condition]:
+    """Conditions for `evaluate`: the same queries under the examples of another task's prompts, and under blank ones.
+
+    Args:
+        prompts: Those that are evaluated.
+        others: As many of another task.
+        asked: As `prompts` of `controls`.
+    """
+    shown = {WRONG: prompts.with_examples(others), BLANK: prompts.with_examples(None)}
+    return {name: Condition(prompts_override=rows, prompts=asked) for name, rows in shown.items()}
 
 
 class RankAmongDraws(NamedTuple):
@@ -112,12 +143,24 @@ class RankAmongDraws(NamedTuple):
         beaten: Draws that it is better than.
         draws: All draws.
         worst, best: The mean scores of the worst and of the best draw.
+        mean: Its own mean score.
     """
 
     beaten: int
     draws: int
     worst: float
     best: float
+    mean: float
+
+    @property
+    def p(self) -> float:
+        """The p-value by rank: (1 + draws at least as good) / (1 + draws)."""
+        return (1 + self.draws - self.beaten) / (1 + self.draws)
+
+    @property
+    def least_p(self) -> float:
+        """The smallest p-value that so many draws can give."""
+        return 1 / (1 + self.draws)
 
 
 def rank_among_draws(table: Table, task: str, among: str = RANDOM, condition: str = PATCHED) -> RankAmongDraws:
@@ -136,7 +179,8 @@ def rank_among_draws(table: Table, task: str, among: str = RANDOM, condition: st
     (mean,) = table.draws(task, condition, same_images_as=among)
     sign = 1 if _metric(table, task).higher_is_better else -1
     drawn = pd.Series(sign * draws)
-    return RankAmongDraws(int((sign * mean > drawn).sum()), len(drawn), sign * drawn.min(), sign * drawn.max())
+    beaten = int((sign * mean > drawn).sum())
+    return RankAmongDraws(beaten, len(drawn), sign * drawn.min(), sign * drawn.max(), float(mean))
 
 
 def vector_pairs(table: Table) -> pd.DataFrame:
@@ -176,8 +220,8 @@ def task_verdict(table: Table, task: str) -> list[str]:
     if lines[PATCHED].pictures < ENOUGH:
         return [f"{task}: {lines[PATCHED].asked} are too few for a verdict; give {ENOUGH} different pictures or more."]
     mean = lines[PATCHED].mean
-    known = {"the floor": FLOOR, "the ceiling": CEILING}
-    bounds = [f"{name}, {what}, has {lines[name].mean:.3f}" for what, name in known.items() if name in lines]
+    known = {"copying the query": FLOOR, "the tokenizer's own picture of the truth": CEILING}
+    bounds = [f"{what} has {lines[name].mean:.3f}" for what, name in known.items() if name in lines]
     end = f"; {' and '.join(bounds)}." if bounds else "."
     sentences = [f"{task}: {metric.label} {mean:.3f} with the task vector{end}"]
     if FLOOR in lines and metric.better(lines[FLOOR].mean, mean):
@@ -186,14 +230,26 @@ def task_verdict(table: Table, task: str) -> list[str]:
         if name in lines and lines[name].draws > 1 and lines[name].pictures >= ENOUGH:
             rank = rank_among_draws(table, task, name)
             sentences.append(
-                f"The found units beat {rank.beaten} of {rank.draws} draws of {name} (from {rank.worst:.3f} to "
-                f"{rank.best:.3f}; {lines[name].asked})."
+                f"On {lines[name].asked} the found units have {rank.mean:.3f} and {rank.draws} draws of {name} "
+                f"{rank.worst:.3f} to {rank.best:.3f}: p = {rank.p:.3f} by rank, of {rank.least_p:.3f} at the least."
             )
     if any(name.startswith(OTHER) for name in lines):
         best = best_others(vector_pairs(Table(table.frame[table.frame.task == task]))).iloc[0]
         if best.pictures >= ENOUGH:
             sentences.append(f"Transfer at fixed units: {transfer_sentence(best)}")
     return sentences
+
+
+def beats_copying(metric: metrics.Metric, lines: Mapping[str, Line]) -> bool:
+    """Whether the task vector and one-shot are both better than copying the query: only then is one of them better than
+    the other at the task.
+
+    Args:
+        lines: Condition → its line.
+    """
+    if FLOOR not in lines:
+        return True
+    return all(metric.better(lines[name].mean, lines[FLOOR].mean) for name in (PATCHED, BASELINE) if name in lines)
 
 
 def transfer_sentence(best: Any) -> str:

@@ -14,15 +14,15 @@ import torch
 from pyarrow.parquet import write_table as write_parquet
 
 from vtv_nnsight import metrics
-from vtv_nnsight.evaluation.conditions import BASELINE
+from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED
 from vtv_nnsight.evaluation.resampling import intervals
 from vtv_nnsight.files import UNSEALED, check_seal, replacing, seal, write_text
 from vtv_nnsight.tasks.base import SOURCES
 
 COLUMNS = ("task", "metric", "condition", "fold", "image", "score")
 """What every file of values has."""
-IDENTIFIERS = ("query", "example", *SOURCES)
-"""Columns of numbers: rows that have one in common share a picture."""
+IDENTIFIERS = ("query", "example", *SOURCES, "seed")
+"""Columns of numbers: rows that have one in common share a picture, or the seed of all that was drawn."""
 ENOUGH = 8
 """Different query pictures, at least, for a verdict."""
 
@@ -30,7 +30,8 @@ ENOUGH = 8
 class Line(NamedTuple):
     """One measure of one condition: its mean, and its mean difference to one-shot on the same images, with 95 %
     bootstrap intervals, over its draws too where it has several; NaN where there is none. `images` are the prompts, and
-    `pictures` their different query pictures."""
+    `pictures` their different query pictures; `beside` is the task vector's mean on the same images, where those are
+    fewer than its own."""
 
     task: str
     condition: str
@@ -44,6 +45,7 @@ class Line(NamedTuple):
     difference_high: float
     draws: int = 1
     pictures: int = 0
+    beside: float = np.nan
 
     @property
     def asked(self) -> str:
@@ -58,6 +60,11 @@ class Line(NamedTuple):
     def title(self) -> str:
         """The condition, and how often it was drawn."""
         return self.condition if self.draws == 1 else f"{self.condition}, {self.draws} draws"
+
+    @property
+    def fewer(self) -> str:
+        """What was asked where that is less than what the task vector was, and what the vector has there."""
+        return "" if np.isnan(self.beside) else f"{self.asked}; the {PATCHED} has {self.beside:.3f} there"
 
 
 @dataclass(eq=False)
@@ -201,8 +208,9 @@ class Table:
         head = f"{task}, {most.asked}"
         columns = {frame.label.iloc[0]: frame.metric.iloc[0], f"{frame.loss_name.iloc[0]} ↓": frame.loss_name.iloc[0]}
         rows: dict[str, dict[str, str]] = {
-            line.condition: {head: line.title + (f", {line.asked}" if line.images < most.images else "")}
+            line.condition: {head: line.title + (f", {line.fewer or line.asked}" if line.images < most.images else "")}
             for line in lines
+            if line.measure == frame.metric.iloc[0]
         }
         for i, (label, measure) in enumerate(columns.items()):
             for line in (line for line in lines if line.measure == measure):
@@ -249,7 +257,11 @@ def _lines(frame: pd.DataFrame, baseline: str) -> list[Line]:
             mean = numbers[column, name, "mean"]
             change = numbers[column, name, "change"] if name != baseline else (np.nan, np.nan, np.nan)
             asked = there[name].iloc[:, 0].to_numpy()
-            facts = {"draws": there[name].shape[1], "pictures": len(np.unique(identifiers[asked, 0]))}
+            facts: dict[str, Any] = {"draws": there[name].shape[1]}
+            facts["pictures"] = len(np.unique(identifiers[asked, 0]))
+            if PATCHED in names and asked.sum() < there[PATCHED].iloc[:, 0].sum():
+                own = pd.Series(series[column, PATCHED, "mean"][asked, 0]).groupby(folds[asked]).mean()
+                facts["beside"] = float(own.mean())
             lines.append(Line(frame.task.iloc[0], name, measure, int(asked.sum()), *mean, *change, **facts))
     return lines
 

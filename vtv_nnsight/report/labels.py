@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vtv_nnsight.evaluation.conditions import BASELINE, BOTH, CEILING, FLOOR, MATCHED, OTHER, PATCHED, RANDOM, ZERO_SHOT
+from vtv_nnsight.evaluation.conditions import (
+    BASELINE,
+    BLANK,
+    BOTH,
+    CEILING,
+    FLOOR,
+    MATCHED,
+    MEAN,
+    NOISE,
+    OTHER,
+    PATCHED,
+    RANDOM,
+    WRONG,
+    ZERO_SHOT,
+)
 
 CONDITIONS = {
     BASELINE: "An example is shown; nothing is patched.",
@@ -13,8 +27,12 @@ CONDITIONS = {
     BOTH: "An example is shown, and the task vector is patched in as well.",
     RANDOM: "No example is shown; the task vector is patched in at as many units drawn at random (many times).",
     MATCHED: "The same, with as many units of each stage and place as were found.",
+    NOISE: "No example is shown; noise of the task vector's norm is patched in at the units that were found.",
+    MEAN: "No example is shown; the mean of all tasks' vectors is patched in at the units that were found.",
     f"{OTHER}…": "No example is shown; the vector of another task is patched in at the same units.",
-    CEILING: "The tokenizer's own drawing of the truth, the ceiling: no answer can be better.",
+    WRONG: "An example of another task is shown; nothing is patched.",
+    BLANK: "Blank cells are shown in the example's place; nothing is patched.",
+    CEILING: "The tokenizer's own picture of the truth.",
     FLOOR: "The query as its own answer, a floor.",
 }
 """What is compared, in words."""

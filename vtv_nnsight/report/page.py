@@ -14,10 +14,12 @@ from operator import and_
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from vtv_nnsight import plots
-from vtv_nnsight.evaluation import best_others, vector_pairs, verdicts
+from vtv_nnsight.evaluation import best_others, specificity_sentences, vector_pairs, verdicts
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
-from vtv_nnsight.evaluation.random_controls import task_verdict, transfer_sentence
+from vtv_nnsight.evaluation.random_controls import beats_copying, task_verdict, transfer_sentence
 from vtv_nnsight.evaluation.table import ENOUGH
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
@@ -75,7 +77,8 @@ def _task(run: RunResults, task: Task, lines: Lines, keep: Keep) -> dict[str, An
     patched = scores[PATCHED]
     differs = patched.difference_low > 0 or patched.difference_high < 0
     better = (patched.difference > 0) == task.metric.higher_is_better
-    verdict = ("better than" if better else "worse than") if differs else "not told apart from"
+    ahead = "better than" if beats_copying(task.metric, scores) else "by the metric alone (see the floor) ahead of"
+    verdict = (ahead if better else "worse than") if differs else "not told apart from"
     enough = patched.pictures >= ENOUGH
     return {
         "name": task.name,
@@ -142,9 +145,15 @@ def _matrix(run: RunResults, keep: Keep) -> dict[str, Any]:
         f"Every vector at the units of every task, on {pairs.pictures.min()} pictures. The task's own is framed; a "
         "star marks the best of another task where the own is not surely better."
     )
+    best: Any = best_others(pairs).itertuples()
+    titled, numbers_of = {"transfer at fixed units": pairs}, pairs.assign(units="fixed")
+    if run.anew is not None:
+        titled["units searched anew for each pair"] = anew = vector_pairs(run.anew)
+        numbers_of = pd.concat([numbers_of, anew.assign(units="searched anew")])
     return {
-        "figure": draw(partial(plots.matrix, pairs), caption, keep=keep, name="matrix", numbers=pairs),
-        "best": {row.task: transfer_sentence(row) for row in best_others(pairs).itertuples() if row.pictures >= ENOUGH},
+        "anew": specificity_sentences(anew) if run.anew is not None else [],
+        "figure": draw(partial(plots.matrix, titled), caption, keep=keep, name="matrix", numbers=numbers_of),
+        "best": {row.task: transfer_sentence(row) for row in best if row.pictures >= ENOUGH},
     }
 
 

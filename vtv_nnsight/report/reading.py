@@ -47,6 +47,7 @@ class RunResults(NamedTuple):
     results: dict[str, dict[str, SearchResult]]
     scores: dict[str, Any]
     explorers: dict[str, QueryExplorer]
+    anew: Table | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,7 +128,9 @@ def load_run(run: str | os.PathLike) -> RunResults:
         scores = {fold: TaskVectors.load(folder / "vectors.safetensors").score() for fold, folder in folders.items()}
     explored = {name: next(iter(folders.values())) / "shown" / f"{name}.safetensors" for name in names}
     explorers = {name: QueryExplorer.load(p) for name, p in explored.items() if str(p.relative_to(run)) in written}
-    return RunResults(run.resolve().name, record, table, results, scores, explorers)
+    matrix = [folder / "matrix" / f"{name}.parquet" for name in names for folder in folders.values()]
+    anew = Table.cat(map(Table.load, matrix)) if all(str(p.relative_to(run)) in written for p in matrix) else None
+    return RunResults(run.resolve().name, record, table, results, scores, explorers, anew)
 
 
 def _read_table(path: Path, task: str) -> Table:

@@ -13,6 +13,7 @@ The folder, and what is written in it:
     search/TASK.safetensors      the units to patch (`SearchResult`)
     evaluation/TASK.parquet      scores of all conditions, image by image; the first answers beside them
     shown/TASK.safetensors       one query looked at closely (`QueryExplorer`)
+    matrix/TASK.parquet          scores of every task's vector, each at units that were searched for it, where asked for
     report.html, table.csv, …    see `vtv_nnsight.report`; figures/ has each of its figures as CSV, PNG and SVG
 
 Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`runs.protocol`) these have
@@ -104,7 +105,7 @@ def run(
             facts = identity(settings, setup.model, folds, tasks)
             record = RunRecord.open(out, facts, [fold.folder for fold in folds], notes, device_of(setup.model), redo)
         state.wait_for_everyone()
-        total = (len(STEPS) - (explore is None)) * len(folds) + (report is not None)
+        total = (len(STEPS) - (explore is None) - (not settings.matrix)) * len(folds) + (report is not None)
         step = numbered_steps(total, disable=not (progress and state.is_main_process))
         for fold in folds:
             work = _Work(setup, tasks, space, record, step, fold)
@@ -115,6 +116,8 @@ def run(
             work.evaluate(vectors, results)
             if explore is not None:
                 work.demonstrate(explore, vectors, results)
+            if settings.matrix:
+                work.search_anew(prompts, vectors)
         if report is not None:
             with begin_step(record, out, "report", step("report")) as files:
                 if state.is_main_process:
@@ -216,4 +219,18 @@ class _Work:
                         self.setup.model, task, prompts, scores, vectors, results, batch_size=self.setup.batch_size
                     )
                     files.save(name, explorer.save)
+            files.wait()
+
+    def search_anew(self, prompts: Mapping[str, VisualPrompt], vectors: TaskVectors) -> None:
+        with self.begin("matrix") as files:
+            for task in self.tasks:
+                name = f"matrix/{task.name}.parquet"
+                if files.everyone_lacks(name):
+                    files.working_on(task.name)
+                    (folder := self.fold.folder / "matrix").mkdir(exist_ok=True)
+                    given = (prompts[task.name], self.fold.test, vectors, self.space, self.fold.number, folder)
+                    table = steps.search_anew(self.setup, task, *given)
+                    files.save(name, table.to_parquet)
+                    for other in vectors:
+                        files.remove(f"matrix/{task.name}-{other}.journal")
             files.wait()

@@ -41,6 +41,7 @@ STEPS = {
     "search": ("search", "loss", "budget", "sparsity", "search_fold", "search pictures"),
     "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts", "fold_draws"),
     "demonstrate": (),
+    "matrix": ("matrix",),
 }
 """Step → the settings that matter from there on."""
 
@@ -51,16 +52,18 @@ FILES = {
     "search": ("search/*.safetensors", "search/*.journal"),
     "evaluate": ("evaluation/*.parquet", "evaluation/*.safetensors"),
     "demonstrate": ("shown/*.safetensors",),
+    "matrix": ("matrix/*.parquet", "matrix/*.journal"),
 }
 """Step → what it writes."""
 
 READERS = {
-    "select": ("collect", "score", "search", "evaluate", "demonstrate"),
-    "collect": ("score", "search", "evaluate", "demonstrate"),
+    "select": ("collect", "score", "search", "evaluate", "demonstrate", "matrix"),
+    "collect": ("score", "search", "evaluate", "demonstrate", "matrix"),
     "score": (),
     "search": ("evaluate", "demonstrate"),
     "evaluate": ("demonstrate",),
     "demonstrate": (),
+    "matrix": (),
 }
 """Step → the steps that depend on what it wrote."""
 

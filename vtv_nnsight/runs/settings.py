@@ -50,8 +50,9 @@ class Settings:
             probabilities of the search's best sample, as the released code does; else the sample serves all folds.
         test_prompts: Prompts per task to evaluate on, of pictures that were neither collected nor searched on.
         draws: Times that random units are drawn to compare with: uniform, and matched by stage and region.
-        control_prompts: Of the test prompts, those that the vectors of other tasks are tried on; each draw of random
-            units is tried on a quarter of them.
+        control_prompts: Of the test prompts, those that noise, the vectors of other tasks, and other examples are tried
+            on; each draw of random units is tried on a quarter of them.
+        matrix: Evaluations of each search for every vector on every task (`evaluation.searched_anew`); 0 leaves it out.
         seed: Of all that is random.
 
     Raises:
@@ -82,6 +83,7 @@ class Settings:
     test_prompts: int = 128
     draws: int = 16
     control_prompts: int = 32
+    matrix: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -123,6 +125,8 @@ class Settings:
             raise ValueError(f"search={self.search!r} has no probabilities; sparsity and fold_draws go with published.")
         if self.fold_draws and not (self.protocol == "published" and self.data.startswith("pascal:")):
             raise ValueError("fold_draws goes with the published protocol on pascal:ROOT; leave it out.")
+        if not 0 <= self.matrix <= MAX_COUNT:
+            raise ValueError(f"matrix={self.matrix} is not a number of evaluations; give 1 or more, or 0 for none.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} is not a seed; give a number from 0 to {2**32 - 1}.")
 

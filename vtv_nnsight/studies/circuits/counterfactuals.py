@@ -19,13 +19,4 @@ def counterfactual(prompts: VisualPrompt, others: VisualPrompt) -> VisualPrompt:
     Raises:
         ValueError: when there are more or fewer of the others, or they are of another layout.
     """
-    if len(others) != len(prompts) or others.layout != prompts.layout:
-        raise ValueError(
-            f"{len(others)} prompts of {others.layout} cannot lend their examples to {len(prompts)} prompts of "
-            f"{prompts.layout}; give as many, of the same layout."
-        )
-    canvas = prompts.canvas.clone()
-    for name, (rows, columns) in prompts.layout.cells.items():
-        if name not in ("query", "output"):
-            canvas[:, :, rows, columns] = others.canvas[:, :, rows, columns].to(canvas)
-    return prompts._with(canvas=canvas, pictures=None)
+    return prompts.with_examples(others)
