@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -409,3 +410,13 @@ def test_prompt_with_vectors_of_another_model_is_refused(vtv, tmp_path, bundle, 
     assert code == 1 and "does not fit this model: it has encoder layers" in complaint and complaint.count("\n") == 1
     assert "nothing of 'edges'; choose from segmentation, lowlight" in vtv(*args, bundle / "run", "--task", "edges")[2]
     assert "there is no --example" in vtv("prompt", "--query", QUERY, "-o", tmp_path / "x.png")[2]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("script", ["odd_commands.py", "damaged_runs.py"])
+def test_odd_lines_and_damaged_files_end_in_a_sentence(script):
+    """A part of what the scripts do whole."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name(script), "--count", "60"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout

@@ -1,6 +1,7 @@
 """Scenes, photographs and folders: what they promise to the tasks and to training."""
 
 import colorsys
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from vtv_nnsight import data
 from vtv_nnsight.data.drawn_scenes import GROUNDS, HUES, NAMES, SHAPES, SPLITS, TEXTURES, render
 from vtv_nnsight.data.package_photographs import PHOTOGRAPHS
+from vtv_nnsight.images import open_picture, read_picture
 
 ALL_FOLDS = (0, 1, 2, 3)
 
@@ -166,6 +168,28 @@ def test_a_folder_of_mixed_pictures_with_broken_ones(tmp_path):
     assert images.column_names == ["image"]
     assert [row["image"].size for row in images] == [(96, 96), (96, 96), (200, 77), (96, 96)]
     assert [row["image"].mode for row in images] == ["RGB", "L", "RGB", "RGBA"]
+
+
+def test_a_folder_leaves_out_and_names_what_no_task_can_take(tmp_path):
+    """Names that are not UTF-8, pictures of more pixels than Pillow opens without a warning, pipes, broken links."""
+    picture = Image.effect_noise((40, 40), 60)
+    picture.save(tmp_path / "a.png")
+    picture.save(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png"))
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("nowhere.png")
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "vast.png")
+    for _ in range(2):  # as when a run goes on
+        with pytest.warns(UserWarning, match="4 of 5 files .* left out: ") as caught:
+            (row,) = data.folder(tmp_path)
+        assert row["image"].size == (40, 40)
+        assert {"caf\\xe9.png", "link.png", "pipe.png", "vast.png"} == set(
+            str(caught[0].message).partition("left out: ")[2].rstrip(".").split(", ")
+        )
+    with pytest.raises(ValueError, match="vast.png has more than .* pixels"):
+        read_picture(tmp_path / "vast.png")
+    for read in (read_picture, open_picture):
+        with pytest.raises(ValueError, match="pipe.png is a device or a pipe; expected a file|pipe.png cannot be read"):
+            read(tmp_path / "pipe.png")
 
 
 def test_a_folder_of_whole_pictures_warns_of_nothing(tmp_path, recwarn):
