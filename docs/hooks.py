@@ -1,14 +1,164 @@
-"""What mkdocs does to pages: algorithms, commands and benchmarks are listed from where they are declared, so that the
-pages cannot fall behind."""
+"""What mkdocs does to pages: the reference, algorithms, commands and benchmarks are listed from where they are declared,
+so that the pages cannot fall behind; the notebooks are pages; llms.txt lists all of them."""
 
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.nav import Navigation
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS, TUTORIALS = ROOT / "benchmarks", sorted((ROOT / "tutorials").glob("*.ipynb"))
+
+REFERENCE = {
+    "Models": {
+        "MAEVQGAN": "models.mae_vqgan.traced.MAEVQGAN",
+        "ViTMAE": "models.vit_mae.ViTMAE",
+        "Painter": "models.painter.Painter",
+        "SegGPT": "models.painter.SegGPT",
+        "InContextModel": "models.interface.InContextModel",
+        "load_model": "models.sources.load_model",
+        "Sites": "models.sites",
+    },
+    "Prompts": {
+        "VisualPrompt": "prompts.VisualPrompt",
+        "Canvases": "prompts.Canvases",
+        "Layout": "layouts.Layout",
+        "Task": "tasks.base.Task",
+        "Tasks of the papers": "tasks.builtin",
+        "Tasks by name": "tasks.registry",
+        "Metrics": "metrics",
+        "Images": "images",
+    },
+    "Data": {
+        "load": "data.sources.load",
+        "split_data": "data.sources.split_data",
+        "scenes": "data.drawn_scenes.scenes",
+        "pictures": "data.embedded_pictures.pictures",
+        "photographs": "data.package_photographs.photographs",
+        "folder": "data.folders.folder",
+        "pairs": "data.folders.pairs",
+        "pascal": "data.pascal_voc.pascal",
+        "detection": "data.pascal_voc.detection",
+        "reasoning": "data.reasoning_shapes.reasoning",
+        "hub": "data.hub_datasets.hub",
+    },
+    "Vectors and patching": {
+        "capture": "vectors.capturing.capture",
+        "patch": "patching.patching.patch",
+        "ablate": "patching.patching.ablate",
+        "Activations": "vectors.values.Activations",
+        "TaskVector": "vectors.values.TaskVector",
+        "TaskVectors": "vectors.values.TaskVectors",
+        "PatchSpace": "patching.spaces.PatchSpace",
+        "PatchSet": "patching.sets.PatchSet",
+        "Bundle": "runs.bundles",
+        "Forward passes": "patching.forward",
+    },
+    "Search and evaluation": {
+        "SearchResult": "search.result.SearchResult",
+        "Search": "search.budget.Search",
+        "Objective": "search.objective.Objective",
+        "Algorithm": "search.registry.Algorithm",
+        "evaluate": "evaluation.evaluation.evaluate",
+        "Condition": "evaluation.conditions.Condition",
+        "Table": "evaluation.table.Table",
+        "Controls": "evaluation.random_controls",
+        "Selecting prompts": "evaluation.selection",
+    },
+    "Runs and reports": {
+        "run": "runs.pipeline",
+        "Settings": "runs.settings.Settings",
+        "Steps": "runs.steps",
+        "The released protocol": "runs.protocol",
+        "QueryExplorer": "report.explorer.QueryExplorer",
+        "Photographs": "report.photographs",
+        "Attention": "report.attention",
+        "Slides": "report.slides.Slides",
+        "Player": "demo.playing.Player",
+        "Plots": "plots",
+        "Heat maps": "maps",
+    },
+    "Studies": {
+        "Circuits": "studies.circuits",
+        "Learned vectors": "studies.learning",
+        "Banks of vectors": "studies.bank",
+        "Clusters": "studies.clusters",
+        "Retrieved examples": "studies.prompting.retrieval",
+        "Learned borders": "studies.prompting.border",
+        "Files of the released code": "studies.released",
+    },
+}
+"""Part of the reference → the title of each page → what it is about, under `vtv_nnsight`."""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The addresses of pyproject.toml, and the parts of the navigation that are made."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    config.site_url, config.repo_url = (
+        re.search(rf'^{name} = "(.*)"', project, re.MULTILINE)[1] for name in ("Documentation", "Repository")
+    )
+    config.repo_name = config.site_name
+    tabs = {name: pages for tab in config.nav for name, pages in tab.items()}
+    tabs["Learn"] += [{_title(notebook): f"tutorials/{notebook.name}"} for notebook in TUTORIALS]
+    tabs["Reference"] += [
+        {part: [{title: f"reference/{_slug(title)}.md"} for title in pages]} for part, pages in REFERENCE.items()
+    ]
+    return config
+
+
+@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The notebooks and the pages of the reference."""
+    for notebook in TUTORIALS:
+        files.append(File(f"tutorials/{notebook.name}", str(ROOT), config.site_dir, config.use_directory_urls))
+    for pages in REFERENCE.values():
+        for title, name in pages.items():
+            content = f"# {title}\n\n::: vtv_nnsight.{name}\n"
+            files.append(File.generated(config, f"reference/{_slug(title)}.md", content=content))
+    return files
+
+
+def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
+    """llms.txt: every page with its address, for readers that are programs."""
+    lines = [f"# {config.site_name}", "", f"> {config.site_description}", ""]
+    for tab in nav.items:
+        lines.append(f"## {tab.title}\n")
+        pages = [page for page in nav.pages if tab in page.ancestors]
+        lines += [f"- [{page.title or page.file.name}]({config.site_url}{page.url})" for page in pages] + [""]
+    files.append(File.generated(config, "llms.txt", content="\n".join(lines)))
+    return nav
+
+
+def tutorials() -> str:
+    """A row for every notebook: its first picture, its title, and the question that it answers."""
+    rows = []
+    for notebook in TUTORIALS:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        outputs = (output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+        picture = next((data["image/png"] for data in outputs if "image/png" in data), "").replace("\n", "")
+        words = re.sub(r"^#.*\n+", "", "".join(cells[0]["source"])).split("\n\n")[0].replace("\n", " ")
+        image = f'<img src="data:image/png;base64,{picture}" alt="" width="320">' if picture else ""
+        rows.append(f"## [{_title(notebook)}](tutorials/{notebook.name})\n\n{image}\n\n{words}")
+    return "\n\n".join(rows)
+
+
+def _title(notebook: Path) -> str:
+    """The first heading of a notebook."""
+    first = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+    return first.removeprefix("# ").partition("\n")[0]
+
+
+def _slug(title: str) -> str:
+    return title.lower().replace(" ", "_")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -88,6 +238,7 @@ def rankings() -> str:
 
 MARKS: dict[str, Callable[[], str]] = {
     "<!-- search.ALGORITHMS -->": algorithms,
+    "<!-- tutorials -->": tutorials,
     "<!-- vtv -->": commands,
     "<!-- benchmarks -->": benchmarks,
     "<!-- circuits.RANKINGS -->": rankings,

@@ -21,6 +21,7 @@ import pyarrow.parquet as parquet
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from vtv_nnsight.data.checks import at_most, check_count, check_split
+from vtv_nnsight.progress import quiet
 
 SPLITS = ("train", "test")
 SIZE = 112
@@ -51,7 +52,8 @@ def pictures(split: str = "train", n: int | None = None, seed: int = 0) -> Datas
     check_split(split, SPLITS)
     if n is not None:
         check_count(n, "pictures")
-    rows = Dataset(parquet.read_table(EMBEDDED / f"{split}.parquet")).cast(features())
+    with quiet():
+        rows = Dataset(parquet.read_table(EMBEDDED / f"{split}.parquet")).cast(features())
     parts = [source.split("; ") for source in rows["source"]]
     for name, part in (("object", 0), ("background", -1)):
         rows = rows.add_column(name, [names[part] for names in parts])
