@@ -23,7 +23,9 @@ DOCS = Path(__file__).parent
 
 def main() -> None:
     model, vectors = MAEVQGAN("tiny"), bundles.load("tiny")
-    rows = [median_of_its_class(model, vectors, images) for images in (data.scenes("test", n=100), data.pictures("test"))]
+    rows = [
+        median_of_its_class(model, vectors, images) for images in (data.scenes("test", n=100), data.pictures("test"))
+    ]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     sheet.paste(rows[0], (0, 0))
     sheet.paste(rows[1], (0, rows[0].height))

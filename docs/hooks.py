@@ -1,5 +1,5 @@
-"""What mkdocs does to pages: the reference, algorithms, commands and benchmarks are listed from where they are declared,
-so that the pages cannot fall behind; the notebooks are pages; llms.txt lists all of them."""
+"""What mkdocs does to pages: the reference, algorithms, commands and benchmarks are listed from where they are
+declared, so that the pages cannot fall behind; the notebooks are pages; llms.txt lists all of them."""
 
 from __future__ import annotations
 

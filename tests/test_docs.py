@@ -94,14 +94,22 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     reference = tmp_path / "site" / "reference"
     page = (reference / "taskvectors" / "index.html").read_text(encoding="utf-8")
     assert "TaskVectors.collect" in page and "doc-attribute" in page
-    constants = {word for page in reference.glob("*/index.html") for word in re.findall(r'id="vtv_nnsight[^"]*\.([A-Z0-9_]{3,})"', page.read_text())}
+    constants = {
+        word
+        for page in reference.glob("*/index.html")
+        for word in re.findall(r'id="vtv_nnsight[^"]*\.([A-Z0-9_]{3,})"', page.read_text())
+    }
     assert not constants
     assert "A visual prompt is one picture" in (tmp_path / "site/tutorials/1_tracing/index.html").read_text("utf-8")
     pages = re.findall(r"\]\((\S+)\)", (tmp_path / "site" / "llms.txt").read_text(encoding="utf-8"))
-    assert len(pages) > 60 and all((tmp_path / "site" / page.split("/", 4)[4] / "index.html").is_file() for page in pages)
+    assert len(pages) > 60 and all(
+        (tmp_path / "site" / page.split("/", 4)[4] / "index.html").is_file() for page in pages
+    )
 
 
 def test_the_addresses_stand_in_one_place():
     project = (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
-    repository, site = (re.search(rf'^{name} = "(.*)"', project, re.MULTILINE)[1] for name in ("Repository", "Documentation"))
+    repository, site = (
+        re.search(rf'^{name} = "(.*)"', project, re.MULTILINE)[1] for name in ("Repository", "Documentation")
+    )
     assert f"git clone {repository}\n" in SHOWN["README.md"] and site in SHOWN["README.md"]
