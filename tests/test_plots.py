@@ -138,7 +138,7 @@ def test_matrix_shows_every_vector_on_every_task():
         )
         for vector, (mean, low, high) in cells.items()
     ]
-    figure = plots.matrix(pd.DataFrame(rows))
+    figure = plots.matrix(pd.DataFrame(rows).assign(pictures=8))
     (panel,) = figure.axes
     np.testing.assert_allclose(images(figure)[0], [[1, 0.5, 0], [0, 0.75, 1]])
     words = [text.get_text() for text in panel.texts]

@@ -11,7 +11,8 @@ import accelerate
 import nnsight
 import pytest
 import torch
-from helpers import DATA, FINE, make_config
+from helpers import DATA, FINE, make_config, random_prompts
+from nnsight.intervention.batching import Batcher
 from nnsight.intervention.envoy import Envoy, eproperty
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -293,6 +294,52 @@ def test_invokes_equal_separate_traces(model, prompts, grad):
     torch.testing.assert_close(second_logits, second_logits_alone, **close)
     torch.testing.assert_close(third_logits, third_logits_alone, **close)
     assert torch.equal(everything, torch.cat([first_logits, second_logits, third_logits]))
+
+
+def test_a_batcher_that_cuts_multiples(model, monkeypatch):
+    """nnsight's next rule (its pull request 722) cuts any leading dimension that is a multiple of the batch: patch ids,
+    of which there are 147 and 196 for seven rows, stay whole, and invokes are what separate traces are."""
+
+    def factor(batcher, tensor):
+        times, rest = divmod(len(tensor), batcher.total) if tensor.ndim else (0, 0)
+        return 0 if rest else times
+
+    def narrow(self, tensor, group):
+        start, size = (factor(self, tensor) * n for n in group)
+        return tensor.narrow(0, start, size) if size else tensor
+
+    def widen(self, full, group, edited):
+        start, size = (factor(self, full) * n for n in group)
+        return torch.cat([full[:start], edited, full[start + size :]]) if size else edited
+
+    monkeypatch.setattr(Batcher, "_narrow_tensor", narrow)
+    monkeypatch.setattr(Batcher, "_widen_tensor", widen)
+    rows = random_prompts(7, layout=model.layout)
+    assert len(rows.visible) == 147 and len(rows.decoded) == 196
+    seen = {}
+
+    def read(name):
+        decoder = model.decoder
+        seen[name, "heads"] = model.encoder.blocks[1].attn.heads.save()
+        seen[name, "ids"] = [x for x in decoder.inputs[0] if x.dtype == torch.long].save()
+        decoder.blocks[0].attn.heads[:, :, 1] = 0
+        decoder.blocks[1].mlp.output = decoder.blocks[1].mlp.output * 2
+        seen[name, "logits"] = model.output.logits.save()
+
+    with torch.no_grad():
+        with model.trace() as tracer:
+            with tracer.invoke(rows[:3]):
+                read("first")
+            with tracer.invoke(rows[3:]):
+                read("second")
+        for name, part in (("first alone", rows[:3]), ("second alone", rows[3:])):
+            with model.trace(part):
+                read(name)
+    for name in ("first", "second"):
+        for what in ("heads", "logits"):
+            torch.testing.assert_close(seen[name, what], seen[f"{name} alone", what], rtol=1e-4, atol=1e-5)
+        assert [len(ids) for ids in seen[name, "ids"]] == [len(ids) for ids in seen[f"{name} alone", "ids"]]
+    assert any(len(ids) > 100 for ids in seen["first", "ids"])
 
 
 def test_barrier_hands_heads_across_invokes(model, prompts):
