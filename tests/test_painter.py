@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -411,6 +412,89 @@ def test_invokes_see_their_own_rows_of_both_streams(model, prompts, grad):
         torch.testing.assert_close(found, expected, **CLOSE)
     torch.testing.assert_close(everything[:1], predict(model, prompts[:1]), **CLOSE)
     assert torch.equal(everything[1:3], second) and torch.equal(everything[3:], third)
+
+
+def modules_of(model):
+    """The modules around the merge: of a layer with two streams, the last one with two, and one after it."""
+    layer, attention, mlp = model.encoder.layers[0], model.encoder.layers[0].attention, model.encoder.layers[0].mlp
+    inside = [layer.layernorm_before, attention.qkv, attention.proj, attention, layer.layernorm_after]
+    return [*inside, mlp.lin1, mlp.act, mlp.lin2, mlp, *model.encoder.layers[:3]]
+
+
+def first(value):
+    return first(value[0]) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("edited", [False, True])
+def test_all_of_several_invokes_is_as_in_traces_of_their_own(side, edited):
+    """Of every module: what is read, edited in place, gradients, and gradients that are written."""
+    model = SegGPT(small_painter(types=True))
+    prompts = VisualPrompt.from_canvas(torch.rand(3, 3, 64, 64, generator=torch.manual_seed(0)), model.layout)
+    mask = model._module.embeddings.mask_token
+    with torch.no_grad(), model.trace(prompts[:1]):
+        untouched = model.output.prediction.save()
+
+    for module in modules_of(model):
+
+        def look(rows, before=None, module=module):
+            mask.grad = None
+            with model.trace() as tracer:
+                if before is not None:
+                    with tracer.invoke(before):
+                        others = model.output.prediction.save()
+                with tracer.invoke(rows):
+                    x = first(getattr(module, side))
+                    seen = x.clone().save()
+                    if edited and (module, side) != (model.encoder.layers[2], "input"):  # which PyTorch refuses
+                        x[:, 2:5] *= 0.3
+                    prediction = model.output.prediction.save()
+                    with prediction.square().sum().backward():
+                        gradient = x.grad.clone().save()
+                        x.grad = gradient * 0.5
+            return seen, prediction, gradient, mask.grad, *([] if before is None else [others])
+
+        *several, others = look(prompts[1:], prompts[:1])
+        torch.testing.assert_close(others, untouched, **CLOSE)
+        for found, expected in zip(several, look(prompts[1:])):
+            size = expected.abs().max().item()
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * size, msg=f"{module.path}.{side}")
+
+
+def test_skips_and_saved_rows_of_several_invokes():
+    model = SegGPT(small_painter(types=True))
+    prompts = VisualPrompt.from_canvas(torch.rand(3, 3, 64, 64), model.layout)
+    layers = model.encoder.layers
+
+    def skip():
+        layers[0].skip((layers[0].input * 0.5,))
+        layers[1].attention.proj.skip(layers[1].attention.proj.input * 0.3)
+        return model.output.prediction
+
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(prompts[:1]):
+            a = skip().save()
+        with tracer.invoke(prompts[1:]):
+            b = skip().save()
+    for found, rows in ((a, prompts[:1]), (b, prompts[1:])):
+        with torch.no_grad(), model.trace(rows):
+            expected = skip().save()
+        torch.testing.assert_close(found, expected, **CLOSE)
+    with model.trace() as tracer:
+        with tracer.invoke(prompts[:1]):
+            rows = layers[0].output[0].save()
+        with tracer.invoke(prompts[1:]):
+            layers[0].output[0][:] = 1
+        with tracer.invoke():
+            everything = layers[0].output[0].save()
+    assert [bool((row == 1).all()) for row in everything] == [False, True, True] * 2
+    assert torch.equal(pickle.loads(pickle.dumps(rows.detach())), everything[[0, 3]])
+    with model.scan() as tracer:
+        with tracer.invoke(prompts[:1]):
+            layers[0].output[0][:] = 0
+        with tracer.invoke(prompts[1:]):
+            shape = layers[0].output[0].shape.save()
+    assert shape == (4, 8, 4, 32)
 
 
 def test_pattern(model, prompts):
