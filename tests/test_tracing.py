@@ -6,12 +6,13 @@ import runpy
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import nnsight
 import pytest
 import torch
-from helpers import DATA, FINE, make_config, random_prompts
+from helpers import DATA, FINE, logits_of, make_config, random_prompts
 from nnsight.intervention.batching import Batcher
 from nnsight.intervention.envoy import Envoy, eproperty
 from PIL import Image
@@ -389,6 +390,47 @@ def test_a_call_is_one_untraced_forward(folder, module, prompts):
         assert torch.equal(lazy(prompts.canvas, prompts.visible, decoded=prompts.decoded).logits, expected)
     with pytest.raises(TypeError, match="was given str; give a VisualPrompt"):
         lazy("picture.png")
+
+
+def test_a_model_runs_one_trace_at_a_time(module, prompts):
+    model, words = MAEVQGAN(module), "a trace of this model is running, around this line or in another thread; let it"
+
+    def traced():
+        with model.trace(prompts):
+            pass
+
+    def scanned():
+        with model.scan(prompts):
+            pass
+
+    def generated():
+        with model.generate(prompts):
+            pass
+
+    calls = (traced, scanned, generated, lambda: model.generate(prompts), lambda: model(prompts))
+    calls += (
+        lambda: model(prompts.canvas, prompts.visible, prompts.decoded),
+        lambda: model.trace(prompts, trace=False),
+    )
+    expected = logits_of(model, prompts)
+    for call in calls:
+        with pytest.raises(RuntimeError, match=words), model.trace(prompts):
+            assert len(model.encoder.blocks[0].output)
+            call()
+        with pytest.raises(RuntimeError, match=words), model.generate(prompts):
+            call()
+    with ThreadPoolExecutor(1) as thread, torch.no_grad(), model.trace(prompts):
+        assert len(model.encoder.blocks[0].output)
+        errors = [thread.submit(call).exception() for call in calls].save()
+        found = model.output.logits.save()
+    assert all(isinstance(error, RuntimeError) and words in str(error) for error in errors)
+    assert torch.equal(found, expected)
+    assert torch.equal(logits_of(model, prompts), expected)
+    with torch.no_grad(), model.session():
+        with model.trace(prompts):
+            first = model.output.logits.save()
+        second = model(prompts).logits.save()
+    assert torch.equal(first, expected) and torch.equal(second, expected)
 
 
 def test_positions_cannot_be_written(model, prompts):

@@ -113,7 +113,7 @@ class CanvasModel(TraceableModel, InContextModel):
         module = self.layer(stage, layer)
         return {"attn": self.attention(stage, layer), "mlp": module.mlp, "residual": module}
 
-    @traceable  # type: ignore[untyped-decorator]
+    @traceable
     def generate(self, *inputs: Any, layout: Layout | None = None, **kwargs: Any) -> Canvases:
         """Complete canvases: called as it is, or as `with model.generate(prompts) as tracer:`, where `tracer.result`
         is the canvas.

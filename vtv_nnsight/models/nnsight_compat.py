@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import ast
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from greenlet import GreenletExit
 from nnsight import _c, save
 from nnsight.intervention.batching import Batcher
-from nnsight.intervention.envoy import Envoy, eproperty, traceable
+from nnsight.intervention.envoy import Envoy, eproperty
+from nnsight.intervention.envoy import traceable as nnsight_traceable
 from nnsight.intervention.interleaver import EarlyStopException, Event, Mediator, OutOfOrderError
 from nnsight.intervention.iterator import Iterations
 from nnsight.intervention.source import install_source
-from nnsight.intervention.tracer import InterleavingTracer
-from nnsight.util import apply
+from nnsight.intervention.tracer import InterleavingTracer, ScanningTracer
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.modeling.mixins.meta import MetaDevice
+from nnsight.util import apply
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -308,7 +311,56 @@ def _is_shared(tensor: torch.Tensor) -> bool:
     return tensor.ndim == 1 and tensor.dtype == torch.long
 
 
-class PromptTracer(InterleavingTracer):
+_running: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The interleavers of models that run."""
+_looking = threading.Lock()
+
+
+@contextmanager
+def _only_run(model: Any) -> Iterator[None]:
+    """Refuse a second run of a model while it runs, in the same block or in another thread: nnsight keeps what a run is
+    given with the model."""
+    with _looking:
+        if model.interleaver in _running:
+            raise RuntimeError(RUNS)
+        _running.add(model.interleaver)
+    try:
+        yield
+    finally:
+        _running.discard(model.interleaver)
+
+
+RUNS = (
+    "a trace of this model is running, around this line or in another thread; let it end first: call the model outside "
+    "of the block, and from several threads behind a threading.Lock, or with a model for each."
+)
+
+
+def traceable(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a model as a call and as the context of a trace. `TraceableModel.interleave` runs it."""
+
+    @functools.wraps(method)
+    def while_running(self: Any, *args: Any, **kwargs: Any) -> Any:  # all that nnsight calls itself
+        raise RuntimeError(RUNS)
+
+    while_running.runs = method  # type: ignore[attr-defined]
+    return nnsight_traceable(while_running)
+
+
+class _RunningAlone:
+    """A tracer of a model that does not run already."""
+
+    def execute(self: Any, code: Any) -> None:
+        """Run the block."""
+        with _only_run(self.envoy):
+            super().execute(code)  # type: ignore[misc]
+
+
+class PromptScan(_RunningAlone, ScanningTracer):
+    """A scan of shapes."""
+
+
+class PromptTracer(_RunningAlone, InterleavingTracer):
     """Finds the block of a trace. A call in the body of somebody else's one-line `with`, such as
     `with torch.no_grad(): canvas = model.generate(prompts)`, has none."""
 
@@ -343,14 +395,24 @@ class TraceableModel(HuggingFaceModel):
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the network once, untraced: the output that `model.trace(...)` calls `model.output`."""
-        if self.interleaver.interleaving:
-            return super().__call__(*inputs, **kwargs)
         return self.trace(*inputs, trace=False, **kwargs)
 
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         return super().trace(*inputs, **{"tracer_cls": PromptTracer, **kwargs})
 
     trace.__doc__ = HuggingFaceModel.trace.__doc__
+
+    def scan(self, *inputs: Any, fn: Any = None, backend: Any = None, **kwargs: Any) -> Any:
+        return PromptScan(self, fn or "__call__", *inputs, backend=backend, **kwargs)
+
+    scan.__doc__ = HuggingFaceModel.scan.__doc__
+
+    def interleave(self, fn: Any, *args: Any, batcher: Any = None, **kwargs: Any) -> Any:
+        """Run the network with what waits for its values: a tracer's, or none in a call."""
+        if method := getattr(fn, "runs", None):  # of `traceable`
+            fn = method.__get__(fn.__self__)
+        with nullcontext() if batcher is not None else _only_run(self):
+            return super().interleave(fn, *args, batcher=batcher, **kwargs)
 
     def load_pretrained(self, source: str, **options: Any) -> Any:
         """What transformers' `from_pretrained` gives for a source and options."""
