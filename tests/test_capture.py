@@ -765,7 +765,7 @@ def test_heads_must_be_what_a_module_is_given(model):
         path = "model.attn"
 
     Strange.heads.key = "proj.output"
-    from vtv_nnsight.models.nnsight_compat import projection_of
+    from vtv_nnsight.models.nnsight_verbs import projection_of
 
     with pytest.raises(TypeError, match="model.attn.heads are not the input of a module; make them with heads_of"):
         projection_of(Strange())

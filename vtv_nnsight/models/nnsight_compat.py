@@ -1,4 +1,5 @@
-"""All that this package needs of nnsight beyond its public names: no other file knows how nnsight works inside.
+"""All that this package needs of nnsight beyond its public names: no file but this, `nnsight_batching` and
+`nnsight_verbs` knows how nnsight works inside.
 
 A family's model is a `TraceableModel` of one network; its modules get envoys with readable heads (`heads_of`) and
 patterns, and stages that know where their tokens lie; `PromptBatcher` cuts the rows of a batch into those of its
@@ -16,25 +17,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from greenlet import GreenletExit
 from nnsight import _c, save
-from nnsight.intervention.batching import Batcher
 from nnsight.intervention.envoy import Envoy, eproperty
 from nnsight.intervention.envoy import traceable as nnsight_traceable
-from nnsight.intervention.interleaver import EarlyStopException, Event, Mediator, OutOfOrderError
-from nnsight.intervention.iterator import Iterations
+from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.source import install_source
 from nnsight.intervention.tracer import InterleavingTracer, ScanningTracer
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.modeling.mixins.meta import MetaDevice
-from nnsight.util import apply
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from vtv_nnsight.layouts import positions
-from vtv_nnsight.prompts import Canvases
+from vtv_nnsight.models.nnsight_batching import PromptBatcher
 
-__all__ = ["Envoy", "eproperty", "traceable"]
+__all__ = ["Envoy", "PromptBatcher", "eproperty", "traceable"]
 
 PATTERN_AXES = "[batch, head, query token, key token]"
 
@@ -183,134 +179,6 @@ class StageEnvoy(Envoy):
         )
 
 
-class StreamRows(torch.Tensor):
-    """An invoke's rows of a tensor of several streams: a copy, since they are not side by side. What is edited in it is
-    put back by `PromptBatcher`; a gradient that is asked of it is that of its rows of the whole tensor."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # operations return plain tensors
-    whole: torch.Tensor | None  # as long as gradients come by it
-    places: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, whole: torch.Tensor, places: list[tuple[int, int]]) -> StreamRows:
-        """The rows at (start, count) of each stream."""
-        rows = _take_rows(whole, places).as_subclass(cls)
-        rows.whole, rows.places = whole, places
-        return rows
-
-    def put_back(self) -> None:
-        """Write what was edited into the whole tensor."""
-        whole, is_edited = self.whole, self.is_inference() or self._version > 0
-        if whole is not None and is_edited:
-            _copy_rows(self, whole, self.places)
-        if is_edited or whole is None or not whole.requires_grad:
-            self.whole = None
-
-    def register_hook(self, hook: Callable[[torch.Tensor], Any]) -> Any:
-        """As of any tensor: `hook` is given the gradient, and may return another."""
-        if self.whole is None:  # these rows are in the graph themselves
-            return super().register_hook(hook)  # type: ignore[no-untyped-call]
-
-        def on_whole(gradient: torch.Tensor) -> torch.Tensor | None:
-            rows = _take_rows(gradient, self.places)
-            if (changed := hook(rows)) is None or changed is rows:
-                return None
-            gradient = gradient.clone()
-            _copy_rows(changed, gradient, self.places)
-            return gradient
-
-        return self.whole.register_hook(on_whole)  # type: ignore[no-untyped-call]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
-
-
-def _take_rows(whole: torch.Tensor, places: list[tuple[int, int]]) -> torch.Tensor:
-    return torch.cat([whole.narrow(0, *place) for place in places])
-
-
-def _copy_rows(rows: torch.Tensor, whole: torch.Tensor, places: list[tuple[int, int]]) -> None:
-    for place, part in zip(places, rows.split([count for _, count in places])):
-        whole.narrow(0, *place).copy_(part)
-
-
-class PromptBatcher(Batcher):
-    """Rows of invokes are rows of canvases. Patch ids that the batch shares stay whole, also when there are as many as
-    rows. Where a stage has two streams, tensors are [stream * batch, …], and inside the attention [stream * batch *
-    head, query, key]."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._copies: list[StreamRows] = []
-
-    def narrow(self, value: Any, group: list[int] | None) -> Any:
-        """An invoke's rows, with what others have edited in place."""
-        self._put_back()
-        return super().narrow(value, group)
-
-    def widen(self, full: Any, group: list[int] | None, edited: Any) -> Any:
-        """The whole batch with an invoke's rows in it."""
-        self._put_back()
-        return super().widen(full, group, edited)
-
-    def assemble_skip(self, running: Any) -> Any:
-        """The whole batch, which all invokes have skipped or none, when the model goes on."""
-        self._put_back()
-        whole = super().assemble_skip(running)
-        return apply(whole, self._by_stream, torch.Tensor) if whole is not running else whole
-
-    def _put_back(self) -> None:
-        copies, self._copies = self._copies, []
-        for rows in copies:
-            rows.put_back()
-
-    def _by_stream(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rows that stand invoke by invoke, with the streams of each below each other, as the network has them."""
-        if not (streams := len(self._streams(tensor))):
-            return tensor
-        rows, sizes = len(tensor) // (streams * self.total), [self.envoy._batch_size(*a, **k) for a, k in self.invokes]
-        parts = [part.chunk(streams) for part in tensor.split([rows * streams * size for size in sizes])]
-        return torch.cat([part[stream] for stream in range(streams) for part in parts])
-
-    def _narrow_tensor(self, tensor: torch.Tensor, group: list[int]) -> torch.Tensor:
-        if _is_shared(tensor):
-            return tensor
-        if parts := self._streams(tensor):
-            (start, size), length = (n * len(parts[0]) // self.total for n in group), len(parts[0])
-            places = [(stream * length + start, size) for stream in range(len(parts))]
-            if isinstance(tensor, FakeTensor):  # of a scan, which has no values
-                return _take_rows(tensor, places)
-            self._copies.append(StreamRows.of(tensor, places))
-            return self._copies[-1]
-        rows = super()._narrow_tensor(tensor, group)
-        return Canvases.of(rows, tensor.canvas_layout) if isinstance(tensor, Canvases) else rows
-
-    def _widen_tensor(self, full: torch.Tensor, group: list[int], edited: torch.Tensor) -> torch.Tensor:
-        if _is_shared(full):
-            return edited
-        start, size = group
-        if parts := self._streams(full):
-            start, size = (n * len(parts[0]) // self.total for n in group)
-            pairs = zip(parts, edited.chunk(len(parts)))
-            return torch.cat([part for old, new in pairs for part in (old[:start], new, old[start + size :])])
-        if len(full) == self.total and edited.is_set_to(full.narrow(0, start, size)):
-            return full  # edited in place
-        return super()._widen_tensor(full, group, edited)
-
-    def _streams(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The streams of a tensor that has several, or a row for each head; of others none."""
-        streams = max((stage.streams for stage in self.envoy.stages), default=1)
-        if streams == 1 or tensor.ndim < 3:
-            return ()
-        rows = self.total * (self.envoy.stages[0].heads if tensor.ndim == 3 else 1)
-        number = len(tensor) / rows
-        return tensor.chunk(int(number)) if number == streams or (number == 1 and rows > self.total) else ()
-
-
-def _is_shared(tensor: torch.Tensor) -> bool:
-    return tensor.ndim == 1 and tensor.dtype == torch.long
-
-
 _running: weakref.WeakSet[Any] = weakref.WeakSet()
 """The interleavers of models that run."""
 _looking = threading.Lock()
@@ -453,141 +321,3 @@ def without_save() -> Iterator[None]:
     finally:
         if mounted:
             _c.mount(save, "save")
-
-
-# Verbs: functions that a block calls and that run beside it
-
-
-def projection_of(attention: Envoy) -> Envoy:
-    """The module that is given what an attention's `heads` are."""
-    name, _, side = type(attention).heads.key.rpartition(".")
-    if side != "input":
-        raise TypeError(f"{attention.path}.heads are not the input of a module; make them with heads_of.")
-    return functools.reduce(getattr, name.split("."), attention)
-
-
-class CallingBlock:
-    """The block of a trace, or the invoke, that calls a verb such as `patch`.
-
-    Args:
-        verb: The verb's name.
-        model: The model that the verb was given.
-        example: What to write, for errors.
-
-    Raises:
-        ValueError: outside a block, in the block of another model, or in a loop over the steps of a run.
-    """
-
-    def __init__(self, verb: str, model: Any, example: str) -> None:
-        self.verb = verb
-        try:
-            self._mediator = Mediator.current(verb)
-        except ValueError as error:
-            raise ValueError(f"{verb} is called inside the block of a trace or an invoke: {example}.") from error
-        if self._mediator.iteration != 0:
-            raise ValueError(
-                f'{verb} cannot be called in a loop over steps; write {verb}(…, steps="all") once, above the loop.'
-            )
-        self._batcher, self._group = self._mediator.interleaver.batcher, self._mediator.batch_group
-        traced = self._batcher.envoy
-        if not isinstance(model, Envoy) or (model.interleaver, model.path) != (traced.interleaver, traced.path):
-            raise ValueError(
-                f"{verb} was given a {type(model).__name__} that is not the model of this trace; give the "
-                f"{type(traced).__name__} whose block it is called in."
-            )
-
-    @property
-    def is_edit(self) -> bool:
-        """Whether it is stored by `model.edit`, and runs in later traces."""
-        return bool(self._mediator.copy)
-
-    @property
-    def inputs(self) -> list[tuple[Any, ...]]:
-        """The unnamed inputs of the invokes whose rows it sees."""
-        start, seen = 0, []
-        for inputs, options in self._batcher.invokes:
-            if self._group is None or self._group[0] == start:
-                seen.append(inputs)
-            start += self._batcher.envoy._batch_size(*inputs, **options)
-        return seen
-
-    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Its rows of a tensor of the whole batch."""
-        rows: torch.Tensor = self._batcher.narrow(tensor, self._group)
-        return rows
-
-    def run(self, function: Callable[[int], None], *, steps: str = "first", whole: bool = False) -> None:
-        """Run a function of the step's number in the model's forward. It reads and writes modules in their order, from
-        where this is called: it sees what the block did above, and the block sees below what it has done.
-
-        Args:
-            function: What to run.
-            steps: "first" forward, or "all" that the traced call makes.
-            whole: Read the whole batch, not the block's rows alone.
-
-        Raises:
-            ValueError: when the model has run past what the function reads first.
-        """
-        if steps not in ("first", "all"):
-            raise ValueError(f"steps={steps!r} is unknown; choose 'first' or 'all'.")
-        caller, worker = self._mediator, _Worker(self.verb, function, steps)
-        worker.batch_group = None if whole else self._group
-        interleaver = caller.interleaver
-        interleaver.mediators.insert(interleaver.mediators.index(caller), worker)
-        worker.start(interleaver)
-        self._serve(worker)
-        if worker.pending is not None and caller.occurrence(worker.pending.provider):
-            place = worker.place
-            interleaver.mediators.remove(worker)
-            worker.worker.throw(GreenletExit)
-            raise ValueError(
-                f"{self.verb} comes too late: the model has run past {place} in this block; write {self.verb}(…) above "
-                "the lines that read what comes after it, or in an empty `with tracer.invoke():`."
-            )
-        if worker.alive:
-            worker.worker.parent = caller.worker.parent  # not this block, which has other things to wait for
-        interleaver.reindex()
-
-    def _serve(self, worker: _Worker) -> None:
-        """Serve what the worker asks for at the place that the model is at, where the block has read already."""
-        caller, here = self._mediator, self._mediator.pending
-        if here is None or here.provider is None or caller.occurrence(here.provider):
-            return
-        try:
-            caller.batch_group = worker.batch_group
-            while (pending := worker.pending) is not None and pending.provider == here.provider:
-                if pending.event is Event.VALUE:
-                    worker.pending = worker.switch(Mediator.value(here.provider))
-                else:
-                    Mediator.swap(here.provider, pending.value)
-                    worker.pending = worker.switch()
-        finally:
-            caller.batch_group = self._group
-
-
-class _Worker(Mediator):
-    """What a verb does in a run, served before the block that called it."""
-
-    def __init__(self, verb: str, function: Callable[[int], None], steps: str) -> None:
-        super().__init__(None, {}, {})
-        self.verb, self.function, self.steps = verb, function, steps
-
-    @property
-    def place(self) -> str:
-        """What it waits for, as users write it."""
-        return str(self.pending.provider).removeprefix("model.")
-
-    def _run(self) -> None:
-        step = 0
-        try:
-            for step in Iterations()[:] if self.steps == "all" else (0,):
-                self.function(step)
-                self.flush()
-        except OutOfOrderError as error:  # the run has ended; a stopped one has no result
-            if step == 0 and self.occurrence("result"):
-                raise ValueError(f"{self.verb} waited for {self.place}, which the model did not run.") from error
-
-
-def end_run() -> None:
-    """Inside a verb's function: end the model's run here, as `tracer.stop` does."""
-    raise EarlyStopException

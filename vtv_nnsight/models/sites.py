@@ -17,7 +17,7 @@ from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.inside_trace import Place
 from vtv_nnsight.models.interface import HEADS, SITES, InContextModel, Stage
-from vtv_nnsight.models.nnsight_compat import CallingBlock, end_run, projection_of
+from vtv_nnsight.models.nnsight_verbs import CallingBlock, end_run, projection_of
 from vtv_nnsight.prompts import VisualPrompt
 
 Layers = int | Sequence[int] | Mapping[str, int | Sequence[int]]

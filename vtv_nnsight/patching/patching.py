@@ -21,7 +21,7 @@ from vtv_nnsight.layouts import Layout, place_names
 from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.inside_trace import Place
 from vtv_nnsight.models.interface import GRANULARITIES, HEADS, SITES, ByStage, InContextModel, Stage
-from vtv_nnsight.models.nnsight_compat import CallingBlock
+from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import module_path, place_of, running_layout, running_prompts, token_positions
 from vtv_nnsight.patching.sets import PatchSet
 from vtv_nnsight.patching.spaces import PatchSpace

@@ -15,7 +15,7 @@ import torch
 from nnsight import save
 
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage
-from vtv_nnsight.models.nnsight_compat import CallingBlock
+from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import Layers, list_layers, read_layers, running_layout
 from vtv_nnsight.vectors.collecting import put_rows
 from vtv_nnsight.vectors.compatibility import fingerprint
