@@ -61,6 +61,8 @@ class Objective:
         prompts: All prompts on the model's device, task by task, those to train on first.
         train, held_out: LongTensors of prompt numbers, tasks taking turns.
         group: LongTensor [prompt], the number of each prompt's task.
+        late: Bool [unit], the units of the last stage; None where layers before them cannot be left out, or there are
+            none.
         differentiable: Whether `gradient` can be asked.
         evaluations: Patched evaluations made, one set on one prompt each, gradients included.
 
@@ -113,6 +115,8 @@ class Objective:
         numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
         chunks = [chunk for part in numbers for chunk in part.split(self.batch_size)]
         self._prefixes = Prefixes(model, space, self._left, chunks)
+        late = self._prefixes.layer >= sum(stage.layers for stage in model.stages[:-1])
+        self.late = late if model.reread is not None and late.any() else None
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
         self.evaluations = 0
         if self.loss == PIXELS:

@@ -43,6 +43,7 @@ def reinforce(
     masks: int = 8,
     sparsity: float = 0.0,
     judge: str | None = None,
+    last_stage: float = 0.0,
     prune: bool = True,
     tolerance: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -68,6 +69,8 @@ def reinforce(
         masks: Masks for each of these prompts, 2 or more.
         sparsity: Times the mean probability, added to the objective: the released code's `regularization_strength`.
         judge: The one of several tasks whose held-out prompts judge; in the released code segmentation. None: all.
+        last_stage: The share of the steps' evaluations in which units of the last stage alone are chosen ("decoder
+            first": the layers before run once a prompt). Objectives that do not tell stages apart have none.
         prune: End with the pruning; False returns the units more likely than not.
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
 
@@ -86,6 +89,7 @@ def reinforce(
     logits = torch.full((search.units,), init, dtype=torch.float64)
     adam = torch.optim.Adam([logits], lr)
     cost, held_out = images * masks, len(search.held_out)
+    late = getattr(search.objective, "late", None) if last_stage else None
     reserve = (search.budget // 3 if prune else 0) + held_out
     every = max(1, search.budget // 12 // cost)
     search.require(reserve + cost + held_out, "one step and the end")
@@ -94,11 +98,14 @@ def reinforce(
         if search.left < reserve + cost + held_out:
             break
         rows, probabilities = search.next_prompts(images), logits.sigmoid()
+        spent = search.evaluations / (search.budget - reserve)
+        if late is not None and spent < last_stage:
+            probabilities = probabilities * late
         choices = sample(probabilities, (images, masks), search.generator)
         losses = search.losses(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None]).view(images, masks)
         advantage = (losses - losses.mean(1, keepdim=True)) * masks / (masks - 1)  # against the prompt's other masks
         advantage = advantage / _scale(advantage, search.objective.group[rows])
-        adam.param_groups[0]["lr"] = lr * (1 - decay * search.evaluations / (search.budget - reserve))
+        adam.param_groups[0]["lr"] = lr * (1 - decay * spent)
         logits.grad = gradient(choices, advantage, probabilities) + sparsity * probabilities * (1 - probabilities)
         adam.step()
         if step % every == every - 1:
