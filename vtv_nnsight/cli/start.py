@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from datasets import Image
 from rich.table import Table
@@ -41,8 +42,7 @@ PANELS = {
     "Search": ("search", "loss", "budget", "sparsity", "granularity", "sites"),
     "Evaluation": ("test_prompts", "draws", "control_prompts", "matrix", "seeds"),
     "Expert": ("max_images", "prompts", "candidates", "order", "seed", "folds", "published", "search_fold")
-    + ("fold_draws",)
-    + ("batch_size", "vqgan", "embedding_type", "dtype"),
+    + ("fold_draws", "jobs", "batch_size", "vqgan", "embedding_type", "dtype"),
 }
 """Panel of the help of `vtv run` → its options."""
 
@@ -145,6 +145,14 @@ FoldDraws = Annotated[
     ),
 ]
 Redo = Annotated[bool, typer.Option("--redo", help="Do again what depends on settings or files that changed.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes of one thread each, which share the tasks out; with any number the results are the same.",
+        show_default="physical cores, at most the number of tasks; 1 on a GPU",
+    ),
+]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
 
 
@@ -183,6 +191,7 @@ def run(
     search_fold: SearchFold = Settings.search_fold,
     fold_draws: FoldDraws = Settings.fold_draws,
     redo: Redo = False,
+    jobs: Jobs = None,
     batch_size: options.BatchSize = None,
     vqgan: options.VQGAN = None,
     embedding_type: options.EmbeddingType = None,
@@ -209,8 +218,10 @@ def run(
         written = _answer(folder, EMBEDDED, settings.tasks, files)
         say(f"{len(files)} photographs are too few to find task vectors in: those of the package answer all of them.")
     else:
+        if jobs is None and device in (None, "cpu") and len(settings.tasks) != 1:
+            jobs = torch.get_num_threads()  # as many as there are physical cores, or as the user has set
         folders = {seed + i: folder / f"seed{seed + i}" for i in range(seeds)} if seeds > 1 else {seed: folder}
-        shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size)
+        shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size, jobs=jobs)
         for number, place in folders.items():
             seeded = replace(settings, seed=number, matrix=BUDGET * matrix)
             pipeline.run(place, seeded, explore=demonstrate, report=page.write, **shared)

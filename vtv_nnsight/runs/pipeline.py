@@ -31,13 +31,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.evaluation.conditions import PATCHED
-from vtv_nnsight.files import make_folder
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.parallel import processes
+from vtv_nnsight.parallel import Workers, processes
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.progress import numbered_steps, quiet
 from vtv_nnsight.prompts import VisualPrompt
@@ -63,6 +63,7 @@ def run(
     redo: bool = False,
     device: str | None = None,
     batch_size: int | None = None,
+    jobs: int | None = None,
     progress: bool = True,
     explore: Callable[..., Any] | None = None,
     report: Callable[[Path], object] | None = None,
@@ -77,6 +78,8 @@ def run(
         device: Where the model runs.
         batch_size: Prompts per forward; by default `default_batch_size` of the model, and as many as the device likes
             for searches.
+        jobs: Worker processes, of one thread each, which share the tasks out; with any number the files are the same.
+            None is this process, with all of its threads.
         progress: Show which step is being done.
         explore: What the step "demonstrate" does for a task, such as `report.explorer.demonstrate`: called with the
             model, the task, prompts, scores, vectors, results and `batch_size`, it returns what can `save(path)`. None
@@ -107,17 +110,19 @@ def run(
         state.wait_for_everyone()
         total = (len(STEPS) - (explore is None) - (not settings.matrix)) * len(folds) + (report is not None)
         step = numbered_steps(total, disable=not (progress and state.is_main_process))
-        for fold in folds:
-            work = _Work(setup, tasks, space, record, step, fold)
-            prompts = work.select()
-            vectors = work.collect(prompts)
-            work.score(vectors)
-            results = work.search(prompts, vectors)
-            work.evaluate(vectors, results)
-            if explore is not None:
-                work.demonstrate(explore, vectors, results)
-            if settings.matrix:
-                work.search_anew(prompts, vectors)
+        given = settings, device, batch_size, out, explore
+        jobs = min(jobs, len(tasks)) if jobs and state.num_processes == 1 else None
+        with Workers(jobs, _Bench(setup, folds, space, explore), _prepare, *given) as workers:
+            for number, fold in enumerate(folds):
+                work = _Work(setup, tasks, space, record, step, number, fold, workers)
+                vectors = work.collect(work.select())
+                work.score(vectors)
+                work.search()
+                work.evaluate()
+                if explore is not None:
+                    work.demonstrate()
+                if settings.matrix:
+                    work.search_anew()
         if report is not None:
             with begin_step(record, out, "report", step("report")) as files:
                 if state.is_main_process:
@@ -127,16 +132,99 @@ def run(
     return out
 
 
+class _Bench(NamedTuple):
+    """What each process computes with."""
+
+    setup: steps.Setup
+    folds: Sequence[Fold]
+    space: PatchSpace
+    explore: Callable[..., Any] | None
+
+
+def _prepare(
+    settings: Settings, device: str | None, batch_size: int | None, out: Path, explore: Callable[..., Any] | None
+) -> _Bench:
+    """The bench of a worker that does not inherit one."""
+    with quiet():
+        setup = steps.set_up(settings, device, batch_size)
+        space = PatchSpace(setup.model, setup.layout, settings.granularity, sites=settings.sites)
+        return _Bench(setup, load_folds(out, settings)[0], space, explore)
+
+
+def _select(bench: _Bench, fold: int, task: str) -> None:
+    prompts = steps.select(bench.setup, registry.get(task), bench.folds[fold].train)
+    write_prompts(_part(bench.folds[fold], task), {task: prompts})
+
+
+def _part(fold: Fold, task: str) -> Path:
+    """Where the prompts of one task are until those of all are there."""
+    return fold.folder / f"prompts.{task}.part"
+
+
+def _search(bench: _Bench, fold: int, task: str) -> None:
+    """One task's search, in all processes that `torchrun` started."""
+    folder, setup, search = bench.folds[fold].folder, bench.setup, bench.folds[fold].search
+    prompts = read_prompts(folder / "prompts.safetensors", setup.layout)[task]
+    options: dict[str, Any] = {"resume": folder / f"search/{task}.journal"}
+    if search is not None:
+        prompts, held_out = search_prompts(registry.get(task), search, setup.layout, setup.settings.seed)
+        options["held_out"] = [held_out.query_only()]
+    vectors = TaskVectors.load(folder / "vectors.safetensors")
+    result = steps.search(setup, vectors, [registry.get(task)], [prompts], bench.space, **options)
+    if processes().is_main_process:
+        result.save(folder / f"search/{task}.safetensors")
+
+
+def _result(bench: _Bench, fold: Fold, task: str) -> SearchResult:
+    """A task's search, as it serves a fold."""
+    result, settings = SearchResult.load(fold.folder / f"search/{task}.safetensors"), bench.setup.settings
+    return fold_draw(result, fold.number, settings.seed) if settings.fold_draws else result
+
+
+def _evaluate(bench: _Bench, fold: int, task: str) -> None:
+    part = bench.folds[fold]
+    vectors = TaskVectors.load(part.folder / "vectors.safetensors")
+    patches = _result(bench, part, task).patches
+    table = steps.evaluate(bench.setup, registry.get(task), part.test, vectors, patches, part.number)
+    write_pictures(part.folder / f"evaluation/{task}.safetensors", table, registry.get(task))
+    table.to_parquet(part.folder / f"evaluation/{task}.parquet")
+
+
+def _demonstrate(bench: _Bench, fold: int, task: str) -> None:
+    setup, part = bench.setup, bench.folds[fold]
+    vectors = TaskVectors.load(part.folder / "vectors.safetensors")
+    results = {name: _result(bench, part, name) for name in vectors}
+    scores = Table.load(part.folder / f"evaluation/{task}.parquet").values(task, PATCHED)
+    prompts = steps.prompts_to_test(setup, registry.get(task), part.test)
+    if bench.explore is not None:
+        explorer = bench.explore(
+            setup.model, registry.get(task), prompts, scores, vectors, results, batch_size=setup.batch_size
+        )
+        explorer.save(part.folder / f"shown/{task}.safetensors")
+
+
+def _search_anew(bench: _Bench, fold: int, task: str) -> None:
+    """One task's row of the matrix, in all processes that `torchrun` started."""
+    part, setup = bench.folds[fold], bench.setup
+    prompts = read_prompts(part.folder / "prompts.safetensors", setup.layout)[task]
+    given = (prompts, part.test, TaskVectors.load(part.folder / "vectors.safetensors"), bench.space, part.number)
+    table = steps.search_anew(setup, registry.get(task), *given, part.folder / "matrix")
+    if processes().is_main_process:
+        table.to_parquet(part.folder / f"matrix/{task}.parquet")
+
+
 @dataclass(frozen=True)
 class _Work:
-    """The steps of one fold: each makes the files that it lacks, and returns what they hold."""
+    """The steps of one fold: each makes the files that it lacks."""
 
     setup: steps.Setup
     tasks: Sequence[Task]
     space: PatchSpace
     record: RunRecord | None
     step: Callable[[str], AbstractContextManager[Callable[[str], None]]]
+    number: int
     fold: Fold
+    workers: Workers
 
     def begin(self, name: str) -> AbstractContextManager[StepFiles]:
         shares = self.fold.shares if name in SHARED else None
@@ -145,10 +233,15 @@ class _Work:
     def select(self) -> dict[str, VisualPrompt]:
         with self.begin("select") as files:
             if files.lacks("prompts.safetensors"):
+                for _ in self.workers.each(_select, self._calls(self.tasks), files.working_on):
+                    pass
                 prompts = {
-                    task.name: steps.select(self.setup, task, self.fold.train) for task in files.each(self.tasks)
+                    task.name: read_prompts(_part(self.fold, task.name), self.setup.layout)[task.name]
+                    for task in self.tasks
                 }
                 files.save("prompts.safetensors", partial(write_prompts, prompts=prompts))
+                for task in self.tasks:
+                    _part(self.fold, task.name).unlink()
             return read_prompts(files.path("prompts.safetensors"), self.setup.layout)
 
     def collect(self, prompts: Mapping[str, VisualPrompt]) -> TaskVectors:
@@ -167,70 +260,38 @@ class _Work:
                 files.working_on("")
                 files.save("scores.csv", partial(write_scores, scores=scores, space=self.space))
 
-    def search(self, prompts: Mapping[str, VisualPrompt], vectors: TaskVectors) -> dict[str, SearchResult]:
-        results = {}
+    def search(self) -> None:
         with self.begin("search") as files:
-            make_folder(self.fold.folder / "search")  # where journals are kept
-            for task in self.tasks:
-                name = f"search/{task.name}"
-                if files.everyone_lacks(f"{name}.safetensors"):
-                    files.working_on(task.name)
-                    result = self._search(task, prompts[task.name], vectors, self.fold.folder / f"{name}.journal")
-                    files.save(f"{name}.safetensors", result.save)
-                    files.remove(f"{name}.journal")
-                results[task.name] = SearchResult.load(files.path(f"{name}.safetensors"))
-        if self.setup.settings.fold_draws:
-            seed = self.setup.settings.seed
-            return {task: fold_draw(result, self.fold.number, seed) for task, result in results.items()}
-        return results
-
-    def _search(self, task: Task, prompts: VisualPrompt, vectors: TaskVectors, journal: Path) -> SearchResult:
-        options: dict[str, Any] = {"resume": journal}
-        if self.fold.search is not None:
-            seed = self.setup.settings.seed
-            prompts, held_out = search_prompts(task, self.fold.search, self.setup.layout, seed)
-            options["held_out"] = [held_out.query_only()]
-        return steps.search(self.setup, vectors, [task], [prompts], self.space, **options)
-
-    def evaluate(self, vectors: TaskVectors, results: Mapping[str, SearchResult]) -> None:
-        with self.begin("evaluate") as files:
-            for task in self.tasks:
-                names = [f"evaluation/{task.name}.{kind}" for kind in ("safetensors", "parquet")]
-                if any([files.lacks(name) for name in names]):
-                    files.working_on(task.name)
-                    patches = results[task.name].patches
-                    table = steps.evaluate(self.setup, task, self.fold.test, vectors, patches, self.fold.number)
-                    files.save(names[0], partial(write_pictures, table=table, task=task))
-                    files.save(names[1], table.to_parquet)
+            lacking = [task for task in self.tasks if files.everyone_lacks(f"search/{task.name}.safetensors")]
+            for _, name in self.workers.each(_search, self._calls(lacking), files.working_on):
+                files.made(f"search/{name}.safetensors")
+                files.remove(f"search/{name}.journal")
+                self.workers.begin(_evaluate, self.number, name)
             files.wait()
 
-    def demonstrate(
-        self, explore: Callable[..., Any], vectors: TaskVectors, results: Mapping[str, SearchResult]
-    ) -> None:
-        with self.begin("demonstrate") as files:
-            for task in self.tasks:
-                name = f"shown/{task.name}.safetensors"
-                if files.lacks(name):
-                    files.working_on(task.name)
-                    table = Table.load(self.fold.folder / f"evaluation/{task.name}.parquet")
-                    scores = table.values(task.name, PATCHED)
-                    prompts = steps.prompts_to_test(self.setup, task, self.fold.test)
-                    explorer = explore(
-                        self.setup.model, task, prompts, scores, vectors, results, batch_size=self.setup.batch_size
-                    )
-                    files.save(name, explorer.save)
+    def evaluate(self) -> None:
+        self._make("evaluate", _evaluate, "evaluation/{}.safetensors", "evaluation/{}.parquet")
+
+    def demonstrate(self) -> None:
+        self._make("demonstrate", _demonstrate, "shown/{}.safetensors")
+
+    def _make(self, step: str, function: Callable[..., None], *names: str) -> None:
+        """The files of a step that the first process alone does, task by task."""
+        with self.begin(step) as files:
+            lacking = [task for task in self.tasks if any([files.lacks(name.format(task.name)) for name in names])]
+            for _, task in self.workers.each(function, self._calls(lacking), files.working_on):
+                for name in names:
+                    files.made(name.format(task))
             files.wait()
 
-    def search_anew(self, prompts: Mapping[str, VisualPrompt], vectors: TaskVectors) -> None:
+    def search_anew(self) -> None:
         with self.begin("matrix") as files:
-            for task in self.tasks:
-                name = f"matrix/{task.name}.parquet"
-                if files.everyone_lacks(name):
-                    files.working_on(task.name)
-                    (folder := self.fold.folder / "matrix").mkdir(exist_ok=True)
-                    given = (prompts[task.name], self.fold.test, vectors, self.space, self.fold.number, folder)
-                    table = steps.search_anew(self.setup, task, *given)
-                    files.save(name, table.to_parquet)
-                    for other in vectors:
-                        files.remove(f"matrix/{task.name}-{other}.journal")
+            lacking = [task for task in self.tasks if files.everyone_lacks(f"matrix/{task.name}.parquet")]
+            for _, name in self.workers.each(_search_anew, self._calls(lacking), files.working_on):
+                files.made(f"matrix/{name}.parquet")
+                for other in self.tasks:
+                    files.remove(f"matrix/{name}-{other.name}.journal")
             files.wait()
+
+    def _calls(self, tasks: Sequence[Task]) -> list[tuple[int, str]]:
+        return [(self.number, task.name) for task in tasks]

@@ -221,8 +221,10 @@ class RunRecord:
                 (out / name).unlink()
                 del self.content["files"][name]
                 self._forget_readers(name)
-        for folder in (out, *folders):
-            make_folder(folder)
+        make_folder(out)
+        for folder in folders:
+            for pattern in (pattern for patterns in FILES.values() for pattern in patterns):
+                make_folder((folder / pattern).parent)
         self.write()
         return self
 
@@ -319,17 +321,15 @@ class StepFiles:
         self.worked = True
         self.show(what)
 
-    def each(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """Tasks, one after the other, each named as what is being done."""
-        for task in tasks:
-            self.working_on(task.name)
-            yield task
-
     def save(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write a file, in the first process, and note its digest; `write` is called with its path."""
         if self.record is not None:
-            make_folder((self.folder / name).parent)
             write(self.folder / name)
+            self.made(name)
+
+    def made(self, name: str) -> None:
+        """Note the digest of a file that was written, in the first process."""
+        if self.record is not None:
             self.record.wrote(self.folder / name)
 
     def remove(self, name: str) -> None:
