@@ -4,12 +4,15 @@ import base64
 import html
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 from typer.testing import CliRunner
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, data, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, data, parallel, tasks
 from vtv_nnsight.cli import start
 from vtv_nnsight.digests import file_digest
 from vtv_nnsight.evaluation import Table, rank_among_draws, verdicts
@@ -59,7 +62,7 @@ def model(tmp_path_factory, small_config):
 def finished(tmp_path_factory, model):
     """A finished run. Copy it before you change it."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    run(out, Settings(model=model, **SMALL), progress=False)
+    run(out, Settings(model=model, **SMALL), progress=False, jobs=1)
     return out
 
 
@@ -287,6 +290,34 @@ def test_an_evaluation_of_something_else_is_one_sentence(copy, damage, words):
         reading.load_run(copy)
 
 
+@pytest.mark.parametrize("method", ["default", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_jobs_write_what_one_process_writes(finished, model, tmp_path, monkeypatch, method, done):
+    if method == "spawn":  # as where processes cannot be forked
+        pool = partial(parallel.ProcessPoolExecutor, mp_context=get_context("spawn"))
+        monkeypatch.setattr(parallel, "ProcessPoolExecutor", pool)
+    run(tmp_path / "run", Settings(model=model, **SMALL), progress=False, jobs=2)
+    steps = {name: content for name, content in files(finished).items() if not name.startswith("figures")}
+    assert files(tmp_path / "run") == steps and done == ["collect"]  # all else in the workers
+
+
+def test_jobs_that_are_stopped_go_on(finished, model, tmp_path, monkeypatch, done):
+    """One worker fails in the middle of a search: the others end with it, and the same command goes on."""
+    settings, losses = Settings(model=model, **SMALL), Objective._losses
+
+    def fail(self, *args, **options):
+        if self.tasks[0].name == "lowlight" and self.evaluations > 60:
+            raise OSError("the disk is gone")
+        return losses(self, *args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+        patch.setattr(Objective, "_losses", fail)
+        run(tmp_path / "run", settings, progress=False, jobs=2)
+    assert not multiprocessing.active_children() and (tmp_path / "run/search/lowlight.journal").exists()
+    run(tmp_path / "run", settings, progress=False, jobs=1)
+    steps = {name: content for name, content in files(finished).items() if not name.startswith("figures")}
+    assert files(tmp_path / "run") == steps
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(finished, model, tmp_path):
     script = tmp_path / "run.py"
@@ -297,7 +328,7 @@ def test_two_processes_write_what_one_writes(finished, model, tmp_path):
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
     package = str(Path(__file__).parents[1])
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": package}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": package}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert files(tmp_path / "run") == files(finished)
@@ -642,7 +673,7 @@ def test_options_become_settings(vtv, tmp_path, monkeypatch):
     code, said, (out, settings, options) = vtv("run")
     assert (code, settings, str(out)) == (0, Settings(), "runs/pictures") and "wrote runs/pictures" in said
     steps = {"explore": explorer.demonstrate, "report": report.write}
-    assert options == {"redo": False, "device": None, "batch_size": None} | steps
+    assert options == {"redo": False, "device": None, "batch_size": None, "jobs": torch.get_num_threads()} | steps
     args = ("--images", tmp_path, "--tasks", "lowlight,identity", "--redo", "--seed", 3)
     _, _, (out, settings, options) = vtv("run", *args)
     assert settings == Settings(data=str(tmp_path), tasks=("lowlight", "identity"), seed=3)

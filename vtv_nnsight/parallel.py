@@ -97,7 +97,7 @@ def _begin_worker(prepare: Callable[..., Any], *given: Any) -> None:
     """A worker computes on one thread, leaves Ctrl-C to the process that began it, and does not outlive that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.stderr = open(os.devnull, "w")  # one bar for all, of the process that began it
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (one bar for all, of the process that began it)
     torch.set_num_threads(1)
     threading.Thread(target=_follow, daemon=True).start()
     if not _prepared:

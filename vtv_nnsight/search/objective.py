@@ -11,6 +11,7 @@ loss compares with, the prompts and the vector on the model's device. Unless los
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -251,7 +252,14 @@ class Objective:
     ) -> torch.Tensor:
         """Losses [row] of one batch of one task."""
         model = self.model if drop is None else self._without(drop)
-        edit = self._edit(choices, rows, {} if shared is None else self._prefixes.left(choices, rows, shared))
+        left = {} if shared is None else self._prefixes.left(choices, rows, shared)
+        late = self._edit(choices & (self._prefixes.layer > max(left)) if left else choices, rows)
+
+        def edit(model: InContextModel) -> None:
+            late(model)
+            if left:
+                start_from(model, left)
+
         task, rows = int(self.group[rows[0]]), rows.to(self._truth.device)
         return losses(model, self.prompts[rows], self._loss_of[task], self._truth[rows], edit)
 
@@ -263,22 +271,13 @@ class Objective:
         ]
         return [give_like(raws[0], torch.cat(list(map(first, raws)), 1)) for raws in zip(*parts)]
 
-    def _edit(self, choices: torch.Tensor, rows: torch.Tensor, left: dict[int, Any] | None = None) -> Edit:
-        """What patches one batch of one task, from where layers have left something."""
+    def _edit(self, choices: torch.Tensor, rows: torch.Tensor) -> Edit:
+        """What patches one batch of one task."""
         task = int(self.group[rows[0]])
         vector = self.vectors[task]
         if isinstance(vector, Activations):
             vector = vector[rows - self._first[task]]
-        if left:
-            choices = choices & (self._prefixes.layer > max(left))
-        patches = self.space.mask(choices.to(self._truth.device))
-
-        def edit(model: InContextModel) -> None:
-            patch(model, vector, patches)
-            if left:
-                start_from(model, left)
-
-        return edit
+        return partial(patch, vector=vector, patches=self.space.mask(choices.to(self._truth.device)))
 
 
 def _listed(value: Any) -> list[Any]:

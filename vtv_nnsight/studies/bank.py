@@ -100,7 +100,8 @@ class BankObjective(Objective):
             raise ValueError("there are no vectors in this bank; give at least one.")
         super().__init__(model, bank[0], task, prompts, space, **settings)
         self.vectors = [vector.to(self._truth.device) for vector in bank]
-        self.units = space
+        self.units, self.late = space, None
+        self._prefixes.before = {}  # which knows units, not pairs
         names = [f"{name} = {vector.task}" for vector in bank for name in space.names]
         self.space = NamedUnits(names, space.fingerprint | {"bank": [vector.task for vector in bank]})
 

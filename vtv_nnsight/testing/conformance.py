@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -152,7 +153,7 @@ def check_starts(model: InContextModel, prompts: VisualPrompt) -> Promises:
     for number, (place, _, _) in enumerate(layers_of(model)):
         layers = sorted({number, *(other for other in model.reread if other < number)})
         left = dict(zip(layers, residuals(model, prompts, layers)))
-        same = close(forward(model, prompts, lambda model, left=left: start_from(model, left))[0], expected)
+        same = close(forward(model, prompts, partial(start_from, left=left))[0], expected)
         yield same, f"{place}: a run that starts behind it gives another output; reread={model.reread} lacks a layer."
 
 
@@ -214,8 +215,9 @@ def check_gradients(model: InContextModel, prompts: VisualPrompt) -> Promises:
         yield abs(rise - norm) <= 0.05 * norm + 1e-3 * abs(up), f"{stage.name}: {words}"
 
 
-CHECKS = (check_positions, check_reads, check_writes, check_invokes, check_starts, check_hidden)
-CHECKS += (check_answers, check_gradients)
+CHECKS = (check_positions, check_reads, check_writes, check_invokes, check_starts, check_hidden, check_answers) + (
+    check_gradients,
+)
 
 
 def layers_of(model: InContextModel) -> list[tuple[str, Any, Mapping[str, Any]]]:
