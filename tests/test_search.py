@@ -215,6 +215,19 @@ def test_layers_before_the_first_patched_one_run_once_a_prompt(objective, model,
     assert late.evaluations == 3 * len(rows)
 
 
+def test_decoder_first_runs_the_encoder_once_a_prompt(objective, model):
+    ran = []
+    hook = model._module.encoder.blocks[0].attn.register_forward_hook(lambda _, __, out: ran.append(len(out)))
+    first, choices = objective(batch_size=4), []
+    losses = first._losses
+    first._losses = lambda sets, rows, **options: choices.append(sets) or losses(sets, rows, **options)
+    result = search.reinforce.on(first, budget=200, seed=0, last_stage=1.0, prune=False, progress=False)
+    hook.remove()
+    tried = torch.cat(choices).any(0)
+    assert tried[first.late].all() and not tried[~first.late].any()
+    assert sum(ran) == len(first.train) + len(first.held_out) < result.evaluations
+
+
 def test_pixel_loss_is_the_tasks_own_of_the_decoded_answer(objective, vectors):
     objective = objective(loss="pixels", batch_size=4)
     choices, rows = some_pairs(objective)

@@ -49,18 +49,15 @@ def reinforce(
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Score-function gradients of the expected loss (Williams, 1992) over a Bernoulli for every unit.
 
-    `recipe="published"` is the paper's (`search.score_function.published`).
+    The default differs from the paper's in three ways, which `benchmarks/search_efficiency.py --ablations` measures:
 
-    The default differs in three ways, which `benchmarks/search_efficiency.py --ablations` measures:
-
-    - *A baseline per prompt.* How hard a prompt is says nothing about a mask, so a mask's loss is compared with that of
-      the other masks of the same prompt only (leave-one-out: Kool et al., 2019).
+    - *A baseline per prompt*: a mask's loss is compared with that of the other masks of the same prompt only
+      (leave-one-out: Kool et al., 2019), since how hard a prompt is says nothing about a mask.
     - *Prompts in turn*, not the same ten: the set does not fit itself to ten pictures.
-    - *Threshold, then prune*: the result is not a sample. Of the sets of the most likely units the smallest good one is
-      taken, then the units that it does without are dropped, by the effect of each.
+    - *Threshold, then prune*: not a sample, but the smallest good set of likely units, less what it does without.
 
     Args:
-        recipe: "leave-one-out" or "published". The second takes no decay, masks, prune or tolerance.
+        recipe: "leave-one-out" or "published". The second takes no decay, masks, last_stage, prune or tolerance.
         init: Initial logit of every unit.
         lr: Adam's learning rate at the start; None is 0.3, published 0.1.
         decay: The share of it that is gone when the budget is, linearly.
@@ -69,8 +66,7 @@ def reinforce(
         masks: Masks for each of these prompts, 2 or more.
         sparsity: Times the mean probability, added to the objective: the released code's `regularization_strength`.
         judge: The one of several tasks whose held-out prompts judge; in the released code segmentation. None: all.
-        last_stage: The share of the steps' evaluations in which units of the last stage alone are chosen ("decoder
-            first": the layers before run once a prompt). Objectives that do not tell stages apart have none.
+        last_stage: The share of the steps' evaluations for units of the last stage alone: decoder first.
         prune: End with the pruning; False returns the units more likely than not.
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
 
@@ -89,7 +85,6 @@ def reinforce(
     logits = torch.full((search.units,), init, dtype=torch.float64)
     adam = torch.optim.Adam([logits], lr)
     cost, held_out = images * masks, len(search.held_out)
-    late = getattr(search.objective, "late", None) if last_stage else None
     reserve = (search.budget // 3 if prune else 0) + held_out
     every = max(1, search.budget // 12 // cost)
     search.require(reserve + cost + held_out, "one step and the end")
@@ -97,10 +92,8 @@ def reinforce(
     for step in search.steps(steps):
         if search.left < reserve + cost + held_out:
             break
-        rows, probabilities = search.next_prompts(images), logits.sigmoid()
         spent = search.evaluations / (search.budget - reserve)
-        if late is not None and spent < last_stage:
-            probabilities = probabilities * late
+        rows, probabilities = search.next_prompts(images), _chances(search, logits, spent < last_stage)
         choices = sample(probabilities, (images, masks), search.generator)
         losses = search.losses(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None]).view(images, masks)
         advantage = (losses - losses.mean(1, keepdim=True)) * masks / (masks - 1)  # against the prompt's other masks
@@ -180,7 +173,7 @@ def _held_out_of(search: Search, judge: str | None) -> torch.Tensor:
 
 def _published_options(settings: dict[str, Any]) -> Recipe:
     """The paper's recipe with those of its script's options that are given."""
-    fixed = ("decay", "masks", "prune", "tolerance")
+    fixed = ("decay", "masks", "last_stage", "prune", "tolerance")
     if given := [name for name in fixed if settings[name] != reinforce.options[name]]:
         raise ValueError(f"recipe='published' takes no {', '.join(given)}; leave that out, or the recipe.")
     names = ("init", "lr", "steps", "images", "sparsity", "judge")
@@ -202,6 +195,12 @@ def gradient(choices: torch.Tensor, advantage: torch.Tensor, probabilities: torc
     """
     score = choices.double() - probabilities
     return torch.einsum("pm,pmu->u", advantage, score) / advantage.numel()
+
+
+def _chances(search: Search, logits: torch.Tensor, last_stage: bool) -> torch.Tensor:
+    """The probabilities that units are chosen with [unit], those of stages before the last being 0 on demand."""
+    late = getattr(search.objective, "late", None)
+    return logits.sigmoid() * late if last_stage and late is not None else logits.sigmoid()
 
 
 def _scale(advantage: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
