@@ -494,7 +494,12 @@ def test_the_report_is_one_file_with_everything(finished):
     assert all((finished / name).is_file() for name in beside)
     assert page.count("url(") == page.count("url(data:image/webp;base64,")
     assert "://" not in page and "prefers-color-scheme: dark" in page and "viewport" in page
-    assert 'alt="segmentation: a query, and its answer as the task vector goes from scale 0 to 1' in page
+    assert re.search(r'alt="(segmentation|lowlight): a query, and its answer as the task vector goes from', page)
+    first = page[page.index("<h1") : page.index("<section")]
+    marks = ("With no example shown, the task vector is", "<figure", "<table", "<details>")
+    places = [first.index(mark) for mark in marks]
+    assert places == sorted(places) and page.index("<nav") < page.index("<h1")
+    assert page.count('<p class="badges"><span>') == len(TASKS) and "of 2 draws of random units" in page
     assert len(page) < 3_000_000
     for name in TASKS:
         section = page[page.index(f'<section id="{name}">') :]

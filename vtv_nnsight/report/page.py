@@ -9,6 +9,7 @@ figures/ each figure as PNG and SVG with its numbers as CSV, which the page link
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial, reduce
 from operator import and_
 from pathlib import Path
@@ -19,7 +20,7 @@ import pandas as pd
 from vtv_nnsight import plots
 from vtv_nnsight.evaluation import best_others, specificity_sentences, vector_pairs, verdicts
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
-from vtv_nnsight.evaluation.random_controls import beats_copying, task_verdict, transfer_sentence
+from vtv_nnsight.evaluation.random_controls import beats_copying, rank_among_draws, task_verdict, transfer_sentence
 from vtv_nnsight.evaluation.table import ENOUGH
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
@@ -49,7 +50,8 @@ def write(run: str | os.PathLike) -> Path:
 
 def _content(run: RunResults, keep: Keep) -> dict[str, Any]:
     lines, space = run.lines(), run.space
-    tasks = [_task(run, task, lines[task.name], keep) for task in run.tasks]
+    nearest = sorted(run.tasks, key=lambda task: _left(lines[task.name]))
+    tasks = [_task(run, task, lines[task.name], keep) for task in nearest]
     groups = dict.fromkeys(name for groups in space.groups.values() for name in groups)
     return {
         "title": f"Visual task vectors: {run.name}",
@@ -68,7 +70,8 @@ def _content(run: RunResults, keep: Keep) -> dict[str, Any]:
         "matrix": _matrix(run, keep),
         "overlap": _overlap(run, keep),
         "shared": list(reduce(and_, run.sets.values())),
-        "hero": _hero(run),
+        "hero": _hero(run, nearest),
+        "verdict": _verdict(tasks),
     }
 
 
@@ -87,6 +90,7 @@ def _task(run: RunResults, task: Task, lines: Lines, keep: Keep) -> dict[str, An
         "scores": scores,
         "losses": lines["loss"],
         "verdict": verdict if enough else "no verdict against",
+        "badges": _badges(run, task, verdict) if enough else [f"{patched.asked}: too few for a verdict"],
         "controls": task_verdict(run.table, task.name)[enough:],
         "pictures": first_pictures(run, task),
         "figures": _units(run, task, keep),
@@ -167,12 +171,37 @@ def _overlap(run: RunResults, keep: Keep) -> list[Drawn]:
     return [draw(figure, caption, keep=keep, name="overlap", numbers=numbers.of_sets(sets))]
 
 
-def _hero(run: RunResults) -> dict[str, Any] | None:
-    """The moving picture that the page begins with: of the first task that was looked at closely."""
-    for task in run.tasks:
+def _hero(run: RunResults, tasks: Sequence[Task]) -> dict[str, Any] | None:
+    """The moving picture that the page begins with: of the first of the tasks that was looked at closely."""
+    for task in tasks:
         if explorer := run.explorers.get(task.name):
             return {"explorer": explorer, "metric": task.metric.label} | moving_and_still(explorer)
     return None
+
+
+def _left(lines: Lines) -> float:
+    """The share of the way from zero-shot to the ceiling that the vector leaves: the least is led with."""
+    means = {name: line.mean for name, line in lines["score"].items()}
+    way = means.get(CEILING, means[BASELINE]) - means[ZERO_SHOT]
+    return abs(means.get(CEILING, means[BASELINE]) - means[PATCHED]) / (abs(way) or 1.0)
+
+
+def _verdict(tasks: Sequence[dict[str, Any]]) -> str:
+    """What the run says of all tasks, in one sentence."""
+    groups: dict[str, list[str]] = {}
+    for task in tasks:
+        groups.setdefault(task["verdict"], []).append(task["name"])
+    parts = [f"{verdict} one example on {join_words(names)}" for verdict, names in groups.items()]
+    return f"With no example shown, the task vector is {'; '.join(parts)}."
+
+
+def _badges(run: RunResults, task: Task, verdict: str) -> list[str]:
+    """What is said of a task at a glance: against one example, and against random units."""
+    badges = [f"{verdict} one example"]
+    if run.table.frame.query("task == @task.name").condition.eq(RANDOM).any():
+        place = rank_among_draws(run.table, task.name)
+        badges.append(f"beats {place.beaten} of {place.draws} draws of random units")
+    return badges
 
 
 def _unit(run: RunResults) -> str:
