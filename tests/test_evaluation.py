@@ -553,7 +553,7 @@ def test_a_task_is_specific_where_all_others_are_surely_worse(errors, specific):
     assert specific_tasks(pairs.assign(higher_is_better=True)) == {"t": False}
     sentences = specificity_sentences(pairs)
     assert sentences[0].endswith("does as well: t." if specific else "does as well: no task.")
-    assert len(sentences) == 1 + (not specific)
+    assert len(sentences) == 1 + (not specific) and specificity_sentences(pairs.assign(pictures=7)) == []
 
 
 class Unbounded:

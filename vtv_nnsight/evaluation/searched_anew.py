@@ -19,6 +19,7 @@ import pandas as pd
 
 from vtv_nnsight.evaluation.conditions import OTHER, PATCHED, Condition
 from vtv_nnsight.evaluation.random_controls import best_others
+from vtv_nnsight.evaluation.table import ENOUGH
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.patching.forward import find_loss
@@ -88,7 +89,11 @@ def specific_tasks(pairs: pd.DataFrame) -> dict[str, bool]:
 
 
 def specificity_sentences(pairs: pd.DataFrame) -> list[str]:
-    """Which tasks need their own vector, and for each of the others a vector that does as well."""
+    """Which tasks need their own vector, and for each of the others a vector that does as well; nothing of tasks that
+    fewer than `ENOUGH` different pictures were asked of."""
+    pairs = pairs[pairs.pictures >= ENOUGH]
+    if pairs.empty:
+        return []
     specific = specific_tasks(pairs)
     sure = [task for task, alone in specific.items() if alone]
     sentences = [f"Of units searched anew for each pair, no other vector does as well: {', '.join(sure) or 'no task'}."]
