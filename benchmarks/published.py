@@ -64,6 +64,7 @@ def main() -> None:
     rates = measure(setup, 2 if args.quick else 60)
     print(plan(settings, rates, args.imagenet is not None), flush=True)
     began = time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
     runs.run(args.out / "run", settings, device=args.device, report=page.write)
     tables = {"VTV": read(args.out / "run", settings)}
     tables["VP"] = Table.cat([tables["VTV"], *visual_prompting(setup, args)])

@@ -141,6 +141,34 @@ def test_circuits(tmp_path):
 
 
 @pytest.mark.nightly
+def test_specificity(tmp_path):
+    found, printed = quick("specificity", tmp_path)
+    rows = {(row["units"], row["task"], row["vector"]): row for row in found["pairs"]}
+    assert len(rows) == 2 * 2 * 2 and list(found["specific"]) == ["0"]
+    assert all(np.isnan(row["difference"]) == (task == vector) for (_, task, vector), row in rows.items())
+    assert printed.count("no other vector does as well in") == 2
+    again, _ = quick("specificity", tmp_path, "--runs", tmp_path / "specificity")
+    assert str(again["pairs"]) == str(found["pairs"])
+
+
+@pytest.mark.nightly
+def test_held_out_tasks(tmp_path):
+    found, _ = quick("held_out_tasks", tmp_path)
+    lines = {(line["task"], line["condition"]): line for line in found["lines"]}
+    assert {task for task, _ in lines} == {"inpainting+lowlight", "segmentation+inpainting"} and len(lines) == 2 * 5
+    assert lines["inpainting+lowlight", "tokenizer"]["mean"] < lines["inpainting+lowlight", "zero-shot"]["mean"]
+
+
+@pytest.mark.nightly
+def test_learned_vectors(tmp_path):
+    found, _ = quick("learned_vectors", tmp_path)
+    rows = {row["row"]: row for row in found["rows"]}
+    assert len(rows) == 7 and rows["one-shot"]["units"] == 0 and found["steps of learning"] == 3
+    assert rows["learned from noise"]["units"] == rows["learned"]["units"] == rows["learned at random units"]["units"]
+    assert len({row["score"] for row in rows.values()}) > 4
+
+
+@pytest.mark.nightly
 def test_open_ends(tmp_path):
     found, printed = quick("open_ends", tmp_path)
     rows = {row["vector"]: row for row in found["arithmetic"]}
@@ -351,8 +379,9 @@ def test_search_efficiency(tmp_path):
     paper, *others = found["searches"]
     assert paper["label"] == "reinforce, published" and paper["evaluations"] == [2 * 320 + 8]
     names = ["reinforce", "gates", "ranking", "gates, bank of 3", "gates, learned vector"]
+    names.append("ranking, nearest centroid")
     assert [row["label"] for row in others] == names
-    bank, learned = others[-2:]
+    bank, learned = others[-3:-1]
     assert all(row["evaluations"][0] > 180 and 0 < row["units"][0] <= 96 for row in (bank, learned))
     assert learned["test loss"] != others[1]["test loss"] != bank["test loss"]
     assert all(spent <= row["budget"] for row in others for spent in row["evaluations"])

@@ -21,6 +21,7 @@ from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.data import load
 from vtv_nnsight.evaluation import specificity_sentences, vector_pairs, verdicts
 from vtv_nnsight.evaluation.searched_anew import BUDGET
+from vtv_nnsight.files import make_folder
 from vtv_nnsight.models.sources import EMBEDDED
 from vtv_nnsight.report import page, photographs, reading
 from vtv_nnsight.report.comparison import compare
@@ -220,6 +221,8 @@ def run(
     else:
         if jobs is None and device in (None, "cpu") and len(settings.tasks) != 1:
             jobs = torch.get_num_threads()  # as many as there are physical cores, or as the user has set
+        if seeds > 1:
+            make_folder(folder)
         folders = {seed + i: folder / f"seed{seed + i}" for i in range(seeds)} if seeds > 1 else {seed: folder}
         shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size, jobs=jobs)
         for number, place in folders.items():
