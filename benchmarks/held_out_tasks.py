@@ -2,10 +2,10 @@
 
     python benchmarks/held_out_tasks.py [--quick] [--data pictures] [--seeds 3]
 
-The embedded model was trained on prompts of VTV's five tasks and others; inpainting + lowlight, segmentation +
-inpainting, masks of yellow on purple, and pictures upside down were held out (`training.curriculum.HELD_OUT`). Each gets
-vectors, a search and an evaluation as `vtv run` gives them: one-shot, zero-shot, the task vector, the tokenizer's own
-picture of the truth. A seed is a run of its own, and a row of the file.
+The embedded model was trained on prompts of VTV's five tasks and of others; inpainting + lowlight, segmentation +
+inpainting, masks of yellow on purple, and pictures upside down were held out (`training.curriculum.HELD_OUT`). Each is
+given a vector, a search and an evaluation, as `vtv run` gives them: one-shot, zero-shot, the task vector, the
+tokenizer's own picture of the truth. A seed is a run of its own, and all seeds make one table.
 """
 
 from __future__ import annotations
