@@ -3,10 +3,10 @@
     python benchmarks/specificity.py [--quick] [--data pictures] [--budget 800] [--seeds 5] [--runs FOLDER]
 
 Each seed is a `vtv run` with its matrix: prompts, searches and queries of its own. *Transfer at fixed units* is every
-vector at the units that were found for a task; *searched anew* is every vector at units that were searched for it, the
-task's own too, with `--budget` evaluations each (gates, or reinforce where the loss has no gradient). A task is specific
-in a seed where its vector's paired difference to each other, at units searched for that one, leaves out zero (Holm over
-the others). `--runs` reads the seeds of a `vtv run --seeds N --matrix` that is there, or keeps them there.
+vector at the units that were found for a task; *searched anew* is every vector at units searched for it, the
+task's own too, with `--budget` evaluations each (gates, or reinforce where the loss has no gradient). A task is
+specific in a seed where its vector's paired difference to each other, at units searched for that one, leaves out zero
+(Holm over the others). `--runs` reads the seeds of a `vtv run --seeds N --matrix` that is there, or keeps them there.
 """
 
 from __future__ import annotations
