@@ -3,6 +3,7 @@ import collections
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -394,7 +395,7 @@ def test_what_is_refused_costs_little_memory_and_time(tmp_path, small_config):
     assert len(lines) == len(sources), (lines, sources)
     for line in lines:
         name, kind, seconds, words = line.split(" ", 3)
-        assert kind == "ValueError" and float(seconds) < 2 and "MemoryError" not in words, line
+        assert kind == "ValueError" and float(seconds) < 2 and not re.search("MemoryError|llocat", words), line
 
 
 def test_a_tensor_that_claims_more_than_its_file_is_refused(state, save):

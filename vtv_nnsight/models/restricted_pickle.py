@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-MAX_PICKLED, MAX_STEPS, MAX_PARTS, MAX_DEPTH = 2**24, 300_000, 50_000_000, 200
+MAX_PICKLED, MAX_STEPS, MAX_PARTS, MAX_DEPTH = 2**24, 1_000_000, 50_000_000, 200
 """Bounds of a pickle: its bytes besides arrays, its instructions, the parts of all the objects that are hashed or given
 to a function, counted as often as they are referred to, and how deep they are nested. The published MAE-VQGAN needs
 70 kB and 20,000 instructions."""
@@ -127,4 +127,4 @@ def refusing(path: str | os.PathLike[str], damaged: str) -> Iterator[None]:
     except Refused as error:
         raise ValueError(f"{path} was refused: {error}. Nothing of it was run.") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path} {damaged}: {error or type(error).__name__}.") from error
+        raise ValueError(f"{path} {damaged}: {str(error) or type(error).__name__}.") from error

@@ -319,7 +319,12 @@ def _read_file(path: Path) -> tuple[Any, dict[str, int]]:
         if not head.startswith((b"PK", _LEGACY_MAGIC)):
             raise ValueError(f"{path} is not a PyTorch checkpoint: it begins with {head[:24]!r}.")
         with refusing(path, f"({path.stat().st_size:,} bytes) is truncated or damaged"):
-            return _read_zip(file) if head.startswith(b"PK") else read_legacy(file)
+            return _read_zip(file) if head.startswith(b"PK") else read_legacy(_mapped(file))
+
+
+def _mapped(file: BinaryIO) -> Any:
+    """A file that reads no more than it has, whatever is asked of it."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, int]]:
@@ -338,7 +343,7 @@ def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, int]]:
     return content, starts
 
 
-def read_legacy(file: BinaryIO) -> tuple[Any, dict[str, int]]:
+def read_legacy(file: Any) -> tuple[Any, dict[str, int]]:
     """What a file from before torch 1.6 holds, as `_read_file` gives it; of a storage by itself its key and dtype."""
     for _ in ("magic number", "protocol", "system"):
         _CheckpointUnpickler(file).load()
