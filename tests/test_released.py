@@ -292,7 +292,7 @@ def test_from_the_command_line(module, model, vectors, folder, tmp_path, monkeyp
     module.save_pretrained(tmp_path / "model")
     logits = torch.randn(22, generator=torch.Generator().manual_seed(1))
     write_logits(folder / "bernoullis_0_1_best.pkl", logits)
-    out = tmp_path / "deep" / "imported"
+    out = tmp_path / "imported"
     arguments = ["vtv", "import-released", str(tmp_path / "model"), str(folder), "-o", str(out)]
 
     def run():
