@@ -21,37 +21,58 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from helpers import make_config
 from PIL import Image
 
 from vtv_nnsight import cli
 from vtv_nnsight.cli import start
 from vtv_nnsight.cli.group import load_commands
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 
 SECONDS = 120
 """Of a processor: a line that is not done by then hangs, as does one that took next to none of it for so long."""
 MOST_WORDS = 2500
 """Characters of a complaint: more is an echo of what was given."""
 SMALL = ("--max-images", "24", "--data", "scenes")
-TINY_RUN = ("run", "--tasks", "segmentation", *SMALL, "--prompts", "4", "--candidates", "6", "--budget", "60")
+TINY_RUN = (
+    "run",
+    "--model",
+    "MODEL",
+    "--tasks",
+    "segmentation",
+    *SMALL,
+    "--prompts",
+    "4",
+    "--candidates",
+    "6",
+    "--budget",
+    "60",
+)
 TINY_RUN += ("--test-prompts", "4", "--search", "random")
+
+
+def tiny_run(work: Path) -> list[str]:
+    """`vtv run` of an untrained model, which takes next to nothing."""
+    return [str(work / "model") if word == "MODEL" else word for word in TINY_RUN]
 
 
 def bases(work: Path) -> dict[str, list[str]]:
     """A cheap line of every command, whole as it stands."""
+    model = work / "model"
     vectors, units, picture = work / "run/vectors.safetensors", work / "run/search/segmentation.safetensors", "q.png"
     few = ["--tasks", "segmentation", *SMALL, "--prompts", "2"]
     lines = {
-        "run": [*TINY_RUN[1:], "--out", work / "again"],  # which is finished
+        "run": [*tiny_run(work)[1:], "--out", work / "again"],  # which is finished
         "report": [work / "run", work / "run", "-o", "both.html"],
-        "info": ["tiny"],
+        "info": [model],
         "convert": [work / "junk.pth", "folder"],
-        "prompt": ["--query", work / picture, "-o", "strip.png", "--vectors", "tiny", "--task", "lowlight"],
-        "layouts": ["tiny", "-o", "layouts", "--data", "scenes", "--prompts", "2"],
-        "collect": ["tiny", "-o", "v.safetensors", *few, "--candidates", "4"],
+        "prompt": ["--query", work / picture, "-o", "strip.png", "--vectors", work / "run", "--task", "segmentation"],
+        "layouts": [model, "-o", "layouts", "--data", "scenes", "--prompts", "2"],
+        "collect": [model, "-o", "v.safetensors", *few, "--candidates", "4"],
         "score": [work / "both.safetensors", "--top", "2"],
-        "clusters": ["tiny", "-o", "c.png", "--tasks", "segmentation,lowlight", *SMALL, "--prompts", "3"],
+        "clusters": [model, "-o", "c.png", "--tasks", "segmentation,lowlight", *SMALL, "--prompts", "3"],
         "search": [
-            "tiny",
+            model,
             "--vectors",
             vectors,
             "-o",
@@ -64,8 +85,8 @@ def bases(work: Path) -> dict[str, list[str]]:
             "--algorithm",
             "random",
         ],
-        "evaluate": ["tiny", "-o", "e", *few, "--vectors", vectors, "--patches", units],
-        "import-released": ["tiny", work / "junk.pkl", "-o", "imported"],
+        "evaluate": [model, "-o", "e", *few, "--vectors", vectors, "--patches", units],
+        "import-released": [model, work / "junk.pkl", "-o", "imported"],
         "pretrain": ["tokenizer", "--out", "run", "--config", "smoke", "--steps", "1", "--images", work / "junk.pth"],
         "bench": ["nothing"],
         "demo": ["--vectors", work / "junk.pth"],
@@ -75,6 +96,7 @@ def bases(work: Path) -> dict[str, list[str]]:
 
 def prepare(work: Path) -> None:
     """A finished run, pictures, and files that are something else."""
+    MAEVQGANModel(make_config()).save_pretrained(work / "model")
     Image.effect_noise((64, 48), 60).convert("RGB").save(work / "q.png")
     (work / "junk.pth").write_bytes(b"PK\x03\x04" + os.urandom(200))
     (work / "junk.pkl").write_bytes(os.urandom(200))
@@ -83,10 +105,10 @@ def prepare(work: Path) -> None:
     (work / "folder").mkdir()
     (work / "broken").symlink_to(work / "nowhere")
     for words in (
-        [*TINY_RUN, "--out", work / "run"],
+        [*tiny_run(work), "--out", work / "run"],
         [
             "collect",
-            "tiny",
+            work / "model",
             "-o",
             work / "both.safetensors",
             "--tasks",
