@@ -34,21 +34,8 @@ SECONDS = 120
 MOST_WORDS = 2500
 """Characters of a complaint: more is an echo of what was given."""
 SMALL = ("--max-images", "24", "--data", "scenes")
-TINY_RUN = (
-    "run",
-    "--model",
-    "MODEL",
-    "--tasks",
-    "segmentation",
-    *SMALL,
-    "--prompts",
-    "4",
-    "--candidates",
-    "6",
-    "--budget",
-    "60",
-)
-TINY_RUN += ("--test-prompts", "4", "--search", "random")
+TINY_RUN = ("run", "--model", "MODEL", "--tasks", "segmentation", *SMALL, "--prompts", "4", "--candidates", "6")
+TINY_RUN += ("--budget", "60", "--test-prompts", "4", "--search", "random")
 
 
 def tiny_run(work: Path) -> list[str]:
@@ -63,13 +50,13 @@ def bases(work: Path) -> dict[str, list[str]]:
     few = ["--tasks", "segmentation", *SMALL, "--prompts", "2"]
     lines = {
         "run": [*tiny_run(work)[1:], "--out", work / "again"],  # which is finished
-        "report": [work / "run", work / "run", "-o", "both.html"],
+        "report": [work / "run", work / "again", "-o", "both.html"],
         "info": [model],
         "convert": [work / "junk.pth", "folder"],
         "prompt": ["--query", work / picture, "-o", "strip.png", "--vectors", work / "run", "--task", "segmentation"],
         "layouts": [model, "-o", "layouts", "--data", "scenes", "--prompts", "2"],
         "collect": [model, "-o", "v.safetensors", *few, "--candidates", "4"],
-        "score": [work / "both.safetensors", "--top", "2"],
+        "score": [work / "both.safetensors", "--top", "2", "--model", model],
         "clusters": [model, "-o", "c.png", "--tasks", "segmentation,lowlight", *SMALL, "--prompts", "3"],
         "search": [
             model,
@@ -78,12 +65,7 @@ def bases(work: Path) -> dict[str, list[str]]:
             "-o",
             "u.json",
             *few,
-            "--candidates",
-            "4",
-            "--budget",
-            "40",
-            "--algorithm",
-            "random",
+            *["--candidates", "4", "--budget", "40", "--search", "random"],
         ],
         "evaluate": [model, "-o", "e", *few, "--vectors", vectors, "--patches", units],
         "import-released": [model, work / "junk.pkl", "-o", "imported"],
@@ -104,20 +86,8 @@ def prepare(work: Path) -> None:
     os.mkfifo(work / "pipe")
     (work / "folder").mkdir()
     (work / "broken").symlink_to(work / "nowhere")
-    for words in (
-        [*tiny_run(work), "--out", work / "run"],
-        [
-            "collect",
-            work / "model",
-            "-o",
-            work / "both.safetensors",
-            "--tasks",
-            "segmentation,lowlight",
-            *SMALL,
-            "--prompts",
-            4,
-        ],
-    ):
+    both = ["collect", work / "model", "-o", work / "both.safetensors", "--tasks", "segmentation,lowlight", *SMALL]
+    for words in ([*tiny_run(work), "--out", work / "run"], [*both, "--prompts", 4, "--candidates", 4]):
         code, printed, _ = run(list(map(str, words)), work / "log", work)
         if code:
             raise SystemExit(f"{words} ended with {code}: {printed}")
