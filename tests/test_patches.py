@@ -443,6 +443,24 @@ def test_what_may_be_patched_and_what_is_refused_in_a_sentence(model, prompts, v
             capture(other)
 
 
+def test_prompts_without_a_truth_are_not_scored(model, prompts, vectors):
+    cells = {name: prompts.region(name)[0] for name in ("example_input", "example_output", "query")}
+    unknown = VisualPrompt.cat([*prompts, VisualPrompt.from_cells(cells, LAYOUT)])
+    space, task, queries = PatchSpace(model), tasks.Segmentation(), unknown.query_only()
+    for score in (
+        lambda: evaluate(model, task, unknown, progress=False),
+        lambda: search.random(model, vectors["b"], task, queries, space, budget=4, progress=False),
+        lambda: search.random(model, vectors["b"], task, queries, space, loss="pixels", budget=4, progress=False),
+        lambda: search.random(
+            model, vectors["b"], task, prompts.query_only(), space, held_out=queries, budget=4, progress=False
+        ),
+        lambda: model.truth(unknown),
+    ):
+        with pytest.raises(ValueError, match="have no truth in their output cells"):
+            score()
+    assert logits(model, queries, vectors["b"], PatchSet.random(space, 5)) is not None  # an answer needs none
+
+
 def test_a_scale_for_each_row(model, prompts, vectors):
     rows, units = prompts.query_only(), PatchSet.random(PatchSpace(model), 36)
     scales, vector = torch.tensor([0.0, 0.5, 1.0, 2.0]), vectors["b"]

@@ -1,3 +1,5 @@
+import struct
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +14,7 @@ from scipy import ndimage
 from vtv_nnsight import data, metrics, tasks
 from vtv_nnsight.images import as_cell, as_rgb, to_pil, to_tensor
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.tasks import registry as registry_module
 
 CENTERED = tasks.Inpainting("center")
@@ -206,6 +209,8 @@ def test_the_truth_is_in_the_output_cell_and_white_where_it_is_unknown():
     assert torch.equal(known.region("output")[0], tasks.segmentation.cells(row(1), 111)[1])
     unknown = tasks.segmentation.prompt(row(0), {"image": photo()})
     assert (unknown.region("output") == 1).all()
+    assert known.has_truth and not unknown.has_truth and not VisualPrompt.cat([known, unknown, known]).has_truth
+    assert not unknown.query_only()[0].to(torch.float64).has_truth
     with pytest.raises(ValueError, match="example of segmentation has no 'mask'"):
         tasks.segmentation.prompt({"image": photo()}, row())
     same = {"image": photo()}
@@ -511,9 +516,47 @@ def test_modes_of_pictures():
     assert palette.mode == "P" and np.array_equal(as_rgb(palette), palette.convert("RGB"))
 
 
-def test_dark_16_bit_pictures_stay_dark():
-    dark = Image.fromarray(np.full((10, 10), 200, dtype=np.uint16))
-    assert as_rgb(dark).getpixel((0, 0)) == (1, 1, 1)
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+@pytest.mark.parametrize("mode", ["I;16", "I", "RGB"])
+def test_fewer_bits_in_16_are_refused_and_dark_pictures_of_16_stay_dark(bits, mode, tmp_path):
+    """PIL writes no colours of 16 bits; a file that has them is written by hand."""
+    values = np.full((10, 10), 2**bits - 1, dtype=np.uint16)
+    words = "cannot be told what is white; scale it so that white is 65535"
+    for highest in (2**bits - 1, 65535):
+        values[0, 0], path = highest, tmp_path / "picture.png"
+        if mode == "RGB":
+            rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
+            chunks = (b"IHDR" + struct.pack(">2I5B", 10, 10, 16, 2, 0, 0, 0), b"IDAT" + zlib.compress(rows), b"IEND")
+            packed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+            path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+        else:
+            Image.fromarray(values).save(path)
+        picture = path if mode != "I" else Image.fromarray(values.astype(np.int32))
+        if highest == 65535:
+            assert as_rgb(picture).getpixel((0, 0)) == (255,) * 3
+            assert abs(as_rgb(picture).getpixel((5, 5))[0] - (2**bits - 1) / 257) < 1
+        elif (mode, bits) != ("I", 8):
+            with pytest.raises(ValueError, match=words):
+                as_rgb(picture)
+
+
+def test_floats_are_from_0_to_1_or_refused(tmp_path):
+    unit = np.linspace(0, 1, 100, dtype=np.float32).reshape(10, 10)
+    expected = np.round(unit * 255).astype(np.uint8)
+    path = tmp_path / "picture.tif"
+    for values in (unit, unit * 255):
+        Image.fromarray(values).save(path)
+        assert np.array_equal(np.asarray(as_rgb(path))[..., 0], expected)
+    for spoilt, words in (
+        (np.where(unit > 0.5, np.nan, unit), "nan"),
+        (np.where(unit > 0.5, np.inf, unit), "inf"),
+        (unit - 0.2, "-0.2"),
+        (unit * 1.5, "1.5"),
+        (unit * 1e6, "1e"),
+    ):
+        Image.fromarray(spoilt.astype(np.float32)).save(path)
+        with pytest.raises(ValueError, match=f"has numbers from .*{words}.*cannot be told what is white"):
+            as_rgb(path)
 
 
 def test_transparency_is_white():

@@ -64,7 +64,7 @@ def read_picture(file: str | os.PathLike[str] | BinaryIO, name: str = "") -> Ima
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(check_file(file) if isinstance(file, (str, os.PathLike)) else file)
-            image.load()
+            _load(image)
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {name}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -77,29 +77,59 @@ def read_picture(file: str | os.PathLike[str] | BinaryIO, name: str = "") -> Ima
 
 
 def as_rgb(image: Image.Image | str | os.PathLike[str]) -> Image.Image:
-    """A picture of any mode as RGB: turned upright (EXIF), transparency on white, 16 bits scaled to 8.
+    """A picture of any mode as RGB: turned upright (EXIF), transparency on white, 16 bits and floats scaled to 8 bits.
 
     Raises:
         FileNotFoundError, TypeError: as `open_picture`.
-        ValueError: when it is smaller than `MIN_SIDE` pixels on a side, or cannot be decoded.
+        ValueError: when it is smaller than `MIN_SIDE` pixels on a side, cannot be decoded, or holds numbers of which it
+            cannot be told what is white.
     """
     image = open_picture(image)
     if min(image.size) < MIN_SIDE:
         width, height = image.size
         raise ValueError(f"the image is {width}x{height} pixels; expected at least {MIN_SIDE} on a side.")
     try:
-        image.load()
+        _load(image)
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"the image {getattr(image, 'filename', '')!r} cannot be decoded: {error}") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image, dtype=np.float64)
-        scale = 257 if image.mode.startswith("I;16") or values.max() > 255 else 1
-        image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
+        image = Image.fromarray(_as_bytes(np.asarray(image, dtype=np.float64), image.mode))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+_UNTOLD = "of which it cannot be told what is white; scale it so that white is {} and save it again"
+
+
+def _load(image: Image.Image) -> None:
+    """Decode a picture. Of colours of 16 bits PIL keeps the upper 8, which leave nothing of a file of 12.
+
+    Raises:
+        ValueError: when the colours use less than half of their 16 bits.
+    """
+    is_deep = ";16" in str(getattr(image, "tile", ""))
+    image.load()
+    if is_deep and image.mode.startswith("RGB") and (top := max(high for _, high in image.getextrema()[:3])) < 128:
+        raise ValueError(f"the image has colours of 16 bits up to {256 * top}, {_UNTOLD.format(65535)}.")
+
+
+def _as_bytes(values: np.ndarray, mode: str) -> np.ndarray:
+    """Numbers of one colour as 8 bits: floats from 0 to 1, or from 0 to 255 or 65535.
+
+    Raises:
+        ValueError: when they are neither.
+    """
+    low, top = values.min(), values.max()
+    white = 1 if mode == "F" and top <= 1 else 255 if top <= 255 and not mode.startswith("I;16") else 65535
+    is_untold = (white == 255 and mode == "F" and top < 32) or (white == 65535 and 0 < top < 2**15)
+    if not (low >= 0 and top <= 65535) or is_untold:
+        raise ValueError(
+            f"the image has numbers from {low:g} to {top:g}, {_UNTOLD.format(1 if mode == 'F' else 65535)}."
+        )
+    return (values * (255 / white)).round().astype(np.uint8)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

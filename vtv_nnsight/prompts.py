@@ -32,6 +32,7 @@ class VisualPrompt:
             they were before a task changed them, the query last; None where that is not known. Tasks say it.
         sources: What rows tell of what the query's picture was made of ("object", "background", "source") → a number
             for each, LongTensor [batch] on the CPU: rows of one number share it. Tasks say it.
+        has_truth: Whether all output cells hold the truth; where one is only white, nothing can be scored.
 
     Raises:
         TypeError, ValueError: naming what is wrong with the canvas or the patch ids. Rows, moves and other forms of a
@@ -44,6 +45,7 @@ class VisualPrompt:
     layout: Layout
     pictures: torch.Tensor | None = None
     sources: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    has_truth: bool = True
 
     def __post_init__(self) -> None:
         _check_canvas(self.canvas, self.layout)
@@ -81,7 +83,7 @@ class VisualPrompt:
                     "or a picture, which is resized."
                 )
             crop(canvas, name, layout)[0] = pixels
-        return cls.from_canvas(canvas, layout)
+        return cls.from_canvas(canvas, layout)._with(has_truth="output" in cells)
 
     @classmethod
     def cat(cls, prompts: Sequence[VisualPrompt]) -> VisualPrompt:
@@ -101,7 +103,8 @@ class VisualPrompt:
         pictures = torch.cat(known) if len(known) == len(prompts) else None
         names = [name for name in first.sources if all(name in p.sources for p in prompts)]
         sources = {name: torch.cat([p.sources[name] for p in prompts]) for name in names}
-        return first._with(canvas=torch.cat([p.canvas for p in prompts]), pictures=pictures, sources=sources)
+        canvas, has_truth = torch.cat([p.canvas for p in prompts]), all(p.has_truth for p in prompts)
+        return first._with(canvas=canvas, pictures=pictures, sources=sources, has_truth=has_truth)
 
     def _with(self, **changes: Any) -> VisualPrompt:
         """This prompt with other tensors that are known to be good. `dataclasses.replace` looks at all of them, and
@@ -192,6 +195,18 @@ class VisualPrompt:
     def region(self, name: str) -> torch.Tensor:
         """Pixels [batch, 3, cell, cell] of a cell, such as "query" or "output" (the truth)."""
         return crop(self.canvas, name, self.layout)
+
+    def check_truth(self) -> None:
+        """Refuse prompts without a truth, which white cells are not.
+
+        Raises:
+            ValueError: naming what tasks need for it.
+        """
+        if not self.has_truth:
+            raise ValueError(
+                "these prompts have no truth in their output cells, and nothing to be scored by: give queries with "
+                'what the task needs, such as a "mask" or an "answer".'
+            )
 
     def picture(self, most: int = 8) -> Image.Image:
         """The first canvases side by side, patches that the encoder does not see dimmed."""

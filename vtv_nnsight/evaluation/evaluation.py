@@ -63,6 +63,7 @@ def evaluate(
     """
     if not len(prompts):
         raise ValueError(f"there are no prompts of {task.name!r} to evaluate on; give at least one.")
+    prompts.check_truth()
     if conditions is None:
         conditions = {name: name for name in UNPATCHED}
     if not conditions:

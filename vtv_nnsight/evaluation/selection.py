@@ -65,6 +65,7 @@ def select_prompts(
     with progress_bar(starts, desc=f"{task.name} candidates", unit="batch", disable=not progress) as bar:
         for start in bar:
             prompts = task.compose(images, drawn[start : start + batch_size], layout).to(device)
+            prompts.check_truth()
             with torch.no_grad():
                 output, _ = forward(model, prompts)
             answers = output_cell(model, output, prompts)

@@ -90,11 +90,12 @@ class CodeModel(CanvasModel):
 
 
 def output_patches(prompts: VisualPrompt) -> torch.Tensor:
-    """Ids of the output's patches, LongTensor [patch].
+    """Ids of the output's patches, LongTensor [patch], where the truth is.
 
     Raises:
-        ValueError: when prompts do not decode them.
+        ValueError: when prompts do not decode them, or have no truth.
     """
+    prompts.check_truth()
     patches = prompts.layout.regions["output"].to(prompts.device)
     prompts.layout.index(prompts.decoded, patches)
     return patches

@@ -220,6 +220,7 @@ class Painter(CanvasModel):
 
     def truth(self, prompts: VisualPrompt) -> torch.Tensor:
         """The output cell as the network is to give it: normalised, [batch, 3, cell, cell]."""
+        prompts.check_truth()
         return normalise(prompts.region("output"))
 
     @torch.no_grad()

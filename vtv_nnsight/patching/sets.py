@@ -133,14 +133,17 @@ class PatchSet:
             content = json.loads(Path(path).read_text())
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no file {path}.") from error
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise ValueError(f"{path} is not a complete patch set ({error}); make it again.") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise ValueError(f"{path} is not a patch set; expected what PatchSet.save writes.")
         space, names = content.get("space"), content.get("patches")
         if not isinstance(space, dict) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise ValueError(f"{path} is not a complete patch set (it lacks its space or its patches); make it again.")
-        return cls.named(PatchSpace.from_metadata(space), names)
+        try:
+            return cls.named(PatchSpace.from_metadata(space), names)
+        except ValueError as error:
+            raise ValueError(f"{path} is no whole patch set: {error} Make it again.") from error
 
     def _repr_png_(self) -> bytes | None:
         """Its maps, in a notebook; none of single tokens, which are too many to draw."""

@@ -120,6 +120,7 @@ class Objective:
         self.late = late if model.reread is not None and late.any() else None
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
         self.evaluations = 0
+        self.prompts.check_truth()
         if self.loss == PIXELS:
             self._truth = self.prompts.region("output")
         else:

@@ -50,6 +50,7 @@ def answer_loss(model: InContextModel, prompts: VisualPrompt, loss: str | None =
 
 def answer_metric(model: InContextModel, task: Task, prompts: VisualPrompt) -> Measure:
     """The task's own metric of the painted answers, signed so that higher is better."""
+    prompts.check_truth()
     truth = prompts.to(device_of(model)).region("output")
 
     def value(output: Any, answered: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
