@@ -88,6 +88,12 @@ def test_rows_are_taken_as_batches():
         prompt[3]
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_hold_something(size):
+    with pytest.raises(ValueError, match=f"batch_size={size} holds nothing; give 1 or more"):
+        list(VisualPrompt.from_canvas(canvases()).split(size))
+
+
 def test_prompts_that_differ_do_not_share_a_batch():
     prompt = VisualPrompt.from_canvas(canvases(1))
     with pytest.raises(ValueError, match="horizontal"):

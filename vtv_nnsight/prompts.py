@@ -128,7 +128,13 @@ class VisualPrompt:
         return (self[i] for i in range(len(self)))
 
     def split(self, batch_size: int) -> Iterator[VisualPrompt]:
-        """Batches of at most `batch_size` rows, in order."""
+        """Batches of at most `batch_size` rows, in order.
+
+        Raises:
+            ValueError: when that is less than 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
         return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
 
     def to(self, *args: Any, **kwargs: Any) -> VisualPrompt:
