@@ -110,8 +110,10 @@ class Objective:
         for values, count in zip(self.vectors, sizes.sum(1).tolist()):
             if isinstance(values, Activations) and (len(values) != count or share is not None):
                 raise ValueError(
-                    f"activations of {len(values)} prompts were given for {count} prompts, with held_out={share or 'prompts'};"
-                    " collect them of the prompts and then of the held-out prompts, and give held_out as prompts."
+                    f"activations of {len(values)} prompts were given for {count} of which held_out={share} are drawn; "
+                    "collect them of the prompts and then of the held-out prompts, and give held_out as prompts."
+                    if share is not None
+                    else f"activations of {len(values)} prompts were given for {count}, the held-out ones included."
                 )
         numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
         chunks = [chunk for part in numbers for chunk in part.split(self.batch_size)]
