@@ -200,16 +200,16 @@ def test_token_loss_is_the_cross_entropy_of_the_outputs_codes(objective, vectors
 def test_layers_before_the_first_patched_one_run_once_a_prompt(objective, model, ask):
     whole, late, ran = objective(batch_size=4), objective(batch_size=4), []
     whole._prefixes.before = {}
-    choices, rows = some_pairs(late, count=8)
+    choices, rows = some_pairs(late, count=24)
     choices[:, late._prefixes.layer < 3] = False  # the decoder alone
-    choices[4:, late._prefixes.layer == 0] = True  # and what the second half have in common
+    choices[12:, late._prefixes.layer == 0] = True  # and what the second half have in common
     if ask == "alone":
-        choices = choices[:4]
+        choices = choices[:12]
     rows = rows[: len(choices)]
     expected = whole(choices, rows)
     hook = model._module.encoder.blocks[0].attn.register_forward_hook(lambda _, __, out: ran.append(len(out)))
     for _ in range(3):
-        assert torch.equal(late.among(choices)(choices, rows), expected)
+        torch.testing.assert_close(late.among(choices)(choices, rows), expected, rtol=0, atol=1e-5)
     hook.remove()
     assert sum(ran) <= len(late.prompts) * (2 if ask == "together" else 1)
     assert late.evaluations == 3 * len(rows)
@@ -225,7 +225,7 @@ def test_decoder_first_runs_the_encoder_once_a_prompt(objective, model):
     hook.remove()
     tried = torch.cat(choices).any(0)
     assert tried[first.late].all() and not tried[~first.late].any()
-    assert sum(ran) == len(first.train) + len(first.held_out) < result.evaluations
+    assert len(first.prompts) <= sum(ran) < result.evaluations / 4
 
 
 def test_pixel_loss_is_the_tasks_own_of_the_decoded_answer(objective, vectors):

@@ -20,6 +20,8 @@ from vtv_nnsight.patching.forward import give_like
 
 MEMORY = 256 * 2**20
 """Bytes that are kept at most; what was not asked for longest goes first."""
+AGREE = 8
+"""More sets than these have to patch the same for it to be kept: it is computed for a chunk of prompts."""
 Start = tuple[int, bytes]
 """A number of layers that are left out, and what is patched in them."""
 
@@ -54,11 +56,11 @@ class Prefixes:
         self.kept: OrderedDict[tuple[Start, int], dict[int, Any]] = OrderedDict()
 
     def shared(self, sets: torch.Tensor) -> set[Start]:
-        """What several of these sets [set, unit] have in common."""
+        """What many of these sets [set, unit] have in common."""
         if not self.before or sets.is_floating_point():
             return set()
         counts = Counter(start for units in self._ordered(sets) for start in self._starts(units))
-        return {start for start, count in counts.items() if count > 1}
+        return {start for start, count in counts.items() if count > AGREE}
 
     def left(self, choices: torch.Tensor, rows: torch.Tensor, shared: set[Start]) -> dict[int, Any]:
         """What layers leave that the evaluations of a batch need not run (see `forward.start_from`).
