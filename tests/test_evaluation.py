@@ -569,6 +569,18 @@ class Unbounded:
         return None
 
 
+def test_nothing_is_encoded_twice_and_edited_canvases_are_again(model, prompts, monkeypatch):
+    encoded, codes = [], type(model).codes
+    monkeypatch.setattr(type(model), "codes", lambda self, canvas: encoded.append(len(canvas)) or codes(self, canvas))
+    conditions = {name: name for name in ("one-shot", "zero-shot", "tokenizer")}
+    evaluate(model, tasks.segmentation, prompts, conditions, batch_size=4, progress=False)
+    assert sum(encoded) == len(prompts)
+    own = prompts[:2]
+    before = model.truth(own)
+    own.canvas.mul_(0)
+    assert not torch.equal(model.truth(own), before)
+
+
 def test_a_model_without_a_loss_or_a_ceiling(model, prompts, table):
     found = evaluate(Unbounded(model), tasks.segmentation, prompts, keep=1, progress=False)
     assert list(found.frame.condition.unique()) == ["one-shot", "zero-shot", "copy"]

@@ -699,6 +699,19 @@ def test_options_become_settings(vtv, tmp_path, monkeypatch):
     assert code == 1 and "give one" in said
 
 
+def test_a_dry_run_says_what_it_would_take(vtv, tmp_path, model):
+    sizes = "--data scenes --max-images 40 --prompts 8 --candidates 30 --budget 200 --test-prompts 6 --draws 2"
+    words = f"{sizes} --tasks segmentation,lowlight --model {model} --out {tmp_path / 'run'} --dry-run"
+    code, said, asked = vtv("run", *words.split())
+    assert code == 0 and asked is None and not (tmp_path / "run").exists()
+    assert [line.split(", ")[0] for line in said.splitlines()[:4]] == [
+        "select: 60 answers",
+        "collect: 16 prompts",
+        "search: 400 evaluations",
+        "evaluate: 76 answers",
+    ]
+
+
 def test_a_run_ends_with_its_table(finished, capsys):
     start.summarise(finished)
     said = capsys.readouterr().out

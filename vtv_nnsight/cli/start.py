@@ -30,6 +30,7 @@ from vtv_nnsight.report.labels import FLOOR_TO_CEILING
 from vtv_nnsight.report.seeds import merge
 from vtv_nnsight.runs import bundles, pipeline
 from vtv_nnsight.runs.folds import is_published_pascal
+from vtv_nnsight.runs.plan import plan
 from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
 from vtv_nnsight.tasks import get
 
@@ -43,7 +44,7 @@ PANELS = {
     "Search": ("search", "loss", "budget", "sparsity", "granularity", "sites"),
     "Evaluation": ("test_prompts", "draws", "control_prompts", "matrix", "seeds"),
     "Expert": ("max_images", "prompts", "candidates", "order", "seed", "folds", "published", "search_fold")
-    + ("fold_draws", "jobs", "batch_size", "vqgan", "embedding_type", "dtype"),
+    + ("fold_draws", "jobs", "dry_run", "batch_size", "vqgan", "embedding_type", "dtype"),
 }
 """Panel of the help of `vtv run` → its options."""
 
@@ -154,6 +155,7 @@ Jobs = Annotated[
         show_default="physical cores, at most the number of tasks; 1 on a GPU",
     ),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what the run would take, and do nothing.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
 
 
@@ -193,6 +195,7 @@ def run(
     fold_draws: FoldDraws = Settings.fold_draws,
     redo: Redo = False,
     jobs: Jobs = None,
+    dry_run: DryRun = False,
     batch_size: options.BatchSize = None,
     vqgan: options.VQGAN = None,
     embedding_type: options.EmbeddingType = None,
@@ -221,6 +224,9 @@ def run(
     else:
         if jobs is None and device in (None, "cpu") and len(settings.tasks) != 1:
             jobs = torch.get_num_threads()  # as many as there are physical cores, or as the user has set
+        if dry_run:
+            say("\n".join(plan(settings, device, jobs)))
+            raise typer.Exit
         if seeds > 1:
             make_folder(folder)
         folders = {seed + i: folder / f"seed{seed + i}" for i in range(seeds)} if seeds > 1 else {seed: folder}

@@ -84,7 +84,7 @@ def evaluate(
                 if count <= 0:
                     continue
                 bar.set_postfix_str(f"{task.name}, {name}")
-                parts = condition.prompts_for(batch[:count], start)
+                parts = condition.prompts_for(batch if count == len(batch) else batch[:count], start)
                 override = condition.prompts_override is not None
                 truths = [model.truth(rows) if loss else None for rows in parts] if override else [truth]
                 pairs = zip(parts, truths)

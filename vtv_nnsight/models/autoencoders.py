@@ -64,6 +64,15 @@ class CodeModel(CanvasModel):
     def codes(self, canvas: torch.Tensor) -> torch.Tensor:
         """The tokenizer's codes of canvases [batch, 3, height, width]: LongTensor [batch, patch]."""
 
+    _last: tuple[torch.Tensor, int, torch.Tensor] | None = None
+
+    def _codes(self, canvas: torch.Tensor) -> torch.Tensor:
+        """The codes of canvases; of those that were asked last, the same ones."""
+        self.dispatch()
+        if self._last is None or self._last[0] is not canvas or self._last[1] != canvas._version:
+            self._last = canvas, canvas._version, self.codes(canvas)
+        return self._last[2]
+
     @property
     def losses(self) -> tuple[Loss, ...]:
         """ "tokens": the mean cross-entropy of the output's logits against the tokenizer's codes of the truth."""
@@ -77,16 +86,14 @@ class CodeModel(CanvasModel):
     def truth(self, prompts: VisualPrompt) -> torch.Tensor:
         """The tokenizer's codes of the truth: LongTensor [batch, output patch]."""
         patches = output_patches(prompts)
-        self.dispatch()
-        return self.codes(prompts.canvas)[:, patches]
+        return self._codes(prompts.canvas)[:, patches]
 
     @torch.no_grad()
     def ceiling(self, prompts: VisualPrompt) -> torch.Tensor | None:
         """The tokenizer's own pictures of the canvases: [batch, 3, height, width] in [0, 1]."""
-        self.dispatch()
         everything = prompts.layout.all_patches.to(prompts.device)
         inputs = Inputs(prompts.canvas, everything, everything)
-        return paint_canvas(self.draw, self.codes(prompts.canvas), inputs, self.layout, paste=False)
+        return paint_canvas(self.draw, self._codes(prompts.canvas), inputs, self.layout, paste=False)
 
 
 def output_patches(prompts: VisualPrompt) -> torch.Tensor:

@@ -254,7 +254,7 @@ class RunRecord:
 
     def write(self) -> None:
         """Write run.json as it stands."""
-        self.content["peak memory (MiB)"] = _peak_memory()
+        self.content["peak memory (MiB)"] = peak_memory()
         write_json(self.out / RECORD, self.content)
 
     def _spoilt_by_settings(self, earlier: dict[str, Any], redo: bool) -> list[str]:
@@ -379,7 +379,7 @@ def begin_step(
                 record.spent(name, time.perf_counter() - began)
 
 
-def _peak_memory() -> int | None:
+def peak_memory() -> int | None:
     """Of this process, in MiB, where the system tells."""
     try:
         import resource
