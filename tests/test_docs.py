@@ -2,6 +2,7 @@
 that the docs and the README show is one that exists, with options that exist. Blocks fenced as `py` need what the tests
 have not, such as published weights, and are not run."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -113,3 +114,36 @@ def test_the_addresses_stand_in_one_place():
         re.search(rf'^{name} = "(.*)"', project, re.MULTILINE)[1] for name in ("Repository", "Documentation")
     )
     assert f"git clone {repository}\n" in SHOWN["README.md"] and site in SHOWN["README.md"]
+
+
+def results():
+    """The module docs/results.py."""
+    spec = importlib.util.spec_from_file_location("results", DOCS / "results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_numbers_of_the_readme_are_on_the_results_page():
+    tables = [line for line in SHOWN["README.md"].splitlines() if line.startswith("|")]
+    numbers = [number for line in tables for number in re.findall(r"(?<![\d.])\d+\.\d{3}(?!\d)", line)]
+    assert len(numbers) >= 15 and not [number for number in numbers if number not in TEXTS["results.md"]]
+
+
+def test_the_results_page_is_what_its_script_writes(tmp_path, monkeypatch):
+    """And a table is made of what a run of several seeds leaves."""
+    module, page = results(), tmp_path / "results.md"
+    page.write_text(TEXTS["results.md"], encoding="utf-8")
+    monkeypatch.setattr(module, "PAGE", page)
+    module.write_page()
+    assert page.read_text(encoding="utf-8") == TEXTS["results.md"]
+    head = "task,condition,measure,images,mean,low,high"
+    rows = [f"lowlight,{name},mse,640,0.{i}25,0.1,0.9" for i, name in enumerate(module.CONDITIONS)]
+    (tmp_path / "run_pictures.csv").write_text("\n".join([head, *rows, "lowlight,one-shot,token loss,640,3,2,4"]))
+    (tmp_path / "seeds_pictures.csv").write_text("seed,task\n0,lowlight\n")
+    (tmp_path / "seconds.json").write_text(f'{{"{module.PARTS["pictures"].command}": 77}}')
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    module.write_page()
+    text = page.read_text(encoding="utf-8")
+    assert "| lowlight | MSE ↓ | 0.025 [0.100, 0.900] | 0.125 [0.100, 0.900] |" in text and "77 s, 5 seeds." in text
+    assert module.readme_rows() == ["| lowlight | mse | 0.125 | 0.425 | 0.825 |"]
