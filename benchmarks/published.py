@@ -6,8 +6,8 @@
 - *Finding Visual Task Vectors* (ECCV 2024): every task on every fold, one-shot, zero-shot and with the task vector, by
   the released protocol (`vtv run --published`).
 - *Visual Prompting via Image Inpainting* (NeurIPS 2022): segmentation on every fold and copying the query (of the same
-  run), single objects in the released order (`detection:ROOT:0.2`), and with `--imagenet FOLDER` colorization's released
-  1000 pairs of `FOLDER/val`, by MSE and, with the extra `lpips`, LPIPS.
+  run), single objects in the released order (`detection:ROOT:0.2`), and with `--imagenet FOLDER` the released
+  1000 pairs of colorization in `FOLDER/val`, by MSE and, with the extra `lpips`, LPIPS.
 
 `--full`, the default, is as released; `--quick` is the same with few prompts and a short search. The first minute is
 spent on timing both kinds of forward on this machine; what every part will take is printed before it begins. All parts

@@ -134,7 +134,10 @@ def test_circuits(tmp_path):
     whole = json.loads((tmp_path / "circuits" / "out-counterfactual-loss.json").read_text())
     assert all(kept[-1] == whole["full"] for *_, kept in whole["kept"])
     nodes = json.loads((tmp_path / "circuits" / "nodes-in-mediation.json").read_text())["nodes"]
-    assert len([name for name in nodes if ".h" in name]) == 40 and nodes["a6.h3"]["label"] == "decoder.blocks.0.attn.heads[3]"
+    assert (
+        len([name for name in nodes if ".h" in name]) == 40
+        and nodes["a6.h3"]["label"] == "decoder.blocks.0.attn.heads[3]"
+    )
     known = {row["ranking"]: row for row in found["known"]}
     assert known["mediation"]["signed"] == [1.0] and 0 <= known["random"]["signed"][0] < 1
     assert {path.name for path in (tmp_path / "answers").iterdir()} >= {"curves-in.jsonl", "mediation-in-0.jsonl"}
