@@ -2,8 +2,8 @@
 
     python tests/damaged_runs.py [--count 900] [--seed 0]
 
-Every file of a run, of a bundle that was saved of it, and of an interrupted collection and search is cut, emptied,
-changed by one bit at twenty places, removed, and replaced by every other file of its kind, such as that of another
+Every file of a run, of a bundle that was saved of it, and of an interrupted collection and search is cut, emptied, made
+longer, changed by one bit at twenty places, removed, and replaced by every other file of its kind, such as that of another
 task; run.json is changed in its settings as well. Every reader then reads it. It may refuse in a sentence, or give what
 it gives of the whole, where it does not read that file or makes it again; anything else is a use. Prints each use and
 how many readings ended how.
@@ -89,6 +89,8 @@ def damages(file: Path, others: list[Path], generator: random.Random) -> Iterato
     yield "cut", whole[: len(whole) // 2]
     yield "emptied", b""
     yield "removed", None
+    yield "longer", whole + b"\0"
+    yield "zeros", bytes(len(whole))
     for _ in range(PLACES):
         place, bit = generator.randrange(len(whole)), 1 << generator.randrange(8)
         yield f"bit {bit} of byte {place}", whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :]
