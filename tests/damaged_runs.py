@@ -3,10 +3,10 @@
     python tests/damaged_runs.py [--count 900] [--seed 0]
 
 Every file of a run, of a bundle that was saved of it, and of an interrupted collection and search is cut, emptied, made
-longer, changed by one bit at twenty places, removed, and replaced by every other file of its kind, such as that of another
-task; run.json is changed in its settings as well. Every reader then reads it. It may refuse in a sentence, or give what
-it gives of the whole, where it does not read that file or makes it again; anything else is a use. Prints each use and
-how many readings ended how.
+longer or all zeros, changed by one bit at twenty places, removed, and replaced by every other file of its kind, such as
+that of another task; run.json is changed in its settings as well. Every reader then reads it. It may refuse in a
+sentence, or give what it gives of the whole, where it does not read that file or makes it again; anything else is a
+use. Prints each use and how many readings ended how.
 """
 
 from __future__ import annotations
