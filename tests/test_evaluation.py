@@ -38,7 +38,6 @@ from vtv_nnsight.evaluation import (
     selection,
     specific_tasks,
     specificity_sentences,
-    transfer_at_fixed_units,
     vector_pairs,
     verdicts,
     with_other_examples,
@@ -458,29 +457,6 @@ def test_verdicts_are_sentences(shift, words):
     assert said.endswith("Copying the query scores better than the task vector does.")
 
 
-def test_transfer_at_fixed_units_is_every_vector_on_every_task(model, images, vectors, patches):
-    names = ("segmentation", "lowlight")
-    prompts = {name: tasks.get(name).prompts(images, 5, seed=1, layout=model.layout) for name in names}
-    units = {"segmentation": patches, "lowlight": PatchSet.random(patches.space, 7, 3)}
-    pairs = transfer_at_fixed_units(model, units, vectors, prompts, progress=False)
-    assert list(zip(pairs.task, pairs.vector)) == [(a, b) for a in names for b in names]
-    for row in pairs.itertuples():
-        task = tasks.get(row.task)
-        scores = {}
-        for vector in names:
-            found = evaluate(
-                model, task, prompts[row.task], {"x": (vectors[vector], units[row.task])}, keep=0, progress=False
-            )
-            scores[vector] = found.values(row.task, "x")
-        assert row.mean == pytest.approx(scores[row.vector].mean()) and row.label == task.metric.label
-        if row.vector == row.task:
-            assert np.isnan(row.difference)
-        else:
-            assert row.difference == pytest.approx((scores[row.vector] - scores[row.task]).mean())
-    with pytest.raises(ValueError, match="'lowlight' has units and no prompts"):
-        transfer_at_fixed_units(model, units, vectors, {"segmentation": prompts["segmentation"]}, progress=False)
-
-
 def test_the_best_other_vector_decides():
     rows = [
         ("up", "up", True, 0.9, np.nan, np.nan),
@@ -612,7 +588,7 @@ def test_a_model_of_another_family(images):
     painted = model.paint(output, prompts["lowlight"].query_only())[:, :, rows, columns]
     scores = tasks.lowlight.score(painted, prompts["lowlight"].region("output"))
     np.testing.assert_allclose(found.values("lowlight", "task vector"), scores, atol=1e-6)
-    pairs = transfer_at_fixed_units(model, {"lowlight": units}, vectors, prompts, progress=False)
+    pairs = vector_pairs(found)
     assert pairs.set_index("vector")["mean"]["lowlight"] == pytest.approx(float(scores.mean()))
 
 

@@ -81,8 +81,7 @@ def matrix(pairs: Any) -> Figure:
     vector is framed, and a star marks the best one of another task where it is not surely worse.
 
     Args:
-        pairs: What `evaluation.vector_pairs` or `evaluation.transfer_at_fixed_units` returned; or title → such pairs,
-            to be drawn beside each other.
+        pairs: What `evaluation.vector_pairs` returned; or title → such pairs, to be drawn beside each other.
     """
     titled = pairs if isinstance(pairs, dict) else {"": pairs}
     first = next(iter(titled.values()))

@@ -4,8 +4,7 @@ tasks and their mean, and an example that tells nothing.
 >>> conditions = comparison(vector, result) | controls(vector, result, vectors, prompts=48)
 >>> table = evaluate(model, task, prompts, conditions)      # intervals over draws and queries
 >>> print(*verdicts(table), sep="\n")                       # what the found units beat, in sentences
->>> pairs = transfer_at_fixed_units(model, results, vectors, prompts)   # every vector on every task
->>> plots.matrix(pairs)
+>>> plots.matrix(vector_pairs(table))                       # every vector at the same units
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ from vtv_nnsight.evaluation.conditions import (
     Condition,
     sets_of,
 )
-from vtv_nnsight.evaluation.evaluation import evaluate
 from vtv_nnsight.evaluation.table import ENOUGH, Line, Table
-from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.vectors import TaskVector, TaskVectors
@@ -47,7 +44,7 @@ DRAWS = 16
 0.74."""
 _STRIDE = 1_000_003
 NUMBERS = ("images", "pictures", "mean", "low", "high", "difference", "difference_low", "difference_high")
-"""What `transfer_at_fixed_units` takes of a `Line`."""
+"""What `vector_pairs` takes of a `Line`."""
 
 
 def random_units(patches: Any, draws: int = DRAWS, *, matched: bool = False, seed: int = 0) -> list[PatchSet]:
@@ -184,8 +181,14 @@ def rank_among_draws(table: Table, task: str, among: str = RANDOM, condition: st
 
 
 def vector_pairs(table: Table) -> pd.DataFrame:
-    """What `transfer_at_fixed_units` returns, of a table of evaluations with the vectors of other tasks at the
-    same units, as `controls` gives them. All are compared on the images that every vector was asked.
+    """Every vector on every task, of a table of evaluations with the vectors of other tasks: at the same units, as
+    `controls` gives them, or at those that were searched for each, as `each_vector` does. All are compared on the
+    images that every vector was asked.
+
+    Returns:
+        A row for each task and vector: task, vector, metric, label, higher_is_better, images, pictures; mean, low and
+        high of the score with its 95 % interval; difference, difference_low and difference_high: the vector's score
+        minus that of the task's own vector on the same prompts (NaN for its own).
 
     Raises:
         ValueError: when no task of the table has vectors of others.
@@ -195,10 +198,14 @@ def vector_pairs(table: Table) -> pd.DataFrame:
         names = [c for c in rows.condition.unique() if c == PATCHED or c.startswith(OTHER)]
         if PATCHED not in names or len(names) < 2:
             continue
-        vectors = {c: str(name) if c == PATCHED else c.removeprefix(OTHER) for c in names}
         rows = rows[rows.condition.isin(names)]
-        shared = rows.groupby(["fold", "image"]).condition.transform("nunique") == len(names)
-        parts.append(_pairs(Table(rows[shared]), vectors, PATCHED))
+        shared = Table(rows[rows.groupby(["fold", "image"]).condition.transform("nunique") == len(names)])
+        metric = _metric(shared, str(name))
+        lines = pd.DataFrame(shared.lines(baseline=PATCHED)).set_index(["measure", "condition"])
+        vectors = [name if condition == PATCHED else condition.removeprefix(OTHER) for condition in names]
+        facts = {"metric": metric.name, "label": metric.label, "higher_is_better": metric.higher_is_better}
+        numbers = lines.loc[metric.name].loc[names, list(NUMBERS)].reset_index(drop=True)
+        parts.append(pd.DataFrame({"task": name, "vector": vectors} | facts).join(numbers))
     if not parts:
         raise ValueError("the table has no vector of another task to compare with; evaluate with `controls`.")
     return pd.concat(parts, ignore_index=True)
@@ -260,49 +267,8 @@ def transfer_sentence(best: Any) -> str:
     return f"the vector of {best.vector} is not surely worse ({change})."
 
 
-def transfer_at_fixed_units(
-    model: InContextModel,
-    patches: Mapping[str, Any],
-    vectors: Mapping[str, TaskVector],
-    prompts: Mapping[str, VisualPrompt],
-    *,
-    batch_size: int | None = None,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Every vector, zero-shot, at the units that were found for every task. A vector that fails there may still do the
-    task at units that are searched for it: the identity's does lowlight. So this tells what units and vector do
-    together, and not whether a task needs its own vector.
-
-    Args:
-        model: The model.
-        patches: Task name → its units, a PatchSet or a SearchResult.
-        vectors: Task name → vector.
-        prompts: Task name → prompts to evaluate on.
-        batch_size: Rows in a trace; None is `models.interface.default_batch_size`, 32 for MAE-VQGAN.
-        progress: Show a progress bar.
-
-    Returns:
-        A row for each task and vector: task, vector, metric, label, higher_is_better, images, pictures; mean, low and
-        high of the score with its 95 % interval; difference, difference_low and difference_high: the vector's score
-        minus that of the task's own vector on the same prompts (NaN for its own).
-
-    Raises:
-        ValueError: when a task lacks its vector or its prompts.
-    """
-    parts = []
-    for name, units in patches.items():
-        if name not in vectors or name not in prompts:
-            raise ValueError(f"{name!r} has units and no {'vector' if name not in vectors else 'prompts'}; give both.")
-        conditions = {other: Condition("zero", vector, units) for other, vector in vectors.items()}
-        table = evaluate(
-            model, registry.get(name), prompts[name], conditions, batch_size=batch_size, keep=0, progress=progress
-        )
-        parts.append(_pairs(table, {other: other for other in vectors}, name))
-    return pd.concat(parts, ignore_index=True)
-
-
 def best_others(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Of each task in what `transfer_at_fixed_units` returned, the best vector of another task: worse is True where the
+    """Of each task in what `vector_pairs` returned, the best vector of another task: worse is True where the
     interval of its difference to the task's own leaves no doubt, and there are `ENOUGH` pictures."""
     others = pairs[pairs.vector != pairs.task].copy()
     higher = others.higher_is_better
@@ -310,20 +276,6 @@ def best_others(pairs: pd.DataFrame) -> pd.DataFrame:
     others["worse"] &= others.pictures >= ENOUGH
     goodness = others["mean"].where(higher, -others["mean"])
     return others.loc[goodness.groupby(others.task, sort=False).idxmax()].reset_index(drop=True)
-
-
-def _pairs(table: Table, vectors: Mapping[str, str], baseline: str) -> pd.DataFrame:
-    """The rows of `transfer_at_fixed_units` of a table of one task.
-
-    Args:
-        vectors: Condition → the task that its vector is of.
-        baseline: The condition of the task's own vector.
-    """
-    (task,), metric = table.tasks, _metric(table, table.tasks[0])
-    lines = pd.DataFrame(table.lines(baseline=baseline)).set_index(["measure", "condition"])
-    facts = {"metric": metric.name, "label": metric.label, "higher_is_better": metric.higher_is_better}
-    pairs = pd.DataFrame({"task": task, "vector": list(vectors.values())} | facts)
-    return pairs.join(lines.loc[metric.name].loc[list(vectors), list(NUMBERS)].reset_index(drop=True))
 
 
 def _metric(table: Table, task: str) -> metrics.Metric:
