@@ -77,7 +77,7 @@ class Settings:
     sites: tuple[str, ...] = ("heads",)
     search: str = "reinforce"
     loss: str | None = None
-    budget: int | None = 8000
+    budget: int | None = 4000
     sparsity: float = 0.0
     fold_draws: bool = False
     test_prompts: int = 128

@@ -13,7 +13,7 @@ Arguments that all of them share:
 - model, vector, task, prompts, space, loss, batch_size, held_out: as for `Objective`. Lists of vectors, tasks and
   prompts look for one set that serves several tasks.
 - budget: Patched evaluations that may be spent, one mask on one prompt each, those of the held-out prompts included; a
-  gradient of one prompt counts as three. 8000 by default.
+  gradient of one prompt counts as three. 4000 by default.
 - seed: Of the split into training and held-out prompts, and of all that is random in the search.
 - vectors: The `TaskVectors` of all tasks. Only an algorithm that compares tasks (`ranking`) looks at them, so they can
   be given to every one.

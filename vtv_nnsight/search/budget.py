@@ -32,7 +32,7 @@ from vtv_nnsight.search.journal import Journal
 from vtv_nnsight.search.result import SearchResult, Step
 from vtv_nnsight.vectors import TaskVectors
 
-BUDGET = 8000
+BUDGET = 4000
 """Patched evaluations that a search may spend where no budget is given."""
 
 GRADIENT_COST = 3
