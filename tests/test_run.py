@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path,
 def test_a_changed_setting_is_refused_or_done_again(copy, model, done):
     changed = Settings(model=model, **SMALL | {"test_prompts": 4})
     before = times(copy)
-    with pytest.raises(ValueError, match=r"test_prompts was 6 and is 4, .*\. Name another folder, or do evaluate"):
+    with pytest.raises(ValueError, match=r"test_prompts was 8 and is 4, .*\. Name another folder, or do evaluate"):
         run(copy, changed, progress=False)
     assert times(copy) == before and done == []
     vectors, found = (copy / "vectors.safetensors").read_bytes(), times(copy / "search")
