@@ -170,13 +170,9 @@ def says(page, words):
 
 def test_every_control_changes_the_answer(demo, visit):
     page = visit(demo)
-    says(page, r"task vector, scale 1, 8 of 22 units: mIoU")
-    page.get_by_label("one-shot").check()
-    says(page, "one-shot: mIoU")
-    page.get_by_label("zero-shot").check()
-    says(page, "zero-shot: mIoU")
-    page.get_by_label("task vector", exact=True).check()
-    says(page, "task vector, scale 1, 8 of 22")
+    says(page, r"task vector, scale 1, 8 of 22 units: mIoU .*, one-shot .*, zero-shot")
+    for panel in ("#query-cell", "#zero-shot", "#one-shot", "#answer", "#truth", "#carried"):
+        assert page.locator(f"{panel} img").is_visible(), panel
     page.locator("#scale input[type=number]").fill("0.5")
     page.locator("#scale input[type=number]").press("Enter")
     says(page, "scale 0.5, 8 of 22")
@@ -197,11 +193,11 @@ def test_every_control_changes_the_answer(demo, visit):
     playwright.expect(page.locator("#query-cell img")).not_to_have_attribute("src", before, timeout=WAIT)
 
 
-def shows(page, expected):
-    """Wait until the page's answer is this one, [3, cell, cell], to the pixel."""
+def shows(page, expected, panel="#answer"):
+    """Wait until a panel of the page shows this answer, [3, cell, cell], to the pixel."""
     pixels = enlarged(expected).tobytes()
     for _ in range(WAIT // 250):
-        src = page.locator("#answer img").get_attribute("src")
+        src = page.locator(f"{panel} img").get_attribute("src")
         with Image.open(io.BytesIO(page.request.get(src).body())) as shown:
             if shown.convert("RGB").tobytes() == pixels:
                 return
@@ -214,6 +210,28 @@ def choose(page, button, file):
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name=button, exact=True).click()
     chooser.value.set_files(file)
+
+
+def test_the_scale_is_played_and_the_code_copied(demo, player, visit):
+    page = visit(demo)
+    says(page, "8 of 22 units")
+    number = page.locator("#scale input[type=number]")
+    page.evaluate("""() => {
+        window.seen = new Set();
+        setInterval(() => window.seen.add(document.querySelector("#scale input[type=number]").value), 20);
+    }""")
+    page.locator("#play").click()
+    page.wait_for_function("window.seen.size > 4")
+    playwright.expect(number).to_have_value("1", timeout=WAIT)
+    units, query = player.found("segmentation"), {**player.rows[1], "number": 1}
+    prompt = player.prompt("segmentation", None, query)
+    shows(page, player.answer(prompt, VECTOR, player.vector("segmentation"), units))
+    page.get_by_role("button", name="Copy as Python").click()
+    playwright.expect(page.locator("#code")).to_contain_text("patch(model, vector, units, scale=1)", timeout=WAIT)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#code button").first.click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.strip() == player.code("segmentation", None, 0.5, units, query, 1.0).strip()
 
 
 def test_the_share_of_a_mixture_is_what_is_patched(demo, player, visit, tmp_path):
@@ -255,19 +273,16 @@ def test_as_many_units_at_random(demo, visit):
 def test_an_example_is_picked(demo, player, visit):
     page = visit(demo)
     says(page, "8 of 22 units")
-    page.get_by_label("one-shot").check()
     first, fourth = (player.prompt("segmentation", player.rows[i], player.rows[1]) for i in (0, 3))
-    shows(page, player.answer(first, ONE_SHOT))
+    shows(page, player.answer(first, ONE_SHOT), "#one-shot")
     page.locator("#examples .grid-container button").nth(3).click()
-    shows(page, player.answer(fourth, ONE_SHOT))
+    shows(page, player.answer(fourth, ONE_SHOT), "#one-shot")
     assert not torch.equal(player.answer(first, ONE_SHOT), player.answer(fourth, ONE_SHOT))
 
 
 def test_an_example_pair_is_uploaded(demo, player, visit, tmp_path):
     page = visit(demo)
     says(page, "8 of 22 units")
-    page.get_by_label("one-shot").check()
-    says(page, "one-shot: mIoU")
     shown = page.locator("#example-answer img")
     before = shown.get_attribute("src")
     choose(page, "Upload an example", DATA / "support_image.png")
@@ -275,7 +290,7 @@ def test_an_example_pair_is_uploaded(demo, player, visit, tmp_path):
     choose(page, "Upload its answer", DATA / "support_mask.png")
     left, right = (as_rgb(DATA / f"support_{name}.png") for name in ("image", "mask"))
     prompt = player.prompt("segmentation", {"image": left, "answer": right}, player.rows[1])
-    shows(page, player.answer(prompt, ONE_SHOT))
+    shows(page, player.answer(prompt, ONE_SHOT), "#one-shot")
     playwright.expect(shown).not_to_have_attribute("src", before, timeout=WAIT)
     broken = tmp_path / "broken.png"
     broken.write_bytes((DATA / "support_mask.png").read_bytes()[:100])
@@ -359,11 +374,10 @@ def test_two_visitors_do_not_disturb_each_other(demo, visit):
     says(one, "8 of 22 units")
     says(other, "8 of 22 units")
     one.get_by_role("button", name="None", exact=True).click()
-    other.get_by_label("one-shot").check()
-    says(one, "0 of 22 units")
-    says(other, "one-shot: mIoU")
-    other.get_by_label("task vector", exact=True).check()
-    says(other, "8 of 22 units")
+    other.locator("#scale input[type=number]").fill("0.5")
+    other.locator("#scale input[type=number]").press("Enter")
+    says(one, "scale 1, 0 of 22 units")
+    says(other, "scale 0.5, 8 of 22 units")
 
 
 def test_the_page_fits_a_narrow_screen(demo, visit):

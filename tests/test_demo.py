@@ -12,6 +12,7 @@ from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, patch, tasks
 from vtv_nnsight.demo import playing
+from vtv_nnsight.demo.callbacks import SHOWN, Callbacks
 from vtv_nnsight.demo.playing import ONE_SHOT, VECTOR, ZERO_SHOT, Player
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
@@ -152,8 +153,42 @@ def test_a_score_is_shown_where_the_truth_is_known(player):
         ("segmentation", player.rows[0], bare, False),
         ("segmentation", uploaded, query, False),
     ):
-        _, _, words = called["respond"].fn(task, "none", 0.5, ZERO_SHOT, 1.0, example, asked, None)
+        *_, words, _ = called["respond"].fn(task, "none", 0.5, 1.0, example, asked, None)
         assert (tasks.get(task).metric.label in words) == known, words
+
+
+def test_the_scale_is_played_from_nothing_to_the_vector(player):
+    _, called = page_of(player)
+    ticked = called["found_units"].fn("lowlight", "none", None)
+    frames = list(called["play"].fn("lowlight", "none", 0.5, player.rows[1], None, *ticked))
+    assert [scale for scale, _ in frames] == [round(step / 10, 2) for step in range(11)]
+    prompt, units = player.prompt("lowlight", None, player.rows[1]), player.found("lowlight")
+    for scale in (0, 10):
+        answer = player.answer(prompt, VECTOR, player.vector("lowlight"), units, scale / 10)
+        assert frames[scale][1].tobytes() == playing.enlarged(answer).tobytes()
+
+
+def test_the_code_of_the_page_runs_as_it_is_pasted(tmp_path, monkeypatch):
+    player = playing.Player.load("tiny")
+    _, called = page_of(player)
+    page = Callbacks(player, tmp_path)
+    units = PatchSet.random(player.space, 12, 0)
+    some = [[name for name in names if name in units] for names in page.panels.values()]
+    monkeypatch.chdir(tmp_path)
+    found = page.found_units("lowlight", "none", None)
+    for task, other, ticked in (("lowlight", "none", found), ("identity", "lowlight", some)):
+        shown = page.respond(task, other, 0.25, 0.9, None, page.row(3), None, *ticked)
+        path = tmp_path / f"{task}.py"  # nnsight reads the source of a trace from its file
+        path.write_text(shown[-1])
+        names: dict = {"__name__": "pasted"}
+        exec(compile(shown[-1], path, "exec"), names)
+        answer = names["answers"].answer[0].cpu()
+        pictures = (playing.enlarged(answer), shown[SHOWN.index(VECTOR)]["value"])
+        pasted, answered = (np.asarray(picture).astype(int) for picture in pictures)
+        assert abs(pasted - answered).max() <= 2  # the batch is another, and so is the last bit
+        assert (tmp_path / "answer.png").is_file()
+    for row in (page.row(0), {"image": player.rows[0]["image"]}):
+        assert ("picture.jpg" in player.code("lowlight", None, 0.0, units, row, 1.0)) == ("number" not in row)
 
 
 def test_what_a_visitor_found_is_what_the_page_uses(player):
@@ -163,10 +198,11 @@ def test_what_a_visitor_found_is_what_the_page_uses(player):
     assert [name for names in ticked for name in names] == [
         name for names in playing.panels(player.space).values() for name in names if name in own.found("lowlight")
     ]
-    asked = ("lowlight", "none", 0.5, VECTOR, 100.0, *player.rows[:2])
+    asked = ("lowlight", "none", 0.5, 100.0, *player.rows[:2])
     units = PatchSet.random(player.space, 12, 0)
     ticked = [[name for name in names if name in units] for names in playing.panels(player.space).values()]
-    answers = [called["respond"].fn(*asked, visitor, *ticked)[0] for visitor in (None, own)]
+    place = SHOWN.index(VECTOR)
+    answers = [called["respond"].fn(*asked, visitor, *ticked)[place]["value"] for visitor in (None, own)]
     prompt = player.prompt("lowlight", *player.rows[:2])
     for answer, used in zip(answers, (player, own)):
         expected = playing.enlarged(player.answer(prompt, VECTOR, used.vector("lowlight"), units, 100.0))

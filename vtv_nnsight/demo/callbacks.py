@@ -6,20 +6,40 @@ import functools
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 
 from vtv_nnsight import tasks
-from vtv_nnsight.demo.playing import VECTOR, Player, Row, drawn_mask, enlarged, panels, upload
+from vtv_nnsight.demo.playing import (
+    MODES,
+    ONE_SHOT,
+    VECTOR,
+    ZERO_SHOT,
+    Player,
+    Row,
+    drawn_mask,
+    enlarged,
+    panels,
+    upload,
+)
+from vtv_nnsight.images import enlarge, to_pil
 from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.report import photographs
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 
 NONE = "none"
 """No other task's vector is mixed in."""
+SHOWN = (photographs.QUERY, ZERO_SHOT, ONE_SHOT, VECTOR, "truth", photographs.CARRIED)
+"""The panels of the page."""
+SIDE = 336
+"""Pixels: pictures are not shown smaller."""
+STEPS, PAUSE = 11, 0.15
+"""Of the scale when it is played, and seconds between them."""
 
 
 def show_errors(function: Callable) -> Callable:
@@ -55,23 +75,62 @@ class Callbacks:
 
     @show_errors
     def respond(
-        self, task: str, other: str, share: float, mode: str, scale: float, example: Row | None, query: Row,
+        self, task: str, other: str, share: float, scale: float, example: Row | None, query: Row,
         visitor: Player | None, *ticked: list[str],
     ):  # fmt: skip
-        """The answer, the query as the task shows it, and a line about them."""
+        """A picture for each of `SHOWN`, a line about them, and Python that makes the answer with the vector."""
         began = time.perf_counter()
-        units = self._units(task, ticked, visitor)
-        prompt = self.player.prompt(task, example, query)
-        cell = self.player.answer(prompt, mode, self._vector(task, other, share, visitor), units, scale)
-        seconds = time.perf_counter() - began
-        words = mode
-        if mode == VECTOR:
-            mixed = "" if other == NONE else f", {share:g} of it {other}'s"
-            words += f"{mixed}, scale {scale:g}, {len(units)} of {len(units.space)} units"
-        if query.get(tasks.get(task).needs) is not None and (example or {}).get("answer") is None:
-            score = float(tasks.get(task).score(cell[None], prompt.region("output"))[0])
-            words += f": {tasks.get(task).metric.label} {score:.3f}"
-        return enlarged(cell), enlarged(prompt.region("query")[0]), f"{words} ({seconds:.1f} s)"
+        units, vector = self._units(task, ticked, visitor), self._vector(task, other, share, visitor)
+        pictures = self.player.answers(task, example, query, vector, units, scale)
+        seconds, asked = time.perf_counter() - began, tasks.get(task)
+        mixed = "" if other == NONE else f", {share:g} of it {other}'s"
+        words = f"{VECTOR}{mixed}, scale {scale:g}, {len(units)} of {len(units.space)} units"
+        if "truth" in pictures:
+            truth = pictures["truth"][None]
+            scores = {name: float(asked.score(pictures[name][None], truth)[0]) for name in MODES if name in pictures}
+            others = "".join(f", {name} {score:.3f}" for name, score in scores.items() if name != VECTOR)
+            words += f": {asked.metric.label} {scores[VECTOR]:.3f}{others}"
+        unlike = photographs.warning(self.player.model, units.space.layout, query["image"])
+        words += f" ({seconds:.1f} s)" + (f"\n\n**Note:** {unlike}" if unlike else "")
+        pictures = {photographs.QUERY: pictures[photographs.PHOTOGRAPH]} | pictures
+        code = self.player.code(task, None if other == NONE else other, share, units, query, scale)
+        return *(self._panel(name, pictures.get(name)) for name in SHOWN), words, code
+
+    @staticmethod
+    def _panel(name: str, pixels: torch.Tensor | None) -> Any:
+        """What a panel shows: a cell, enlarged, or a photograph as large as it is; or that there is none."""
+        if pixels is None:
+            return gr.update(value=None, visible=name not in ("truth", photographs.CARRIED))
+        height, width = pixels.shape[-2:]
+        if height != width or max(height, width) > SIDE:
+            pixels = enlarge(pixels, round(height * max(1, SIDE / width)), max(width, SIDE))
+            return gr.update(value=to_pil(pixels), visible=True)
+        return gr.update(value=enlarged(pixels), visible=True)
+
+    def play(
+        self, task: str, other: str, share: float, query: Row, visitor: Player | None, *ticked: list[str]
+    ) -> Iterator[tuple[float, Any]]:
+        """The scale from 0 to 1, and the answer at each."""
+        units, vector = self._units(task, ticked, visitor), self._vector(task, other, share, visitor)
+        scales = torch.linspace(0, 1, STEPS)
+        cells = self.player.at_scales(task, query, vector, units, scales)
+        for scale, cell in zip(scales.tolist(), cells):
+            yield round(scale, 2), enlarged(cell)
+            time.sleep(PAUSE)
+
+    def heat(self, task: str, visitor: Player | None) -> str:
+        """A style that colours each unit by the score that the search gave it."""
+        scores = (visitor or self.player).bundle.results[task].scores
+        least, most = scores.min(), scores.max()
+        shares = ((scores - least) / (most - least).clamp(min=1e-12)).tolist()
+        share = dict(zip(self.player.space.names, shares))
+        rules = [
+            f"#units-{panel} .wrap label:nth-of-type({place}) {{ background: color-mix(in srgb, #0b7a5c "
+            f"{70 * share[name]:.0f}%, transparent); }}"
+            for panel, names in enumerate(self.panels.values())
+            for place, name in enumerate(names, 1)
+        ]
+        return f"<style>{' '.join(rules)}</style>"
 
     def example_cells(self, row: Row | None, task: str) -> tuple[Any, Any]:
         """The example's two cells, as the page shows them."""
@@ -92,7 +151,11 @@ class Callbacks:
 
     def pick(self, event: gr.SelectData) -> Row:
         """The row of a picture that was clicked at."""
-        return dict(self.player.rows[event.index])
+        return self.row(event.index)
+
+    def row(self, number: int) -> Row:
+        """One of the player's rows, which knows its number."""
+        return {**self.player.rows[number], "number": number}
 
     @show_errors
     def upload_picture(self, path: str) -> Row:

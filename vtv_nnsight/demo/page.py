@@ -26,8 +26,8 @@ try:
 except ImportError as error:
     raise ImportError("vtv demo needs gradio; install it with pip install 'vtv-nnsight[demo]'.") from error
 
-from vtv_nnsight.demo.callbacks import NONE, Callbacks
-from vtv_nnsight.demo.playing import KEPT_SECONDS, MAX_BYTES, MODES, VECTOR, Player, Row
+from vtv_nnsight.demo.callbacks import NONE, SHOWN, Callbacks
+from vtv_nnsight.demo.playing import KEPT_SECONDS, MAX_BYTES, VECTOR, Player, Row
 from vtv_nnsight.models.nnsight_compat import without_save
 
 STATE_SECONDS = 3600
@@ -55,11 +55,10 @@ def make_page(player: Player) -> gr.Blocks:
     with gr.Blocks(title="Task vectors", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as blocks:
         gr.Markdown(ABOUT)
         page.example, page.query, page.visitor = (
-            gr.State(value, time_to_live=STATE_SECONDS) for value in (dict(player.rows[0]), dict(player.rows[1]), None)
+            gr.State(value, time_to_live=STATE_SECONDS) for value in (page.calls.row(0), page.calls.row(1), None)
         )
-        with gr.Row():
-            _question_panel(page, list(player.bundle))
-            _answer_panel(page)
+        _answers_panel(page)
+        _question_panel(page, list(player.bundle))
         with gr.Accordion("Pictures", open=True), gr.Row():
             _pictures_panel(page, pictures)
         with gr.Accordion("Draw a mask for an example", open=False):
@@ -71,12 +70,14 @@ def make_page(player: Player) -> gr.Blocks:
                 _search_panel(page)
         with gr.Row():
             _downloads_panel(page)
-        page.controls = [page.task, page.other, page.share, page.mode, page.scale]
+        with gr.Accordion("Copy as Python", open=False):
+            page.code = gr.Code(language="python", interactive=False, elem_id="code", label="Python")
+        page.controls = [page.task, page.other, page.share, page.scale]
         page.controls += [page.example, page.query, page.visitor, *page.units]
         _wire_question(page, blocks)
         _wire_pictures(page)
         if page.units:
-            _wire_units(page)
+            _wire_units(page, blocks)
         _wire_downloads(page)
     style = (files("vtv_nnsight.demo") / "page.css").read_text(encoding="utf-8")
     blocks.css = style.replace("HEADS", str(max(stage.heads for stage in player.space.stages)))
@@ -84,24 +85,26 @@ def make_page(player: Player) -> gr.Blocks:
 
 
 def _question_panel(page: Any, names: list[str]) -> None:
-    """The task, how it is asked, and the vector."""
-    with gr.Column(min_width=300):
-        page.task = gr.Dropdown(names, value=names[0], label="Task", elem_id="task")
-        page.mode = gr.Radio(list(MODES), value=VECTOR, label="How it is asked", elem_id="mode")
-        page.scale = gr.Slider(0, 1.5, value=1.0, step=0.05, label="Scale of the vector", elem_id="scale")
-        with gr.Row():
-            page.other = gr.Dropdown([NONE, *names], value=NONE, label="Mix with", elem_id="other", min_width=120)
-            page.share = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of it", elem_id="share", min_width=120)
+    """The task and the vector."""
+    with gr.Row():
+        page.task = gr.Dropdown(names, value=names[0], label="Task", elem_id="task", min_width=140)
+        page.scale = gr.Slider(0, 1.5, 1.0, step=0.05, label="Scale of the vector", elem_id="scale", min_width=240)
+        page.play = gr.Button("▶ Play the scale", elem_id="play", min_width=140)
+        page.other = gr.Dropdown([NONE, *names], value=NONE, label="Mix with", elem_id="other", min_width=120)
+        page.share = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of it", elem_id="share", min_width=160)
 
 
-def _answer_panel(page: Any) -> None:
-    """The query and the answer, large, and a line about them."""
+def _answers_panel(page: Any) -> None:
+    """The query, its answers and the truth side by side, the answer carried over, and a line about them."""
     large: dict[str, Any] = {"format": "png", "elem_classes": "big", "min_width": 140}
-    with gr.Column(min_width=300):
-        with gr.Row():
-            page.query_cell = _image("query, as the task shows it", "the query", elem_id="query-cell", **large)
-            page.answer = _image("answer", "the model's answer", ["download"], elem_id="answer", **large)
-        page.caption = gr.Markdown(elem_id="caption")
+    titles = {"query": ("query-cell", "the query"), "task vector": ("answer", "the answer with the task vector")}
+    with gr.Row():
+        page.pictures = [
+            _image(name, alt, ["download"] * (name == VECTOR), elem_id=elem_id, **large)
+            for name in SHOWN
+            for elem_id, alt in [titles.get(name, (name.split()[0], name))]
+        ]
+    page.caption = gr.Markdown(elem_id="caption")
 
 
 def _pictures_panel(page: Any, pictures: list[Any]) -> None:
@@ -140,7 +143,9 @@ def _units_panel(page: Any) -> None:
     with gr.Row():
         for title, labels in page.calls.panels.items():
             boxes = [(label, name) for name, label in labels.items()]
-            page.units.append(gr.CheckboxGroup(boxes, label=title, elem_classes="units", min_width=210))
+            place = f"units-{len(page.units)}"
+            page.units.append(gr.CheckboxGroup(boxes, label=title, elem_classes="units", elem_id=place, min_width=210))
+    page.heat = gr.HTML()
 
 
 def _search_panel(page: Any) -> None:
@@ -173,8 +178,11 @@ def _gallery(pictures: list[Any], label: str, elem_id: str) -> gr.Gallery:
 def _wire_question(page: Any, blocks: gr.Blocks) -> None:
     for bind in (blocks.load, page.task.input, page.other.input):
         _show_example(page, _tick_found(page, bind))
-    for control in (page.share, page.mode, page.scale, *page.units):
+    for control in (page.share, page.scale, *page.units):
         _answer(page, control.input, trigger_mode="always_last")
+    inputs = [page.task, page.other, page.share, page.query, page.visitor, *page.units]
+    answer = page.pictures[SHOWN.index(VECTOR)]
+    _answer(page, page.play.click(page.calls.play, inputs, [page.scale, answer], **ONE_AT_A_TIME, **QUIET).then)
 
 
 def _wire_pictures(page: Any) -> None:
@@ -193,8 +201,10 @@ def _wire_pictures(page: Any) -> None:
         _answer(page, event.then)
 
 
-def _wire_units(page: Any) -> None:
+def _wire_units(page: Any, blocks: gr.Blocks) -> None:
     calls, units = page.calls, page.units
+    for bind in (blocks.load, page.task.input):
+        bind(calls.heat, [page.task, page.visitor], page.heat, **QUIET)
     _answer(page, _tick_found(page, page.all_found.click))
     _answer(page, page.all_off.click(lambda: [[] for _ in units], None, units, **QUIET).then)
     _answer(page, page.at_random.click(calls.random_units, units, units, **QUIET).then)
@@ -227,7 +237,7 @@ def _show_example(page: Any, bind: Callable) -> Any:
 
 def _answer(page: Any, bind: Callable, **options: Any) -> Any:
     """Answer when an event happens: visitors one after the other."""
-    outputs = [page.answer, page.query_cell, page.caption]
+    outputs = [*page.pictures, page.caption, page.code]
     return bind(page.calls.respond, page.controls, outputs, **ONE_AT_A_TIME, **QUIET, queue=True, **options)
 
 
@@ -259,6 +269,6 @@ def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, 
         from anyio.streams import file, stapled, tls  # noqa: F401
     return blocks.launch(
         server_name=host, server_port=port, share=share, max_file_size=MAX_BYTES, footer_links=[], ssr_mode=False,
-        css=blocks.css, theme=gr.themes.Default(font="system-ui", font_mono="monospace"),
+        css=blocks.css, theme=gr.themes.Default(primary_hue="emerald", font="system-ui", font_mono="monospace"),
         app_kwargs={"middleware": [Middleware(SameOrigin)]}, **options,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from vtv_nnsight.models.sources import EMBEDDED
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.patching.forward import forward, generate_with_gates, output_cell
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.report import photographs
 from vtv_nnsight.report.play import unit_maps
 from vtv_nnsight.runs import bundles
 from vtv_nnsight.runs.bundles import Bundle
@@ -76,7 +77,7 @@ class Player:
         loaded: Any = bundle.load_model(model, dispatch=True)
         if device:
             loaded.to(device)
-        return cls(loaded, bundle, [*data.scenes("test", n=8, seed=1), *data.pictures("test", n=8, seed=1)])
+        return cls(loaded, bundle, packaged_rows())
 
     @property
     def space(self) -> PatchSpace:
@@ -131,6 +132,51 @@ class Player:
             on = units.choices if mode == VECTOR and units is not None else torch.zeros(len(self.space))
             return generate_with_gates(self.model, prompt, vector, self.space, scale * on[None])[0]
 
+    def answers(
+        self, task: str, example: Row | None, query: Row, vector: TaskVector, units: PatchSet, scale: float
+    ) -> dict[str, torch.Tensor]:
+        """All answers to a query, as `report.photographs.answers` gives them, and "truth" where it is known."""
+        asked, paired = tasks.get(task), (example or {}).get("answer") is not None
+        prompt = self.prompt(task, example, query)
+        with self._lock:
+            pictures = photographs.answers(
+                self.model, asked, vector, units, query["image"], prompt if example else None, scale=scale,
+                as_it_is=paired,
+            )  # fmt: skip
+        known = query.get(asked.needs) is not None and not paired
+        return pictures | ({"truth": prompt.region("output")[0]} if known else {})
+
+    def at_scales(
+        self, task: str, query: Row, vector: TaskVector, units: PatchSet, scales: torch.Tensor
+    ) -> torch.Tensor:
+        """The answers with the vector at several scales: [scale, 3, cell, cell]."""
+        with self._lock:
+            gates = scales[:, None] * units.choices
+            return generate_with_gates(self.model, self.prompt(task, None, query), vector, units.space, gates)
+
+    def code(self, task: str, other: str | None, share: float, units: PatchSet, query: Row, scale: float) -> str:
+        """Python that makes the answer with the vector, as it is pasted."""
+        picture = f"packaged_rows()[{query['number']}]" if "number" in query else '{"image": "picture.jpg"}  # yours'
+        vector = f"{1 - share:g} * bundle.vectors[{task!r}] + {share:g} * bundle.vectors[{other!r}]"
+        lines = [
+            "from vtv_nnsight import PatchSet, VisualPrompt, bundles, patch, tasks",
+            "from vtv_nnsight.demo.playing import packaged_rows",
+            "",
+            f"bundle, task = bundles.load({self.bundle.name!r}), tasks.get({task!r})",
+            "model, layout = bundle.load_model(), bundle[task.name][1].space.layout",
+            f"vector = {vector if other else f'bundle.vectors[{task!r}]'}",
+            "units = bundle[task.name][1]"
+            if torch.equal(units.choices, self.found(task).choices)
+            else f"units = PatchSet.named(bundle[task.name][1].space, {list(units)!r})",
+            f"row = {picture}",
+            'prompt = VisualPrompt.from_cells({"query": task.cells(row, layout.cell_size)[0]}, layout)',
+            "with model.generate(prompt.query_only()) as tracer:",
+            f"    patch(model, vector, units, scale={scale:g})",
+            "    answers = tracer.result.save()",
+            'answers.picture().save("answer.png")',
+        ]
+        return "\n".join(lines) + "\n"
+
     def search(self, task: str, rows: Sequence[Row], budget: int = BUDGET, seed: int = 0) -> Player:
         """The same player, with a task's vector and units collected and found on a visitor's pictures.
 
@@ -154,6 +200,11 @@ class Player:
         return replace(
             self, bundle=replace(self.bundle, vectors=vectors, results={**self.bundle.results, task: result})
         )
+
+
+def packaged_rows() -> list[Row]:
+    """The pictures that visitors pick of: real ones, then drawn scenes."""
+    return [*data.pictures("test", n=8, seed=1), *data.scenes("test", n=8, seed=1)]
 
 
 def _pairs(pictures: int, seed: int) -> Draw:
