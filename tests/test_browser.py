@@ -229,7 +229,7 @@ def test_the_scale_is_played_and_the_code_copied(demo, player, visit):
     page.get_by_role("button", name="Copy as Python").click()
     playwright.expect(page.locator("#code")).to_contain_text("patch(model, vector, units, scale=1)", timeout=WAIT)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.locator("#code button").first.click()
+    page.locator("#code").get_by_role("button", name=re.compile("copy", re.IGNORECASE)).click()
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied.strip() == player.code("segmentation", None, 0.5, units, query, 1.0).strip()
 

@@ -157,6 +157,11 @@ def test_a_score_is_shown_where_the_truth_is_known(player):
         assert (tasks.get(task).metric.label in words) == known, words
 
 
+def differ(one, other):
+    """The largest difference of two pictures' pixels, of 255."""
+    return abs(np.asarray(one).astype(int) - np.asarray(other)).max()
+
+
 def test_the_scale_is_played_from_nothing_to_the_vector(player):
     _, called = page_of(player)
     ticked = called["found_units"].fn("lowlight", "none", None)
@@ -165,7 +170,7 @@ def test_the_scale_is_played_from_nothing_to_the_vector(player):
     prompt, units = player.prompt("lowlight", None, player.rows[1]), player.found("lowlight")
     for scale in (0, 10):
         answer = player.answer(prompt, VECTOR, player.vector("lowlight"), units, scale / 10)
-        assert frames[scale][1].tobytes() == playing.enlarged(answer).tobytes()
+        assert differ(frames[scale][1], playing.enlarged(answer)) <= 2
 
 
 def test_the_code_of_the_page_runs_as_it_is_pasted(tmp_path, monkeypatch):
@@ -183,9 +188,7 @@ def test_the_code_of_the_page_runs_as_it_is_pasted(tmp_path, monkeypatch):
         names: dict = {"__name__": "pasted"}
         exec(compile(shown[-1], path, "exec"), names)
         answer = names["answers"].answer[0].cpu()
-        pictures = (playing.enlarged(answer), shown[SHOWN.index(VECTOR)]["value"])
-        pasted, answered = (np.asarray(picture).astype(int) for picture in pictures)
-        assert abs(pasted - answered).max() <= 2  # the batch is another, and so is the last bit
+        assert differ(playing.enlarged(answer), shown[SHOWN.index(VECTOR)]["value"]) <= 2
         assert (tmp_path / "answer.png").is_file()
     for row in (page.row(0), {"image": player.rows[0]["image"]}):
         assert ("picture.jpg" in player.code("lowlight", None, 0.0, units, row, 1.0)) == ("number" not in row)
@@ -199,15 +202,15 @@ def test_what_a_visitor_found_is_what_the_page_uses(player):
         name for names in playing.panels(player.space).values() for name in names if name in own.found("lowlight")
     ]
     asked = ("lowlight", "none", 0.5, 100.0, *player.rows[:2])
-    units = PatchSet.random(player.space, 12, 0)
+    units = PatchSet.random(player.space, 22, 0)
     ticked = [[name for name in names if name in units] for names in playing.panels(player.space).values()]
     place = SHOWN.index(VECTOR)
     answers = [called["respond"].fn(*asked, visitor, *ticked)[place]["value"] for visitor in (None, own)]
     prompt = player.prompt("lowlight", *player.rows[:2])
     for answer, used in zip(answers, (player, own)):
         expected = playing.enlarged(player.answer(prompt, VECTOR, used.vector("lowlight"), units, 100.0))
-        assert answer.tobytes() == expected.tobytes()
-    assert answers[0].tobytes() != answers[1].tobytes()
+        assert differ(answer, expected) <= 2  # the batch is another, and so may be the last bit
+    assert differ(*answers) > 20
     (written,) = TaskVectors.load(called["write_vector"].fn("lowlight", "none", 0.5, own)).values()
     assert written.count == 8
     (kept,) = (block for block in called["search"].outputs if type(block).__name__ == "State")
