@@ -33,7 +33,7 @@ from vtv_nnsight import VisualPrompt, data, runs, tasks
 from vtv_nnsight.evaluation import Table, evaluate
 from vtv_nnsight.evaluation.conditions import BASELINE, FLOOR, PATCHED, ZERO_SHOT
 from vtv_nnsight.models.interface import default_batch_size
-from vtv_nnsight.patching.forward import forward, output_cell
+from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.report import page
 from vtv_nnsight.runs import PUBLISHED, Settings, protocol, steps
@@ -87,7 +87,7 @@ def measure(setup: steps.Setup, spend: float) -> dict[str, float]:
         count, began = 0, None
         while began is None or time.perf_counter() - began < spend / 2:
             with torch.no_grad():
-                output_cell(setup.model, forward(setup.model, asked)[0], asked).cpu()
+                setup.model.answers(forward(setup.model, asked)[0], asked)[0].cpu()
             if began is None:  # the first is warming up
                 began = time.perf_counter()
             else:

@@ -249,9 +249,7 @@ def test_only_layers_with_something_to_do_are_touched(model, prompts, vectors, m
     from vtv_nnsight.patching import patching as patches
 
     touched, change = [], patches._Edit.change
-    monkeypatch.setattr(
-        patches._Edit, "change", lambda s, z, i, seen: touched.append((s.stage.name, i)) or change(s, z, i, seen)
-    )
+    monkeypatch.setattr(patches._Edit, "change", lambda s, z, i: touched.append((s.stage.name, i)) or change(s, z, i))
     logits(model, prompts, vectors["b"], chosen)
     assert touched == [("encoder", 1), ("decoder", 1)]
     before = all_heads(model, prompts)
@@ -521,7 +519,7 @@ def test_nothing_that_is_not_finite_is_patched_painted_scored_or_saved(model, pr
         (vector + bad, units, 0.0),
         (changed, units, 1.0),
     ):
-        with pytest.raises(ValueError, match=f"(is|holds) {value}|is not finite at .*patch"):
+        with pytest.raises(ValueError, match=f"(is|holds) {value}|is not finite at"):
             logits(model, rows, patched, patches, scale=scale)
     for make in (lambda: vector * value, lambda: run / (0 * value if value != value else 0), lambda: value * run):
         with pytest.raises(ValueError, match="the factor is"):

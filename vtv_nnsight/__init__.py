@@ -22,6 +22,7 @@ _NAMES = {
     "BEiT": "models.baselines.beit",
     "MAEVQGAN": "models.mae_vqgan.traced",
     "Activations": "vectors",
+    "CausalLM": "models.causal_lm",
     "Condition": "evaluation",
     "Layout": "layouts",
     "Net2Net": "models.baselines.net2net",

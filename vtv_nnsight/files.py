@@ -82,7 +82,7 @@ def check_place(path: str | Path) -> None:
         raise PermissionError(f"{path} cannot be written: {folder} is not yours to write in.")
 
 
-def check_folder(path: str | Path) -> Path:
+def check_folder(path: str | os.PathLike[str]) -> Path:
     """Refuse a path where no folder to write in can be: nothing is made.
 
     Raises:
@@ -99,7 +99,7 @@ def check_folder(path: str | Path) -> Path:
     return path
 
 
-def make_folder(path: str | Path) -> Path:
+def make_folder(path: str | os.PathLike[str]) -> Path:
     """A folder to write in, made where it is missing; of those above it only "runs" is, with the errors of
     `check_folder`."""
     path = check_folder(path)
@@ -108,7 +108,7 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
-def check_file(path: str | Path) -> Path:
+def check_file(path: str | os.PathLike[str]) -> Path:
     """A path that a file can be read from.
 
     Raises:

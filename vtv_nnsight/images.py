@@ -112,7 +112,8 @@ def _load(image: Image.Image) -> None:
     """
     is_deep = ";16" in str(getattr(image, "tile", ""))
     image.load()
-    if is_deep and image.mode.startswith("RGB") and (top := max(high for _, high in image.getextrema()[:3])) < 128:
+    extrema: Any = image.getextrema()
+    if is_deep and image.mode.startswith("RGB") and (top := max(high for _, high in extrema[:3])) < 128:
         raise ValueError(f"the image has colours of 16 bits up to {256 * top}, {_UNTOLD.format(65535)}.")
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from einops import rearrange, repeat
@@ -54,6 +55,8 @@ class Layout:
     order: str = "vertical"
     background: str = "white"
     gap: int | tuple[int, int] | None = None
+    MODEL_FACTS: ClassVar[tuple[str, ...]] = ("canvas_size", "patch_size")
+    """What of it belongs to the model."""
 
     def __post_init__(self) -> None:
         if isinstance(self.gap, list):
@@ -197,6 +200,11 @@ class Layout:
         as nothing."""
         return {name: values[..., places].nansum(-1) for name, places in named_positions(self.disjoint_regions).items()}
 
+    @staticmethod
+    def place_names(places: torch.Tensor) -> list[str]:
+        """Absolute positions [position] by name: "cls", or "patch 98"."""
+        return ["cls" if place == CLS else f"patch {place - 1}" for place in places.tolist()]
+
     def pixels(self, patches: torch.Tensor) -> torch.Tensor:
         """Which pixels some patches cover: LongTensor [patch] → bool [height, width]."""
         covered = torch.zeros(self.num_patches, dtype=torch.bool, device=patches.device).index_fill(0, patches, True)
@@ -229,11 +237,6 @@ def index_of(seen: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """Where some patches stand among those seen, in their order: LongTensor [patch], in which the first is 0. That they
     are among them is not looked at, which would wait for a GPU (`Layout.index` looks)."""
     return (patches[:, None] == seen.to(patches.device)[None, :]).int().argmax(1)
-
-
-def place_names(places: torch.Tensor) -> list[str]:
-    """Absolute positions [position] by name: "cls", or "patch 98"."""
-    return ["cls" if place == CLS else f"patch {place - 1}" for place in places.tolist()]
 
 
 def take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

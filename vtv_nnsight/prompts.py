@@ -1,24 +1,109 @@
-"""A batch of visual prompts: canvases that share a layout, and what each stage of the model sees of them."""
+"""Prompts: what all kinds of them have, and batches of visual prompts, which are canvases that share a layout and what
+each stage of the model sees of them."""
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 
-from vtv_nnsight.digests import text_number
+from vtv_nnsight.digests import tensor_digest, text_number
 from vtv_nnsight.images import as_cell, digest, png_of, to_pil
 from vtv_nnsight.layouts import Layout
 
+Self = TypeVar("Self", bound="Prompts")
+
+
+class Prompts(ABC):
+    """Rows for a model to answer, of canvases (`VisualPrompt`) or of texts (`TextPrompts`): all that collecting,
+    patching, searching and evaluating ask of them.
+
+    Attributes:
+        layout: Where things lie in them: equal layouts have equal positions. It has `num_positions`, `place_names`,
+            and `MODEL_FACTS`, the names of the fields that belong to the model.
+    """
+
+    layout: Any
+
+    @property
+    @abstractmethod
+    def identifiers(self) -> torch.Tensor | None:
+        """LongTensor [row, examples + 1] with a number for all that each row shows, the query last; None where that is
+        not known."""
+
+    @classmethod
+    @abstractmethod
+    def cat(cls, prompts: Sequence[Any]) -> Any:
+        """Prompts of one layout, one after the other."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self: Self, rows: int | slice | Sequence[int] | torch.Tensor) -> Self: ...
+
+    def __iter__(self: Self) -> Iterator[Self]:
+        return (self[i] for i in range(len(self)))
+
+    def split(self: Self, batch_size: int) -> Iterator[Self]:
+        """Batches of at most `batch_size` rows, in order.
+
+        Raises:
+            ValueError: when that is less than 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
+        return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
+
+    @abstractmethod
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """Move, as `torch.Tensor.to` does."""
+
+    @abstractmethod
+    def query_only(self: Self) -> Self:
+        """The zero-shot form."""
+
+    @abstractmethod
+    def one_shot(self: Self) -> Self:
+        """The form with examples."""
+
+    @property
+    @abstractmethod
+    def factors(self) -> dict[str, torch.Tensor]:
+        """What rows may share, and intervals resample together: "query" and more → a number for each row, LongTensor
+        [row] on the CPU."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """A name for all that they show."""
+
+    def contents(self, named: bool = True) -> list[set[int]]:
+        """Numbers for all that each row shows: its identifiers, or, if not `named`, what can be seen."""
+        return [] if self.identifiers is None else [set(row) for row in self.identifiers.tolist()]
+
+    @abstractmethod
+    def check_truth(self) -> None:
+        """Refuse prompts without a truth, by which nothing can be scored."""
+
+    @abstractmethod
+    def same_queries(self, other: Any) -> bool:
+        """Whether others ask the same, row for row, as far as that can be told."""
+
+    @abstractmethod
+    def shown(self) -> dict[str, Any]:
+        """For people: "prompt", what they show without the answers, and "truth", the true answers."""
+
 
 @dataclass(frozen=True, eq=False)
-class VisualPrompt:
+class VisualPrompt(Prompts):
     """Canvases with an example, a query and an output to be painted.
 
     A canvas holds the truth in its output cell, where the model never sees it; without a truth the cell is white.
@@ -124,19 +209,6 @@ class VisualPrompt:
         pictures = None if self.pictures is None else self.pictures[rows]
         return self._with(canvas=self.canvas[rows], pictures=pictures, sources=sources)
 
-    def __iter__(self) -> Iterator[VisualPrompt]:
-        return (self[i] for i in range(len(self)))
-
-    def split(self, batch_size: int) -> Iterator[VisualPrompt]:
-        """Batches of at most `batch_size` rows, in order.
-
-        Raises:
-            ValueError: when that is less than 1.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
-        return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
-
     def to(self, *args: Any, **kwargs: Any) -> VisualPrompt:
         """Move the canvas (device, dtype) and the ids (device) as `torch.Tensor.to` does."""
         canvas = self.canvas.to(*args, **kwargs)
@@ -181,6 +253,11 @@ class VisualPrompt:
         return self._with(canvas=canvas, pictures=None)
 
     @property
+    def identifiers(self) -> torch.Tensor | None:
+        """`pictures`."""
+        return self.pictures
+
+    @property
     def queries(self) -> torch.Tensor:
         """A number for each row's query picture, LongTensor [batch] on the CPU: rows of one number ask about the same
         picture. Of the query's cell where `pictures` is not known."""
@@ -197,6 +274,36 @@ class VisualPrompt:
         examples = [row[0] if len(row) == 2 else text_number(row[:-1]) for row in pictures]
         numbers = {"query": [row[-1] for row in pictures], "example": examples}
         return {name: torch.tensor(column, dtype=torch.long) for name, column in numbers.items()} | dict(self.sources)
+
+    @property
+    def digest(self) -> str:
+        """A name for the canvases and for what each stage sees of them."""
+        return tensor_digest(self.canvas, self.visible, self.decoded)
+
+    def same_queries(self, other: VisualPrompt) -> bool:
+        """Whether others have the same queries and truths, row for row; those of another layout are not compared."""
+        return self.layout != other.layout or all(
+            torch.equal(self.region(cell).float().cpu(), other.region(cell).float().cpu())
+            for cell in ("query", "output")
+        )
+
+    def shown(self) -> dict[str, torch.Tensor]:
+        """Canvases with grey output cells, [batch, 3, height, width], and the output cells."""
+        canvas = self.canvas.clone()
+        crop(canvas, "output", self.layout)[:] = 0.5
+        return {"prompt": canvas, "truth": self.region("output")}
+
+    def contents(self, named: bool = True) -> list[set[int]]:
+        """Numbers for the pictures of each row: its identifiers, or, if not `named`, of the pictures in its cells, the
+        truth included: an input with a hole, or in grey, is found by the answer that belongs to it. Cells of one colour
+        are no pictures."""
+        if named:
+            return super().contents()
+        pictures = []
+        for canvas in self.canvas.cpu():
+            pixels = (crop(canvas, name, self.layout) for name in self.layout.cells)
+            pictures.append({digest(p) for p in pixels if (p.amax((1, 2)) > p.amin((1, 2))).any()})
+        return pictures
 
     def region(self, name: str) -> torch.Tensor:
         """Pixels [batch, 3, cell, cell] of a cell, such as "query" or "output" (the truth)."""

@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from vtv_nnsight.digests import bytes_digest, json_digest
+from vtv_nnsight.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class TextLayout:
     shots: int = 0
     positions: int = 1
     stop: str = ""
+    MODEL_FACTS: ClassVar[tuple[str, ...]] = ()
+    """What of it belongs to the model: nothing."""
 
     def __post_init__(self) -> None:
         if self.shots < 0 or self.positions < 1:
@@ -44,9 +47,14 @@ class TextLayout:
         """Positions that a vector holds; 0 is the prompt's last token, 1 the one before it."""
         return self.positions
 
+    @staticmethod
+    def place_names(places: torch.Tensor) -> list[str]:
+        """Positions [position] by name: "last token", or "token -2", as Python counts them."""
+        return [f"token {-1 - place}" if place else "last token" for place in places.tolist()]
+
 
 @dataclass(frozen=True, eq=False)
-class TextPrompts:
+class TextPrompts(Prompts):
     """Texts that a language model is to go on from.
 
     Args:
@@ -120,21 +128,9 @@ class TextPrompts:
         few_shot = None if self._few_shot is None else self._few_shot[kept]
         return replace(self, **strings, identifiers=self.identifiers[kept], _few_shot=few_shot)
 
-    def __iter__(self) -> Iterator[TextPrompts]:
-        return (self[i] for i in range(len(self)))
-
-    def split(self, batch_size: int) -> Iterator[TextPrompts]:
-        """Batches of at most `batch_size` rows, in order."""
-        return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
-
     def to(self, *args: Any, **kwargs: Any) -> TextPrompts:
         """The same: texts lie on no device, the model moves their tokens."""
         return self
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return self.identifiers.device
 
     def query_only(self) -> TextPrompts:
         """The zero-shot form: the same queries with no example before them."""
@@ -158,9 +154,31 @@ class TextPrompts:
         return self.identifiers[:, -1]
 
     @property
+    def factors(self) -> dict[str, torch.Tensor]:
+        """What rows may share: their "query"."""
+        return {"query": self.queries}
+
+    @property
     def digest(self) -> str:
         """A name for all that the texts and answers say."""
         return json_digest([self.texts, self.answers, self.wrong_answers])
+
+    def check_truth(self) -> None:
+        """Refuse prompts without answers.
+
+        Raises:
+            ValueError: saying how they are given.
+        """
+        if self.answers is None:
+            raise ValueError("these prompts have no answers to be scored by; give TextPrompts(texts, answers).")
+
+    def same_queries(self, other: TextPrompts) -> bool:
+        """Whether others ask the same and have the same answers, row for row."""
+        return torch.equal(self.queries, other.queries) and self.answers == other.answers
+
+    def shown(self) -> dict[str, Any]:
+        """The texts and the answers."""
+        return {"prompt": self.texts, "truth": self.answers or ()}
 
     def __repr__(self) -> str:
         if not len(self):

@@ -20,7 +20,7 @@ from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.models.sources import EMBEDDED
 from vtv_nnsight.patching import PatchSet, PatchSpace
-from vtv_nnsight.patching.forward import forward, generate_with_gates, output_cell
+from vtv_nnsight.patching.forward import forward, generate_with_gates
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report import photographs
 from vtv_nnsight.report.play import unit_maps
@@ -127,7 +127,8 @@ class Player:
             raise ValueError(f"mode={mode!r} is unknown; choose from {', '.join(MODES)}.")
         with self._lock, torch.no_grad():  # a model is traced by one visitor at a time
             if mode == ONE_SHOT:
-                return output_cell(self.model, *forward(self.model, prompt.to(device_of(self.model))))[0].float().cpu()
+                prompt = prompt.to(device_of(self.model))
+                return self.model.answers(*forward(self.model, prompt))[0][0].float().cpu()
             vector = vector if vector is not None else self.vector(next(iter(self.bundle)))
             on = units.choices if mode == VECTOR and units is not None else torch.zeros(len(self.space))
             return generate_with_gates(self.model, prompt, vector, self.space, scale * on[None])[0]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight.patching import MODES, PatchSet, ablate, patch
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.vectors import TaskVector
 
 SHOTS = {
@@ -55,7 +55,7 @@ class Condition:
         prompts: Ask only so many of the prompts, the first ones; None asks all.
         prompts_override: One-shot prompts of the same queries, row for row, to ask in place of those that are
             evaluated: with other examples, with more of them in another layout, or with a border (see
-            `studies.prompting`). Of several VisualPrompts, one after the other is asked: the mean of their answers is
+            `studies.prompting`). Of several prompts, one after the other is asked: the mean of their answers is
             scored, and the loss is the mean of theirs. A loss is to the truth of the prompt that is shown: a
             tokenizer's codes of an answer depend on what else the canvas shows.
 
@@ -71,7 +71,7 @@ class Condition:
     ablation: str | TaskVector | None = None
     run: Callable[[Any], None] | None = None
     prompts: int | None = None
-    prompts_override: VisualPrompt | Sequence[VisualPrompt] | None = None
+    prompts_override: Prompts | Sequence[Prompts] | None = None
 
     def __post_init__(self) -> None:
         patched = self.patches is not None or self.run is not None
@@ -94,7 +94,7 @@ class Condition:
         if self.prompts_override is not None and self.shot != "one":
             raise ValueError(f"shot={self.shot!r} shows no example; prompts_override= goes with shot='one'.")
         if self.prompts_override is not None and not self._overrides:
-            raise ValueError("prompts_override=[] shows nothing; give a VisualPrompt, or several.")
+            raise ValueError("prompts_override=[] shows nothing; give prompts, or several.")
 
     @classmethod
     def of(cls, value: Condition | str | tuple[Any, ...] | None, name: str = "") -> Condition:
@@ -123,11 +123,11 @@ class Condition:
         return replace(self, vectors=vectors, ablation=ablation)
 
     @property
-    def _overrides(self) -> list[VisualPrompt]:
+    def _overrides(self) -> list[Prompts]:
         override = self.prompts_override if self.prompts_override is not None else []
-        return [override] if isinstance(override, VisualPrompt) else list(override)
+        return [override] if isinstance(override, Prompts) else list(override)
 
-    def check_override(self, prompts: VisualPrompt, name: str = "") -> None:
+    def check_override(self, prompts: Prompts, name: str = "") -> None:
         """Refuse `prompts_override` that are not of the queries of these prompts, row for row.
 
         Raises:
@@ -140,19 +140,16 @@ class Condition:
                 )
             if override.layout != self._overrides[0].layout:
                 raise ValueError(f"condition {name!r} shows prompts of several layouts; their answers have no mean.")
-            if override.layout == prompts.layout and not all(
-                torch.equal(override.region(cell).float().cpu(), prompts.region(cell).float().cpu())
-                for cell in ("query", "output")
-            ):
+            if not override.same_queries(prompts):
                 raise ValueError(
                     f"condition {name!r} shows prompts of other queries or truths than those that are evaluated; give "
                     "the same ones, row for row."
                 )
 
-    def prompts_for(self, batch: VisualPrompt, start: int) -> list[VisualPrompt]:
+    def prompts_for(self, batch: Prompts, start: int, device: torch.device) -> list[Prompts]:
         """The one-shot prompts to ask for a batch of the evaluated ones, its first row being row `start`."""
         rows = slice(start, start + len(batch))
-        return [override[rows].to(batch.device).one_shot() for override in self._overrides] or [batch]
+        return [override[rows].to(device).one_shot() for override in self._overrides] or [batch]
 
     def apply(self, model: Any) -> None:
         """Inside a trace: patch, silence, run."""

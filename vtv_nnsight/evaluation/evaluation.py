@@ -20,10 +20,10 @@ from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, ZERO_SHO
 from vtv_nnsight.evaluation.table import Table
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
-from vtv_nnsight.patching.forward import forward, output_cell
+from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.prompts import VisualPrompt, crop
-from vtv_nnsight.tasks import Task
+from vtv_nnsight.prompts import Prompts
+from vtv_nnsight.tasks.base import AnyTask
 
 UNPATCHED = (BASELINE, ZERO_SHOT, CEILING, FLOOR)
 """What is compared where no conditions are given."""
@@ -31,8 +31,8 @@ UNPATCHED = (BASELINE, ZERO_SHOT, CEILING, FLOOR)
 
 def evaluate(
     model: InContextModel,
-    task: Task,
-    prompts: VisualPrompt,
+    task: AnyTask,
+    prompts: Prompts,
     conditions: Mapping[str, Condition | str | tuple[Any, ...] | None | Sequence[Condition]] | None = None,
     *,
     fold: int = 0,
@@ -68,43 +68,44 @@ def evaluate(
         conditions = {name: name for name in UNPATCHED}
     if not conditions:
         raise ValueError("there are no conditions to compare; give {name: condition}.")
-    plans = _plans(conditions, prompts, device_of(model))
+    device = device_of(model)
+    plans = _plans(conditions, prompts, device)
     loss = next(iter(model.losses), None)
     counts = {key: min(len(prompts), condition.prompts or len(prompts)) for key, condition in plans.items()}
     values: dict[tuple[str, int], list[torch.Tensor]] = {key: [] for key in plans}
-    pictures: dict[str, list[torch.Tensor]] = {name: [] for name in ("prompt", "truth", *conditions)}
+    pictures: dict[str, list[Any]] = {name: [] for name in ("prompt", "truth", *conditions)}
     start = 0
     with torch.no_grad(), progress_bar(total=sum(counts.values()), unit="answer", disable=not progress) as bar:
-        for batch in prompts.split(batch_size or default_batch_size(model)):
-            batch = batch.to(device_of(model)).one_shot()
+        for batch in prompts.split(batch_size or default_batch_size(model, prompts=prompts)):
+            batch = batch.to(device).one_shot()
             truth = model.truth(batch) if loss else None
-            cells = {"prompt": without_answers(batch), "truth": batch.region("output")}
+            cells = batch.shown()
             for (name, draw), condition in plans.items():
                 count = min(len(batch), counts[name, draw] - start)
                 if count <= 0:
                     continue
                 bar.set_postfix_str(f"{task.name}, {name}")
-                parts = condition.prompts_for(batch if count == len(batch) else batch[:count], start)
+                parts = condition.prompts_for(batch if count == len(batch) else batch[:count], start, device)
                 override = condition.prompts_override is not None
-                truths = [model.truth(rows) if loss else None for rows in parts] if override else [truth]
-                pairs = zip(parts, truths)
-                answers, losses = zip(*(_answer(model, rows, condition, loss, aim) for rows, aim in pairs))
+                aims = [model.truth(rows) if loss else None for rows in parts] if override else [truth]
+                asked = (_answer(model, rows, task, condition, loss, aim) for rows, aim in zip(parts, aims))
+                answers, truths, losses = zip(*asked)
                 if answers[0] is not None:
-                    answer = torch.stack(answers).mean(0)
-                    cells.setdefault(name, answer)
-                    scores = task.score(answer, parts[0].region("output")).double()
-                    values[name, draw].append(torch.stack([scores, torch.stack(losses).double().mean(0)], 1).cpu())
+                    answer = answers[0] if len(answers) == 1 else torch.stack(answers).mean(0)
+                    cells.setdefault(name, model.show(answer))
+                    scores = task.score(answer, truths[0]).double().cpu()
+                    values[name, draw].append(torch.stack([scores, torch.stack(losses).double().mean(0).cpu()], 1))
                 bar.update(count)
-            for name, pixels in cells.items():
-                pictures[name].append(pixels[: max(0, keep - start)].mul(255).round().byte().cpu())
+            for name, answer in cells.items():
+                pictures[name].append(answer[: max(0, keep - start)])
             start += len(batch)
-    kept = {task.name: {name: torch.cat(parts) for name, parts in pictures.items() if parts}}
+    kept = {task.name: {name: _joined(parts) for name, parts in pictures.items() if parts}}
     return Table(_frame(task, prompts, values, loss, fold), kept)
 
 
 def _plans(
     conditions: Mapping[str, Condition | str | tuple[Any, ...] | None | Sequence[Condition]],
-    prompts: VisualPrompt,
+    prompts: Prompts,
     device: torch.device,
 ) -> dict[tuple[str, int], Condition]:
     """(name, number of the draw) → condition on the model's device."""
@@ -116,33 +117,35 @@ def _plans(
 
 
 def _answer(
-    model: InContextModel, prompts: VisualPrompt, condition: Condition, loss: Loss | None, truth: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The output cells [batch, 3, cell, cell] of one-shot prompts, or None for a ceiling that there is not; and the
-    losses [batch], NaN where the model was not asked or has none."""
-    losses = torch.full((len(prompts),), torch.nan, device=prompts.device)
-    if condition.shot == "copy":
-        return prompts.region("query"), losses
-    if condition.shot == "ceiling":
-        best = model.ceiling(prompts)
-        return None if best is None else crop(best, "output", prompts.layout), losses
+    model: InContextModel,
+    prompts: Prompts,
+    task: AnyTask,
+    condition: Condition,
+    loss: Loss | None,
+    truth: torch.Tensor | None,
+) -> tuple[Any, Any, torch.Tensor]:
+    """The answers to one-shot prompts, or None for a bound that there is not; the true ones; and the losses [batch],
+    NaN where the model was not asked or has none."""
+    losses = torch.full((len(prompts),), torch.nan)
+    if condition.shot in ("copy", "ceiling"):
+        return *(model.bound(condition.shot, prompts) or (None, None)), losses
     prompts = prompts.query_only() if condition.shot == "zero" else prompts
     output, _ = forward(model, prompts, condition.apply)
     if loss is not None and truth is not None:
         losses = loss.value(output, prompts, truth[: len(prompts)])
-    return output_cell(model, output, prompts), losses
+    return *model.answers(output, prompts, task, condition.apply), losses
 
 
-def without_answers(prompts: VisualPrompt) -> torch.Tensor:
-    """The canvases with grey output cells: [batch, 3, height, width]."""
-    canvas = prompts.canvas.clone()
-    crop(canvas, "output", prompts.layout)[:] = 0.5
-    return canvas
+def _joined(parts: Sequence[Any]) -> Any:
+    """The answers of batches as one: pictures as uint8 [image, 3, height, width], strings as a list."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat([part.mul(255).round().byte().cpu() for part in parts])
+    return [answer for part in parts for answer in part]
 
 
 def _frame(
-    task: Task,
-    prompts: VisualPrompt,
+    task: AnyTask,
+    prompts: Prompts,
     values: Mapping[tuple[str, int], Sequence[torch.Tensor]],
     loss: Loss | None,
     fold: int,

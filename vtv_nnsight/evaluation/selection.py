@@ -10,7 +10,7 @@ import torch
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, default_batch_size
-from vtv_nnsight.patching.forward import forward, output_cell
+from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.tasks import Draw, Task, draw
@@ -68,8 +68,7 @@ def select_prompts(
             prompts.check_truth()
             with torch.no_grad():
                 output, _ = forward(model, prompts)
-            answers = output_cell(model, output, prompts)
-            losses.append(task.loss(answers, prompts.region("output")).double().cpu())
+            losses.append(task.loss(*model.answers(output, prompts, task)).double().cpu())
     loss = torch.cat(losses)
     left = _apart(loss, drawn.rows) if duplicates == "apart" else _published(loss, drawn.rows, task.higher_is_better)
     if len(left) < n:

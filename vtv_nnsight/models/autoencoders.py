@@ -10,13 +10,13 @@ import torch
 
 from vtv_nnsight import metrics
 from vtv_nnsight.layouts import Layout, index_of, named_positions, positions
-from vtv_nnsight.models.canvas import CanvasModel
-from vtv_nnsight.models.interface import Loss, Stage, group_positions
+from vtv_nnsight.models.canvas import TraceableCanvas
+from vtv_nnsight.models.interface import Loss, Stage, default_batch_size, group_positions
 from vtv_nnsight.models.painting import Inputs, paint_canvas
 from vtv_nnsight.prompts import VisualPrompt
 
 
-class MaskedAutoencoder(CanvasModel):
+class MaskedAutoencoder(TraceableCanvas):
     """A model of two stages: "encoder" sees CLS and the visible patches, "decoder" CLS and the decoded patches. The
     config has the names of transformers' ViTMAEConfig."""
 
@@ -57,7 +57,7 @@ class MaskedAutoencoder(CanvasModel):
         return keep_output(self.decoder.norm, prompts)
 
 
-class CodeModel(CanvasModel):
+class CodeModel(TraceableCanvas):
     """A model that predicts a tokenizer's code for each decoded patch."""
 
     @abstractmethod
@@ -70,7 +70,8 @@ class CodeModel(CanvasModel):
         """The codes of canvases; of those that were asked last, the same ones."""
         self.dispatch()
         if self._last is None or self._last[0] is not canvas or self._last[1] != canvas._version:
-            self._last = canvas, canvas._version, self.codes(canvas)
+            codes = torch.cat([self.codes(part) for part in canvas.split(default_batch_size(self))])
+            self._last = canvas, canvas._version, codes
         return self._last[2]
 
     @property

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from vtv_nnsight.finite import check_output
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import check_device_map, resolve_device
-from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.interface import CanvasModel
 from vtv_nnsight.models.nnsight_compat import Envoy, TraceableModel, traceable
 from vtv_nnsight.models.painting import Inputs, paint_canvas
 from vtv_nnsight.models.sources import HUB_OPTIONS, locate, read_model_type, read_shapes
@@ -53,7 +53,7 @@ class AdaptedNetwork(nn.Module):
         return next(self.parameters()).dtype
 
 
-class CanvasModel(TraceableModel, InContextModel):
+class TraceableCanvas(TraceableModel, CanvasModel):
     """A traceable network of canvas, visible and decoded patches (see `Inputs`).
 
     Raises:
@@ -151,7 +151,7 @@ class CanvasModel(TraceableModel, InContextModel):
         """The picture of predictions of every patch of the grid: [batch, 3, height, width] in [0, 1]."""
         raise NotImplementedError
 
-    def to(self, *args: Any, **kwargs: Any) -> CanvasModel:
+    def to(self, *args: Any, **kwargs: Any) -> TraceableCanvas:
         """Move or cast the model (device, dtype), in place, as `torch.nn.Module.to` does; loads the weights first.
 
         Raises:

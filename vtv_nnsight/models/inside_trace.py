@@ -102,10 +102,19 @@ def at(values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
 
 
 def put(values: torch.Tensor, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
-    """Write activations of a layer into [row, layer, position, head, head_dim], at the positions `seen`, [token] or
-    [row, token]."""
-    seen = seen.to(values.device)
+    """Write activations of a layer into [row, layer, position, head, head_dim], at the positions `seen` of the first
+    tokens, [token], or [row, token] with negative numbers where there is none."""
+    seen, z = seen.to(values.device), z[:, : seen.shape[-1]]
     if seen.ndim == 1:
         values.select(1, layer)[:, seen] = z
     else:
-        values.select(1, layer)[torch.arange(len(z), device=values.device)[:, None], seen] = z
+        rows, tokens = (seen >= 0).nonzero(as_tuple=True)
+        values.select(1, layer)[rows, seen[rows, tokens]] = z[rows, tokens]
+
+
+def last_tokens(seen: torch.Tensor, places: int) -> tuple[slice, torch.Tensor]:
+    """Of tokens at positions [token] or [row, token], those at the last `places` of them, and their positions,
+    told once where rows agree: texts have more tokens than vectors have positions, and count from the end."""
+    tokens = slice(max(0, seen.shape[-1] - places), seen.shape[-1])
+    seen = seen[..., tokens]
+    return tokens, seen[0] if seen.ndim == 2 and bool((seen == seen[:1]).all()) else seen

@@ -1,26 +1,29 @@
-"""What the rest of the package may ask of a model, and nothing else: vectors, patching, search, evaluation, studies and
-reports know no model but through `InContextModel`.
+"""What the rest of the package may ask of a model, and nothing else: vectors, patching, search and evaluation know no
+model but through `InContextModel`, studies and reports of pictures through `CanvasModel`.
 
-A model of your own subclasses it beside one of nnsight's (`NNsight`, `HuggingFaceModel`), so that `trace` takes a
-`VisualPrompt` and `model.output` is what the network gives; then everything works on it: collecting, scoring,
+A model of your own subclasses one of them beside one of nnsight's (`NNsight`, `HuggingFaceModel`), so that `trace`
+takes its prompts and `model.output` is what the network gives; then everything works on it: collecting, scoring,
 searching, patching, evaluating. `docs/your_model.md` is a complete example.
 
-A *position* is a place of the canvas, whatever the prompt shows and in whatever order: 0 is CLS, and 1 + i is patch i
-of the layout (see `layouts`). A *stage* is a run of layers that share their heads and see the same positions.
+A *position* is a place that prompts share. Of a canvas, whatever is shown and in whatever order: 0 is CLS, and 1 + i
+is patch i of the layout (see `layouts`). Of a text it is counted from the end: 0 is the prompt's last token. A *stage*
+is a run of layers that share their heads and see the same positions.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from vtv_nnsight import tasks
-from vtv_nnsight.layouts import Layout, place_names
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.inside_trace import Place
+from vtv_nnsight.prompts import VisualPrompt, crop
 
 QUERY_ONLY = ("head", "quadrant", "token")
 """How fine the units of query-only prompts are: a head at all its tokens, at a region of the canvas, or at a token."""
@@ -34,6 +37,8 @@ heads, of its attention, of its MLP, and the residual stream that it leaves (see
 
 
 HEADS = SITES[0]
+PIXELS = "pixels"
+"""The name of the task's own loss of the painted answer, which every canvas model has beside its `losses`."""
 
 
 class StageSite(NamedTuple):
@@ -98,6 +103,7 @@ class Stage:
         head_dim: Width of a head.
         streams: Rows of the network's own tensors for each row of a batch: 2 where image and target run side by side.
         site: Where of its layers (see `SITES`); at the sites of whole layers it has one head.
+        stream: Width of the residual stream, where it is not that of all heads side by side.
     """
 
     name: str
@@ -106,6 +112,7 @@ class Stage:
     head_dim: int
     streams: int = 1
     site: str = HEADS
+    stream: int | None = None
 
     @property
     def key(self) -> StageSite:
@@ -118,8 +125,8 @@ class Stage:
 
     @property
     def width(self) -> int:
-        """Width of the residual stream: of all heads side by side."""
-        return self.heads * self.head_dim
+        """Width of the residual stream."""
+        return self.stream or self.heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -128,22 +135,24 @@ class Loss:
 
     Args:
         name: Its name, such as "tokens". Not "pixels": that is the task's own loss of the painted answer, which every
-            model has.
+            canvas model has.
         value: `value(output, prompts, truth)` → losses [batch], of the network's output, the prompts that it answers
             and what `truth` gives of them.
         differentiable: Whether gradients flow from it into the network, as gates and attribution need.
+        truth: What it compares with in the place of the model's `truth`; it then reads the whole output.
     """
 
     name: str
-    value: Callable[[Any, VisualPrompt, torch.Tensor], torch.Tensor]
+    value: Callable[[Any, Any, torch.Tensor], torch.Tensor]
     differentiable: bool = True
+    truth: Callable[[Any], torch.Tensor] | None = None
 
 
 class InContextModel(ABC):
-    """A traceable model that completes visual prompts.
+    """A traceable model that answers prompts (`prompts.Prompts`), whatever they are of.
 
-    Beside what is below it is an nnsight model: `trace`, `edit`, `output`, `state_dict`, `parameters`. Its input is a
-    VisualPrompt, one or one for each invoke, and each invoke sees its own rows only.
+    Beside what is below it is an nnsight model: `trace`, `edit`, `output`, `state_dict`, `parameters`. Its input is
+    prompts, one batch or one for each invoke, and each invoke sees its own rows only.
     """
 
     trace: Any
@@ -151,11 +160,13 @@ class InContextModel(ABC):
     output: Any
     state_dict: Any
     parameters: Any
+    scoring: Mapping[str, Any] = {}
+    """Options of a trace with which the output is what `losses` and `answers` read."""
 
     @property
     @abstractmethod
-    def layout(self) -> Layout:
-        """The layout of its canvas, with one example."""
+    def layout(self) -> Any:
+        """The layout of its prompts where none is said."""
 
     @property
     @abstractmethod
@@ -166,8 +177,12 @@ class InContextModel(ABC):
     @property
     @abstractmethod
     def losses(self) -> tuple[Loss, ...]:
-        """The losses that it was trained with, the default first; none for a model whose only loss is the task's own of
-        the painted answer."""
+        """The losses that it was trained with, the default first; none for a model whose only losses are the task's
+        own."""
+
+    def task_losses(self, task: Any) -> tuple[Loss, ...]:
+        """The losses of its answers that a task itself has."""
+        return ()
 
     @abstractmethod
     def attention(self, stage: str, layer: int) -> Any:
@@ -189,10 +204,13 @@ class InContextModel(ABC):
         they patch. None, where a model says nothing: they run all of it."""
         return None
 
+    def name_of(self, module: Any) -> str:
+        """The name of a module as users type it, such as "encoder.blocks.3.attn"."""
+        return str(module.path).removeprefix("model.")
+
     @abstractmethod
-    def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
-        """The position of every token of a stage: LongTensor [token]; inside a trace whose rows were given patches of
-        their own, [batch, token].
+    def positions(self, stage: str, prompts: Any = None) -> torch.Tensor:
+        """The position of every token of a stage: LongTensor [token]; [batch, token] where rows differ.
 
         Args:
             stage: Its name.
@@ -200,8 +218,24 @@ class InContextModel(ABC):
                 the first of the stage's heads.
         """
 
+    def token_positions(self, stage: str, prompts: Sequence[Any] | None, place: Place) -> torch.Tensor:
+        """Inside a trace: the positions of the first tokens of a stage, [token] or [batch, token] with a negative
+        number where a row has none; later tokens have none. By default `positions` of the prompts where all of them
+        agree, else of what is running.
+
+        Args:
+            stage: Its name.
+            prompts: Those that run, of each invoke; None where that is not known.
+            place: Where the stage is read next.
+        """
+        with unset_fake_temporarily():
+            known = [self.positions(stage, rows) for rows in prompts or ()]
+            if known and all(torch.equal(known[0], other) for other in known[1:]):
+                return known[0]
+        return self.positions(stage)
+
     @abstractmethod
-    def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> dict[str, torch.Tensor]:
+    def groups(self, stage: str, granularity: str, layout: Any = None) -> dict[str, torch.Tensor]:
         """The places of a stage that units are made of: name → LongTensor of positions that are patched together.
 
         Only places that a query-only prompt shows; for "head", one group of all that any prompt shows; for "cell", a
@@ -217,14 +251,91 @@ class InContextModel(ABC):
         """
 
     @abstractmethod
-    def truth(self, prompts: VisualPrompt) -> torch.Tensor:
-        """What `losses` compare an output with, of prompts whose output cells hold the truth: [batch, …]. It is
-        computed once and kept."""
+    def lengths(self, prompts: Any = None) -> torch.Tensor:
+        """The tokens of each prompt, LongTensor [batch], or [1] where all have as many: what bounds a batch."""
+
+    @abstractmethod
+    def truth(self, prompts: Any) -> torch.Tensor:
+        """What `losses` compare an output with, of prompts that know their answers: [batch, …]. It is computed once, of
+        all prompts together, and kept."""
+
+    @abstractmethod
+    def answers(
+        self, output: Any, prompts: Any, task: Any = None, edit: Callable[[Any], None] | None = None
+    ) -> tuple[Any, Any]:
+        """The answers that an output stands for, and the true ones, as tasks score them: two values of as many rows.
+
+        Args:
+            output: The network's, unrestricted.
+            prompts: Those that it answers.
+            task: The task, for a model whose answers depend on its metric.
+            edit: What was done inside the trace, for a model that must run again to answer.
+        """
+
+    def show(self, answers: Any) -> Any:
+        """Answers for people: pictures, or strings."""
+        return answers
+
+    def bound(self, kind: str, prompts: Any) -> tuple[Any, Any] | None:
+        """Answers that are not the model's, and the true ones: "copy", the queries themselves, or "ceiling", the best
+        that it could give knowing the truth. None where there are none."""
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from other models beside stages, layout and weights, as JSON values: its kind, and settings
+        that a vector depends on."""
+        return {"model": type(self).__name__}
+
+    def restrict_to_output(self, prompts: Any) -> Any:
+        """Inside a trace, after all edits: leave out the part of the output that `losses` do not read, to save time.
+
+        Returns:
+            Prompts that say what the output answers now: those given, where nothing was left out.
+        """
+        return prompts
+
+
+class CanvasModel(InContextModel):
+    """A traceable model that completes the canvases of a VisualPrompt."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """The layout of its canvas, with one example."""
 
     @abstractmethod
     def paint(self, output: Any, prompts: VisualPrompt) -> torch.Tensor:
         """The completed canvases that the network's output stands for: [batch, 3, height, width] in [0, 1], on the
         canvas's device, without gradients."""
+
+    def ceiling(self, prompts: VisualPrompt) -> torch.Tensor | None:
+        """The best canvases that the model could paint, knowing the truth, such as its tokenizer's own pictures of
+        them: [batch, 3, height, width] in [0, 1]. None where nothing bounds it."""
+        return None
+
+    def lengths(self, prompts: Any = None) -> torch.Tensor:
+        """The patches of a canvas: LongTensor [1]."""
+        return torch.tensor([self.layout.num_patches])
+
+    def answers(
+        self, output: Any, prompts: VisualPrompt, task: Any = None, edit: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The painted output cells of an unrestricted output and the true ones: [batch, 3, cell, cell] in [0, 1]."""
+        return crop(self.paint(output, prompts), "output", prompts.layout), prompts.region("output")
+
+    def task_losses(self, task: Any) -> tuple[Loss, ...]:
+        """ "pixels": the task's own loss of the painted answer."""
+
+        def value(output: Any, prompts: VisualPrompt, truth: torch.Tensor) -> torch.Tensor:
+            loss: torch.Tensor = task.loss(self.answers(output, prompts)[0], truth)
+            return loss
+
+        return (Loss(PIXELS, value, False, lambda prompts: prompts.region("output")),)
+
+    def bound(self, kind: str, prompts: VisualPrompt) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The query's pixels, or the output cells of `ceiling`; and the true output cells."""
+        canvas, cell = (prompts.canvas, "query") if kind == "copy" else (self.ceiling(prompts), "output")
+        return None if canvas is None else (crop(canvas, cell, prompts.layout), prompts.region("output"))
 
     def prompt(self, task: Any, example: Any, query: Any) -> VisualPrompt:
         """One prompt in the model's own layout.
@@ -247,24 +358,6 @@ class InContextModel(ABC):
             raise ValueError("without a task the example is a pair of pictures, its input and its output.")
         cells = {"example_input": example[0], "example_output": example[1], "query": query}
         return VisualPrompt.from_cells(cells, self.layout)
-
-    def ceiling(self, prompts: VisualPrompt) -> torch.Tensor | None:
-        """The best canvases that the model could paint, knowing the truth, such as its tokenizer's own pictures of
-        them: [batch, 3, height, width] in [0, 1]. None where nothing bounds it."""
-        return None
-
-    def identity(self) -> dict[str, Any]:
-        """What tells it from other models beside stages, canvas and weights, as JSON values: its kind, and settings
-        that a vector depends on."""
-        return {"model": type(self).__name__}
-
-    def restrict_to_output(self, prompts: VisualPrompt) -> VisualPrompt:
-        """Inside a trace, after all edits: leave out the part of the output that `losses` do not read, to save time.
-
-        Returns:
-            Prompts that say what the output answers now: those given, where nothing was left out.
-        """
-        return prompts
 
 
 def group_positions(
@@ -289,7 +382,7 @@ def group_positions(
     if granularity == "quadrant":
         return dict(regions)
     if granularity == "token":
-        return dict(zip(place_names(tokens), tokens[:, None]))
+        return dict(zip(Layout.place_names(tokens), tokens[:, None]))
     if granularity == "cell" and cells:
         return dict(cells)
     known = GRANULARITIES if cells else QUERY_ONLY
@@ -299,7 +392,7 @@ def group_positions(
 PAPERS_PATCHES = 14 * 14
 
 
-def default_batch_size(model: InContextModel, rows: int = 32) -> int:
-    """Prompts per forward, where a user does not say: `rows` on a canvas of 14×14 patches, as the papers' are, and
-    fewer on one of more patches, such as Painter's of 56×56."""
-    return max(1, rows * PAPERS_PATCHES // max(PAPERS_PATCHES, model.layout.num_patches))
+def default_batch_size(model: InContextModel, rows: int = 32, prompts: Any = None) -> int:
+    """Prompts per forward, where a user does not say: `rows` where prompts have no more tokens than the papers' canvas
+    has patches, 14×14, and fewer where the longest has more, such as Painter's canvas of 56×56."""
+    return max(1, rows * PAPERS_PATCHES // max(PAPERS_PATCHES, int(model.lengths(prompts).max())))

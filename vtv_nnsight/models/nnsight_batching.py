@@ -39,7 +39,7 @@ class StreamRows(torch.Tensor):
     def register_hook(self, hook: Callable[[torch.Tensor], Any]) -> Any:
         """As of any tensor: `hook` is given the gradient, and may return another."""
         if self.whole is None:  # these rows are in the graph themselves
-            return super().register_hook(hook)  # type: ignore[no-untyped-call]
+            return super().register_hook(hook)
 
         def on_whole(gradient: torch.Tensor) -> torch.Tensor | None:
             rows = _take_rows(gradient, self.places)
@@ -49,7 +49,7 @@ class StreamRows(torch.Tensor):
             _copy_rows(changed, gradient, self.places)
             return gradient
 
-        return self.whole.register_hook(on_whole)  # type: ignore[no-untyped-call]
+        return self.whole.register_hook(on_whole)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)

@@ -25,6 +25,7 @@ from nnsight.intervention.source import install_source
 from nnsight.intervention.tracer import InterleavingTracer, ScanningTracer
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.modeling.mixins.meta import MetaDevice
+from nnsight.modeling.transformers import TransformersModel
 from torch import nn
 
 from vtv_nnsight.layouts import positions
@@ -42,7 +43,7 @@ def network_of(envoy: Any) -> Any:
 
 def heads_of(
     projection: str,
-    count: str = "num_heads",
+    count: str | int = "num_heads",
     split: Callable[[torch.Tensor, Any], torch.Tensor] | None = None,
     join: Callable[[torch.Tensor, Any], torch.Tensor] | None = None,
 ) -> eproperty:
@@ -50,15 +51,16 @@ def heads_of(
 
     Args:
         projection: Name of the output projection, an `nn.Linear` whose input has the heads side by side.
-        count: Name of the module's number of heads.
+        count: The number of heads, or the module's name of it.
         split: (z, module) → [batch, token, head, head_dim], where z is not [batch, token, width].
         join: Its inverse.
     """
 
     def sizes(attention: Envoy) -> tuple[int, int]:
         module = network_of(attention)
-        number = getattr(module, count)
-        return number, getattr(module, projection).in_features // number
+        number = getattr(module, count) if isinstance(count, str) else count
+        linear = getattr(module, projection)
+        return number, (getattr(linear, "in_features", None) or linear.nx) // number
 
     def joined(attention: Envoy, heads: torch.Tensor) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
         return (join(heads, network_of(attention)) if join else heads.flatten(-2),), {}
@@ -133,6 +135,30 @@ class EagerProperty(CheckedProperty):
                 f"{attention.path}.{self.name} is not computed by attn_implementation={implementation!r}; "
                 'load the model with attn_implementation="eager".'
             )
+
+
+class AttentionEnvoy(Envoy):
+    """An attention layer of transformers', which gives its pattern beside its output where it is computed eagerly."""
+
+    @EagerProperty(key="output", description='attention pattern, [batch, head, query, key] (only "eager")')
+    def pattern(self, value: Any) -> torch.Tensor:
+        """How much each token attends to each: [batch, head, query token, key token], rows that sum to one. It comes
+        after `heads`, and can only be read."""
+        return value[1]
+
+    @pattern.postprocess  # type: ignore[no-redef]
+    def pattern(self, value: Any) -> Any:
+        """Refuse to write it.
+
+        Raises:
+            ValueError: always, naming what to change in its place.
+        """
+        raise ValueError(f"{self.path}.pattern can only be read; change {self.path}.heads, which come of it.")
+
+
+def attention_envoy(projection: str, count: str | int) -> type[AttentionEnvoy]:
+    """The envoy of an attention layer of transformers' whose heads can be told apart; arguments are `heads_of`'s."""
+    return type("AttentionEnvoy", (AttentionEnvoy,), {"heads": heads_of(projection, count)})
 
 
 class SourceProperty(CheckedProperty):
@@ -241,7 +267,69 @@ class PromptTracer(_RunningAlone, InterleavingTracer):
         return node if entered & {"trace", "generate", "scan"} else None
 
 
-class TraceableModel(HuggingFaceModel):
+class Traceable:
+    """What models of canvases and of texts share. nnsight asks them, under names that say it:
+
+    - `count_rows(*inputs, **options)`: rows that an invoke adds to the batch, 0 where it holds options alone;
+    - `join_inputs(invokes, method)`: the (inputs, options) of all invokes as the arguments of one forward.
+    """
+
+    @property
+    def network(self) -> Any:
+        """The torch module that is traced."""
+        return network_of(self)
+
+    def __call__(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the network once, untraced: the output that `model.trace(...)` calls `model.output`."""
+        return self.trace(*inputs, trace=False, **kwargs)
+
+    def trace(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+        return super().trace(*inputs, **{"tracer_cls": PromptTracer, **kwargs})  # type: ignore[misc]
+
+    trace.__doc__ = HuggingFaceModel.trace.__doc__
+
+    def scan(self: Any, *inputs: Any, fn: Any = None, backend: Any = None, **kwargs: Any) -> Any:
+        return PromptScan(self, fn or "__call__", *inputs, backend=backend, **kwargs)
+
+    scan.__doc__ = HuggingFaceModel.scan.__doc__
+
+    def interleave(self: Any, fn: Any, *args: Any, batcher: Any = None, **kwargs: Any) -> Any:
+        """Run the network with what waits for its values: a tracer's, or none in a call."""
+        if method := getattr(fn, "runs", None):  # of `traceable`
+            fn = method.__get__(fn.__self__)
+        with nullcontext() if batcher is not None else _only_run(self):
+            return super().interleave(fn, *args, batcher=batcher, **kwargs)  # type: ignore[misc]
+
+    def _batch_size(self: Any, *inputs: Any, **kwargs: Any) -> int:
+        rows: int = self.count_rows(*inputs, **kwargs)
+        return rows
+
+    def _batch(self: Any, invokes: list[Any], method: Any) -> Any:
+        return self.join_inputs(invokes, method)
+
+
+class TraceableTexts(Traceable, TransformersModel):
+    """nnsight's model of strings and tokens. `adapt(module)` is given the network before its envoys are made."""
+
+    def count_rows(self, *inputs: Any, **kwargs: Any) -> int:
+        """As nnsight counts strings and tokens."""
+        return TransformersModel._batch_size(self, *inputs, **kwargs)
+
+    def join_inputs(self, invokes: list[Any], method: Any) -> Any:
+        """As nnsight pads strings and tokens."""
+        return TransformersModel._batch(self, invokes, method)
+
+    def _load_meta(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.adapt(super()._load_meta(*args, **kwargs))
+
+    def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.adapt(super()._load(*args, **kwargs))
+
+    def _wrap(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.adapt(super()._wrap(*args, **kwargs))
+
+
+class TraceableModel(Traceable, HuggingFaceModel):
     """nnsight's lazy model of a network: the weights are loaded when a trace first needs them, and until then the
     network is on the meta device.
 
@@ -249,38 +337,10 @@ class TraceableModel(HuggingFaceModel):
 
     - `empty_network(source, **options)`: the network without weights, `loaded_network(source, **options)`: with them,
       and `ready_network(module, **options)`: that of a ready module;
-    - `module_class`: the class of transformers' whose `from_pretrained` reads weights;
-    - `count_rows(*inputs, **options)`: rows that an invoke adds to the batch, 0 where it holds options alone;
-    - `join_inputs(invokes, method)`: the (inputs, options) of all invokes as the arguments of one forward.
+    - `module_class`: the class of transformers' whose `from_pretrained` reads weights.
     """
 
     _batcher_class = PromptBatcher
-
-    @property
-    def network(self) -> Any:
-        """The torch module that is traced."""
-        return network_of(self)
-
-    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Run the network once, untraced: the output that `model.trace(...)` calls `model.output`."""
-        return self.trace(*inputs, trace=False, **kwargs)
-
-    def trace(self, *inputs: Any, **kwargs: Any) -> Any:
-        return super().trace(*inputs, **{"tracer_cls": PromptTracer, **kwargs})
-
-    trace.__doc__ = HuggingFaceModel.trace.__doc__
-
-    def scan(self, *inputs: Any, fn: Any = None, backend: Any = None, **kwargs: Any) -> Any:
-        return PromptScan(self, fn or "__call__", *inputs, backend=backend, **kwargs)
-
-    scan.__doc__ = HuggingFaceModel.scan.__doc__
-
-    def interleave(self, fn: Any, *args: Any, batcher: Any = None, **kwargs: Any) -> Any:
-        """Run the network with what waits for its values: a tracer's, or none in a call."""
-        if method := getattr(fn, "runs", None):  # of `traceable`
-            fn = method.__get__(fn.__self__)
-        with nullcontext() if batcher is not None else _only_run(self):
-            return super().interleave(fn, *args, batcher=batcher, **kwargs)
 
     def load_pretrained(self, source: str, **options: Any) -> Any:
         """What transformers' `from_pretrained` gives for a source and options."""
@@ -297,12 +357,6 @@ class TraceableModel(HuggingFaceModel):
 
     def _wrap(self, module: nn.Module, **options: Any) -> nn.Module:
         return self.ready_network(module, **options)
-
-    def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
-        return self.count_rows(*inputs, **kwargs)
-
-    def _batch(self, invokes: list[Any], method: Any) -> tuple[Any, dict[str, Any]]:
-        return self.join_inputs(invokes, method)
 
 
 def real_tensors() -> AbstractContextManager[None]:

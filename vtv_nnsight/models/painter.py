@@ -26,7 +26,7 @@ from transformers.models.seggpt.modeling_seggpt import SegGptAttention
 from vtv_nnsight.finite import check_output
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, positions
-from vtv_nnsight.models.canvas import CanvasModel, drop_none
+from vtv_nnsight.models.canvas import TraceableCanvas, drop_none
 from vtv_nnsight.models.interface import Loss, Stage, group_positions
 from vtv_nnsight.models.nnsight_compat import (
     PATTERN_AXES,
@@ -98,7 +98,7 @@ def _join_pattern(attention: Envoy, pattern: torch.Tensor) -> torch.Tensor:
     return rearrange(pattern, axes, stream=network_of(attention).streams)
 
 
-class Painter(CanvasModel):
+class Painter(TraceableCanvas):
     """A Painter that can be traced: any image-to-image task from one example.
 
     The names that lead to its parts:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.inside_trace import Place
 from vtv_nnsight.models.interface import HEADS, SITES, InContextModel, Stage
 from vtv_nnsight.models.nnsight_verbs import CallingBlock, end_run, projection_of
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.prompts import Prompts
 
 Layers = int | Sequence[int] | Mapping[str, int | Sequence[int]]
 """Numbers of layers, of a model of one stage, or by stage."""
@@ -99,7 +98,7 @@ def module_path(model: InContextModel, stage: Stage, layer: int) -> str:
     """The name of a layer's module as users type it, such as "encoder.blocks.3.attn"."""
     heads = stage.site == HEADS
     module = model.attention(stage.name, layer) if heads else model.outputs(stage.name, layer)[stage.site]
-    return str(module.path).removeprefix("model.")
+    return model.name_of(module)
 
 
 def place_of(model: InContextModel, stage: Stage, layer: int) -> Place:
@@ -109,27 +108,26 @@ def place_of(model: InContextModel, stage: Stage, layer: int) -> Place:
     return Place(model.outputs(stage.name, layer)[stage.site], "output", 1, stage.streams)
 
 
-def running_prompts(block: CallingBlock) -> list[VisualPrompt] | None:
+def running_prompts(block: CallingBlock) -> list[Prompts] | None:
     """The prompts of the invokes that a block sees; None where it was given tensors, which tell no layout."""
-    prompts = [inputs[0] for inputs in block.inputs if len(inputs) == 1 and isinstance(inputs[0], VisualPrompt)]
+    prompts = [inputs[0] for inputs in block.inputs if len(inputs) == 1 and isinstance(inputs[0], Prompts)]
     return prompts if prompts and len(prompts) == len(block.inputs) else None
 
 
-def running_layout(block: CallingBlock) -> Layout | None:
+def running_layout(block: CallingBlock) -> Any:
     """The layout that the prompts of the invokes share, the one that vectors and units are compared with; None where
     all of them were given tensors, which tell none."""
-    prompts = (inputs[0] for inputs in block.inputs if inputs and isinstance(inputs[0], VisualPrompt))
+    prompts = (inputs[0] for inputs in block.inputs if inputs and isinstance(inputs[0], Prompts))
     return next((rows.layout for rows in prompts), None)
 
 
-def token_positions(model: InContextModel, stage: str, prompts: Sequence[VisualPrompt] | None) -> torch.Tensor:
-    """Inside a trace: the positions of a stage's tokens, [token] or [batch, token]; read from the run where prompts do
-    not tell them."""
-    with unset_fake_temporarily():
-        known = [model.positions(stage, rows) for rows in prompts or ()]
-        if known and all(torch.equal(known[0], other) for other in known[1:]):
-            return known[0]
-    return model.positions(stage)
+def token_positions(
+    model: InContextModel, stage: str, prompts: Sequence[Prompts] | None, place: Place, block: CallingBlock
+) -> torch.Tensor:
+    """Inside a trace: the positions of the first tokens of a stage, in the rows that the block sees (see
+    `InContextModel.token_positions`)."""
+    seen = model.token_positions(stage, prompts, place)
+    return block.rows(seen) if seen.ndim == 2 else seen
 
 
 def read_layers(
@@ -163,7 +161,7 @@ def read_layers(
         positions: dict[str, torch.Tensor] = {}
         for stage, layer, place in at:
             if stage.name not in positions:
-                positions[stage.name] = token_positions(model, stage.name, prompts if step == 0 else None)
+                positions[stage.name] = token_positions(model, stage.name, prompts if step == 0 else None, place, block)
             seen, raw = positions[stage.name], inside_trace.first(place.read())
             keep(step, stage, layer, at_block(raw, place), seen)
             if gradients is not None and raw.requires_grad and torch.is_grad_enabled():

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vtv_nnsight.files import MAX_HEADER, check_header
 from vtv_nnsight.models.interface import InContextModel
@@ -28,6 +29,8 @@ EMBEDDED = "tiny"
 """The name of the model that the package carries."""
 HUB = "hub:"
 """Before an id of the Hub, where a path could be meant."""
+GGUF = ".gguf"
+"""How the name of a file of a quantized language model ends."""
 HUB_OPTIONS = ("token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 """Options of transformers' `from_pretrained` that say how files come from the Hub."""
 
@@ -38,9 +41,10 @@ FAMILIES = {
     "painter": ("painter", "Painter"),
     "beit": ("baselines.beit", "BEiT"),
     "net2net": ("baselines.net2net", "Net2Net"),
+    "causal_lm": ("causal_lm", "CausalLM"),
 }
 """Kind of model → the module of its class, and its name. Kinds are transformers' `model_type`; Painter is a SegGPT
-without type tokens, and Net2Net is not transformers' at all."""
+without type tokens, Net2Net is not transformers' at all, and all causal language models are of one class."""
 PAPERS = {
     "MAEVQGAN": "Bar et al., Visual Prompting via Image Inpainting, NeurIPS 2022",
     "ViTMAE": "He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022",
@@ -120,6 +124,8 @@ def load_model(source: StrPath = EMBEDDED, **kwargs: Any) -> InContextModel:
 def family_of(source: str, **kwargs: Any) -> str:
     """Which of `FAMILIES` a source is of; arguments are those of `load_model`. No weights are read."""
     kind, path = locate(source)
+    if Path(path).suffix == GGUF:
+        return "causal_lm"
     if kind == "file":
         names = read_tensors(path)
         if "transformer.tok_emb.weight" in names:
@@ -136,6 +142,8 @@ def family_of(source: str, **kwargs: Any) -> str:
     else:
         options = {name: kwargs[name] for name in ("revision", *HUB_OPTIONS) if name in kwargs}
         family = AutoConfig.from_pretrained(path, **options).model_type
+    if family not in FAMILIES and family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "causal_lm"
     if family not in FAMILIES:
         raise ValueError(f"{source!r} is a {family} model; expected one of {', '.join(FAMILIES)}.")
     return family

@@ -29,7 +29,7 @@ from vtv_nnsight.layouts import Layout, decoder_sources, index_of, positions, ta
 from vtv_nnsight.models.autoencoders import MaskedAutoencoder, output_patches
 from vtv_nnsight.models.canvas import AdaptedNetwork
 from vtv_nnsight.models.interface import Loss
-from vtv_nnsight.models.nnsight_compat import EagerProperty, Envoy, StageEnvoy, eproperty, heads_of
+from vtv_nnsight.models.nnsight_compat import StageEnvoy, attention_envoy
 from vtv_nnsight.prompts import VisualPrompt
 
 
@@ -129,25 +129,7 @@ def check_config(config: ViTMAEConfig, source: str) -> None:
         )
 
 
-class AttentionEnvoy(Envoy):
-    """An attention layer of transformers' whose heads can be told apart."""
-
-    heads: eproperty = heads_of("o_proj", "num_attention_heads")
-
-    @EagerProperty(key="output", description='attention pattern, [batch, head, query, key] (only "eager")')
-    def pattern(self, value: Any) -> torch.Tensor:
-        """How much each token attends to each: [batch, head, query token, key token], rows that sum to one. It comes
-        after `heads`, and can only be read."""
-        return value[1]
-
-    @pattern.postprocess  # type: ignore[no-redef]
-    def pattern(self, value: Any) -> Any:
-        """Refuse to write it.
-
-        Raises:
-            ValueError: always, naming what to change in its place.
-        """
-        raise ValueError(f"{self.path}.pattern can only be read; change {self.path}.heads, which come of it.")
+AttentionEnvoy = attention_envoy("o_proj", "num_attention_heads")
 
 
 class ViTMAE(MaskedAutoencoder):

@@ -2,7 +2,7 @@
 
 >>> edit = partial(patch, vector=vector, patches=result.patches)
 >>> output, answered = forward(model, prompts.query_only(), edit)
->>> output_cell(model, output, answered)                     # the painted answers: [batch, 3, cell, cell]
+>>> model.answers(output, answered)                          # the painted answers and the true ones
 >>> gates = torch.linspace(0, 1, 11)[:, None] * result.patches.choices
 >>> strip = generate_with_gates(model, prompts[0], vector, space, gates)
 """
@@ -19,24 +19,20 @@ from nnsight import save
 from vtv_nnsight.finite import WHERE, check_finite
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.inside_trace import Place, first
-from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
+from vtv_nnsight.models.interface import PIXELS, InContextModel, Loss, default_batch_size
 from vtv_nnsight.models.sites import place_of
 from vtv_nnsight.patching.patching import patch
 from vtv_nnsight.patching.spaces import PatchSpace
-from vtv_nnsight.prompts import VisualPrompt, crop
-from vtv_nnsight.tasks import Task
+from vtv_nnsight.prompts import Prompts, VisualPrompt
 from vtv_nnsight.vectors import TaskVector
 
 Edit = Callable[[InContextModel], None]
 """What is done to a model inside a trace, such as `partial(patch, vector=vector, patches=patches)`."""
 
-PIXELS = "pixels"
-"""The name of the task's own loss of the painted answer, which every model has beside its `losses`."""
-
 
 def forward(
-    model: InContextModel, prompts: VisualPrompt, edit: Edit | None = None, *, restrict: bool = False
-) -> tuple[Any, VisualPrompt]:
+    model: InContextModel, prompts: Prompts, edit: Edit | None = None, *, restrict: bool = False
+) -> tuple[Any, Any]:
     """The network's output on prompts, and the prompts that it answers.
 
     Args:
@@ -47,7 +43,7 @@ def forward(
             (`InContextModel.restrict_to_output`).
     """
     answered = prompts
-    with model.trace(prompts):
+    with model.trace(prompts, **model.scoring):
         if edit is not None:
             edit(model)
         if restrict:
@@ -62,13 +58,11 @@ def layers_of(model: InContextModel) -> list[Place]:
 
 
 @torch.no_grad()
-def residuals(
-    model: InContextModel, prompts: VisualPrompt, layers: Sequence[int], edit: Edit | None = None
-) -> list[Any]:
+def residuals(model: InContextModel, prompts: Prompts, layers: Sequence[int], edit: Edit | None = None) -> list[Any]:
     """What layers (see `layers_of`) leave, [stream, batch, ...] each, in a tuple where they give one; the model runs up
     to the last of them."""
     places = layers_of(model)
-    with model.trace(prompts) as tracer:
+    with model.trace(prompts, **model.scoring) as tracer:
         if edit is not None:
             edit(model)
         outputs = save([places[layer].module.output for layer in layers])
@@ -88,49 +82,38 @@ def start_from(model: InContextModel, left: Mapping[int, Any]) -> None:
         place.module.skip(give_like(left[max(left)], value))
 
 
-def output_cell(model: InContextModel, output: Any, prompts: VisualPrompt) -> torch.Tensor:
-    """The painted answers of an unrestricted output: [batch, 3, cell, cell] in [0, 1]."""
-    return crop(model.paint(output, prompts), "output", prompts.layout)
-
-
 def losses(
-    model: InContextModel, prompts: VisualPrompt, loss: Loss, truth: torch.Tensor, edit: Edit | None = None
+    model: InContextModel, prompts: Prompts, loss: Loss, truth: torch.Tensor, edit: Edit | None = None
 ) -> torch.Tensor:
     """A loss of the answers to prompts, [batch].
 
     Args:
         model, prompts, edit: As for `forward`.
         loss: What `find_loss` gives.
-        truth: What the loss compares with: `model.truth(prompts)`, or the true output cells for "pixels".
+        truth: What the loss compares with: `loss.truth(prompts)` where it has one, else `model.truth(prompts)`.
 
     Raises:
         ValueError: when a loss is not finite.
     """
-    output, answered = forward(model, prompts, edit, restrict=loss.name != PIXELS)
+    output, answered = forward(model, prompts, edit, restrict=loss.truth is None)
     values = loss.value(output, answered, truth)
     check_finite(values, f"the loss {loss.name!r}", WHERE)
     return values
 
 
-def find_loss(
-    model: InContextModel, name: str | None = None, task: Task | None = None, *, gradient: bool = False
-) -> Loss:
-    """A loss by its name: one of the model's, the first by default; or "pixels", the task's own of the painted answer.
+def find_loss(model: InContextModel, name: str | None = None, task: Any = None, *, gradient: bool = False) -> Loss:
+    """A loss by its name: one of the model's, the first by default; or the task's own, such as "pixels".
 
     Args:
         model: The model.
         name: The loss's; None is the first that there is.
-        task: What "pixels" scores answers by; without a task there is no such loss.
+        task: Without it there is no loss of a task's own.
         gradient: Ask for a loss that has a gradient.
 
     Raises:
         ValueError: when there is no such loss, naming those that there are.
     """
-    known = list(model.losses)
-    if task is not None:
-        known.append(
-            Loss(PIXELS, lambda output, prompts, truth: task.loss(output_cell(model, output, prompts), truth), False)
-        )
+    known = [*model.losses, *(model.task_losses(task) if task is not None else ())]
     for loss in known:
         if name in (None, loss.name) and (loss.differentiable or not gradient):
             return loss
@@ -176,5 +159,5 @@ def generate_with_gates(
     cells = []
     for batch, batch_gates in zip(rows.split(batch_size), gates.split(batch_size)):
         output, _ = forward(model, batch, partial(patch, vector=vector, patches=space.mask(batch_gates)))
-        cells.append(output_cell(model, output, batch).float().cpu())
+        cells.append(model.answers(output, batch)[0].float().cpu())
     return torch.cat(cells)

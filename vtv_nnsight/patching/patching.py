@@ -17,9 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.finite import check_finite
-from vtv_nnsight.layouts import Layout, place_names
 from vtv_nnsight.models import inside_trace
-from vtv_nnsight.models.inside_trace import Place
+from vtv_nnsight.models.inside_trace import Place, last_tokens
 from vtv_nnsight.models.interface import GRANULARITIES, HEADS, SITES, ByStage, InContextModel, Stage
 from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import module_path, place_of, running_layout, running_prompts, token_positions
@@ -93,12 +92,12 @@ def patch(
 
     def run(step: int) -> None:
         for stage, changes in by_stage:
-            seen = token_positions(model, stage.name, prompts if step == 0 else None)
+            seen = token_positions(model, stage.name, prompts if step == 0 else None, changes[0][0], block)
             for edit in edits:
                 if edit.stage.name == stage.name:
-                    edit.begin(model, seen)
+                    edit.begin(seen)
             for place, layer, at_place in changes:
-                place.change(partial(_apply, at_place, layer, seen))
+                place.change(partial(_apply, at_place, layer))
 
     if by_stage:
         block.run(run, steps=steps)
@@ -117,7 +116,7 @@ def ablate(model: InContextModel, patches: Patches, to: str | TaskVector | TaskV
     """
     with unset_fake_temporarily():
         if isinstance(to, str) and to == "zero":
-            to = zero_vector(model, SITES)
+            to = zero_vector(model, SITES, patches.space.layout if isinstance(patches, PatchSet) else None)
         elif isinstance(to, TaskVectors):
             to = to.mean()
         elif not isinstance(to, (TaskVector, Activations)):
@@ -142,10 +141,11 @@ def _as_scale(scale: Any) -> float | torch.Tensor:
     if not is_tensor and not isinstance(scale, Real):
         raise TypeError(f"scale={scale!r} is no scale; give a number, or a tensor with a number for each row.")
     check_finite(scale, "scale", "give a number from 0 (as it is) to 1 (the vector), or beyond")
-    return scale[:, None, None, None] if is_tensor and scale.ndim else scale
+    each: float | torch.Tensor = scale[:, None, None, None] if is_tensor and scale.ndim else scale
+    return each
 
 
-def _as_sets(model: InContextModel, patches: Any, layout: Layout | None) -> list[PatchSet | Mapping[Any, torch.Tensor]]:
+def _as_sets(model: InContextModel, patches: Any, layout: Any) -> list[PatchSet | Mapping[Any, torch.Tensor]]:
     """Sets and masks of what `patch` was given."""
     patches = getattr(patches, "patches", patches)
     if isinstance(patches, (PatchSet, Mapping)):
@@ -177,7 +177,7 @@ def _edits(
     model: InContextModel,
     vectors: Sequence[TaskVector | Activations],
     sets: Sequence[Any],
-    layout: Layout | None,
+    layout: Any,
     scale: float | torch.Tensor,
     mode: str,
 ) -> list[_Edit]:
@@ -194,14 +194,14 @@ def _edits(
     if unknown := [key for mask in masks for key in mask if key not in known]:
         raise ValueError(f"a mask of {str(unknown[0])!r} was given; this model has {', '.join(owner['stages'])}.")
     edits = [
-        _Edit(stage.at(key[1]), vector, mask[key], scale, mode)
+        _Edit(model, stage.at(key[1]), vector, mask[key], scale, mode)
         for key, stage in known.items()
         for vector, mask in zip(vectors, masks)
         if key in mask
     ]
     edits = [edit for edit in edits if edit.layers]
     for edit in edits:
-        edit.check_vector(model)
+        edit.check_vector()
     return edits
 
 
@@ -216,9 +216,9 @@ def _changes(model: InContextModel, stage: Stage, edits: Sequence[_Edit]) -> lis
     return changes
 
 
-def _apply(edits: Sequence[_Edit], layer: int, seen: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def _apply(edits: Sequence[_Edit], layer: int, z: torch.Tensor) -> torch.Tensor:
     for edit in edits:
-        z = edit.change(z, layer, seen)
+        z = edit.change(z, layer)
     return z
 
 
@@ -226,13 +226,22 @@ class _Edit:
     """One vector and its mask, at one site of a stage."""
 
     def __init__(
-        self, stage: Stage, vector: TaskVector | Activations, mask: torch.Tensor, scale: float | torch.Tensor, mode: str
+        self,
+        model: InContextModel,
+        stage: Stage,
+        vector: TaskVector | Activations,
+        mask: torch.Tensor,
+        scale: float | torch.Tensor,
+        mode: str,
     ) -> None:
-        self.stage, self.vector, self.mode = stage, vector, mode
+        self.model, self.stage, self.vector, self.mode = model, stage, vector, mode
         values = vector.values.get(stage.key)
         if not isinstance(mask, torch.Tensor) or mask.is_complex():
             raise TypeError(f"the mask of the {stage.key} is a {type(mask).__name__}; give a tensor, bool or float.")
         check_finite(mask, f"the mask of the {stage.key}", "give True and False, or gates from 0 to 1")
+        if isinstance(vector, Activations) and values is not None and mask.ndim > 2:
+            places = max(mask.shape[-2], model.layout.num_positions)
+            values = values[..., :places, :, :]  # of a text, activations have more positions than units
         if values is not None:
             expected = [stage.layers, values.shape[-3], stage.heads]
             if list(values.shape[-4:]) != [*expected, stage.head_dim]:
@@ -257,7 +266,7 @@ class _Edit:
         plain = mask.dtype == torch.bool and isinstance(scale, Real) and scale == 1 and mode == "replace"
         self.mask = mask if plain else mask * scale
 
-    def check_vector(self, model: InContextModel) -> None:
+    def check_vector(self) -> None:
         """Refuse a vector that has nothing at these units."""
         label, sites = self.vector.label, [key.site for key in self.vector.values if key.stage == self.stage.name]
         if not self.vector.values:
@@ -281,12 +290,12 @@ class _Edit:
             unit = f".heads[{head[0]}]" if self.stage.site == HEADS else ""
             raise ValueError(
                 f"{label} have no layer {missing[0]} of the {self.stage.key}, which "
-                f"{module_path(model, self.stage, missing[0])}{unit} needs; capture it too."
+                f"{module_path(self.model, self.stage, missing[0])}{unit} needs; capture it too."
             )
 
-        self._check_finite(model)
+        self._check_finite()
 
-    def _check_finite(self, model: InContextModel) -> None:
+    def _check_finite(self) -> None:
         """Refuse a vector that is NaN or infinite where it is put; gates of 0 multiply all of a layer."""
         reached = self.units
         if self.mask.dtype != torch.bool:
@@ -296,56 +305,64 @@ class _Edit:
         bad = bad & self.vector.present_rows[self.stage.key].to(bad.device)[:, position]
         if bad.any():
             at = bad.any(0).nonzero()[0]
-            (place,), unit = place_names(position[at]), f".heads[{head[at].item()}]" * (self.stage.site == HEADS)
-            path = module_path(model, self.stage, layer[at].item()) + unit
+            (place,) = self.model.layout.place_names(position[at])
+            unit = f".heads[{head[at].item()}]" * (self.stage.site == HEADS)
+            path = module_path(self.model, self.stage, int(layer[at])) + unit
             raise ValueError(
                 f"{self.vector.label} is not finite at {path}, {place}; look for NaN and infinity where it was made."
             )
 
-    def begin(self, model: InContextModel, seen: torch.Tensor) -> None:
-        """Get ready for a forward that has the stage's tokens at the positions `seen`, [token] or [batch, token]."""
+    def begin(self, seen: torch.Tensor) -> None:
+        """Get ready for a forward that has the stage's first tokens at the positions `seen`, [token] or [batch,
+        token]."""
         self.mask_at_tokens: torch.Tensor | None = None
         if not isinstance(seen, FakeTensor):
             with unset_fake_temporarily():
-                self._check_tokens(model, seen.cpu())
+                self.tokens, self.seen = last_tokens(seen, self.units.shape[1])
+                self._check_tokens(self.seen.cpu())
 
-    def _check_tokens(self, model: InContextModel, seen: torch.Tensor) -> None:
+    def _check_tokens(self, seen: torch.Tensor) -> None:
         """Refuse what cannot be patched at these positions; of a whole head, those that are not shown may be left
         out."""
         rows = seen if seen.ndim == 2 else seen[None]
-        visible = torch.zeros(len(rows), self.units.shape[1], dtype=torch.bool).scatter_(1, rows, True)
-        present = self.vector.present_rows[self.stage.key].cpu()
+        places = self.units.shape[1]  # and one for tokens that have none
+        visible = torch.zeros(len(rows), places + 1, dtype=torch.bool).scatter_(1, rows % (places + 1), True)[:, :-1]
+        present = self.vector.present_rows[self.stage.key].cpu()[:, :places]
         if len({len(visible), len(present)} - {1}) > 1:
             return  # as many rows as there are not: `change` says so
         patched = self.units.any(2).any(0)
         hidden, lacked = patched & ~visible.all(0), patched & (visible & ~present).any(0)
         if hidden.any():
-            (everywhere,) = model.groups(self.stage.name, "head").values()
+            (everywhere,) = self.model.groups(self.stage.name, "head").values()
             hidden &= (self.units & ~self.units[:, everywhere].all(1, keepdim=True)).any(2).any(0)
         for wrong, why in (
             (hidden, "these prompts do not show them to it"),
             (lacked, f"{self.vector.label} lack{'s' if isinstance(self.vector, TaskVector) else ''} them"),
         ):
             if wrong.any():
-                places = join_names(place_names(wrong.nonzero()[:, 0]))
-                raise ValueError(f"the {self.stage.name} cannot be patched at {places}: {why}.")
+                names = join_names(self.model.layout.place_names(wrong.nonzero()[:, 0]))
+                raise ValueError(f"the {self.stage.name} cannot be patched at {names}: {why}.")
 
-    def change(self, z: torch.Tensor, layer: int, seen: torch.Tensor) -> torch.Tensor:
+    def change(self, z: torch.Tensor, layer: int) -> torch.Tensor:
         """A layer's activations [batch, token, head, head_dim] with the vector's in their place."""
         if isinstance(z, FakeTensor):
             return z
         for given, what in ((self.mask, self.per_row), (self.values, "activations of")):
             if given.ndim > 3 + (given is self.values) and len(given) != len(z):
                 raise ValueError(f"{what} {len(given)} rows was given; this batch has {len(z)}.")
-        new, mask, present = inside_trace.at(self.values.select(-4, layer), seen), self._mask(layer, seen), None
+        tokens, seen = self.tokens, self.seen
+        new, mask, present = inside_trace.at(self.values.select(-4, layer), seen), self._mask(layer), None
         if mask.dtype != torch.bool:
             present = inside_trace.at(self.vector.present_rows[self.stage.key][..., None, None], seen)
-        return inside_trace.mix(z, new, mask, present, self.mode)
+        mixed = inside_trace.mix(z[:, tokens], new, mask, present, self.mode)
+        if mixed.shape[1] == z.shape[1]:
+            return mixed
+        return torch.cat([z[:, : tokens.start], mixed, z[:, tokens.stop :]], dim=1)
 
-    def _mask(self, layer: int, seen: torch.Tensor) -> torch.Tensor:
-        """The mask of a layer at the positions `seen`, [token, head] or [row, token, head]."""
-        if seen.ndim == 2:
-            return inside_trace.at(self.mask.select(-3, layer)[..., None], seen)[..., 0]
+    def _mask(self, layer: int) -> torch.Tensor:
+        """The mask of a layer at the tokens, [token, head] or [row, token, head]."""
+        if self.seen.ndim == 2:
+            return inside_trace.at(self.mask.select(-3, layer)[..., None], self.seen)[..., 0]
         if self.mask_at_tokens is None:
-            self.mask_at_tokens = self.mask.index_select(-2, seen.to(self.mask.device))
+            self.mask_at_tokens = self.mask.index_select(-2, self.seen.to(self.mask.device))
         return self.mask_at_tokens.select(-3, layer)

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 
-from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.interface import HEADS, SITES, ByStage, InContextModel
 from vtv_nnsight.models.sites import module_path, validate_sites, validate_stages
 from vtv_nnsight.vectors.compatibility import geometry, layout_of, stages_of
@@ -67,7 +66,7 @@ class PatchSpace:
     def __init__(
         self,
         model: InContextModel,
-        layout: Layout | None = None,
+        layout: Any = None,
         granularity: str = "quadrant",
         stages: str | Sequence[str] | None = None,
         sites: str | Sequence[str] = HEADS,
@@ -169,7 +168,7 @@ class PatchSpace:
         paths, groups = list(self._paths.values()), [list(names) for names in self.groups.values()]
         names = []
         for stage, layer, head, group in zip(*(part.tolist() for part in self.units)):
-            place = f" @ {groups[stage][group]}" if self.granularity != "head" else ""
+            place = f" @ {groups[stage][group]}" if len(groups[stage]) > 1 else ""
             unit = f".heads[{head}]" if self.stages[stage].site == HEADS else ""
             names.append(f"{paths[stage][layer]}{unit}{place}")
         return names
@@ -231,7 +230,7 @@ class PatchSpace:
         return torch.cat(parts, dim=-1)
 
 
-def _read_places(name: str, places: Any, layout: Layout) -> torch.Tensor:
+def _read_places(name: str, places: Any, layout: Any) -> torch.Tensor:
     """The positions of a group, from a file."""
     at = torch.as_tensor(places)
     if at.dtype != torch.long or at.ndim != 1 or not ((at >= 0) & (at < layout.num_positions)).all():

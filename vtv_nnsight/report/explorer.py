@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from vtv_nnsight.evaluation.evaluation import without_answers
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching.forward import generate_with_gates
@@ -131,7 +130,7 @@ def demonstrate(
     looks = _looks(model, prompt.one_shot(), result)
     return QueryExplorer(
         task.name,
-        {name: _small(part) for name, part in cells.items()} | {"canvas": _small(without_answers(prompt), 2 * SIDE)},
+        {name: _small(part) for name, part in cells.items()} | {"canvas": _small(prompt.shown()["prompt"], 2 * SIDE)},
         measured,
         list(SCALES),
         [space.names[i] for i in units.tolist()],

@@ -19,9 +19,8 @@ from vtv_nnsight.files import write_text
 from vtv_nnsight.images import as_rgb, carry_over, enlarge, psnr, to_tensor
 from vtv_nnsight.metrics import MSE
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSet
-from vtv_nnsight.patching.forward import forward, generate_with_gates, output_cell
+from vtv_nnsight.patching.forward import forward, generate_with_gates
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report.pictures import sprite
@@ -39,7 +38,7 @@ MAX_SIDE = 448
 
 
 def answers(
-    model: InContextModel,
+    model: Any,
     task: Task,
     vector: TaskVector,
     patches: PatchSet,
@@ -71,7 +70,7 @@ def answers(
     pictures[ZERO_SHOT], patched = generate_with_gates(model, alone, vector, patches.space, gates)
     if prompt is not None:
         with torch.no_grad():
-            answer = output_cell(model, *forward(model, prompt.to(device_of(model))))
+            answer, _ = model.answers(*forward(model, prompt.to(device_of(model))))
         pictures[BASELINE] = answer[0].float().cpu()
     pictures[PATCHED] = patched
     if task.change and task.fit != "crop":
@@ -90,7 +89,7 @@ def psnrs(task: Task, pictures: Mapping[str, torch.Tensor]) -> dict[str, float]:
     return {name: psnr(pixels, truth) for name, pixels in compared.items()}
 
 
-def warning(model: InContextModel, layout: Any, image: Any) -> str:
+def warning(model: Any, layout: Any, image: Any) -> str:
     """A sentence where a picture is unlike those that a model knows: its tokenizer draws it badly (`UNLIKE`)."""
     prompt = VisualPrompt.from_cells({QUERY: as_rgb(image)}, layout).to(device_of(model))
     drawn = model.ceiling(prompt)
@@ -101,7 +100,7 @@ def warning(model: InContextModel, layout: Any, image: Any) -> str:
     return unlike if error > UNLIKE else ""
 
 
-def write(path: Path, model: InContextModel, bundle: Bundle, tasks: Iterable[Task], files: Mapping[str, Path]) -> Path:
+def write(path: Path, model: Any, bundle: Bundle, tasks: Iterable[Task], files: Mapping[str, Path]) -> Path:
     """A page with the answers to photographs by a bundle's vectors: name → file."""
     rows, scores = [], defaultdict(list)
     layout = next(iter(bundle.values()))[1].space.layout

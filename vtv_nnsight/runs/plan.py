@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.patching.forward import find_loss, forward, losses, output_cell
+from vtv_nnsight.patching.forward import find_loss, forward, losses
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.folds import load_folds, selects
 from vtv_nnsight.runs.resuming import peak_memory
@@ -33,10 +33,8 @@ def plan(settings: Settings, device: str | None = None, jobs: int | None = None)
     jobs = min(jobs or 1, len(tasks))
     shown = tasks[0].prompts(rows, ROWS, settings.seed, setup.layout).to(device_of(model))
     loss, hidden = find_loss(model, settings.loss, tasks[0]), shown.query_only()
-    truth = model.truth(shown) if model.losses else shown.region("output")
-    one, zero = (
-        _seconds(lambda rows=rows: output_cell(model, forward(model, rows)[0], rows)) for rows in (shown, hidden)
-    )
+    truth = (loss.truth or model.truth)(shown)
+    one, zero = (_seconds(partial(_ask, model, rows)) for rows in (shown, hidden))
     evaluation = _seconds(partial(losses, model, hidden, loss, truth))
     many, tested = len(tasks) * len(folds), settings.test_prompts
     few = min(settings.control_prompts, tested)
@@ -51,6 +49,10 @@ def plan(settings: Settings, device: str | None = None, jobs: int | None = None)
         yield f"{step}: {count * many:,} {what}, {duration(count * many * seconds)} of a process"
     total = sum(count * many * seconds for count, _, seconds in asked.values())
     yield f"in {jobs} process{'es' * (jobs > 1)}: about {duration(total / jobs)}; {peak_memory() or '?'} MiB or more"
+
+
+def _ask(model: Any, prompts: Any) -> Any:
+    return model.answers(forward(model, prompts)[0], prompts)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -56,7 +56,7 @@ class Setup:
     @property
     def layout(self) -> Layout:
         """The model's layout in the order of the settings; that of VP's reasoning study where the data are its own."""
-        layout = self.model.layout
+        layout: Layout = self.model.layout
         if self.settings.data.startswith("reasoning:") and layout.gap is None:
             layout = replace(REASONING, canvas_size=layout.canvas_size, patch_size=layout.patch_size)
         return replace(layout, order=self.settings.order)

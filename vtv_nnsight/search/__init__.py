@@ -29,7 +29,7 @@ all it takes. (It is also a name of `search` at once; the imports below tell edi
 from importlib import import_module
 from pkgutil import iter_modules
 
-from vtv_nnsight.patching.forward import PIXELS
+from vtv_nnsight.models.interface import PIXELS
 from vtv_nnsight.search.baselines import greedy, mediation, random, ranking
 from vtv_nnsight.search.bootstrap import consistent_attribution
 from vtv_nnsight.search.budget import Search, SearchObjective

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
-from vtv_nnsight.images import digest
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.prompts import Prompts
+
+Some = TypeVar("Some", bound=Prompts)
 
 
-def hold_out(
-    prompts: Sequence[VisualPrompt], held_out: float | Sequence[VisualPrompt], seed: int = 0
-) -> list[tuple[VisualPrompt, VisualPrompt]]:
+def hold_out(prompts: Sequence[Some], held_out: float | Sequence[Some], seed: int = 0) -> list[tuple[Some, Some]]:
     """The prompts to train on and those to judge by, of each task.
 
     Args:
@@ -33,9 +33,7 @@ def hold_out(
     """
     if isinstance(held_out, (int, float)):
         sides = split_prompts(prompts, held_out, seed)
-        return [
-            (rows[train.to(rows.device)], rows[held.to(rows.device)]) for rows, (train, held) in zip(prompts, sides)
-        ]
+        return [(rows[train], rows[held]) for rows, (train, held) in zip(prompts, sides)]
     for train, held in zip(prompts, held_out):
         _check_sides(len(train), len(held), f"{len(train)} prompts and {len(held)} held-out prompts")
     return list(zip(prompts, held_out))
@@ -57,9 +55,7 @@ def _check_sides(train: int, held_out: int, given: str) -> None:
         raise ValueError(f"{given} leave {train} to train on and {held_out} held out; give more prompts.")
 
 
-def split_prompts(
-    prompts: Sequence[VisualPrompt], share: float, seed: int = 0
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def split_prompts(prompts: Sequence[Prompts], share: float, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Split the prompts of one task or of several, so that no held-out prompt shares a picture with a training prompt
     of any task.
 
@@ -85,8 +81,8 @@ def split_prompts(
     starts = np.cumsum([0, *counts])[task]
     shuffled = starts + places  # within each task
     turns = shuffled[np.argsort(np.arange(len(task)) - starts, kind="stable")]  # the tasks take turns
-    named = all(rows.pictures is not None for rows in prompts)
-    linked = _linked([pictures for rows in prompts for pictures in (_named(rows) if named else _looked_at(rows))])
+    named = all(rows.identifiers is not None for rows in prompts)
+    linked = _linked([pictures for rows in prompts for pictures in rows.contents(named)])
     held = _choose(linked, task, wanted, turns)
     train = (linked @ held.astype(np.int64) == 0) & ~held  # a prompt that shows no picture is linked to none
     if not all(train[task == i].any() for i in range(len(counts))):
@@ -111,22 +107,6 @@ def split_prompts(
         train_rows, held_rows = (torch.from_numpy(places[rows][side[shuffled[rows]]]) for side in (train, held))
         sides.append((train_rows, held_rows))
     return sides
-
-
-def _named(prompts: VisualPrompt) -> list[set[int]]:
-    """The pictures of each prompt, as the task that made it says."""
-    return [] if prompts.pictures is None else [set(row) for row in prompts.pictures.tolist()]
-
-
-def _looked_at(prompts: VisualPrompt) -> list[set[int]]:
-    """The pictures of each prompt, as its cells show them, those of the truth included: an input with a hole, or in
-    grey, is found by the answer that belongs to it. Cells of one colour are no pictures."""
-    cells = prompts.layout.cells.values()
-    pictures = []
-    for canvas in prompts.canvas.cpu():
-        pixels = (canvas[:, rows, columns] for rows, columns in cells)
-        pictures.append({digest(p) for p in pixels if (p.amax((1, 2)) > p.amin((1, 2))).any()})
-    return pictures
 
 
 def _linked(digests: Sequence[set[int]]) -> csr_array:

@@ -24,8 +24,8 @@ from vtv_nnsight.models.interface import InContextModel, default_batch_size
 from vtv_nnsight.models.sites import stop_gradient
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace, patch
-from vtv_nnsight.patching.forward import PIXELS, Edit, find_loss, give_like, losses, residuals, start_from
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.patching.forward import Edit, find_loss, give_like, losses, residuals, start_from
+from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.search.holdout import hold_out
 from vtv_nnsight.search.prefixes import Prefixes, Start
 from vtv_nnsight.tasks import Task
@@ -77,12 +77,12 @@ class Objective:
         model: InContextModel,
         vector: TaskVector | Activations | Sequence[TaskVector | Activations],
         task: Task | Sequence[Task],
-        prompts: VisualPrompt | Sequence[VisualPrompt],
+        prompts: Prompts | Sequence[Prompts],
         space: PatchSpace,
         *,
         loss: str | None = None,
         batch_size: int | None = None,
-        held_out: float | VisualPrompt | Sequence[VisualPrompt] = 0.25,
+        held_out: float | Prompts | Sequence[Prompts] = 0.25,
         seed: int = 0,
     ) -> None:
         share = held_out if isinstance(held_out, (int, float)) else None
@@ -99,11 +99,12 @@ class Objective:
         self.loss, self.differentiable = self._loss_of[0].name, self._loss_of[0].differentiable
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
-        self.batch_size = batch_size or default_batch_size(model, 16 if device.type == "cpu" else 256)
-        self._fits = self.batch_size
         self.vectors = [values.to(device) for values in given["vectors"]]
         parts = hold_out(given["prompts"], given["held_out"] if share is None else share, seed)
-        self.prompts = VisualPrompt.cat([rows for pair in parts for rows in pair]).to(device)
+        self.prompts: Prompts = given["prompts"][0].cat([rows for pair in parts for rows in pair]).to(device)
+        most = 16 if device.type == "cpu" else 256
+        self.batch_size = batch_size or default_batch_size(model, most, self.prompts)
+        self._fits = self.batch_size
         sizes = torch.tensor([[len(rows) for rows in pair] for pair in parts])
         self.group = torch.arange(len(parts)).repeat_interleave(sizes.sum(1))
         self._first = sizes.sum(1).cumsum(0) - sizes.sum(1)
@@ -123,11 +124,8 @@ class Objective:
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
         self.evaluations = 0
         self.prompts.check_truth()
-        if self.loss == PIXELS:
-            self._truth = self.prompts.region("output")
-        else:
-            with torch.no_grad():
-                self._truth = torch.cat([model.truth(batch) for batch in self.prompts.split(self.batch_size)])
+        with torch.no_grad():
+            self._truth = (self._loss_of[0].truth or model.truth)(self.prompts)
 
     @property
     def stride(self) -> int:
@@ -139,14 +137,13 @@ class Objective:
     def fingerprint(self) -> dict[str, Any]:
         """What the losses depend on, in words and digests (JSON values)."""
         means = [values for vector in self.vectors for values in vector.values.values()]
-        prompts = self.prompts
         return {
             "loss": self.loss,
             "tasks": [task.name for task in self.tasks],
             "prompts": f"{len(self.train)} + {len(self.held_out)} held out",
             "dtype": str(next(self.model.parameters()).dtype),
             "model": fingerprint(self.model),
-            "data": tensor_digest(prompts.canvas, prompts.visible, prompts.decoded, self.train, *means),
+            "data": f"{self.prompts.digest} {tensor_digest(self.train, *means)}",
             "space": self.space.fingerprint,
         }
 

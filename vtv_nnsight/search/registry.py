@@ -13,7 +13,7 @@ import torch
 from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSpace
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.search.result import SearchResult
@@ -67,13 +67,13 @@ class Algorithm(Generic[Options]):
         model: InContextModel,
         vector: TaskVector | Sequence[TaskVector],
         task: Task | Sequence[Task],
-        prompts: VisualPrompt | Sequence[VisualPrompt],
+        prompts: Prompts | Sequence[Prompts],
         space: PatchSpace,
         budget: int | None = None,
         loss: str | None = None,
         seed: int = 0,
         batch_size: int | None = None,
-        held_out: float | VisualPrompt | Sequence[VisualPrompt] = 0.25,
+        held_out: float | Prompts | Sequence[Prompts] = 0.25,
         vectors: TaskVectors | None = None,
         resume: str | Path | None = None,
         progress: bool = True,

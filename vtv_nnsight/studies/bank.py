@@ -115,6 +115,6 @@ class BankObjective(Objective):
         """[..., pair] → [..., vector, unit]."""
         return choices.unflatten(-1, (len(self.vectors), len(self.units)))
 
-    def _edit(self, choices: torch.Tensor, rows: torch.Tensor) -> Edit:
+    def _edit(self, choices: torch.Tensor, rows: torch.Tensor, left: Any = None) -> Edit:
         masks = [self.units.mask(part) for part in self._split(choices).unbind(-2)]
         return partial(patch, vector=self.vectors, patches=masks)

@@ -13,10 +13,10 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.inside_trace import first
-from vtv_nnsight.models.interface import QUERY_ONLY, InContextModel
+from vtv_nnsight.models.interface import QUERY_ONLY, CanvasModel, InContextModel
 from vtv_nnsight.models.nnsight_compat import network_of
 from vtv_nnsight.patching.forward import forward, losses, residuals, start_from
-from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.prompts import Prompts, VisualPrompt
 from vtv_nnsight.vectors import capture
 
 Promises = Iterator[tuple[Any, str]]
@@ -26,7 +26,7 @@ STEP = 0.02
 
 
 @torch.no_grad()
-def check_model(model: InContextModel, prompts: VisualPrompt) -> None:
+def check_model(model: InContextModel, prompts: Prompts) -> None:
     """Check that a model does what `InContextModel` promises, in a dozen forwards and six more for each layer.
 
     - Heads have the shape that their stage says, at the positions that `positions` says, once each; units are made of
@@ -37,15 +37,16 @@ def check_model(model: InContextModel, prompts: VisualPrompt) -> None:
     - The residual stream is what came in plus what attention and MLP add, where a model has these sites.
     - Prompts of several invokes get the outputs that each has alone, and an edit stays in its invoke.
     - A run that starts behind a layer gives the output of a whole one, where `reread` says which others it needs.
-    - What a prompt hides decides nothing: neither the truth, nor the example of a zero-shot prompt.
-    - `paint` gives pictures, and `restrict_to_output` leaves the losses as they are.
+    - `restrict_to_output` leaves the losses as they are.
     - Gradients of a differentiable loss reach every layer, and are what finite differences measure.
+    - Of a `CanvasModel`: what a prompt hides decides nothing, neither the truth, nor the example of a zero-shot prompt;
+      and `paint` gives pictures.
 
     A model without stages is checked for what needs none.
 
     Args:
         model: The model, with random weights or any others; its weights are loaded.
-        prompts: One-shot prompts of its layout, two or more, whose output cells hold the truth.
+        prompts: Prompts of its layout with an example and their answers, two or more.
 
     Raises:
         AssertionError: in a sentence that names the stage and the layer, and what was expected of them.
@@ -55,16 +56,17 @@ def check_model(model: InContextModel, prompts: VisualPrompt) -> None:
         raise ValueError(f"check_model was given {len(prompts)} prompt; give two or more.")
     forward(model, prompts)  # loads the weights
     prompts = prompts.to(device_of(model))
-    for check in CHECKS:
+    checks: tuple[Any, ...] = CHECKS + (CANVAS_CHECKS if isinstance(model, CanvasModel) else ())
+    for check in checks:
         for kept, sentence in check(model, prompts):
             if not kept:
                 raise AssertionError(sentence)
 
 
-def check_positions(model: InContextModel, prompts: VisualPrompt) -> Promises:
+def check_positions(model: InContextModel, prompts: Prompts) -> Promises:
     """Heads are [batch, token, head, head_dim] with tokens at `positions`; zero-shot prompts show those of units."""
     for stage in model.stages:
-        name, last = stage.name, model.layout.num_patches
+        name, last = stage.name, int(model.lengths(prompts).max())
         with model.trace(prompts):
             seen = save(model.positions(name))
             shapes = save([list(model.attention(name, layer).heads.shape) for layer in range(stage.layers)])
@@ -82,7 +84,7 @@ def check_positions(model: InContextModel, prompts: VisualPrompt) -> Promises:
                 yield inside, f"{name}: the {kind} {unit!r} has positions that zero-shot prompts do not show."
 
 
-def check_reads(model: InContextModel, prompts: VisualPrompt) -> Promises:
+def check_reads(model: InContextModel, prompts: Prompts) -> Promises:
     """Forward hooks see what is read, and the residual stream is what came in plus what attention and MLP add."""
     calls: list[tuple[Any, Any, Any]] = []
     with register_module_forward_hook(lambda *call: calls.append(call)), model.trace(prompts):
@@ -106,13 +108,13 @@ def check_reads(model: InContextModel, prompts: VisualPrompt) -> Promises:
             yield added, f"{place}: residual is not the layer's input plus its attn and its mlp."
 
 
-def check_writes(model: InContextModel, prompts: VisualPrompt) -> Promises:
+def check_writes(model: InContextModel, prompts: Prompts) -> Promises:
     """Writing what was read changes nothing, writing zeros does, and an attention's output is affine in its heads."""
     expected, _ = forward(model, prompts)
     for place, attention, sites in layers_of(model):
         outputs, attended = [], []
         for factor in (0.0, 1.0, 2.0):
-            with model.trace(prompts):
+            with model.trace(prompts, **model.scoring):
                 attention.heads = attention.heads * factor
                 attended.append(first(attention.output).clone())
                 for module in sites.values():
@@ -126,26 +128,26 @@ def check_writes(model: InContextModel, prompts: VisualPrompt) -> Promises:
         yield affine, f"{place}: {words}; heads are what its output projection is given."
 
 
-def check_invokes(model: InContextModel, prompts: VisualPrompt) -> Promises:
+def check_invokes(model: InContextModel, prompts: Prompts) -> Promises:
     """Prompts of several invokes get the outputs that each has alone, and an edit stays in its invoke."""
     parts = prompts[:1], prompts[1:]
     alone = [forward(model, rows)[0] for rows in parts]
     with model.trace() as tracer:
         outputs: list[Any] = save([])
         for rows in parts:
-            with tracer.invoke(rows):
+            with tracer.invoke(rows, **model.scoring):
                 outputs.append(model.output)
     yield close(outputs, alone), "the outputs of two invokes are not those of their prompts alone."
     for place, attention, _ in layers_of(model):
         with model.trace() as tracer:
-            with tracer.invoke(parts[0]):
+            with tracer.invoke(parts[0], **model.scoring):
                 attention.heads = attention.heads * 0.0
-            with tracer.invoke(parts[1]):
+            with tracer.invoke(parts[1], **model.scoring):
                 output = save(model.output)
         yield close(output, alone[1]), f"{place}: an edit of its heads in one invoke changes the output of another."
 
 
-def check_starts(model: InContextModel, prompts: VisualPrompt) -> Promises:
+def check_starts(model: InContextModel, prompts: Prompts) -> Promises:
     """A run that starts behind a layer gives the output of a whole one."""
     if model.reread is None:
         return
@@ -157,7 +159,7 @@ def check_starts(model: InContextModel, prompts: VisualPrompt) -> Promises:
         yield same, f"{place}: a run that starts behind it gives another output; reread={model.reread} lacks a layer."
 
 
-def check_hidden(model: InContextModel, prompts: VisualPrompt) -> Promises:
+def check_hidden(model: CanvasModel, prompts: VisualPrompt) -> Promises:
     """What a prompt hides decides nothing."""
     noise = torch.rand(prompts.canvas.shape, generator=torch.Generator().manual_seed(0)).to(prompts.canvas)
     one_shot = "the output of one-shot prompts depends on the truth, which they hide."
@@ -168,15 +170,20 @@ def check_hidden(model: InContextModel, prompts: VisualPrompt) -> Promises:
         yield close(forward(model, other)[0], forward(model, form)[0]), sentence
 
 
-def check_answers(model: InContextModel, prompts: VisualPrompt) -> Promises:
-    """`paint` gives pictures; `restrict_to_output` leaves the losses as they are."""
+def check_painting(model: CanvasModel, prompts: VisualPrompt) -> Promises:
+    """`paint` gives pictures."""
     output, _ = forward(model, prompts)
-    restricted, answered = forward(model, prompts, restrict=True)
     with torch.enable_grad():
         canvas = model.paint(output, prompts)
     low, high, shape, expected = canvas.min(), canvas.max(), list(canvas.shape), list(prompts.canvas.shape)
     painted = shape == expected and not canvas.requires_grad and 0 <= low <= high <= 1
     yield painted, f"paint gives {shape} from {low:.3g} to {high:.3g}; expected {expected} in [0, 1] without gradients."
+
+
+def check_losses(model: InContextModel, prompts: Prompts) -> Promises:
+    """`restrict_to_output` leaves the losses as they are."""
+    output, _ = forward(model, prompts)
+    restricted, answered = forward(model, prompts, restrict=True)
     truth = model.truth(prompts)
     for loss in model.losses:
         value, again = loss.value(output, prompts, truth), loss.value(restricted, answered, truth)
@@ -186,7 +193,7 @@ def check_answers(model: InContextModel, prompts: VisualPrompt) -> Promises:
         yield close(again, value), f"{name} differs when restrict_to_output leaves out what losses do not read."
 
 
-def check_gradients(model: InContextModel, prompts: VisualPrompt) -> Promises:
+def check_gradients(model: InContextModel, prompts: Prompts) -> Promises:
     """Gradients of a differentiable loss reach every layer, and are what finite differences measure."""
     loss = next((loss for loss in model.losses if loss.differentiable), None)
     if loss is None or not model.stages:
@@ -200,7 +207,7 @@ def check_gradients(model: InContextModel, prompts: VisualPrompt) -> Promises:
 
         return losses(model, prompts, loss, truth, scale).sum()
 
-    gates = [torch.ones(stage.layers, stage.heads, device=prompts.device) for stage in model.stages]
+    gates = [torch.ones(stage.layers, stage.heads, device=device_of(model)) for stage in model.stages]
     with torch.enable_grad():
         slopes = torch.autograd.grad(measure(*[x.requires_grad_() for x in gates]), gates, materialize_grads=True)
     for (place, _, _), slope in zip(layers_of(model), chain(*slopes)):
@@ -215,9 +222,8 @@ def check_gradients(model: InContextModel, prompts: VisualPrompt) -> Promises:
         yield abs(rise - norm) <= 0.05 * norm + 1e-3 * abs(up), f"{stage.name}: {words}"
 
 
-CHECKS = (check_positions, check_reads, check_writes, check_invokes, check_starts, check_hidden, check_answers) + (
-    check_gradients,
-)
+CHECKS = (check_positions, check_reads, check_writes, check_invokes, check_starts, check_losses, check_gradients)
+CANVAS_CHECKS = (check_hidden, check_painting)
 
 
 def layers_of(model: InContextModel) -> list[tuple[str, Any, Mapping[str, Any]]]:

@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.files import read_tensors, write_tensors
-from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.inside_trace import put
+from vtv_nnsight.models.inside_trace import last_tokens, put
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage, default_batch_size
 from vtv_nnsight.models.sites import list_layers, module_path, read_layers, validate_sites
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, stages_of
+from vtv_nnsight.prompts import Prompts
+from vtv_nnsight.vectors.compatibility import check_compatible, differences, fingerprint, stages_of
 from vtv_nnsight.vectors.files import read_sites, scatter
 
 SAVE_EVERY = 10.0
@@ -47,7 +46,7 @@ class Moments(NamedTuple):
 
 def collect_moments(
     model: InContextModel,
-    prompts: Mapping[str, VisualPrompt],
+    prompts: Mapping[str, Prompts],
     sites: str | Sequence[str] = HEADS,
     *,
     batch_size: int | None = None,
@@ -63,8 +62,10 @@ def collect_moments(
     with progress_bar(total=total, initial=done, desc="collecting", unit="prompt", disable=not progress) as bar:
         for task, rows in prompts.items():
             bar.set_postfix_str(task)
+            lengths = model.lengths(rows)
+            rows = rows[lengths.argsort(stable=True)] if len(lengths) > 1 else rows
             rows = rows[moments[task].prompts :] if task in moments else rows
-            for batch in rows.split(batch_size or default_batch_size(model)):
+            for batch in rows.split(batch_size or default_batch_size(model, prompts=rows)):
                 new = measure(model, batch.to(device), sites)
                 moments[task] = _merge(moments[task], new) if task in moments else new
                 bar.update(len(batch))
@@ -78,7 +79,7 @@ def collect_moments(
 
 def collect_rows(
     model: InContextModel,
-    prompts: VisualPrompt,
+    prompts: Prompts,
     sites: str | Sequence[str] = HEADS,
     *,
     batch_size: int | None = None,
@@ -90,12 +91,13 @@ def collect_rows(
     places, device = list_layers(model, sites), device_of(model)
     parts: list[ByStage] = []
     owner = fingerprint(model, prompts.layout)
+    positions = max(prompts.layout.num_positions, int(model.lengths(prompts).max()))
 
     def keep(step: int, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
-        put_rows(parts[-1], stage, layer, z.cpu(), seen, prompts.layout.num_positions)
+        put_rows(parts[-1], stage, layer, z.cpu(), seen, positions)
 
     with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:
-        for batch in prompts.split(batch_size or default_batch_size(model)):
+        for batch in prompts.split(batch_size or default_batch_size(model, prompts=prompts)):
             parts.append(ByStage())
             with torch.no_grad(), model.trace(batch.to(device)):
                 read_layers(model, places, keep, stop=True)
@@ -104,27 +106,30 @@ def collect_rows(
 
 
 def put_rows(values: ByStage, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor, places: int) -> None:
-    """Copy activations of a layer to where they belong in [row, layer, position, head, head_dim], NaN at first; in a
-    scan there are shapes alone."""
-    sizes, scan = (len(z), stage.layers, places, *z.shape[2:]), isinstance(z, FakeTensor)
+    """Copy activations of a layer to where they belong in [row, layer, position, head, head_dim], NaN at first, of
+    `places` positions or as many as are seen; in a scan there are shapes alone."""
+    scan = isinstance(z, FakeTensor)
     if stage.key not in values:
         with unset_fake_temporarily():
+            places = places if isinstance(seen, FakeTensor) else max(places, int(seen.max()) + 1)
+            sizes = (len(z), stage.layers, places, *z.shape[2:])
             values[stage.key] = torch.full(sizes, torch.nan, dtype=z.dtype, device="meta" if scan else z.device)
     if not scan:
         put(values[stage.key], layer, z.detach(), seen)
 
 
-def measure(model: InContextModel, prompts: VisualPrompt, sites: Sequence[str] = (HEADS,)) -> Moments:
+def measure(model: InContextModel, prompts: Prompts, sites: Sequence[str] = (HEADS,)) -> Moments:
     """The moments of every head over one batch of prompts, in one trace.
 
     Raises:
         ValueError: naming the first layer and head that has an activation which is not finite.
     """
-    positions, means, spreads = prompts.layout.num_positions, ByStage(), ByStage()
+    positions, means, spreads, at = prompts.layout.num_positions, ByStage(), ByStage(), ByStage()
     layers: dict[Stage, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def keep(step: int, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
-        layers.setdefault(stage, []).append(_moments(z))
+        tokens, at[stage.key] = last_tokens(seen, positions)
+        layers.setdefault(stage, []).append(_moments(z[:, tokens]))
 
     with torch.no_grad(), model.trace(prompts):
         read_layers(model, list_layers(model, sites), keep, stop=True)
@@ -138,7 +143,9 @@ def measure(model: InContextModel, prompts: VisualPrompt, sites: Sequence[str] =
                 f"{unit} is not finite (NaN or infinite) on these prompts; check the "
                 "weights, or load the model in another dtype."
             )
-        seen = model.positions(stage.name, prompts).cpu()
+        seen = at[stage.key].cpu()
+        if seen.ndim == 2:
+            raise ValueError(f"a vector of {positions} tokens was asked for, and one of these prompts has fewer.")
         means[stage.key], spreads[stage.key] = scatter(mean, seen, positions), scatter(spread, seen, positions)
     return Moments(len(prompts), means, spreads)
 
@@ -158,7 +165,7 @@ def _merge(a: Moments, b: Moments) -> Moments:
     return Moments(n + m, mean, spread)
 
 
-def _shared_layout(prompts: Mapping[str, VisualPrompt]) -> Layout:
+def _shared_layout(prompts: Mapping[str, Prompts]) -> Any:
     if not prompts:
         raise ValueError("there are no tasks to collect; give {task name: prompts}.")
     for task, rows in prompts.items():
@@ -166,7 +173,7 @@ def _shared_layout(prompts: Mapping[str, VisualPrompt]) -> Layout:
             raise ValueError(f"there are no prompts of {task!r}; give at least one.")
     (first, rows), *others = prompts.items()
     for task, other in others:
-        if other.layout != rows.layout:
+        if differences(asdict(other.layout), asdict(rows.layout)):
             raise ValueError(
                 f"the prompts of {first!r} are in {rows.layout} and those of {task!r} in {other.layout}; collect one "
                 "layout at a time."
@@ -175,7 +182,7 @@ def _shared_layout(prompts: Mapping[str, VisualPrompt]) -> Layout:
 
 
 def _write_state(
-    path: str | Path, moments: Mapping[str, Moments], owner: dict[str, Any], prompts: Mapping[str, VisualPrompt]
+    path: str | Path, moments: Mapping[str, Moments], owner: dict[str, Any], prompts: Mapping[str, Prompts]
 ) -> None:
     tensors = {
         f"{task}/{field}/{key}": values
@@ -193,7 +200,7 @@ def _write_state(
 
 
 def _read_state(
-    path: str | Path, owner: dict[str, Any], prompts: Mapping[str, VisualPrompt], sites: tuple[str, ...]
+    path: str | Path, owner: dict[str, Any], prompts: Mapping[str, Prompts], sites: tuple[str, ...]
 ) -> dict[str, Moments]:
     if not Path(path).exists():
         return {}
@@ -214,5 +221,5 @@ def _read_state(
     }
 
 
-def _digests(prompts: Mapping[str, VisualPrompt]) -> dict[str, str]:
-    return {task: tensor_digest(rows.canvas, rows.visible, rows.decoded) for task, rows in prompts.items()}
+def _digests(prompts: Mapping[str, Prompts]) -> dict[str, str]:
+    return {task: rows.digest for task, rows in prompts.items()}

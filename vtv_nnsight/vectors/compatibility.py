@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models import digests as weights
 from vtv_nnsight.models.interface import InContextModel, Stage
+from vtv_nnsight.text_prompts import TextLayout
 
 MAX_SIZE = 2048
 """What a file may say of layers, heads, their width, and patches along a side of the canvas: more would not fit into
 memory."""
 _SIZES = ("layers", "heads", "head_dim", "streams")
+RECORDED = ("template", "shots", "stop", "chat", "bos")
+"""What a fingerprint tells of texts and is not compared: another template is an experiment, not a mistake."""
 
 
-def fingerprint(model: InContextModel, layout: Layout | None = None, *, cached: bool = False) -> dict[str, Any]:
+def fingerprint(model: InContextModel, layout: Any = None, *, cached: bool = False) -> dict[str, Any]:
     """What must agree before a vector or a set of units is used with a model.
 
     Weights are told by two digests, of all that `state_dict` holds rounded to bfloat16 and rounded to float16, and are
@@ -41,12 +44,13 @@ def fingerprint(model: InContextModel, layout: Layout | None = None, *, cached: 
     return geometry(model, layout) | ({"weights": digests} if digests else {})
 
 
-def geometry(model: InContextModel, layout: Layout | None = None) -> dict[str, Any]:
+def geometry(model: InContextModel, layout: Any = None) -> dict[str, Any]:
     """The fingerprint without the weights."""
     facts: dict[str, Any] = {"stages": [stage.name for stage in model.stages]}
     for stage in model.stages:
         facts |= {f"{stage.name} {size}": getattr(stage, size) for size in _SIZES}
-    names = Layout.__dataclass_fields__ if layout else ("canvas_size", "patch_size")
+        facts |= {f"{stage.name} stream": stage.stream} if stage.stream else {}
+    names = [field.name for field in fields(layout)] if layout else model.layout.MODEL_FACTS
     return facts | {name: getattr(layout or model.layout, name) for name in names} | model.identity()
 
 
@@ -56,7 +60,10 @@ def stages_of(facts: Mapping[str, Any]) -> tuple[Stage, ...]:
     Raises:
         ValueError: when no model has such sizes.
     """
-    stages = tuple(Stage(name, *(facts[f"{name} {size}"] for size in _SIZES)) for name in facts["stages"])
+    stages = tuple(
+        Stage(name, **{size: facts[f"{name} {size}"] for size in _SIZES}, stream=facts.get(f"{name} stream"))
+        for name in facts["stages"]
+    )
     for stage in stages:
         for size in _SIZES:
             if not (isinstance(value := getattr(stage, size), int) and 0 < value <= MAX_SIZE):
@@ -64,21 +71,23 @@ def stages_of(facts: Mapping[str, Any]) -> tuple[Stage, ...]:
     return stages
 
 
-def layout_of(facts: Mapping[str, Any]) -> Layout:
+def layout_of(facts: Mapping[str, Any]) -> Any:
     """The layout of a fingerprint; of a canvas alone, the one with default order and examples.
 
     Raises:
-        ValueError: when no model has such a canvas.
+        ValueError: when no model has such prompts.
     """
-    layout = Layout(**{name: facts[name] for name in Layout.__dataclass_fields__ if name in facts})
-    if layout.grid > MAX_SIZE:
-        raise ValueError(f"a canvas of {layout.grid} patches a side is beyond any model's ({MAX_SIZE})")
+    kind: Any = Layout if "canvas_size" in facts else TextLayout
+    layout = kind(**{field.name: facts[field.name] for field in fields(kind) if field.name in facts})
+    if layout.num_positions > MAX_SIZE**2:
+        raise ValueError(f"a layout of {layout.num_positions} positions is beyond any model's ({MAX_SIZE**2})")
     return layout
 
 
 def differences(facts: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """What two fingerprints say differently, of what both have."""
-    differ = [name for name in expected if name in facts and not _agree(name, facts[name], expected[name])]
+    shared = [name for name in expected if name in facts and name not in RECORDED]
+    differ = [name for name in shared if not _agree(name, facts[name], expected[name])]
     return [
         "other weights" if name == "weights" else f"{name} {facts[name]!r}, not {expected[name]!r}" for name in differ
     ]
@@ -90,7 +99,7 @@ def check_compatible(what: str, facts: Mapping[str, Any], owner: str, expected: 
         raise ValueError(f"{what} does not fit {owner}: it has {'; '.join(differ)}.")
 
 
-def check_layout(what: str, facts: Mapping[str, Any], layout: Layout | None) -> None:
+def check_layout(what: str, facts: Mapping[str, Any], layout: Any) -> None:
     """Raise a ValueError where a fingerprint is of prompts of another layout; None, of raw tensors, fits all."""
     if layout and (differ := differences(facts, asdict(layout))):
         raise ValueError(

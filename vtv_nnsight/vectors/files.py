@@ -10,9 +10,8 @@ import torch
 
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.finite import check_finite
-from vtv_nnsight.layouts import place_names
 from vtv_nnsight.models.interface import SITES, ByStage, Stage
-from vtv_nnsight.vectors.compatibility import layout_of, stages_of
+from vtv_nnsight.vectors.compatibility import MAX_SIZE, layout_of, stages_of
 
 KIND = "task vectors"
 FIELDS = ("mean", "variance")
@@ -107,13 +106,14 @@ def write_activations(path: str | Path, activations: ByStage, fingerprint: dict[
         ValueError: when one is not finite.
     """
     tensors: dict[str, torch.Tensor] = {}
+    places = max((values.shape[2] for values in activations.values()), default=0)
     for key, values in activations.items():
         there = ~values.isnan().flatten(-2).all(-1)
         layers, positions = (there.any(0).any(dim).nonzero()[:, 0] for dim in (1, 0))
         tensors |= {f"{key}/layers": layers, f"{key}/positions": positions}
         tensors[f"{key}/values"] = values[:, layers][:, :, positions]
         check_finite(values[there], f"what was captured of the {key}", "look for NaN in the model's weights")
-    write_tensors(path, ACTIVATIONS, tensors, {"fingerprint": fingerprint})
+    write_tensors(path, ACTIVATIONS, tensors, {"fingerprint": fingerprint, "places": places})
 
 
 def read_activations(path: str | Path) -> tuple[ByStage, dict[str, Any]]:
@@ -125,7 +125,9 @@ def read_activations(path: str | Path) -> tuple[ByStage, dict[str, Any]]:
     tensors, metadata = read_tensors(path, ACTIVATIONS)
     try:
         owner, activations = metadata["fingerprint"], ByStage()
-        places = layout_of(owner).num_positions
+        places = metadata["places"]
+        if not layout_of(owner).num_positions <= places <= MAX_SIZE**2:
+            raise ValueError(f"it has {places} positions")
         for stage in (stage.at(site) for stage in stages_of(owner) for site in SITES):
             if f"{stage.key}/values" not in tensors:
                 continue
@@ -160,10 +162,9 @@ def present_positions(mean: ByStage, label: str = "the vector") -> ByStage:
         bad = ~values.isfinite().all(-1) & ~absent[key][:, None]
         if bad.any():
             layer, position, head = bad.nonzero()[0]
-            (place,) = place_names(position[None])
             raise ValueError(
-                f"{label} is not finite at layer {layer} and head {head} of the {key}, {place}; look for NaN and "
-                "infinity where it was made."
+                f"{label} is not finite at layer {layer}, position {position} and head {head} of the {key}; look for "
+                "NaN and infinity where it was made."
             )
     return absent.map(torch.logical_not)
 

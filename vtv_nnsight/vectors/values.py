@@ -34,7 +34,7 @@ from vtv_nnsight import maps
 from vtv_nnsight.finite import check_finite
 from vtv_nnsight.models.inside_trace import put
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, StageSite
-from vtv_nnsight.prompts import VisualPrompt, as_rows
+from vtv_nnsight.prompts import Prompts, as_rows
 from vtv_nnsight.vectors.collecting import collect_moments, collect_rows
 from vtv_nnsight.vectors.compatibility import check_compatible, geometry, layout_of
 from vtv_nnsight.vectors.files import (
@@ -162,9 +162,9 @@ def _check_alike(other: TaskVector, first: TaskVector) -> None:
         raise ValueError(f"{other.label} has the sites {theirs}, that of {first.task!r} {ours}; collect the same.")
 
 
-def zero_vector(model: InContextModel, sites: Sequence[str] = (HEADS,)) -> TaskVector:
-    """Zeros at every position, whatever the layout: what ablation by zero patches in."""
-    places, zero = model.layout.num_positions, torch.zeros(())
+def zero_vector(model: InContextModel, sites: Sequence[str] = (HEADS,), layout: Any = None) -> TaskVector:
+    """Zeros at every position of a layout, by default the model's: what ablation by zero patches in."""
+    places, zero = (layout or model.layout).num_positions, torch.zeros(())
     stages = [stage.at(site) for stage in model.stages for site in sites]
     mean = ByStage({s.key: zero.expand(s.layers, places, s.heads, s.head_dim) for s in stages})
     return TaskVector("zero", mean, None, 0, geometry(model))
@@ -200,7 +200,7 @@ class Activations(Linear):
     def collect(
         cls,
         model: InContextModel,
-        prompts: VisualPrompt,
+        prompts: Prompts,
         *,
         sites: str | Sequence[str] = HEADS,
         batch_size: int | None = None,
@@ -352,7 +352,7 @@ class TaskVectors(Mapping[str, TaskVector]):
     def collect(
         cls,
         model: InContextModel,
-        prompts: Mapping[str, VisualPrompt],
+        prompts: Mapping[str, Prompts],
         *,
         sites: str | Sequence[str] = HEADS,
         batch_size: int | None = None,

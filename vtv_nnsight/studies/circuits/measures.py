@@ -10,7 +10,7 @@ import torch
 
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
-from vtv_nnsight.patching.forward import find_loss, output_cell
+from vtv_nnsight.patching.forward import find_loss
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.tasks import Task
 
@@ -54,7 +54,7 @@ def answer_metric(model: InContextModel, task: Task, prompts: VisualPrompt) -> M
     truth = prompts.to(device_of(model)).region("output")
 
     def value(output: Any, answered: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
-        return -task.loss(output_cell(model, output, answered), truth[rows])
+        return -task.loss(model.answers(output, answered)[0], truth[rows])
 
     return Measure(f"{task.name}'s metric", value, False, (truth,))
 

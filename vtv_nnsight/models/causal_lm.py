@@ -1,0 +1,359 @@
+"""Causal language models of transformers under nnsight, whatever their family: Llama, Qwen, GPT-2, GPT-NeoX, Gemma, OPT
+and all others of decoder layers with an attention and its output projection.
+
+    >>> model = CausalLM("HuggingFaceTB/SmolLM2-135M")           # or a folder, or a .gguf file
+    >>> with model.trace(prompts):                              # TextPrompts; strings and tokens, too
+    ...     z = model.layers[3].self_attn.heads.save()          # [batch, token, head, head_dim]
+    ...     logits = model.output.logits.save()                 # [batch, token, vocabulary]
+    >>> with model.generate(prompts, max_new_tokens=4) as tracer:
+    ...     ids = tracer.result.save()                          # [batch, token + 4]
+
+Texts are padded on the left. Positions are counted from the end of the prompt: 0 is its last token. The tokens of an
+answer that follows it (`model.trace(prompts, answers=True)`) have none, nor has padding.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnsight import save
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.utils.rnn import pad_sequence
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from vtv_nnsight.models.canvas import drop_none
+from vtv_nnsight.models.inside_trace import Place, first
+from vtv_nnsight.models.interface import GRANULARITIES, InContextModel, Loss, Stage
+from vtv_nnsight.models.nnsight_compat import TraceableTexts, attention_envoy
+from vtv_nnsight.models.sources import GGUF, HUB_OPTIONS, locate
+from vtv_nnsight.models.torch_files import StrPath
+from vtv_nnsight.text_prompts import TextLayout, TextPrompts
+
+PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+"""Names of an attention's output projection, in the families of transformers."""
+NONE = -100
+"""In the place of a token where a row has none."""
+
+
+class CausalLM(TraceableTexts, InContextModel):
+    """A causal language model that can be traced. `model.layers` are its decoder layers; all modules keep their own
+    names, too.
+
+    | here | nnterp | TransformerLens |
+    |---|---|---|
+    | `model.layers[i].self_attn.heads` | `attention_head_outputs` | `blocks.{i}.attn.hook_z` |
+    | `model.layers[i].self_attn.pattern` (`attn_implementation="eager"`) | `attention_probabilities[i]` |
+      `blocks.{i}.attn.hook_pattern` |
+    | `model.outputs("layers", i)["attn"].output` | `attentions_output[i]` | `blocks.{i}.hook_attn_out` |
+    | `model.outputs("layers", i)["mlp"].output` | `mlps_output[i]` | `blocks.{i}.hook_mlp_out` |
+    | `model.layers[i].output` | `layers_output[i]` | `blocks.{i}.hook_resid_post` |
+
+    Args:
+        source: A Hub id, a folder that `save_pretrained` wrote, a .gguf file (unpacked when it is read, which takes its
+            time: `save_pretrained` makes a folder of it), or a ready module of transformers'.
+        tokenizer: Of a ready module; else that of the source.
+        chat: Put prompts into the model's chat template, as what a user says.
+        **kwargs: As for transformers' `from_pretrained`: `revision`, `token`, `dtype`, `device_map`,
+            `attn_implementation`, `quantization_config`, …; and nnsight's: `dispatch=True`, `rename`, `envoys`.
+
+    Raises:
+        TypeError, ValueError, OSError, ImportError: naming the source and what is wrong with it.
+    """
+
+    layout = TextLayout()
+    scoring = {"answers": True}
+
+    def __init__(
+        self,
+        source: StrPath | nn.Module,
+        *,
+        tokenizer: Any = None,
+        chat: bool = False,
+        envoys: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(source, nn.Module) and tokenizer is None:
+            raise TypeError(f"a {type(source).__name__} came without its tokenizer; give tokenizer= beside it.")
+        self.chat, self._envoys_of_heads = chat, dict(envoys or {})
+        self._padding, self._tokens, self._width = torch.zeros(1, dtype=torch.long), 0, 1
+        if not isinstance(source, nn.Module):
+            source, tokenizer = _located(os.fspath(source), tokenizer, kwargs)
+        super().__init__(source, task="text-generation", tokenizer=tokenizer, envoys=self._envoys_of_heads, **kwargs)
+        if self.tokenizer.pad_token is None:
+            raise ValueError(f"the tokenizer of {self.repo_id!r} has no padding token; set tokenizer.pad_token.")
+
+    def adapt(self, module: Any) -> Any:
+        """The module, in eval mode, once its layers and their heads are known."""
+        self._path, self._attention, projection = _find_layers(module)
+        config = module.config.get_text_config()
+        layer = module.get_submodule(f"{self._path}.0")
+        attention = getattr(layer, self._attention)
+        linear = getattr(attention, projection)
+        width, heads = getattr(linear, "in_features", None) or linear.nx, config.num_attention_heads
+        stream = None if width == config.hidden_size else config.hidden_size
+        self._stage = Stage("layers", config.num_hidden_layers, heads, width // heads, stream=stream)
+        after = hasattr(layer, "post_feedforward_layernorm")  # norms of what is added, as Gemma has them
+        sites = {"attn": "post_attention_layernorm" if after else self._attention}
+        sites["mlp"] = "post_feedforward_layernorm" if after else "mlp"
+        self._sites = {site: name for site, name in sites.items() if hasattr(layer, name)}
+        self._envoys_of_heads.setdefault(type(attention), attention_envoy(projection, heads))
+        return module.eval()
+
+    @property
+    def layers(self) -> Any:
+        """The envoys of the decoder layers."""
+        return functools.reduce(getattr, self._path.split("."), self)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """One, "layers"."""
+        return (self._stage,)
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """ "tokens": the mean cross-entropy of the answer's tokens; where prompts have wrong answers, too, how much
+        likelier these are: the difference of their log-probabilities, at the first token where they differ."""
+        return (Loss("tokens", _answer_loss),)
+
+    def attention(self, stage: str, layer: int) -> Any:
+        """The attention of a layer."""
+        return getattr(self.layers[layer], self._attention)
+
+    def outputs(self, stage: str, layer: int) -> dict[str, Any]:
+        """What attention and MLP add to the residual stream, where that is a module's output, and the layer itself."""
+        envoy = self.layers[layer]
+        return {site: getattr(envoy, name) for site, name in self._sites.items()} | {"residual": envoy}
+
+    def name_of(self, module: Any) -> str:
+        """The name of a module as users type it, such as "layers.3.self_attn"."""
+        return super().name_of(module).replace(f"{self._path}.", "layers.", 1)
+
+    def positions(self, stage: str, prompts: TextPrompts | None = None) -> torch.Tensor:
+        """From the end: LongTensor [token], or [batch, token] with -1 for padding where lengths differ."""
+        if prompts is None:
+            return _from_end(self._tokens, self._padding)
+        lengths = self.lengths(prompts)
+        return _from_end(int(lengths.max()), lengths.max() - lengths)
+
+    def token_positions(self, stage: str, prompts: Any, place: Place) -> torch.Tensor:
+        """Those of what is running, which is padded together."""
+        tokens = first(place.read()).shape[1] - self._width + 1
+        return _from_end(tokens, self._padding if tokens >= self._tokens else self._padding[:1] * 0)
+
+    def groups(self, stage: str, granularity: str, layout: TextLayout | None = None) -> dict[str, torch.Tensor]:
+        """The last tokens, one by one; for "head", all of them together."""
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity={granularity!r} is unknown; choose from {', '.join(GRANULARITIES)}.")
+        tokens = torch.arange((layout or self.layout).num_positions)
+        if granularity == "head":
+            return {"all tokens": tokens}
+        return dict(zip(TextLayout.place_names(tokens), tokens[:, None]))
+
+    def lengths(self, prompts: TextPrompts | None = None) -> torch.Tensor:
+        """The tokens of each prompt, without its answer: LongTensor [batch]."""
+        return torch.tensor([1] if prompts is None else [len(ids) for ids in self.tokens(prompts.texts)])
+
+    def tokens(self, texts: Sequence[str], answers: Sequence[str] | None = None) -> list[list[int]]:
+        """The tokens of texts, as prompts have them: with what the tokenizer or the chat template puts around them. Of
+        answers that follow the texts, those of the answers.
+
+        Raises:
+            ValueError: when a text has more tokens than the model has places, or an answer has none.
+        """
+        if self.chat:
+            chats = [[{"role": "user", "content": text}] for text in texts]
+            texts = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+            answers = answers and [answer.strip() for answer in answers]
+        encode = functools.partial(self.tokenizer, add_special_tokens=not self.chat)
+        ids: list[list[int]] = encode(list(texts)).input_ids
+        if answers is not None:
+            whole = encode([text + answer for text, answer in zip(texts, answers)]).input_ids
+            alone = self.tokenizer(list(answers), add_special_tokens=False).input_ids
+            ids = [
+                both[len(text) :] if both[: len(text)] == text else answer
+                for both, text, answer in zip(whole, ids, alone)
+            ]
+        most = getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or len(max(ids, key=len))
+        for number, row in enumerate(ids):
+            if not 0 < len(row) <= most:
+                text = (texts if answers is None else answers)[number]
+                raise ValueError(f"{text[-60:]!r} has {len(row)} tokens; this model takes 1 to {most}.")
+        return ids
+
+    def truth(self, prompts: TextPrompts) -> torch.Tensor:
+        """The tokens of the true answers and of the wrong ones: LongTensor [batch, token, 2], -100 where there is
+        none."""
+        prompts.check_truth()
+        right = self.tokens(prompts.texts, prompts.answers)
+        wrong = self.tokens(prompts.texts, prompts.wrong_answers) if prompts.wrong_answers else [[] for _ in right]
+        padded = pad_sequence([torch.tensor(ids) for ids in (*right, *wrong)], batch_first=True, padding_value=NONE)
+        return torch.stack(padded.long().chunk(2), dim=-1)
+
+    def answers(
+        self, output: Any, prompts: TextPrompts, task: Any = None, edit: Callable[[Any], None] | None = None
+    ) -> tuple[Any, Any]:
+        """By what the task's metric reads: "text", what the model says up to what ends an answer, and the true answers;
+        or "logits" [batch, vocabulary] where the answer begins (where the wrong one first differs from it), and the
+        true token and the wrong one there [batch, 1 or 2]."""
+        truth = self.truth(prompts)
+        if task is not None and task.metric.reads == "text":
+            return self._say(prompts, truth.shape[1], edit), prompts.answers
+        logits = output.logits[:, -_width(truth) :]
+        at, ids = _deciding(truth.to(logits.device))
+        return logits[torch.arange(len(logits), device=logits.device), at], ids
+
+    def show(self, answers: Any) -> list[str]:
+        """Answers for people: of logits, the likeliest token."""
+        return self.tokenizer.batch_decode(answers.argmax(-1)[:, None]) if torch.is_tensor(answers) else list(answers)
+
+    def identity(self) -> dict[str, Any]:
+        """The architecture, whether prompts are chats, and whether texts begin with a beginning-of-sequence token."""
+        bos = (
+            self.tokenizer.bos_token_id is not None and self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
+        )
+        return super().identity() | {"architecture": self.network.config.model_type, "chat": self.chat, "bos": bos}
+
+    def save_pretrained(self, folder: StrPath, **kwargs: Any) -> None:
+        """Write a folder of weights and tokenizer that this class and transformers read, lazily; loads the weights
+        first."""
+        self.dispatch()
+        self.network.save_pretrained(folder, **kwargs)
+        self.tokenizer.save_pretrained(folder)
+
+    def count_rows(self, *inputs: Any, **kwargs: Any) -> int:
+        """Rows of one input set."""
+        return (
+            len(inputs[0]) if inputs and isinstance(inputs[0], TextPrompts) else super().count_rows(*inputs, **kwargs)
+        )
+
+    def join_inputs(self, invokes: list[tuple[Any, dict[str, Any]]], method: Any) -> tuple[Any, dict[str, Any]]:
+        """The input sets of a trace as one forward's arguments: texts are padded on the left; with `answers`, the
+        tokens of the answers but the last follow, and logits say what comes after the prompt and after each."""
+        answered = [bool(options.get("answers")) for _, options in invokes]
+        if len(set(answered)) > 1 or any(answered) and not all(isinstance(i[0], TextPrompts) for i, _ in invokes):
+            raise ValueError("answers=True is for TextPrompts, and for all invokes of a trace or none.")
+        rows: list[tuple[Any, dict[str, Any]]] = []
+        follow = [
+            self.tokens(inputs[0].texts, inputs[0].answers) if inputs[0].answers else [[NONE]] * len(inputs[0])
+            for (inputs, _), wanted in zip(invokes, answered)
+            if wanted
+        ]
+        self._width = max((len(ids) for part in follow for ids in part), default=1)
+        for number, (inputs, options) in enumerate(invokes):
+            options = {name: value for name, value in options.items() if name != "answers"}
+            if inputs and isinstance(inputs[0], TextPrompts):
+                ids = self.tokens(inputs[0].texts)
+                if answered[number]:  # what follows a row's own answer is seen by none of its tokens
+                    after = (part[:-1] + [0] * (self._width - len(part)) for part in follow[number])
+                    ids = [row + rest for row, rest in zip(ids, after)]
+                inputs, options = (), options | {"input_ids": ids}
+            rows.append((inputs, options))
+        with unset_fake_temporarily():
+            arguments, options = super().join_inputs(rows, method)
+            mask = options.get("attention_mask")
+            if mask is not None and not mask[:, -1].all():
+                raise ValueError("these tokens are padded on the right; pad them on the left, or give texts.")
+            self._padding = torch.zeros(1, dtype=torch.long) if mask is None else mask.int().argmax(1).cpu()
+            self._tokens = 0 if mask is None else mask.shape[1] - self._width + 1
+        if any(answered):
+            options["use_cache"] = False
+            if "logits_to_keep" in inspect.signature(type(self.network).forward).parameters:
+                options["logits_to_keep"] = self._width
+        return arguments, options
+
+    def _say(self, prompts: TextPrompts, most: int, edit: Callable[[Any], None] | None) -> list[str]:
+        """What the model says after prompts, up to what ends an answer, in a few tokens more than `most`."""
+        stop = prompts.layout.stop
+        most += len(self.tokenizer(stop, add_special_tokens=False).input_ids) if stop else 0
+        options = {"max_new_tokens": most, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
+        with self.generate(prompts, **options) as tracer:
+            if edit is not None:
+                edit(self)
+            ids = save(tracer.result)
+        said = self.tokenizer.batch_decode(ids[:, int(self.lengths(prompts).max()) :], skip_special_tokens=True)
+        return [text.split(stop)[0] if stop else text for text in said]
+
+
+def _located(source: str, tokenizer: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """What nnsight reads, a folder, a Hub id or a ready module, and its tokenizer.
+
+    Raises:
+        ValueError, OSError, ImportError: naming the source, when it is no causal language model or cannot be read.
+    """
+    place = locate(source)
+    asked = drop_none(options, "revision", *HUB_OPTIONS)
+    if place.kind == "file":
+        if Path(source).suffix != GGUF:
+            raise ValueError(f"{source!r} is no source of a CausalLM; give a Hub id, a folder or a {GGUF} file.")
+        folder, name = str(Path(source).parent), Path(source).name
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        kept = {name: options.pop(name) for name in list(options) if name not in ("rename", "dispatch", "interleaver")}
+        module: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **kept)
+        module.hf_quantizer = None  # its weights are plain now, and can be saved
+        vars(module.config).pop("quantization_config", None)
+        return module, tokenizer
+    config = AutoConfig.from_pretrained(place.path, **asked)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise ValueError(f"{source!r} is a {config.model_type} model; expected a causal language model.")
+    return place.path, tokenizer or AutoTokenizer.from_pretrained(place.path, **asked)
+
+
+def _find_layers(module: PreTrainedModel) -> tuple[str, str, str]:
+    """Where a model's decoder layers are, the name of the attention in each, and of its output projection.
+
+    Raises:
+        ValueError: when there are none that are known.
+    """
+    count = module.config.get_text_config().num_hidden_layers
+    for path, layers in module.named_modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) == count:
+            for name, attention in layers[0].named_children():
+                projection = next((known for known in PROJECTIONS if hasattr(attention, known)), None)
+                alike = all(type(getattr(layer, name, None)) is type(attention) for layer in layers)
+                if type(attention).__name__.endswith("Attention") and projection and alike:
+                    return path, name, projection
+    raise ValueError(
+        f"{type(module).__name__} has no decoder layers that all have an attention with an output projection "
+        f"({', '.join(PROJECTIONS)})."
+    )
+
+
+def _from_end(tokens: int, padding: torch.Tensor) -> torch.Tensor:
+    """Positions of so many tokens: [token], or [row, token] where the first `padding` [row] of a row have none."""
+    seen = torch.arange(tokens - 1, -1, -1)
+    return torch.where(seen < tokens - padding[:, None], seen, -1) if padding.any() else seen
+
+
+def _width(truth: torch.Tensor) -> int:
+    """Tokens of the longest of the true answers."""
+    return int((truth[..., 0] != NONE).sum(1).max())
+
+
+def _deciding(truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a right and a wrong answer first differ, [row], and the tokens of both there, [row, 2]; where there is no
+    wrong one, the first token of the right one, [row, 1]."""
+    if (truth[:, 0, 1] == NONE).all():
+        return torch.zeros_like(truth[:, 0, 0]), truth[:, 0, :1]
+    at = (truth[..., 0] != truth[..., 1]).int().argmax(1)
+    return at, truth[torch.arange(len(truth), device=truth.device), at]
+
+
+def _answer_loss(output: Any, prompts: TextPrompts, truth: torch.Tensor) -> torch.Tensor:
+    """Losses [batch] of logits against tokens of the answers [batch, token, 2]: see `CausalLM.losses`."""
+    width = _width(truth)
+    log = output.logits[:, -width:].float().log_softmax(-1)
+    if prompts.wrong_answers:
+        at, ids = _deciding(truth)
+        right, wrong = log[torch.arange(len(log), device=log.device), at].gather(1, ids).unbind(1)
+        return wrong - right
+    ids = truth[:, :width, 0]
+    each = -log.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
+    there = ids != NONE
+    return (each * there).sum(1) / there.sum(1)
