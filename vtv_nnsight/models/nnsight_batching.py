@@ -39,7 +39,7 @@ class StreamRows(torch.Tensor):
     def register_hook(self, hook: Callable[[torch.Tensor], Any]) -> Any:
         """As of any tensor: `hook` is given the gradient, and may return another."""
         if self.whole is None:  # these rows are in the graph themselves
-            return super().register_hook(hook)
+            return super().register_hook(hook)  # type: ignore[no-untyped-call]
 
         def on_whole(gradient: torch.Tensor) -> torch.Tensor | None:
             rows = _take_rows(gradient, self.places)
