@@ -189,6 +189,19 @@ def test_open_ends(tmp_path):
 
 
 @pytest.mark.nightly
+def test_language(tmp_path):
+    found, printed = quick("language", tmp_path)
+    methods = found["models"]["random"]["methods"]
+    assert list(found["models"]["random"]["by_task"]) == ["antonym", "plural"] and "| few-shot " in printed
+    assert {"reinforce", "gates", "random units", "all units", "function vector", "published recipe"} <= set(methods)
+    assert all(m["less"]["few-shot"][0] == pytest.approx(m["mean"][0] - methods["few-shot"]["mean"][0])
+               for m in methods.values())  # fmt: skip
+    assert methods["reinforce"]["evaluations"] <= 150 and methods["frequent"]["mean"][0] == 1  # a space
+    again, _ = quick("language", tmp_path)
+    assert again["models"]["random"]["methods"] == methods  # of the files that are there
+
+
+@pytest.mark.nightly
 def test_prompt_side(tmp_path):
     found, printed = quick("prompt_side", tmp_path)
     rows = {row["prompts"]: row for row in found["rows"]}
