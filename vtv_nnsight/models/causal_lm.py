@@ -205,9 +205,13 @@ class CausalLM(TraceableTexts, InContextModel):
         truth = self.truth(prompts)
         if task is not None and task.metric.reads == "text":
             return self._say(prompts, truth.shape[1], edit), prompts.answers
-        logits = output.logits[:, -_width(truth) :]
-        at, ids = _deciding(truth.to(logits.device))
-        return logits[torch.arange(len(logits), device=logits.device), at], ids
+        return _first_tokens(output, truth)
+
+    def task_losses(self, task: Any) -> tuple[Loss, ...]:
+        """The task's own, of the name of its metric, where that reads logits."""
+        if task.metric.reads != "logits":
+            return ()
+        return (Loss(task.metric.name, lambda output, _, truth: task.loss(*_first_tokens(output, truth)), False),)
 
     def show(self, answers: Any) -> list[str]:
         """Answers for people: of logits, the likeliest token."""
@@ -334,6 +338,13 @@ def _from_end(tokens: int, padding: torch.Tensor) -> torch.Tensor:
 def _width(truth: torch.Tensor) -> int:
     """Tokens of the longest of the true answers."""
     return int((truth[..., 0] != NONE).sum(1).max())
+
+
+def _first_tokens(output: Any, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [batch, vocabulary] where right and wrong answers first differ, and the tokens there [batch, 1 or 2]."""
+    logits = output.logits[:, -_width(truth) :]
+    at, ids = _deciding(truth.to(logits.device))
+    return logits[torch.arange(len(logits), device=logits.device), at], ids
 
 
 def _deciding(truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

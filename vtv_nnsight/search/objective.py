@@ -28,7 +28,7 @@ from vtv_nnsight.patching.forward import Edit, find_loss, give_like, losses, res
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.search.holdout import hold_out
 from vtv_nnsight.search.prefixes import Prefixes, Start
-from vtv_nnsight.tasks import Task
+from vtv_nnsight.tasks import AnyTask
 from vtv_nnsight.vectors import Activations, TaskVector
 from vtv_nnsight.vectors.compatibility import fingerprint
 
@@ -76,7 +76,7 @@ class Objective:
         self,
         model: InContextModel,
         vector: TaskVector | Activations | Sequence[TaskVector | Activations],
-        task: Task | Sequence[Task],
+        task: AnyTask | Sequence[AnyTask],
         prompts: Prompts | Sequence[Prompts],
         space: PatchSpace,
         *,
@@ -91,7 +91,7 @@ class Objective:
         if len({len(values) for values in given.values()}) > 1:
             counts = ", ".join(f"{len(values)} {name}" for name, values in given.items())
             raise ValueError(f"{counts} were given; give one of each, or as many of each.")
-        self.tasks: list[Task] = given["tasks"]
+        self.tasks: list[AnyTask] = given["tasks"]
         device = device_of(model)
         self.model = model
         self.space: Any = space

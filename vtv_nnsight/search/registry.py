@@ -17,7 +17,7 @@ from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.search.result import SearchResult
-from vtv_nnsight.tasks import Task
+from vtv_nnsight.tasks import AnyTask
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 
 ALGORITHMS: dict[str, Algorithm[...]] = {}
@@ -66,7 +66,7 @@ class Algorithm(Generic[Options]):
         self,
         model: InContextModel,
         vector: TaskVector | Sequence[TaskVector],
-        task: Task | Sequence[Task],
+        task: AnyTask | Sequence[AnyTask],
         prompts: Prompts | Sequence[Prompts],
         space: PatchSpace,
         budget: int | None = None,

@@ -59,13 +59,12 @@ def indirect_effects(model: CausalLM, vector: TaskVector, task: Text, corrupted:
     vector's value, and nothing else is changed: the mean over the prompts but the last, which the search is judged by,
     for each unit of `PatchSpace(model)`, float64 [unit]. Costs an evaluation a unit and prompt, and one more a prompt.
     """
-    space = PatchSpace(model)
-    options = dict(budget=2 * (len(space) + 2) * len(corrupted), size=0, progress=False)
-    judged = scored_by(task, PROBABILITY)
-    result = search.mediation(
-        model, vector, judged, corrupted[:-1], space, loss=PROBABILITY.name, held_out=corrupted[-1:], **options
+    space, judged = PatchSpace(model), scored_by(task, PROBABILITY)
+    budget = 2 * (len(space) + 2) * len(corrupted)  # mediation spends half of it on effects
+    objective = search.Objective(
+        model, vector, judged, corrupted[:-1], space, loss=PROBABILITY.name, held_out=corrupted[-1:]
     )
-    return result.scores
+    return search.mediation.on(objective, budget, progress=False, size=0).scores
 
 
 def top_heads(model: CausalLM, effects: torch.Tensor, k: int) -> PatchSet:
