@@ -44,10 +44,10 @@ from common import options, save, table
 from matplotlib.figure import Figure
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from vtv_nnsight.evaluation.resampling import intervals
 
 from vtv_nnsight import CausalLM, Condition, PatchSet, PatchSpace, TaskVectors, evaluate, search, tasks
 from vtv_nnsight.evaluation import random_units
+from vtv_nnsight.evaluation.resampling import intervals
 from vtv_nnsight.files import write_text
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.studies import function_vectors as rival
