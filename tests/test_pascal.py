@@ -425,6 +425,7 @@ def test_both_papers_tables_from_files_of_their_form(published, voc_root, voc, s
     """A model, a VOC tree and an ImageNet folder in, tables with the papers' numbers out; then nothing again."""
     for name in ("b1", "b3"):
         (voc / "Annotations" / f"{name}.xml").write_text(annotation([("dog", 1, 1, 15, 12)]))
+    (voc / "Annotations" / "b2.xml").write_text(annotation([("dog", 1, 1, 15, 12), ("cat", 1, 1, 9, 9)]))
     for i in range(1001):
         path = tmp_path / "imagenet" / "val" / f"n{i // 500}" / f"{i:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
