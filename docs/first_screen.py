@@ -3,11 +3,15 @@
     python docs/first_screen.py
 
 hero.png has two rows, a drawn scene and a real picture, each the median of its class by the vector's score; and
-sixty_seconds.png is what the README's first snippet writes, made smaller.
+sixty_seconds.png is what the README's first snippet writes; pictures/tutorial_N.png
+is the first picture of notebook N.
 """
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,12 @@ def main() -> None:
     path.write_text(source.replace('"answers.png"', repr(str(DOCS / "sixty_seconds.png"))), encoding="utf-8")
     exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
     path.unlink()
+    for notebook in sorted((DOCS.parent / "tutorials").glob("*.ipynb")):
+        outputs = (o for cell in json.loads(notebook.read_text())["cells"] for o in cell.get("outputs", []))
+        content = next(o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {}))
+        picture = Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")
+        picture.thumbnail((240, 90))
+        picture.save(DOCS / "pictures" / f"tutorial_{notebook.stem[0]}.png", optimize=True)
 
 
 def median_of_its_class(model: Any, vectors: Any, images: Any) -> Image.Image:

@@ -17,11 +17,13 @@ from rich.text import Text
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, data, tasks
 from vtv_nnsight.cli import start
 from vtv_nnsight.cli.group import COMMANDS, LazyCommand, load_commands
+from vtv_nnsight.cli.output import say
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.images import as_rgb, resize, to_tensor
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.published import load_checkpoint
+from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.runs import bundles
 from vtv_nnsight.search.result import SearchResult
@@ -420,3 +422,21 @@ def test_odd_lines_and_damaged_files_end_in_a_sentence(script):
         [sys.executable, Path(__file__).with_name(script), "--count", "60"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_a_wide_table_fits_a_terminal_and_stays_markdown_in_a_file(capsys, monkeypatch):
+    columns = [f"a long heading {number}" for number in range(12)]
+    table = "\n".join(["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * 12, ["0.123"] * 12)])
+    say("Scores:\n\n" + table)
+    assert table in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "180")
+    say("Scores:\n\n" + table)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert len(lines) > 4 and max(map(len, lines)) <= 100 and not any("|" in line for line in lines)
+
+
+def test_progress_says_how_long_is_left(capsys):
+    for _ in progress_bar(range(3), mininterval=0):
+        pass
+    assert "00:00 left" in capsys.readouterr().err

@@ -114,6 +114,8 @@ def test_the_addresses_stand_in_one_place():
         re.search(rf'^{name} = "(.*)"', project, re.MULTILINE)[1] for name in ("Repository", "Documentation")
     )
     assert f"git clone {repository}\n" in SHOWN["README.md"] and site in SHOWN["README.md"]
+    notebooks = (DOCS.parent / "tutorials").glob("*.ipynb")
+    assert all(f"git+{repository}" in notebook.read_text(encoding="utf-8") for notebook in notebooks)
 
 
 def results():

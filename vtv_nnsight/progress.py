@@ -25,8 +25,10 @@ from transformers.utils import logging as transformers_logging
 
 from vtv_nnsight.text import duration
 
-progress_bar = partial(tqdm, leave=None)
-"""`tqdm`; a bar that is done stays on the screen unless it is below another. Give it a `with` block where the loop may
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
+progress_bar = partial(tqdm, leave=None, bar_format=BAR)
+"""`tqdm`, which says how long is left; a bar that is done stays on the screen unless it is below another. Give it a
+`with` block where the loop may
 raise: what is left open takes in the bars that come after it."""
 
 

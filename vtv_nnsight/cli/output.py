@@ -7,19 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from vtv_nnsight.text import printable, shortened
 
+WIDEST = 100
+"""Columns of a table in a terminal, at most."""
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 """Errors whose message is meant for the user; of others the kind is told as well."""
 
 
 def say(what: str | Table) -> None:
-    """Print text as it is, whatever brackets are in it, or a table; of several processes the first prints."""
+    """Print text as it is, whatever brackets are in it, or a table; a terminal gets Markdown's tables as tables. Of
+    several processes the first prints."""
     plain: dict[str, Any] = dict(markup=False, highlight=False, soft_wrap=True) if isinstance(what, str) else {}
-    if os.environ.get("RANK", "0") == "0":
-        Console().print(what, **plain)
+    console = Console()
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if isinstance(what, str) and "\n|" in what and console.is_terminal:
+        Console(width=min(console.width, WIDEST)).print(Markdown(what))
+    else:
+        console.print(what, **plain)
 
 
 def wrote(path: Path) -> None:
