@@ -137,12 +137,13 @@ PARTS = {
     "scenes": of_seeds("scenes", 30),
     "held_out": of_bench("held_out_tasks", 15, 3)._replace(table=of_lines),
     "learned": of_bench("learned_vectors", 35, 3)._replace(table=of_rows),
-    "circuits": of_bench("circuits", 45, 3),
+    "language": of_bench("language", 60, 5),
+    "circuits": of_bench("circuits", 30, 2, "--seeds 2"),
     "search_efficiency": of_bench("search_efficiency", 60, 2, "--seeds 2 --budgets 1000 4000 --published-steps 200"),
-    "patch_sets": of_bench("patch_sets", 40, 1, "--seeds 1"),
+    "patch_sets": of_bench("patch_sets", 20, 1, "--seeds 1 --budget 2000"),
     "open_ends": of_bench("open_ends", 15, 1),
     "prompt_side": of_bench("prompt_side", 15, 1),
-    "ablations": of_bench("ablations", 40, 1, "--seeds 1"),
+    "ablations": of_bench("ablations", 25, 1, "--seeds 1 --budget 2000"),
     "attention": of_bench("attention", 3, 1),
 }
 """Name → table, in the order in which `--run` makes what is missing. Cut in seeds and budgets to fit six hours."""
