@@ -29,10 +29,11 @@ from matplotlib.figure import Figure
 LOOP = "while True: pass"
 
 
-def watched(command: list[str], environment: dict[str, str]) -> dict[str, float]:
-    """Run a command: its seconds, those of all its processors, and its peak memory in MiB."""
+def watched(command: list[str], environment: dict[str, str], place: str) -> dict[str, float]:
+    """Run a command in a folder without the package: its seconds, those of all its processors, peak memory in MiB."""
     before, start, peak = os.times(), time.perf_counter(), 0
-    process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = psutil.Popen(command, env=environment, cwd=place, **silent)
     while process.poll() is None:
         with suppress(psutil.Error):
             peak = max(peak, sum(memory(one) for one in (process, *process.children(recursive=True))))
@@ -65,7 +66,7 @@ def run_once(python: str, kind: str, seed: int, budget: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
             command = [python, "-m", "vtv_nnsight", "run", "--out", f"{place}/run", "--seed", str(seed)]
             command += ["--quick"] if kind in ("quick", "busy") else ["--budget", str(budget)] * (kind == "equal")
-            return watched(command, environment) | {"scores": scores(Path(place) / "run")}
+            return watched(command, environment, place) | {"scores": scores(Path(place) / "run")}
     finally:
         for loop in loops:
             loop.kill()

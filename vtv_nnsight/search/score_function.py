@@ -43,7 +43,7 @@ def reinforce(
     masks: int = 8,
     sparsity: float = 0.0,
     judge: str | None = None,
-    last_stage: float = 0.7,
+    last_stage: float = 0.0,
     prune: bool = True,
     tolerance: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
