@@ -20,6 +20,7 @@ from vtv_nnsight import (
     PatchSpace,
     TaskVectors,
     TextPrompts,
+    ablate,
     capture,
     evaluate,
     metrics,
@@ -27,6 +28,7 @@ from vtv_nnsight import (
     search,
     tasks,
 )
+from vtv_nnsight.evaluation import comparison, controls
 from vtv_nnsight.models import load_model
 from vtv_nnsight.patching.forward import find_loss, forward, losses
 from vtv_nnsight.testing import check_model
@@ -149,7 +151,9 @@ def test_patches_and_their_gradients_are_those_of_hooks(any_model):
     torch.testing.assert_close(replaced, by_hand(any_model, FEW.texts, hook)[1][:, -1], **CLOSE)
 
 
-def test_it_does_what_models_promise(any_model):
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in [*FAMILIES][1:])])
+def test_it_does_what_models_promise(family):
+    any_model = CausalLM(module_of(family), tokenizer=letters())
     check_model(any_model, TextPrompts(("Q: hot\nA:", "Q: big\nA:", "Q: abc\nA:"), (" cold", " tiny", " boom")))
 
 
@@ -300,6 +304,22 @@ def test_activations_patch_and_last_tokens(model, tmp_path):
     with pytest.raises(ValueError, match="a vector of 30 tokens was asked for, and one of these prompts has fewer"):
         layout = type(FEW.layout)(positions=30)
         TaskVectors.collect(model, {"x": TextPrompts(FEW.texts, layout=layout)}, progress=False)
+
+
+def test_what_vectors_and_sets_show(model, vectors):
+    """In a notebook: maps of layers and heads."""
+    patches = PatchSet.random(PatchSpace(model), 4)
+    assert all(shown._repr_png_().startswith(b"\x89PNG") for shown in (vectors, patches))
+    with model.trace(FEW):
+        ablate(model, patches)
+        after = capture(model)
+    assert not after.values["layers"][:, :, 0][:, patches.mask["layers"][:, 0]].any()
+    task = tasks.words("antonym")
+    prompts = task.prompts(task.rows, 8, shots=2)
+    conditions = comparison(vectors["upper"], patches, vectors) | controls(vectors["upper"], patches, vectors, draws=2)
+    table = evaluate(model, task, prompts, conditions, progress=False)
+    assert {"one-shot", "zero-shot", "task vector", "random units"} <= set(table.frame.condition)
+    assert {"one-shot", "zero-shot"} == set(evaluate(model, task, prompts, progress=False).frame.condition)
 
 
 def test_collecting_does_not_depend_on_batches_or_their_order(model):

@@ -200,6 +200,11 @@ class Layout:
         as nothing."""
         return {name: values[..., places].nansum(-1) for name, places in named_positions(self.disjoint_regions).items()}
 
+    @property
+    def places(self) -> dict[str, torch.Tensor]:
+        """Positions of "cls" and of each cell, for people."""
+        return named_positions(self.regions)
+
     @staticmethod
     def place_names(places: torch.Tensor) -> list[str]:
         """Absolute positions [position] by name: "cls", or "patch 98"."""

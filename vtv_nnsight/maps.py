@@ -13,8 +13,6 @@ import torch
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from vtv_nnsight.layouts import Layout, named_positions
-
 PANEL = 2.4
 """Inches of a panel's side."""
 
@@ -27,7 +25,7 @@ def png(figure: Figure) -> bytes:
 
 
 def score_map(
-    scores: Mapping[Any, torch.Tensor], layout: Layout, title: str = "between-task / within-task variance"
+    scores: Mapping[Any, torch.Tensor], layout: Any, title: str = "between-task / within-task variance"
 ) -> Figure:
     """Layer × head heat maps of a score, one for each stage and region that the stage sees.
 
@@ -36,7 +34,7 @@ def score_map(
         layout: The layout of the prompts that were scored.
         title: What the colours mean.
     """
-    places = named_positions(layout.regions)
+    places = layout.places
     means = {
         (stage, region): values[..., at].nanmean(-1)
         for stage, values in scores.items()

@@ -47,6 +47,12 @@ class TextLayout:
         """Positions that a vector holds; 0 is the prompt's last token, 1 the one before it."""
         return self.positions
 
+    @property
+    def places(self) -> dict[str, torch.Tensor]:
+        """Each position by its name."""
+        positions = torch.arange(self.positions)
+        return dict(zip(self.place_names(positions), positions[:, None]))
+
     @staticmethod
     def place_names(places: torch.Tensor) -> list[str]:
         """Positions [position] by name: "last token", or "token -2", as Python counts them."""

@@ -151,10 +151,8 @@ class CausalLM(TraceableTexts, InContextModel):
         """The last tokens, one by one; for "head", all of them together."""
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity={granularity!r} is unknown; choose from {', '.join(GRANULARITIES)}.")
-        tokens = torch.arange((layout or self.layout).num_positions)
-        if granularity == "head":
-            return {"all tokens": tokens}
-        return dict(zip(TextLayout.place_names(tokens), tokens[:, None]))
+        places = (layout or self.layout).places
+        return {"all tokens": torch.cat([*places.values()])} if granularity == "head" else places
 
     def lengths(self, prompts: TextPrompts | None = None) -> torch.Tensor:
         """The tokens of each prompt, without its answer: LongTensor [batch]."""
@@ -292,7 +290,7 @@ def _located(source: str, tokenizer: Any, options: dict[str, Any]) -> tuple[Any,
         ValueError, OSError, ImportError: naming the source, when it is no causal language model or cannot be read.
     """
     place = locate(source)
-    asked = drop_none(options, "revision", *HUB_OPTIONS)
+    asked = drop_none(options, "revision", "trust_remote_code", *HUB_OPTIONS)
     if place.kind == "file":
         if Path(source).suffix != GGUF:
             raise ValueError(f"{source!r} is no source of a CausalLM; give a Hub id, a folder or a {GGUF} file.")
