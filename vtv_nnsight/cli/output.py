@@ -46,6 +46,6 @@ def sentence(error: Exception) -> str:
     """An error's message on one line."""
     words = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     words = shortened(printable(words))
-    if isinstance(error, EXPECTED) and words:
+    if words and (isinstance(error, EXPECTED) or isinstance(error, KeyError) and " " in words):  # not a mere key
         return words
     return f"{type(error).__name__}{': ' if words else ''}{words} (--debug shows where)"

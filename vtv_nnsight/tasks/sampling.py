@@ -72,7 +72,9 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
     able = np.flatnonzero(np.bincount(classes)[classes] > examples)
     if not len(able):
         what = "images" if labels_of(images) is None else "images of a class"
-        raise ValueError(f"a prompt needs {examples + 1} different {what}, more than there are in these data.")
+        raise ValueError(
+            f"a prompt needs {examples + 1} different {what}, more than these data have; take more rows (--max-images)."
+        )
     turns = [generator.permutation(able) for _ in range(-(-n // len(able)))]
     return _with_examples(classes, np.concatenate(turns)[:n], examples, generator)
 
