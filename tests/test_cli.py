@@ -244,7 +244,7 @@ def test_a_picture_that_cannot_be_finished_leaves_the_one_before(vtv, tmp_path, 
 def test_of_several_processes_the_first_prints(vtv, tmp_path, monkeypatch, capsys):
     from vtv_nnsight.cli.start import summarise
 
-    empty = SimpleNamespace(tasks=[], lines=dict, table=SimpleNamespace(tasks=[]))
+    empty = SimpleNamespace(tasks=[], lines=dict, table=SimpleNamespace(tasks=[]), record={"notes": []}, anew=None)
     monkeypatch.setattr("vtv_nnsight.report.reading.load_run", lambda folder: empty)
     score = ("score", bundles.load("tiny").folder / "vectors.safetensors")
     for rank, prints in (("0", True), ("1", False)):

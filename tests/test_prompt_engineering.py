@@ -109,6 +109,7 @@ def test_the_command_line_compares_layouts(small_config, tmp_path):
 
 def test_the_command_line_draws_clusters(small_config, tmp_path):
     MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
     args = ["clusters", tmp_path / "model", "--n", 4, "--max-images", 20, "--tasks", "lowlight,colorization"]
     args += ["--top", 2, "-o", tmp_path / "pictures" / "c.png"]
     result = CliRunner().invoke(cli.app, list(map(str, args)))

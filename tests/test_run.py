@@ -742,7 +742,7 @@ def test_sigterm_stops_like_ctrl_c():
         assert process.stderr.read() == b"Stopped. The same command goes on where it stopped.\n"
 
 
-@pytest.mark.parametrize("name", ["plain", "$x", "a_$b$", "_hidden", "m[/b]", "conv[red]", "\\frac$"])
+@pytest.mark.parametrize("name", ["plain", "$x", "a_$b$", "_hidden", "m[bold]", "conv[red]", "\\frac$"])
 def test_names_are_shown_as_they_are(finished, name, capsys, vtv, monkeypatch):
     found = reading.load_run(finished)
     figure = figures.searches({name: [found.results["lowlight"][""]]})

@@ -77,7 +77,7 @@ def test_an_objective_that_lacks_something_is_refused():
         def losses(self, gates, rows):
             return super().losses(gates, rows).mean()
 
-    with pytest.raises(ValueError, match=r"Wrong gave values of shape \[\] for 16 rows; expected losses \[row\]"):
+    with pytest.raises(ValueError, match=r"Wrong gave values of shape \[\] for 8 rows; expected losses \[row\]"):
         search.greedy.on(Wrong(), images=1, start=0.002, progress=False)
 
 

@@ -216,7 +216,7 @@ def test_what_is_no_bundle_is_one_sentence(vectors, tmp_path):
     vectors.save(tmp_path / "fold1" / "vectors.safetensors")
     with pytest.raises(FileNotFoundError, match=r"give one of its folds \(fold1\)"):
         bundles.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no units in search/"):
+    with pytest.raises(FileNotFoundError, match="has no run.json, which says what is in it; let `vtv run` make it"):
         bundles.load(tmp_path / "fold1")
 
 

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vtv_nnsight.vectors.collecting as code
-from vtv_nnsight import MAEVQGAN, Layout, TaskVectors
+from vtv_nnsight import MAEVQGAN, Layout, TaskVectors, files
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
@@ -165,7 +165,8 @@ def damaged(path, change):
         metadata = file.metadata()
     facts = json.loads(metadata["facts"])
     change(tensors, facts)
-    save_file(tensors, path, metadata | {"facts": json.dumps(facts)})
+    save_file(tensors, path, metadata | {"facts": json.dumps(facts), "digest": files.UNSEALED})
+    files.seal(path)
 
 
 def put(tensors, name, value):
