@@ -135,6 +135,8 @@ def test_every_condition_is_what_it_says(table, model, prompts, vectors, patches
 
 def test_answers_are_the_same_whatever_the_batch_and_however_prompts_come(table, model, prompts):
     again = evaluate(model, tasks.segmentation, prompts.query_only(), {"x": None}, batch_size=100, progress=False)
+    with pytest.raises(ValueError, match="batch_size=0 holds nothing"):
+        evaluate(model, tasks.segmentation, prompts, {"x": None}, batch_size=0, progress=False)
     losses = again.values("segmentation", "x", "token_loss")
     np.testing.assert_allclose(losses, table.values("segmentation", "one-shot", "token_loss"), atol=1e-5)
     assert np.isnan([line.difference for line in again.lines()]).all()

@@ -76,7 +76,7 @@ def evaluate(
     pictures: dict[str, list[Any]] = {name: [] for name in ("prompt", "truth", *conditions)}
     start = 0
     with torch.no_grad(), progress_bar(total=sum(counts.values()), unit="answer", disable=not progress) as bar:
-        for batch in prompts.split(batch_size or default_batch_size(model, prompts=prompts)):
+        for batch in prompts.split(default_batch_size(model, prompts=prompts) if batch_size is None else batch_size):
             batch = batch.to(device).one_shot()
             truth = model.truth(batch) if loss else None
             cells = batch.shown()

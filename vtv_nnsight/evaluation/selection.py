@@ -55,7 +55,7 @@ def select_prompts(
         ValueError: when the candidates leave fewer than `n` prompts, or duplicates is neither.
     """
     layout = layout or model.layout
-    device, batch_size = device_of(model), batch_size or default_batch_size(model)
+    device, batch_size = device_of(model), default_batch_size(model) if batch_size is None else batch_size
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates={duplicates!r} is unknown; choose from {', '.join(DUPLICATES)}.")
     drawn = drawn if drawn is not None else draw(images, candidates, layout.examples, seed)

@@ -153,7 +153,7 @@ def generate_with_gates(
     gates = torch.as_tensor(gates).float()
     if len(prompts) not in (1, len(gates)):
         raise ValueError(f"{len(prompts)} prompts go with {len(gates)} rows of gates; give one, or one for each row.")
-    device, batch_size = device_of(model), batch_size or default_batch_size(model)
+    device, batch_size = device_of(model), default_batch_size(model) if batch_size is None else batch_size
     prompts, vector = prompts.query_only().to(device), vector.to(device)
     rows = prompts if len(prompts) == len(gates) else prompts[[0] * len(gates)]
     cells = []

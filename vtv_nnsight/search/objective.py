@@ -103,7 +103,7 @@ class Objective:
         parts = hold_out(given["prompts"], given["held_out"] if share is None else share, seed)
         self.prompts: Prompts = given["prompts"][0].cat([rows for pair in parts for rows in pair]).to(device)
         most = 16 if device.type == "cpu" else 256
-        self.batch_size = batch_size or default_batch_size(model, most, self.prompts)
+        self.batch_size = default_batch_size(model, most, self.prompts) if batch_size is None else batch_size
         self._fits = self.batch_size
         sizes = torch.tensor([[len(rows) for rows in pair] for pair in parts])
         self.group = torch.arange(len(parts)).repeat_interleave(sizes.sum(1))

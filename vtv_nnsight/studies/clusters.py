@@ -55,7 +55,7 @@ def activations(
             index = {stage: at.to(device) for stage, at in tokens.items() if len(at)}
             if not index:
                 raise ValueError(f"no stage sees {region!r} of these prompts; choose another region.")
-            for batch in rows.split(batch_size or default_batch_size(model)):
+            for batch in rows.split(default_batch_size(model) if batch_size is None else batch_size):
                 for stage, means in _means(model, batch.to(device), index).items():
                     batches[stage][task].append(means)
                 bar.update(len(batch))

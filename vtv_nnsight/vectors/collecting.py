@@ -65,7 +65,7 @@ def collect_moments(
             lengths = model.lengths(rows)
             rows = rows[lengths.argsort(stable=True)] if len(lengths) > 1 else rows
             rows = rows[moments[task].prompts :] if task in moments else rows
-            for batch in rows.split(batch_size or default_batch_size(model, prompts=rows)):
+            for batch in rows.split(default_batch_size(model, prompts=rows) if batch_size is None else batch_size):
                 new = measure(model, batch.to(device), sites)
                 moments[task] = _merge(moments[task], new) if task in moments else new
                 bar.update(len(batch))
@@ -97,7 +97,7 @@ def collect_rows(
         put_rows(parts[-1], stage, layer, z.cpu(), seen, positions)
 
     with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:
-        for batch in prompts.split(batch_size or default_batch_size(model, prompts=prompts)):
+        for batch in prompts.split(default_batch_size(model, prompts=prompts) if batch_size is None else batch_size):
             parts.append(ByStage())
             with torch.no_grad(), model.trace(batch.to(device)):
                 read_layers(model, places, keep, stop=True)

@@ -109,7 +109,9 @@ def faithfulness(
     total = len(prompts) * (len(sets) + (direction == "in"))
     journal, measured = Journal(resume, settings), partial(_measure, model, vector, space, measures)
     with progress_bar(total=total, desc=f"curves, {direction}", unit="answer", disable=not progress) as bar:
-        answers = partial(_values, measured, batch_size or default_batch_size(model), journal, bar)
+        answers = partial(
+            _values, measured, default_batch_size(model) if batch_size is None else batch_size, journal, bar
+        )
         if direction == "out":
             values = dict(zip(sets, answers(prompts, [~choices for choices in sets.values()])))
             full = values[_key(everything)]

@@ -67,7 +67,10 @@ def retrieve(
     candidates = np.arange(len(images)) if pool is None else np.unique(np.asarray(pool, dtype=np.int64))
     if outside := [int(row) for row in (*candidates, *queries) if not 0 <= row < len(images)]:
         raise ValueError(f"row {outside[0]} is not among the {len(images)} rows of these images.")
-    features, batch_size = features or encoder_features(model), batch_size or default_batch_size(model)
+    features, batch_size = (
+        features or encoder_features(model),
+        default_batch_size(model) if batch_size is None else batch_size,
+    )
     size = model.layout.cell_size
     with progress_bar(total=len(candidates) + len(queries), unit="picture", disable=not progress) as bar:
 
