@@ -80,7 +80,9 @@ def test_weights_that_are_cut_whole_numbers_or_absent(folder):
     numbers = {name: value.to(torch.int32) for name, value in load_file(weights).items()}
     for content in (whole[: len(whole) // 2], whole[:5], b"", b"\xff" * 100):
         weights.write_bytes(content)
-        refused(folder, "model.safetensors is (truncated, damaged or no safetensors file: |no complete safetensors file: )")
+        refused(
+            folder, "model.safetensors is (truncated, damaged or no safetensors file: |no complete safetensors file: )"
+        )
     save_file(numbers, weights, metadata={"format": "pt"})
     refused(folder, "model.safetensors: .* holds I32; expected floating point")
     weights.unlink()
