@@ -11,6 +11,7 @@ tokenizer's own picture of the truth. A seed is a run of its own, and all seeds 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 from common import options, save, table
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--model", default=Settings.model, help="as SOURCE of `vtv info`")
     parser.add_argument("--data", default=Settings.data, help="as for `vtv run`")
     parser.add_argument("--seeds", type=int, default=3, help="as many, from --seed on")
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of the seeds' runs; by default in --out")
     args = parser.parse_args()
     for task in HELD_OUT:
         if "+" not in task.name:
@@ -42,9 +44,9 @@ def main() -> None:
         given.pop("most_tasks", None)
     began, found = time.perf_counter(), []
     for seed in range(args.seed, args.seed + args.seeds):
-        folder = args.out / "held_out_tasks" / f"seed{seed}"
+        folder = (args.runs or args.out / "held_out_tasks") / f"seed{seed}"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        runs.run(folder, Settings(**given, seed=seed), device=args.device)
+        runs.run(folder, Settings(**given, seed=seed), device=args.device, redo=True)
         tables = [Table.load(path) for path in sorted((folder / "evaluation").glob("*.parquet"))]
         found += [Table(one.frame.assign(seed=seed)) for one in tables]
     merged = Table.cat(found)

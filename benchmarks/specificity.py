@@ -43,7 +43,7 @@ def main() -> None:
         place = folder / f"seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (place / "report.html").is_file():
-            runs.run(place, Settings(**given, seed=seed), device=args.device)
+            runs.run(place, Settings(**given, seed=seed), device=args.device, redo=True)
         results = load_run(place)
         for way, found in {"fixed": results.table, "anew": results.anew}.items():
             tables[way].append(Table(found.frame.assign(seed=seed)))
