@@ -121,7 +121,7 @@ def test_a_report_without_a_script_shows_its_strips(report, browser):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(report)
-    boxes = [picture.bounding_box() for picture in page.locator(".looks img").all()]
+    boxes = [picture.bounding_box() for picture in page.locator("details[open] .looks img").all()]
     assert len({round(box[side]) for box in boxes for side in ("width", "height")}) == 1 and boxes[0]["width"] > 50
     assert page.locator(".strip img").first.is_visible() and not page.locator(".slide").first.is_visible()
     page.emulate_media(media="print")
