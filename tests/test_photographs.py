@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from vtv_nnsight import MAEVQGAN, bundles, tasks
+from vtv_nnsight import MAEVQGAN, bundles, data, tasks
 from vtv_nnsight.data.embedded_pictures import SAMPLE
 from vtv_nnsight.images import OUTLINE, carry_over, enlarge, psnr, to_tensor
 from vtv_nnsight.report import photographs
@@ -83,6 +83,7 @@ def test_the_embedded_vectors_light_the_packages_photograph(photograph):
     assert "unlike what the model has learned" in photographs.warning(model, layout, board)
 
 
+@pytest.mark.slow
 def test_a_few_photographs_are_all_answered_by_the_packages_vectors(vtv, tmp_path):
     folder = tmp_path / "mine"
     (folder / "inside").mkdir(parents=True)
@@ -96,3 +97,9 @@ def test_a_few_photographs_are_all_answered_by_the_packages_vectors(vtv, tmp_pat
     assert (
         text.count("<figcaption>carried over to the photograph") == 4 and not (tmp_path / "run" / "run.json").exists()
     )
+
+
+def test_what_the_package_carries_is_read_without_a_bar(capfd):
+    MAEVQGAN("tiny", dispatch=True)
+    data.pictures("test", n=4)
+    assert capfd.readouterr().err == ""
