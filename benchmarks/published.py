@@ -178,7 +178,7 @@ def compared(found: Table, paper: str) -> list[dict[str, Any]]:
         place = str(fold) if several and kind != "detection" and "fit" not in task else ""
         in_paper = known.get((paper, row, kind, measure, place))
         ours, theirs = float(part.score.mean()), None if in_paper is None else float(in_paper.value)
-        source = "" if in_paper is None else f"Table {in_paper.table}; {in_paper.source}"
+        source = "" if in_paper is None else str(in_paper.source)
         rows.append(dict(paper=paper, task=task, metric=measure, fold=place, row=row, here=ours, queries=len(part)))
         rows[-1] |= dict(theirs=theirs, difference=None if theirs is None else ours - theirs, source=source)
     if paper == "VP":  # of the run's tasks, the paper's table has segmentation alone
