@@ -48,8 +48,8 @@ def test_files_and_the_embedded_model(checkpoint):
 
 
 def test_other_models_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="is a bert model; expected one of mae_vqgan, vit_mae, seggpt, painter"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(ValueError, match="is a clip model; expected one of mae_vqgan, vit_mae, seggpt, painter"):
         load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_model(tmp_path / "nowhere.pth")

@@ -166,9 +166,9 @@ class PatchSpace:
     def names(self) -> list[str]:
         """Such as "encoder.blocks.3.attn.heads[5] @ query", or "decoder.blocks.2.mlp @ output"."""
         paths, groups = list(self._paths.values()), [list(names) for names in self.groups.values()]
-        names = []
+        names, told = [], self.granularity != "head" and self.layout.num_positions > 1
         for stage, layer, head, group in zip(*(part.tolist() for part in self.units)):
-            place = f" @ {groups[stage][group]}" if len(groups[stage]) > 1 else ""
+            place = f" @ {groups[stage][group]}" if told else ""
             unit = f".heads[{head}]" if self.stages[stage].site == HEADS else ""
             names.append(f"{paths[stage][layer]}{unit}{place}")
         return names

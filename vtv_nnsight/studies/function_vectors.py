@@ -26,8 +26,10 @@ import torch
 from vtv_nnsight import search
 from vtv_nnsight.evaluation import Condition, evaluate
 from vtv_nnsight.metrics import Metric
-from vtv_nnsight.models.causal_lm import PROJECTIONS, CausalLM
+from vtv_nnsight.models.causal_lm import CausalLM
 from vtv_nnsight.models.interface import ByStage, StageSite
+from vtv_nnsight.models.nnsight_compat import network_of
+from vtv_nnsight.models.nnsight_verbs import projection_of
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.tasks import Row, Text, scored_by
 from vtv_nnsight.text_prompts import TextPrompts
@@ -83,9 +85,8 @@ def function_vector(model: CausalLM, vector: TaskVector, heads: PatchSet) -> Tas
     total = torch.zeros(stage.width, dtype=mean.dtype)
     for layer in mask.any((1, 2)).nonzero()[:, 0].tolist():
         attention = model.attention(stage.name, layer)
-        project = next(getattr(attention, name) for name in PROJECTIONS if hasattr(attention, name))._module
-        after = model.outputs(stage.name, layer)["attn"]
-        total += _projected(mean[layer, 0], mask[layer, 0], project, None if after is attention else after._module)
+        project, after = network_of(projection_of(attention)), model.outputs(stage.name, layer)["attn"]
+        total += _projected(mean[layer, 0], mask[layer, 0], project, None if after is attention else network_of(after))
     everywhere = total.expand(stage.layers, 1, 1, -1).clone()
     named = ByStage({StageSite(stage.name, "residual"): everywhere})
     return replace(vector, task=f"function vector of {vector.task}, {len(heads)} heads", mean=named, variance=None)
