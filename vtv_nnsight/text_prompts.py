@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -181,6 +181,17 @@ class TextPrompts(Prompts):
     def same_queries(self, other: TextPrompts) -> bool:
         """Whether others ask the same and have the same answers, row for row."""
         return torch.equal(self.queries, other.queries) and self.answers == other.answers
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All but the identifiers, as JSON values."""
+        names = ("texts", "answers", "query_texts", "wrong_answers")
+        return {name: getattr(self, name) for name in names} | {"layout": asdict(self.layout)}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], identifiers: torch.Tensor) -> TextPrompts:
+        """The prompts of `facts` and identifiers."""
+        return cls(**{**facts, "layout": TextLayout(**facts["layout"])}, identifiers=identifiers)
 
     def shown(self) -> dict[str, Any]:
         """The texts and the answers."""

@@ -18,10 +18,12 @@ from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.data import load
 from vtv_nnsight.data.embedded_pictures import SAMPLE
+from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.images import read_picture, strip, to_pil
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models import load_model
+from vtv_nnsight.patching import patch
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report import photographs
 from vtv_nnsight.runs import bundles, steps
@@ -29,10 +31,10 @@ from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.studies.prompting import ensembles, prompt_engineering
 
 Examples = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
         metavar="IN [OUT]",
-        help="Two files fill the example's cells as they are, and the query its cell. With one file the task makes "
+        help="Two words of a task of words; of pictures, two files fill the example's cells as they are, and the query its cell. With one file the task makes "
         "input and output of it, and corrupts the query alike. With --vectors there need be no example.",
     ),
 ]
@@ -48,7 +50,7 @@ Mask = Annotated[
 Painter = Annotated[
     str | None,
     typer.Option(
-        help="Paint the output with this model (as SOURCE of `vtv info`).",
+        help="Answer with this model (as SOURCE of `vtv info`).",
         metavar="SOURCE",
         show_default="with --vectors the model of the run",
     ),
@@ -91,11 +93,14 @@ class ExampleCommand(TyperCommand):
     cls=ExampleCommand,
     epilog="Examples: vtv prompt --vectors tiny --task lowlight --query sample\n\n"
     "vtv prompt --model tiny --task segmentation --example cat.jpg cat_mask.png --query dog.jpg -o out.png\n\n"
-    "vtv prompt --task colorization --example cat.jpg --query dog.jpg -o prompt.png",
+    "vtv prompt --task colorization --example cat.jpg --query dog.jpg -o prompt.png\n\n"
+    "vtv prompt --model SmolLM2.gguf --vectors runs/words --task antonym --query hot",
 )
 def prompt(
     ctx: typer.Context,
-    query: Annotated[Path, typer.Option(help='The picture to answer; "sample" is a photograph in the package.')],
+    query: Annotated[
+        str, typer.Option(help='The picture or the word to answer; "sample" is a photograph in the package.')
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -113,17 +118,24 @@ def prompt(
     dtype: options.DType = None,
     order: options.Order = Settings.order,
 ) -> None:
-    """Make a visual prompt of picture files; with --model, paint its output; with --vectors, answer it with no example.
+    """Make a prompt of pictures or words; with --model, answer it; with --vectors, answer it with no example.
 
     Without a model the prompt itself is saved, the hidden patches dimmed. With vectors a strip is: the photograph, the
     query, its answers zero-shot, one-shot (with an example) and with the task vector, and this last one carried over to
-    the photograph, which is also written at full resolution.
+    the photograph, which is also written at full resolution. Answers of a language model are printed.
     """
     files = example or []
     if len(files) > 2:
         raise ValueError(f"--example names {len(files)} files; give an input and its output, or one picture.")
     if not files and not vectors:
         raise ValueError("there is no --example; give one, or --vectors, which need none.")
+    keywords = options.given(vqgan=vqgan, embedding_type=embedding_type, dtype=dtype)
+    bundle = bundles.load(vectors) if vectors else None
+    name = task or (next(iter(bundle)) if bundle else "identity")
+    to_make = tasks.get(name)
+    if isinstance(to_make, tasks.Text):
+        options.refuse_unused(ctx, f"for {name}, whose answers are printed", "output", "mask", "order")
+        return _say(to_make, query, files, model, bundle, scale, keywords)
     if mask is not None and len(files) != 1:
         raise ValueError("--mask goes with a single --example file; with two, the second file is the answer.")
     if not model and not vectors:
@@ -132,14 +144,10 @@ def prompt(
         options.refuse_unused(ctx, "with --vectors, which know it", "order")
     else:
         options.refuse_unused(ctx, "without --vectors", "scale")
-    keywords = options.given(vqgan=vqgan, embedding_type=embedding_type, dtype=dtype)
-    bundle = bundles.load(vectors) if vectors else None
-    name = task or (next(iter(bundle)) if bundle else "identity")
-    to_make = tasks.get(name)
     if to_make.needs != "mask":
         options.refuse_unused(ctx, f"for {name}, which asks for no mask", "mask")
-    output = output or Path(f"{query.stem}-{name}.png")
-    image = read_picture(SAMPLE if str(query) == "sample" else query)
+    output = output or Path(f"{Path(query).stem}-{name}.png")
+    image = read_picture(SAMPLE if query == "sample" else query)
     if bundle:
         vector, patches = bundle[name]
         patched = bundle.load_model(model, **keywords)
@@ -150,7 +158,7 @@ def prompt(
         pictures = photographs.answers(
             patched, to_make, vector, patches, image, visual_prompt, scale=scale, as_it_is=len(files) == 2
         )
-        write_picture(output, strip(pictures, STRIP_SIDE, f"{name}: {query.name}, vector of {vectors}").save)
+        write_picture(output, strip(pictures, STRIP_SIDE, f"{name}: {Path(query).name}, vector of {vectors}").save)
         if measured := photographs.psnrs(to_make, pictures):
             values = ", ".join(f"{picture} {value:.1f} dB" for picture, value in measured.items())
             say(f"{name}, PSNR against the photograph: {values}")
@@ -160,6 +168,8 @@ def prompt(
             wrote(full)
     else:
         painter: Any = load_model(model, **keywords) if model else None
+        if painter:
+            to_make.check_model(painter)
         layout = replace(painter.layout if painter else Layout(), order=order)
         visual_prompt = _compose(to_make, files, mask, image, layout)
         drawn = to_pil(painter.generate(visual_prompt)[0]) if painter else visual_prompt.picture()
@@ -208,8 +218,31 @@ def layouts(
     wrote(output)
 
 
+def _say(
+    task: tasks.Text, query: str, example: list[str], source: str | None, bundle: Any, scale: float,
+    keywords: dict[str, Any],
+) -> None:  # fmt: skip
+    """Print what a language model says zero-shot, after an example, and with the task vector."""
+    columns = (*task.inputs, task.needs)
+    if len(example) not in (0, len(columns)):
+        raise ValueError(f"--example of {task.name} has {len(example)} part; give {', '.join(columns)}.")
+    if not source and not bundle:
+        raise ValueError(f"{task.name} is for language models; say which (--model).")
+    model: Any = bundle.load_model(source, **keywords) if bundle else load_model(source, **keywords)
+    task.check_model(model)
+    zero_shot = task.prompt([], query)
+    said = {ZERO_SHOT: model.say(zero_shot)}
+    if example:
+        said[BASELINE] = model.say(task.prompt(dict(zip(columns, example)), query))
+    if bundle:
+        bundle.check(model)
+        vector, patches = bundle[task.name]
+        said[PATCHED] = model.say(zero_shot, edit=lambda traced: patch(traced, vector, patches, scale=scale))
+    say("\n".join(f"{condition}: {answer.strip()}" for condition, (answer,) in said.items()))
+
+
 def _compose(
-    task: tasks.Task, example: list[Path], mask: Path | None, query: Image.Image, layout: Layout
+    task: tasks.Task, example: list[str], mask: Path | None, query: Image.Image, layout: Layout
 ) -> VisualPrompt:
     """The prompt of a query and an example that the task makes input and output of, or of an input and its output."""
     if len(example) == 2:

@@ -243,7 +243,9 @@ def run(
     if show:
         webbrowser.open(written.resolve().as_uri())
     else:
-        say("Open it in a browser, or let --open do so. Next: vtv run --images FOLDER, with pictures of your own.")
+        words = settings.data == "words"
+        more = f"vtv prompt --vectors {folder} --query WORD" if words else "vtv run --images FOLDER, with pictures"
+        say(f"Open it in a browser, or let --open do so. Next: {more} of your own.")
 
 
 def _photographs(images: Path) -> dict[str, Path]:

@@ -202,7 +202,7 @@ class CausalLM(TraceableTexts, InContextModel):
         true token and the wrong one there [batch, 1 or 2]."""
         truth = self.truth(prompts)
         if task is not None and task.metric.reads == "text":
-            return self._say(prompts, truth.shape[1], edit), prompts.answers
+            return self.say(prompts, truth.shape[1], edit), prompts.answers
         return _first_tokens(output, truth)
 
     def task_losses(self, task: Any) -> tuple[Loss, ...]:
@@ -270,8 +270,9 @@ class CausalLM(TraceableTexts, InContextModel):
                 options["logits_to_keep"] = self._width
         return arguments, options
 
-    def _say(self, prompts: TextPrompts, most: int, edit: Callable[[Any], None] | None) -> list[str]:
-        """What the model says after prompts, up to what ends an answer, in a few tokens more than `most`."""
+    def say(self, prompts: TextPrompts, most: int = 12, edit: Callable[[Any], None] | None = None) -> list[str]:
+        """What the model says after prompts, up to what ends an answer, in a few tokens more than `most`; `edit` is
+        called with the model inside the trace, as for a patch."""
         stop = prompts.layout.stop
         most += len(self.tokenizer(stop, add_special_tokens=False).input_ids) if stop else 0
         options = {"max_new_tokens": most, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from vtv_nnsight.layouts import Layout, named_positions
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.plots import best_so_far
@@ -42,11 +42,11 @@ def of_sets(sets: Mapping[str, PatchSet]) -> pd.DataFrame:
     )
 
 
-def of_scores(scores: ByStage, layout: Layout) -> pd.DataFrame:
+def of_scores(scores: ByStage, layout: Any) -> pd.DataFrame:
     """Of `plots.score_map`: a row for each head and region."""
     parts = []
     for stage, values in scores.items():
-        for region, places in named_positions(layout.regions).items():
+        for region, places in layout.places.items():
             layers, heads = np.indices(values.shape[:2])
             means = values[..., places].nanmean(-1).numpy()
             columns = {"layer": layers.ravel(), "head": heads.ravel(), "region": region, "score": means.ravel()}

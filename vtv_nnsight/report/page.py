@@ -43,7 +43,8 @@ def write(run: str | os.PathLike) -> Path:
     folder, results = Path(run), load_run(run)
     results.table.to_csv(folder / "table.csv")
     write_text(folder / "table.md", "\n\n".join([results.table.markdown(), *verdicts(results.table)]) + "\n")
-    write_picture(folder / "answers.png", overview(results).savefig, dpi=150)
+    if not results.of_texts:
+        write_picture(folder / "answers.png", overview(results).savefig, dpi=150)
     write_text(folder / "report.html", render("run.html", **_content(results, partial(keep_file, folder))) + "\n")
     return folder / "report.html"
 
@@ -54,7 +55,7 @@ def _content(run: RunResults, keep: Keep) -> dict[str, Any]:
     tasks = [_task(run, task, lines[task.name], keep) for task in nearest]
     groups = dict.fromkeys(name for groups in space.groups.values() for name in groups)
     return {
-        "title": f"Visual task vectors: {run.name}",
+        "title": f"{'Task vectors' if run.of_texts else 'Visual task vectors'}: {run.name}",
         "run": run,
         "paper": PAPERS.get(space.fingerprint.get("model", "")),
         "prompt": prompt_cells(run),

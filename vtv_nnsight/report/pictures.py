@@ -46,8 +46,10 @@ def sprite(pictures: torch.Tensor, across: bool = False) -> str:
     return data_uri(buffer.getvalue(), "webp")
 
 
-def prompt_cells(run: RunResults, size: float = 92.0) -> list[dict[str, Any]]:
-    """The cells of the run's first prompt, where and how large the page's diagram of a prompt shows them."""
+def prompt_cells(run: RunResults, size: float = 92.0) -> list[dict[str, Any]] | str:
+    """The cells of the run's first prompt, where and how large the page's diagram of a prompt shows them; or its text."""
+    if run.of_texts:
+        return str(run.table.pictures[run.tasks[0].name]["prompt"][0])
     across = sorted({columns.start for _, columns in run.layout.cells.values()})
     down = sorted({rows.start for rows, _ in run.layout.cells.values()})
     canvas = run.table.pictures[run.tasks[0].name]["prompt"][0]
@@ -65,10 +67,15 @@ def prompt_cells(run: RunResults, size: float = 92.0) -> list[dict[str, Any]]:
 
 
 def first_pictures(run: RunResults, task: Task) -> dict[str, list[dict[str, Any]]]:
-    """`PICTURES` of the first prompts, at most `MAX_ROWS`: each with its score, where it is an answer."""
+    """`PICTURES` of the first prompts, or texts, at most `MAX_ROWS`: each with its score, where it is an answer."""
     cells = run.cells(task)
     pictures: dict[str, list[dict[str, Any]]] = {
-        name: [{"uri": cell_uri(cell), "score": None} for cell in cells[name][:MAX_ROWS]] for name in PICTURES
+        name: [
+            {"uri": "" if run.of_texts else cell_uri(cell), "text": cell, "score": None}
+            for cell in cells[name][:MAX_ROWS]
+        ]
+        for name in PICTURES
+        if name in cells
     }
     for name in CONDITIONS.keys() & PICTURES:
         for answer, score in zip(pictures[name], run.table.values(task.name, name)):

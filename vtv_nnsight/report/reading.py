@@ -14,7 +14,6 @@ from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Line, Table
 from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
 from vtv_nnsight.files import read_tensors
-from vtv_nnsight.layouts import Layout
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import crop
@@ -23,6 +22,7 @@ from vtv_nnsight.report.labels import PICTURES
 from vtv_nnsight.runs.resuming import check_files, read_record
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task
+from vtv_nnsight.text_prompts import TextLayout
 from vtv_nnsight.vectors import TaskVectors
 
 Lines = dict[str, dict[str, Line]]
@@ -70,7 +70,7 @@ class RunResults(NamedTuple):
         return next(iter(next(iter(self.results.values())).values())).patches.space
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> Any:
         """That of its prompts."""
         return self.space.layout
 
@@ -93,9 +93,18 @@ class RunResults(NamedTuple):
             lines[line.task]["score" if line.measure == metrics[line.task] else "loss"][line.condition] = line
         return lines
 
-    def cells(self, task: Task) -> dict[str, torch.Tensor]:
-        """The pictures of `PICTURES`, uint8 [row, 3, height, width], of the first prompts."""
+    @property
+    def of_texts(self) -> bool:
+        """Whether its model is one of language."""
+        return isinstance(self.layout, TextLayout)
+
+    def cells(self, task: Any) -> dict[str, Any]:
+        """The pictures of `PICTURES`, uint8 [row, 3, height, width], of the first prompts; of texts those from the query
+        on, as strings [row]."""
         pictures = self.table.pictures[task.name]
+        if self.of_texts:
+            queries = [text.rsplit(task.stop, 1)[-1] for text in pictures["prompt"]]
+            return {"query": queries} | {name: pictures[name] for name in PICTURES if name in pictures}
         layout, asking = self.layout, ("example_input", "example_output", "query")
         first = {name: name if name in layout.cells else f"{name}_1" for name in asking}  # of several examples
         return {n: crop(pictures["prompt"], first[n], layout) if n in first else pictures[n] for n in PICTURES}
@@ -135,6 +144,7 @@ def load_run(run: str | os.PathLike) -> RunResults:
 
 def _read_table(path: Path, task: str) -> Table:
     tensors, metadata = read_tensors(path.with_suffix(".safetensors"), "answers")
+    tensors |= metadata.get("texts", {})
     try:
         table = Table.load(path)
     except Exception as error:  # of pyarrow and pandas, each with its own, about bytes and columns

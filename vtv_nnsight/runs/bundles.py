@@ -37,6 +37,7 @@ from vtv_nnsight.models.sources import EMBEDDED, HUB, locate
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.runs.resuming import BUNDLE_RECORD, check_files
 from vtv_nnsight.search.result import SearchResult
+from vtv_nnsight.text_prompts import TextLayout
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
 
@@ -113,6 +114,8 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
     def compact(self) -> Bundle:
         """The same, of the positions that a query-only prompt shows: all that patching without an example needs."""
         layout = next(iter(self.results.values())).patches.space.layout
+        if isinstance(layout, TextLayout):
+            return self
         kept = torch.zeros(layout.num_positions, dtype=torch.bool).index_fill(0, positions(layout.query_band), True)
         return replace(self, vectors=TaskVectors({name: _keep(v, kept) for name, v in self.vectors.items()}))
 

@@ -59,7 +59,7 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
             folds.append(Fold(name, out / name, number, *parts))
     notes = list(dict.fromkeys(str(warning.message) for warning in heard if warning.category is UserWarning))
     fewest = min(len(fold.train) for fold in folds)
-    if fewest < PICTURES_PER_PROMPT * settings.prompts:
+    if "image" in folds[0].train.column_names and fewest < PICTURES_PER_PROMPT * settings.prompts:
         notes.append(
             f"{fewest} pictures to learn from are few: prompts are drawn at random, and pictures serve in several."
         )
@@ -102,5 +102,5 @@ def published_folds(out: Path, settings: Settings, root: str, lists: str, number
 
 
 def selects(settings: Settings, rows: Dataset) -> bool:
-    """Whether there are enough pictures for prompts to be selected among candidates."""
-    return len(rows) >= PICTURES_PER_PROMPT * settings.prompts
+    """Whether there are enough pictures for prompts to be selected among candidates; texts are not."""
+    return "image" in rows.column_names and len(rows) >= PICTURES_PER_PROMPT * settings.prompts

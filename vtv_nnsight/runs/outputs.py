@@ -14,7 +14,6 @@ from vtv_nnsight import data
 from vtv_nnsight.digests import json_digest
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.files import package_version, read_tensors, write_tensors, write_text
-from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.models.sites import validate_sites
 from vtv_nnsight.patching import PatchSpace
@@ -23,28 +22,37 @@ from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.runs.folds import Fold
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.tasks import Task
+from vtv_nnsight.text_prompts import TextPrompts
 from vtv_nnsight.vectors.compatibility import fingerprint
 
 SIXTEENTH = 255 * 128
 """Prompts are kept as 16-bit numbers: pixels of 8 bits, and those darkened to a half, are kept exactly."""
 
 
-def write_prompts(path: Path, prompts: Mapping[str, VisualPrompt]) -> None:
-    """The canvases of every task's prompts, of any layout, as a safetensors file."""
-    canvases = {name: rows.canvas.mul(SIXTEENTH).round().short().cpu() for name, rows in prompts.items()}
-    write_tensors(path, "prompts", canvases, {"tasks": list(prompts)})
+def write_prompts(path: Path, prompts: Mapping[str, Any]) -> None:
+    """The canvases of every task's prompts, of any layout, or their texts, as a safetensors file."""
+    texts = {name: rows.facts for name, rows in prompts.items() if isinstance(rows, TextPrompts)}
+    tensors = {
+        name: rows.identifiers if name in texts else rows.canvas.mul(SIXTEENTH).round().short().cpu()
+        for name, rows in prompts.items()
+    }
+    write_tensors(path, "prompts", tensors, {"tasks": list(prompts)} | ({"texts": texts} if texts else {}))
 
 
-def read_prompts(path: Path, layout: Layout) -> dict[str, VisualPrompt]:
-    """Task → the prompts that `write_prompts` wrote, in the layout that they had."""
-    canvases, metadata = read_tensors(path, "prompts")
-    return {name: VisualPrompt.from_canvas(canvases[name].float() / SIXTEENTH, layout) for name in metadata["tasks"]}
+def read_prompts(path: Path, layout: Any) -> dict[str, Any]:
+    """Task → the prompts that `write_prompts` wrote, in the layout that they had; texts have their own."""
+    tensors, metadata = read_tensors(path, "prompts")
+    if texts := metadata.get("texts"):
+        return {name: TextPrompts.of(texts[name], tensors[name]) for name in metadata["tasks"]}
+    return {name: VisualPrompt.from_canvas(tensors[name].float() / SIXTEENTH, layout) for name in metadata["tasks"]}
 
 
 def write_pictures(path: Path, table: Table, task: Task) -> None:
-    """The first answers of an evaluation, which a Parquet file has no place for."""
-    pictures = table.pictures[task.name]
-    write_tensors(path, "answers", pictures, {"names": list(pictures)})
+    """The first answers of an evaluation, pictures or texts, which a Parquet file has no place for."""
+    answers = table.pictures[task.name]
+    pictures = {name: answer for name, answer in answers.items() if isinstance(answer, torch.Tensor)}
+    texts = {name: answer for name, answer in answers.items() if name not in pictures}
+    write_tensors(path, "answers", pictures, {"names": list(answers)} | ({"texts": texts} if texts else {}))
 
 
 def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:

@@ -99,6 +99,7 @@ def run(
         raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
     with quiet():
         setup = steps.set_up(settings, device, batch_size)
+        explore = explore if hasattr(setup.model, "paint") else None  # what is looked at closely are pictures
         folds, notes = load_folds(out, settings)
         tasks = steps.servable(settings, folds[0].train)
         space = PatchSpace(setup.model, setup.layout, settings.granularity, sites=settings.sites)

@@ -54,9 +54,12 @@ class Setup:
     batch_size: int | None = None
 
     @property
-    def layout(self) -> Layout:
-        """The model's layout in the order of the settings; that of VP's reasoning study where the data are its own."""
-        layout: Layout = self.model.layout
+    def layout(self) -> Any:
+        """The model's layout, of a canvas in the order of the settings; that of VP's reasoning study where the data are
+        its own."""
+        layout: Any = self.model.layout
+        if not isinstance(layout, Layout):
+            return layout
         if self.settings.data.startswith("reasoning:") and layout.gap is None:
             layout = replace(REASONING, canvas_size=layout.canvas_size, patch_size=layout.patch_size)
         return replace(layout, order=self.settings.order)
@@ -83,8 +86,8 @@ def set_up(
 
 
 def servable(settings: Settings, rows: Dataset, known: Collection[str] | None = None) -> list[Task]:
-    """The tasks that were asked for, or those of VTV's that the data have the columns for: of the `known` ones, and at
-    most `settings.most_tasks`.
+    """The tasks that were asked for, or those of VTV's and of the lists of words that the data have the columns for: of
+    the `known` ones, and at most `settings.most_tasks`.
 
     Raises:
         ValueError: when the data cannot serve a task that was asked for, or none that is known.
@@ -96,7 +99,8 @@ def servable(settings: Settings, rows: Dataset, known: Collection[str] | None = 
                 f"{task.name!r} needs a column {task.needs!r}, and {settings.data} has {', '.join(rows.column_names)}; "
                 "leave the task out, or give other data."
             )
-    offered = [registry.get(name) for name in known] if known is not None else registry.VTV
+    lists = map(registry.words, registry.WORDS)
+    offered = [*map(registry.get, known)] if known is not None else [*registry.VTV, *lists]
     serve = wanted or [task for task in offered if task.needs in rows.column_names][: settings.most_tasks]
     if not serve:
         raise ValueError(

@@ -29,6 +29,7 @@ def check(
     settings: Settings, folds: Sequence[Fold], tasks: Sequence[Task], space: PatchSpace, model: InContextModel
 ) -> None:
     """Refuse settings that a later step would refuse."""
+    tasks[0].check_model(model)
     if settings.candidates < settings.prompts and any(selects(settings, fold.train) for fold in folds):
         raise ValueError(
             f"candidates={settings.candidates} are fewer than the prompts={settings.prompts} to select; give more."

@@ -43,10 +43,12 @@ class AnyTask:
     Class attributes:
         metric: How answers are scored; given by its name, it becomes the metric.
         reads: What kinds of metric there may be (see `metrics.Metric.reads`).
+        layout_type: Of what kind the layout of its prompts is.
     """
 
     metric: metrics.Metric
     reads: tuple[str, ...] = ("pixels",)
+    layout_type: type = Layout
     if TYPE_CHECKING:
 
         @property
@@ -55,6 +57,18 @@ class AnyTask:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metric", metrics.get(self.metric, self.reads))
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that is asked otherwise: with texts, or with pictures.
+
+        Raises:
+            ValueError: saying which goes with which.
+        """
+        if not isinstance(model.layout, self.layout_type):
+            raise ValueError(
+                f"{self.name!r} does not go with a {type(model).__name__}; ask language models words (data 'words'), "
+                "and the others pictures."
+            )
 
     def score(self, prediction: Any, target: Any) -> torch.Tensor:
         """The task's metric of answers, of which it says what they are (see `metrics.Metric.reads`): [batch]."""

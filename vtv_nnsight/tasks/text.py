@@ -60,6 +60,7 @@ class Text(AnyTask):
     answer: str | tuple[str, str] = "output"
     metric: metrics.Metric | str = ""  # type: ignore[assignment]
     reads = ("logits", "text")
+    layout_type = TextLayout
 
     def __post_init__(self) -> None:
         if not isinstance(self.answer, str):
@@ -152,7 +153,14 @@ class Text(AnyTask):
         return tuple(np.array(self.rows)[~held]), tuple(np.array(self.rows)[held])
 
     def prompts(
-        self, rows: Iterable[Row], n: int = 100, seed: int = 0, *, shots: int = 8, positions: int = 1
+        self,
+        rows: Iterable[Row],
+        n: int = 100,
+        seed: int = 0,
+        layout: TextLayout | None = None,
+        *,
+        shots: int = 8,
+        positions: int = 1,
     ) -> TextPrompts:
         """`n` prompts of random examples; the same seed gives the same prompts, and all rows are asked equally often.
 
@@ -161,13 +169,14 @@ class Text(AnyTask):
                 `split` would keep them together.
             n: Number of prompts.
             seed: Of what is drawn.
+            layout: A model's, whose positions count; the template is the task's own.
             shots: Examples in each.
             positions: How many of the last tokens vectors and sets hold.
 
         Raises:
             ValueError: when the rows are too few for so many examples.
         """
-        drawn = self.draw(rows, n, seed, shots=shots)
+        drawn, positions = self.draw(rows, n, seed, shots=shots), layout.positions if layout else positions
         return TextPrompts.cat([self.prompt(examples, query, positions=positions) for examples, query in drawn])
 
     def draw(
