@@ -2,6 +2,8 @@
 installed."""
 
 import copy
+import json
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +23,7 @@ from vtv_nnsight import (
     TaskVectors,
     TextPrompts,
     ablate,
+    bundles,
     capture,
     evaluate,
     metrics,
@@ -29,8 +32,11 @@ from vtv_nnsight import (
     tasks,
 )
 from vtv_nnsight.evaluation import comparison, controls
+from vtv_nnsight.files import read_tensors
 from vtv_nnsight.models import load_model
 from vtv_nnsight.patching.forward import find_loss, forward, losses
+from vtv_nnsight.runs.outputs import read_prompts
+from vtv_nnsight.studies import circuits
 from vtv_nnsight.testing import check_model
 
 SIZES = dict(vocab_size=110, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
@@ -425,6 +431,72 @@ def test_what_is_wrong_is_said_in_a_sentence(model, tmp_path):
         PatchSpace(model, granularity="quarter")
     fuse = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=110, hidden_size=32, n_layer=2, n_head=4))
     assert CausalLM(fuse, tokenizer=letters()).stages[0].heads == 4
+
+
+def test_circuits_on_texts(model, vectors):
+    """CPR and CMD, whose curves end where nothing and everything is patched, by hand."""
+    space, measure = PatchSpace(model), circuits.answer_loss(model, FEW)
+    few = replace(FEW, layout=replace(FEW.layout, shots=1), query_texts=("A:", "A:", "A:"))
+    scores, ends = {"some": torch.arange(len(space)).double()}, dict(sizes=(0.5, 1.0), progress=False)
+    into = circuits.faithfulness(model, vectors["upper"], few, space, scores, measure, **ends)
+    out = circuits.faithfulness(model, vectors.mean(), few, space, scores, measure, direction="out", **ends)
+    loss = find_loss(model)
+    every = partial(patch, vector=vectors["upper"], patches=PatchSet.random(space, len(space)))
+    nothing, all_units = (losses(model, few.query_only(), loss, model.truth(few), edit) for edit in (None, every))
+    torch.testing.assert_close(torch.tensor(into.empty), -nothing.double(), **CLOSE)
+    torch.testing.assert_close(torch.tensor(into.kept["some", "signed", 0][-1]), -all_units.double(), **CLOSE)
+    torch.testing.assert_close(torch.tensor(out.full), -losses(model, few, loss, model.truth(few)).double(), **CLOSE)
+    assert {"CPR", "CMD"} <= {name.split()[0] for name in into.summary().columns}
+
+
+@pytest.mark.slow
+def test_a_run_of_words_from_end_to_end(model, tmp_path, vtv, monkeypatch):
+    """vtv run, its page, its bundle, and vtv prompt; done again, nothing is; pictures are refused before anything is."""
+    model.save_pretrained(tmp_path / "model")
+    run, asked = tmp_path / "run", ("--data", "words", "--tasks", "antonym,plural", "--quick", "--search", "random")
+    command = ("run", "--model", tmp_path / "model", *asked, "--jobs", 1, "--out", run)
+    assert vtv(*command)[0] == 0
+    page, before = (run / "report.html").read_text("utf-8"), (run / "run.json").read_bytes()
+    prompts = read_prompts(run / "prompts.safetensors", None)["antonym"]
+    assert (prompts.layout.shots, len(prompts), prompts.layout.stop) == (8, 32, "\n\n")
+    answers, facts = read_tensors(run / "evaluation/antonym.safetensors", "answers")
+    texts = facts["texts"]
+    assert not answers and texts["prompt"][0] in page and not (run / "answers.png").exists()
+    for number, prompt in enumerate(texts["prompt"][:4]):
+        query = prompt.rsplit("\n\n", 1)[1]
+        assert prompt.count("Q: ") == 9 and f"<code>{query}</code>" in page
+        assert f"<code>{texts['truth'][number]}</code>" in page
+    assert "antonym-units.png" in page and "none" not in page.split("<pre>")[1].split("</pre>")[0]
+    assert vtv(*command)[0] == 0 and json.loads(before)["files"] == json.loads((run / "run.json").read_text())["files"]
+
+    bundle = bundles.load(run)
+    ours = bundle.load_model()
+    bundle.check(ours)
+    (tmp_path / "weights").mkdir()
+    bundle.compact().save(tmp_path / "weights/words", torch.float16)
+    monkeypatch.setattr(bundles, "WEIGHTS", tmp_path / "weights")
+    assert bundles.load("words")["plural"][1] == bundle["plural"][1]
+    prompt = tasks.words("antonym").prompt([], "hot")
+    with ours.edit() as (_, edited):
+        patch(edited, *bundle["antonym"])
+    assert len(bundle["antonym"][1]) and not torch.allclose(edited(prompt).logits[:, -1], ours(prompt).logits[:, -1])
+    (said,) = ours.say(prompt, edit=lambda traced: patch(traced, *bundle["antonym"]))
+    code, printed, _ = vtv("prompt", "--vectors", run, "--task", "antonym", "--query", "hot", "--example", "big", "small")
+    lines = dict(line.split(": ", 1) for line in printed.splitlines())
+    assert code == 0 and list(lines) == ["zero-shot", "one-shot", "task vector"]
+    assert lines["task vector"] == said.strip() and lines["zero-shot"] == ours.say(prompt)[0].strip()
+
+    refused = {
+        ("run", "--model", tmp_path / "model", "--quick", "--out", tmp_path / "no"): "does not go with a CausalLM",
+        ("run", "--data", "words", "--quick", "--out", tmp_path / "no"): "does not go with a MAEVQGAN",
+        ("prompt", "--vectors", run, "--query", "hot", "--example", "big"): "--example of antonym has 1 part",
+        ("prompt", "--vectors", run, "--query", "hot", "-o", tmp_path / "a.png"): "--output has no use",
+        ("prompt", "--task", "antonym", "--query", "hot", "--example", "a", "b"): "say which (--model)",
+    }
+    for words, sentence in refused.items():
+        code, _, complaint = vtv(*words)
+        assert code == 1 and sentence in " ".join(complaint.split())
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,8 @@ from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
 
 VECTORS, CARD_NAME = "vectors.safetensors", "README.md"
+WEIGHTS = Path(str(files("vtv_nnsight"))) / "weights"
+"""Where the package keeps its bundles, each in a folder of its name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,8 +200,8 @@ def from_hub(repo_id: str, *, revision: str | None = None, token: str | None = N
 
 
 def load(source: str | os.PathLike[str] = EMBEDDED) -> Bundle:
-    """A bundle: of a folder that `vtv run` or `Bundle.save` wrote, of the Hub ("hub:OWNER/NAME"), or "tiny", that of
-    the embedded model.
+    """A bundle: of a folder that `vtv run` or `Bundle.save` wrote, of the Hub ("hub:OWNER/NAME"), or of the
+    package by its name: "tiny" is that of the embedded model.
 
     Raises:
         FileNotFoundError: when there is no such folder, or it has no vectors or no units.
@@ -208,7 +210,7 @@ def load(source: str | os.PathLike[str] = EMBEDDED) -> Bundle:
     kind, path = locate(source)
     if kind == "hub" and str(source).startswith(HUB):
         return from_hub(path)
-    folder = Path(path)
+    folder = next((packaged for packaged in WEIGHTS.iterdir() if packaged.name == str(source)), Path(path))
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; give one that `vtv run` wrote, or {EMBEDDED!r}.")
     if not (folder / VECTORS).is_file():

@@ -104,7 +104,7 @@ def faithfulness(
     for order in ranked.values():
         sets |= {_key(choices): choices for choices in prefixes(order, len(space), counts)}
     prompts = prompts.to(device_of(model))
-    vector = vector if isinstance(vector, Activations) else vector.to(prompts.device)
+    vector = vector if isinstance(vector, Activations) else vector.to(device_of(model))
     settings = _settings(model, vector, prompts, space, measures, direction)
     total = len(prompts) * (len(sets) + (direction == "in"))
     journal, measured = Journal(resume, settings), partial(_measure, model, vector, space, measures)
@@ -178,9 +178,10 @@ def _measure(
     rows: torch.Tensor,
 ) -> torch.Tensor:
     """All measures of the prompts of numbers `rows`, each patched with its own set: float64 [row, measure]."""
-    vector = vector[rows].to(prompts.device) if isinstance(vector, Activations) else vector
-    rows = rows.to(prompts.device)
-    edit = partial(patch, vector=vector, patches=space.mask(choices.to(prompts.device)))
+    device = device_of(model)
+    vector = vector[rows].to(device) if isinstance(vector, Activations) else vector
+    rows = rows.to(device)
+    edit = partial(patch, vector=vector, patches=space.mask(choices.to(device)))
     restrict = all(measure.narrows for measure in measures)
     output, answered = forward(model, prompts[rows], edit, restrict=restrict)
     values = torch.stack([measure.value(output, answered, rows).double().cpu() for measure in measures], dim=1)
@@ -198,12 +199,11 @@ def _settings(
 ) -> dict[str, Any]:
     """What the answers depend on, in words and digests (JSON values)."""
     compared = [tensor for measure in measures for tensor in measure.truths]
-    tensors = (prompts.canvas, prompts.visible, prompts.decoded, *vector.values.values(), *compared)
     return {
         "algorithm": "faithfulness",
         "direction": direction,
         "measures": [measure.name for measure in measures],
         "model": fingerprint(model),
-        "data": tensor_digest(*tensors),
+        "data": [prompts.digest, tensor_digest(*vector.values.values(), *compared)],
         "space": space.fingerprint,
     }

@@ -61,7 +61,8 @@ def answer_metric(model: InContextModel, task: Task, prompts: VisualPrompt) -> M
 
 def log_ratio(model: InContextModel, prompts: VisualPrompt, others: VisualPrompt, loss: str | None = None) -> Measure:
     """log p(answer of `prompts`) − log p(answer of `others`): how much more likely the one task's answer is than the
-    other's to the same queries, a mean over the output's patches. What a logit difference is of language models.
+    other's to the same queries, a mean over the output's patches. What a logit difference is of language models, for
+    which `answer_loss` of prompts with wrong answers gives it.
 
     Args:
         others: Prompts of another task, of the same queries in the same order.
