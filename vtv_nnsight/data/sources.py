@@ -180,16 +180,14 @@ def load(spec: str, split: str | None = None, n: int | None = None, seed: int = 
         spec: "scenes", "pascal:ROOT:0", … (see `SOURCES`), or the path of a folder of pictures. The names of sources
             come first: a folder called scenes is "./scenes".
         split: "train", "validation" or "test". None is every row of a source that is not divided, else "train".
-        n: Rows wanted: as many generated ones (500 by default), or at most as many of the others, drawn at random; of
-            texts, all.
+        n: Rows wanted: as many generated ones (500 by default), or at most as many of the others, drawn at random.
         seed: Of what is drawn.
 
     Raises:
         ValueError, FileNotFoundError: when it is none of those, or what it names cannot be read.
     """
     source, argument = _find(spec)
-    rows = source.load(argument, split, DRAWN if n is None else n, seed)
-    return at_most(rows, n, seed) if "image" in rows.column_names else rows
+    return at_most(source.load(argument, split, DRAWN if n is None else n, seed), n, seed)
 
 
 def split_data(spec: str, train: int | None = None, test: int | None = None, seed: int = 0) -> tuple[Dataset, Dataset]:

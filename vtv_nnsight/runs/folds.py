@@ -50,12 +50,14 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
         names = {f"fold{fold}": f"pascal:{root}:{fold}" + f":{lists}" * (lists != "published") for fold in numbers}
     elif settings.folds:
         raise ValueError(f"{settings.data!r} has no folds; they go with data='pascal:ROOT'.")
-    folds = []
+    folds, most = [], settings.max_images
+    if settings.data == "words":  # the rows are of all lists, each of which has few
+        most = test = None
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", UserWarning)
         for name, spec in names.items():
             number = int(name.removeprefix("fold") or 0)
-            parts = data.split_data(spec, settings.max_images, test, settings.seed)
+            parts = data.split_data(spec, most, test, settings.seed)
             folds.append(Fold(name, out / name, number, *parts))
     notes = list(dict.fromkeys(str(warning.message) for warning in heard if warning.category is UserWarning))
     fewest = min(len(fold.train) for fold in folds)
