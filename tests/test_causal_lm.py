@@ -451,7 +451,7 @@ def test_circuits_on_texts(model, vectors):
 
 @pytest.mark.slow
 def test_a_run_of_words_from_end_to_end(model, tmp_path, vtv, monkeypatch):
-    """vtv run, its page, its bundle, and vtv prompt; done again, nothing is; pictures are refused before anything is."""
+    """vtv run, its page, its bundle, and vtv prompt; done again, nothing is; what does not go together is refused."""
     model.save_pretrained(tmp_path / "model")
     run, asked = tmp_path / "run", ("--data", "words", "--tasks", "antonym,plural", "--quick", "--search", "random")
     command = ("run", "--model", tmp_path / "model", *asked, "--jobs", 1, "--out", run)
@@ -465,7 +465,7 @@ def test_a_run_of_words_from_end_to_end(model, tmp_path, vtv, monkeypatch):
     for number, prompt in enumerate(texts["prompt"][:4]):
         query = prompt.rsplit("\n\n", 1)[1]
         assert prompt.count("Q: ") == 9 and f"<code>{query}</code>" in page
-        assert f"<code>{texts['truth'][number]}</code>" in page
+        assert f"<code>{texts['truth'][number].strip()}</code>" in page
     assert "antonym-units.png" in page and "none" not in page.split("<pre>")[1].split("</pre>")[0]
     assert vtv(*command)[0] == 0 and json.loads(before)["files"] == json.loads((run / "run.json").read_text())["files"]
 
@@ -481,7 +481,9 @@ def test_a_run_of_words_from_end_to_end(model, tmp_path, vtv, monkeypatch):
         patch(edited, *bundle["antonym"])
     assert len(bundle["antonym"][1]) and not torch.allclose(edited(prompt).logits[:, -1], ours(prompt).logits[:, -1])
     (said,) = ours.say(prompt, edit=lambda traced: patch(traced, *bundle["antonym"]))
-    code, printed, _ = vtv("prompt", "--vectors", run, "--task", "antonym", "--query", "hot", "--example", "big", "small")
+    code, printed, _ = vtv(
+        "prompt", "--vectors", run, "--task", "antonym", "--query", "hot", "--example", "big", "small"
+    )
     lines = dict(line.split(": ", 1) for line in printed.splitlines())
     assert code == 0 and list(lines) == ["zero-shot", "one-shot", "task vector"]
     assert lines["task vector"] == said.strip() and lines["zero-shot"] == ours.say(prompt)[0].strip()

@@ -34,8 +34,9 @@ Examples = Annotated[
     list[str] | None,
     typer.Option(
         metavar="IN [OUT]",
-        help="Two words of a task of words; of pictures, two files fill the example's cells as they are, and the query its cell. With one file the task makes "
-        "input and output of it, and corrupts the query alike. With --vectors there need be no example.",
+        help="Two files fill the example's cells as they are, and the query its cell. With one file the task makes "
+        "input and output of it, and corrupts the query alike. A task of words takes two words. With --vectors there "
+        "need be no example.",
     ),
 ]
 TaskName = Annotated[

@@ -72,7 +72,7 @@ def _content(run: RunResults, keep: Keep) -> dict[str, Any]:
         "overlap": _overlap(run, keep),
         "shared": list(reduce(and_, run.sets.values())),
         "hero": _hero(run, nearest),
-        "verdict": _verdict(tasks),
+        "verdict": _verdict(run, tasks),
     }
 
 
@@ -187,18 +187,18 @@ def _left(lines: Lines) -> float:
     return abs(means.get(CEILING, means[BASELINE]) - means[PATCHED]) / (abs(way) or 1.0)
 
 
-def _verdict(tasks: Sequence[dict[str, Any]]) -> str:
+def _verdict(run: RunResults, tasks: Sequence[dict[str, Any]]) -> str:
     """What the run says of all tasks, in one sentence."""
     groups: dict[str, list[str]] = {}
     for task in tasks:
         groups.setdefault(task["verdict"], []).append(task["name"])
-    parts = [f"{verdict} one example on {join_words(names)}" for verdict, names in groups.items()]
+    parts = [f"{verdict} {run.example} on {join_words(names)}" for verdict, names in groups.items()]
     return f"With no example shown, the task vector is {'; '.join(parts)}."
 
 
 def _badges(run: RunResults, task: Task, verdict: str) -> list[str]:
     """What is said of a task at a glance: against one example, and against random units."""
-    badges = [f"{verdict} one example"]
+    badges = [f"{verdict} {run.example}"]
     if run.table.frame.query("task == @task.name").condition.eq(RANDOM).any():
         place = rank_among_draws(run.table, task.name)
         badges.append(f"beats {place.beaten} of {place.draws} draws of random units")

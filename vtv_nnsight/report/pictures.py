@@ -47,7 +47,7 @@ def sprite(pictures: torch.Tensor, across: bool = False) -> str:
 
 
 def prompt_cells(run: RunResults, size: float = 92.0) -> list[dict[str, Any]] | str:
-    """The cells of the run's first prompt, where and how large the page's diagram of a prompt shows them; or its text."""
+    """The cells of the run's first prompt, where and how large the page's diagram of a prompt shows it; or its text."""
     if run.of_texts:
         return str(run.table.pictures[run.tasks[0].name]["prompt"][0])
     across = sorted({columns.start for _, columns in run.layout.cells.values()})

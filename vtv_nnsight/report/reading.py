@@ -8,8 +8,6 @@ from operator import and_
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Line, Table
 from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
@@ -98,9 +96,14 @@ class RunResults(NamedTuple):
         """Whether its model is one of language."""
         return isinstance(self.layout, TextLayout)
 
+    @property
+    def example(self) -> str:
+        """What one-shot prompts show."""
+        return "the examples" if self.of_texts else "one example"
+
     def cells(self, task: Any) -> dict[str, Any]:
-        """The pictures of `PICTURES`, uint8 [row, 3, height, width], of the first prompts; of texts those from the query
-        on, as strings [row]."""
+        """The pictures of `PICTURES`, uint8 [row, 3, height, width], of the first prompts; of texts, strings [row],
+        from the query on."""
         pictures = self.table.pictures[task.name]
         if self.of_texts:
             queries = [text.rsplit(task.stop, 1)[-1] for text in pictures["prompt"]]
