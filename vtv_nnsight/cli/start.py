@@ -38,6 +38,8 @@ FEW = 40
 """Photographs below which `vtv run --images` finds no vectors: the embedded model's answer them."""
 MOST = 24
 """Photographs of a run that are shown answered, at most."""
+NEXT = ("vtv run --images FOLDER, with pictures", "vtv prompt --vectors RUN --query WORD, with a word")
+"""What can be done after a run of pictures, and of words."""
 
 PANELS = {
     "Basics": ("model", "data", "images", "out", "tasks", "quick", "redo", "device", "show"),
@@ -243,9 +245,7 @@ def run(
     if show:
         webbrowser.open(written.resolve().as_uri())
     else:
-        words = settings.data == "words"
-        more = f"vtv prompt --vectors {folder} --query WORD" if words else "vtv run --images FOLDER, with pictures"
-        say(f"Open it in a browser, or let --open do so. Next: {more} of your own.")
+        say(f"Open it in a browser, or let --open do so. Next: {NEXT[settings.data == 'words']} of your own.")
 
 
 def _photographs(images: Path) -> dict[str, Path]:
