@@ -22,6 +22,7 @@ from vtv_nnsight import (
     PatchSpace,
     TaskVectors,
     TextPrompts,
+    VisualPrompt,
     ablate,
     bundles,
     capture,
@@ -356,6 +357,7 @@ def test_evaluation_of_tokens_and_of_texts(model, vectors):
     patches = PatchSet.random(PatchSpace(model), 6)
     conditions = {"few-shot": None, "zero-shot": "zero-shot", "vector": (vectors["upper"], patches)}
     table = evaluate(model, task, prompts, conditions, progress=False, keep=2)
+    assert "− few-shot" in repr(table) and "− one-shot" not in repr(table)
     edit = partial(patch, vector=vectors["upper"], patches=patches)
     query_only, loss = prompts.query_only(), find_loss(model, None, task)
     expected = losses(model, query_only, loss, model.truth(query_only), edit)
@@ -378,11 +380,16 @@ def test_evaluation_of_tokens_and_of_texts(model, vectors):
 
 def test_a_folder_is_read_lazily(model, tmp_path, vectors):
     model.save_pretrained(tmp_path / "folder")
+    units = PatchSet.random(PatchSpace(model), 3)
     for again in (CausalLM(tmp_path / "folder"), load_model(tmp_path / "folder")):
         assert not again.dispatched and again.stages == model.stages and len(PatchSpace(again)) == 12
         with again.scan(FEW):
             shape = save(list(again.layers[1].self_attn.heads.shape))
         assert shape == [3, 15, 4, 8] and not again.dispatched
+        with again.scan(FEW):  # of different lengths
+            patch(again, vectors["upper"], units)
+            shapes = capture(again)
+        assert shapes.values["layers"].shape == (3, 3, 15, 4, 8) and not again.dispatched
         with again.trace(FEW):
             patch(again, vectors["upper"], PatchSet.random(PatchSpace(model), 3))
             logits = save(again.output.logits)
@@ -414,6 +421,17 @@ def test_chat_puts_prompts_into_the_models_template(model):
 def test_what_is_wrong_is_said_in_a_sentence(model, tmp_path):
     with pytest.raises(TypeError, match="LlamaForCausalLM came without its tokenizer"):
         CausalLM(module_of("llama"))
+    sizes = dict(vocab_size=110, d_model=8, d_kv=4, num_layers=1, num_heads=2, d_ff=8)
+    for other in (module_of("llama").model, transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))):
+        with pytest.raises(ValueError, match=f"a {type(other).__name__} is no causal language model; give one"):
+            CausalLM(other, tokenizer=letters())
+    with pytest.raises(ValueError, match="has no chat template; leave chat=True out"):
+        CausalLM(module_of("llama"), tokenizer=letters(), chat=True)
+    for strange in (VisualPrompt.__new__(VisualPrompt), ["hot", "cold"]):
+        with pytest.raises(TypeError, match="give TextPrompts|give prompts, such as TextPrompts"):
+            model.count_rows(strange) if isinstance(strange, VisualPrompt) else TaskVectors.collect(
+                model, {"x": strange}
+            )
     with pytest.raises(ValueError, match="has no padding token"):
         CausalLM(module_of("llama"), tokenizer=letters(pad_token=None, eos_token=None))
     transformers.T5Config(num_layers=1, d_model=8).save_pretrained(tmp_path)
@@ -425,8 +443,14 @@ def test_what_is_wrong_is_said_in_a_sentence(model, tmp_path):
     with pytest.raises(ValueError, match="these prompts have no answers"):
         forward(model, TextPrompts("a")) and model.truth(TextPrompts("a"))
     small = CausalLM(module_of("gpt2"), tokenizer=letters())
-    with pytest.raises(ValueError, match="has 2000 tokens; this model takes 1 to 1024"):
-        small.trace(TextPrompts("a" * 2000), trace=False)
+    for long in (TextPrompts("a" * 2000), "a" * 2000):
+        with pytest.raises(ValueError, match="a text has 2000 tokens with its answer; this model takes 1 to 1024"):
+            small.trace(long, trace=False)
+    with pytest.raises(ValueError, match="a text has 1027 tokens with its answer"):
+        forward(small, TextPrompts("a" * 1020, " longer."))
+    for wrong in (" cold", " colder"):
+        with pytest.raises(ValueError, match=f"of the answers ' cold' and '{wrong}' one begins with the other"):
+            model.truth(TextPrompts(FEW.texts[:1], FEW.answers[:1], wrong_answers=(wrong,)))
     with pytest.raises(ValueError, match="granularity='quarter' is unknown"):
         PatchSpace(model, granularity="quarter")
     fuse = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=110, hidden_size=32, n_layer=2, n_head=4))

@@ -201,9 +201,12 @@ class Table:
             seal(temporary)
 
     def summary(self, task: str) -> pd.DataFrame:
-        """The table of a task as people read it: a row of text for each condition."""
-        lines = [line for line in self.lines() if line.task == task]
+        """The table of a task as people read it: a row of text for each condition, differences to one-shot, or to the
+        first condition where no one is called so."""
         frame = self.frame[self.frame.task == task]
+        names = frame.condition.unique()
+        baseline = BASELINE if BASELINE in names else names[0]
+        lines = [line for line in self.lines(baseline) if line.task == task]
         most = max(lines, key=lambda line: line.images)
         head = f"{task}, {most.asked}"
         columns = {frame.label.iloc[0]: frame.metric.iloc[0], f"{frame.loss_name.iloc[0]} ↓": frame.loss_name.iloc[0]}
@@ -216,7 +219,7 @@ class Table:
             for line in (line for line in lines if line.measure == measure):
                 rows[line.condition][label] = _interval(line.mean, line.low, line.high)
                 change = _interval(line.difference, line.difference_low, line.difference_high, sign="+")
-                rows[line.condition][f"− {BASELINE}{' ' * i}"] = change
+                rows[line.condition][f"− {baseline}{' ' * i}"] = change
         return pd.DataFrame(rows.values())
 
     def __repr__(self) -> str:

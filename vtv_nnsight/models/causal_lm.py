@@ -34,6 +34,7 @@ from vtv_nnsight.models.interface import GRANULARITIES, InContextModel, Loss, St
 from vtv_nnsight.models.nnsight_compat import TraceableTexts, attention_envoy
 from vtv_nnsight.models.sources import GGUF, HUB_OPTIONS, locate
 from vtv_nnsight.models.torch_files import StrPath
+from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.text_prompts import TextLayout, TextPrompts
 
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
@@ -81,6 +82,8 @@ class CausalLM(TraceableTexts, InContextModel):
     ) -> None:
         if isinstance(source, nn.Module) and tokenizer is None:
             raise TypeError(f"a {type(source).__name__} came without its tokenizer; give tokenizer= beside it.")
+        if isinstance(source, PreTrainedModel) and (not source.can_generate() or source.config.is_encoder_decoder):
+            raise ValueError(f"a {type(source).__name__} is no causal language model; give one, as LlamaForCausalLM.")
         self.chat, self._envoys_of_heads = chat, dict(envoys or {})
         self._padding, self._tokens, self._width = torch.zeros(1, dtype=torch.long), 0, 1
         if not isinstance(source, nn.Module):
@@ -88,6 +91,8 @@ class CausalLM(TraceableTexts, InContextModel):
         super().__init__(source, task="text-generation", tokenizer=tokenizer, envoys=self._envoys_of_heads, **kwargs)
         if self.tokenizer.pad_token is None:
             raise ValueError(f"the tokenizer of {self.repo_id!r} has no padding token; set tokenizer.pad_token.")
+        if chat and not self.tokenizer.chat_template:
+            raise ValueError(f"the tokenizer of {self.repo_id!r} has no chat template; leave chat=True out.")
 
     def adapt(self, module: Any) -> Any:
         """The module, in eval mode, once its layers and their heads are known."""
@@ -156,14 +161,14 @@ class CausalLM(TraceableTexts, InContextModel):
 
     def lengths(self, prompts: TextPrompts | None = None) -> torch.Tensor:
         """The tokens of each prompt, without its answer: LongTensor [batch]."""
-        return torch.tensor([1] if prompts is None else [len(ids) for ids in self.tokens(prompts.texts)])
+        return torch.tensor([1] if prompts is None else [len(ids) for ids in self.tokens(_texts(prompts))])
 
     def tokens(self, texts: Sequence[str], answers: Sequence[str] | None = None) -> list[list[int]]:
         """The tokens of texts, as prompts have them: with what the tokenizer or the chat template puts around them. Of
         answers that follow the texts, those of the answers.
 
         Raises:
-            ValueError: when a text has more tokens than the model has places, or an answer has none.
+            ValueError: when a text or an answer has no token.
         """
         if self.chat:
             chats = [[{"role": "user", "content": text}] for text in texts]
@@ -178,11 +183,8 @@ class CausalLM(TraceableTexts, InContextModel):
                 both[len(text) :] if both[: len(text)] == text else answer
                 for both, text, answer in zip(whole, ids, alone)
             ]
-        most = getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or len(max(ids, key=len))
-        for number, row in enumerate(ids):
-            if not 0 < len(row) <= most:
-                text = (texts if answers is None else answers)[number]
-                raise ValueError(f"{text[-60:]!r} has {len(row)} tokens; this model takes 1 to {most}.")
+        if not all(ids):
+            raise ValueError(f"{(answers or texts)[ids.index([])][-60:]!r} has no token; give another text.")
         return ids
 
     def truth(self, prompts: TextPrompts) -> torch.Tensor:
@@ -192,7 +194,14 @@ class CausalLM(TraceableTexts, InContextModel):
         right = self.tokens(prompts.texts, prompts.answers)
         wrong = self.tokens(prompts.texts, prompts.wrong_answers) if prompts.wrong_answers else [[] for _ in right]
         padded = pad_sequence([torch.tensor(ids) for ids in (*right, *wrong)], batch_first=True, padding_value=NONE)
-        return torch.stack(padded.long().chunk(2), dim=-1)
+        truth = torch.stack(padded.long().chunk(2), dim=-1)
+        if prompts.wrong_answers and not (differ := _differ(truth).any(1)).all():
+            row = int(differ.int().argmin())
+            raise ValueError(
+                f"of the answers {prompts.answers[row]!r} and {prompts.wrong_answers[row]!r} one begins with the other; "  # type: ignore[index]
+                "give a pair that differs."
+            )
+        return truth
 
     def answers(
         self, output: Any, prompts: TextPrompts, task: Any = None, edit: Callable[[Any], None] | None = None
@@ -231,9 +240,9 @@ class CausalLM(TraceableTexts, InContextModel):
 
     def count_rows(self, *inputs: Any, **kwargs: Any) -> int:
         """Rows of one input set."""
-        return (
-            len(inputs[0]) if inputs and isinstance(inputs[0], TextPrompts) else super().count_rows(*inputs, **kwargs)
-        )
+        if inputs and isinstance(inputs[0], Prompts):
+            return len(_texts(inputs[0]))
+        return super().count_rows(*inputs, **kwargs)
 
     def join_inputs(self, invokes: list[tuple[Any, dict[str, Any]]], method: Any) -> tuple[Any, dict[str, Any]]:
         """The input sets of a trace as one forward's arguments: texts are padded on the left; with `answers`, the
@@ -262,6 +271,9 @@ class CausalLM(TraceableTexts, InContextModel):
             mask = options.get("attention_mask")
             if mask is not None and not mask[:, -1].all():
                 raise ValueError("these tokens are padded on the right; pad them on the left, or give texts.")
+            most = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+            if most and mask is not None and (longest := int(mask.sum(1).max())) > most:
+                raise ValueError(f"a text has {longest} tokens with its answer; this model takes 1 to {most}.")
             self._padding = torch.zeros(1, dtype=torch.long) if mask is None else mask.int().argmax(1).cpu()
             self._tokens = 0 if mask is None else mask.shape[1] - self._width + 1
         if any(answered):
@@ -328,10 +340,22 @@ def _find_layers(module: PreTrainedModel) -> tuple[str, str, str]:
     )
 
 
+def _texts(prompts: Prompts) -> tuple[str, ...]:
+    """The texts of prompts.
+
+    Raises:
+        TypeError: when they have none.
+    """
+    if not isinstance(prompts, TextPrompts):
+        raise TypeError(f"a language model was given {type(prompts).__name__}; give TextPrompts, or texts.")
+    return prompts.texts
+
+
 def _from_end(tokens: int, padding: torch.Tensor) -> torch.Tensor:
     """Positions of so many tokens: [token], or [row, token] where the first `padding` [row] of a row have none."""
-    seen = torch.arange(tokens - 1, -1, -1)
-    return torch.where(seen < tokens - padding[:, None], seen, -1) if padding.any() else seen
+    with unset_fake_temporarily():
+        seen = torch.arange(tokens - 1, -1, -1)
+        return torch.where(seen < tokens - padding[:, None], seen, -1) if padding.any() else seen
 
 
 def _width(truth: torch.Tensor) -> int:
@@ -346,12 +370,17 @@ def _first_tokens(output: Any, truth: torch.Tensor) -> tuple[torch.Tensor, torch
     return logits[torch.arange(len(logits), device=logits.device), at], ids
 
 
+def _differ(truth: torch.Tensor) -> torch.Tensor:
+    """Where right and wrong answers have tokens that are not the same, [row, token]."""
+    return (truth[..., 0] != truth[..., 1]) & (truth != NONE).all(-1)
+
+
 def _deciding(truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a right and a wrong answer first differ, [row], and the tokens of both there, [row, 2]; where there is no
     wrong one, the first token of the right one, [row, 1]."""
     if (truth[:, 0, 1] == NONE).all():
         return torch.zeros_like(truth[:, 0, 0]), truth[:, 0, :1]
-    at = (truth[..., 0] != truth[..., 1]).int().argmax(1)
+    at = _differ(truth).int().argmax(1)
     return at, truth[torch.arange(len(truth), device=truth.device), at]
 
 

@@ -184,7 +184,7 @@ class Text(AnyTask):
     ) -> Iterator[tuple[tuple[Row, ...], Row]]:
         """The examples and the query of each of the `prompts` that these arguments make."""
         rows, generator = self.read(rows), np.random.default_rng(seed)
-        if n < 1 or len(rows) <= shots:
+        if n < 1 or not 0 <= shots < len(rows):
             raise ValueError(
                 f"n={n} prompts of {self.name!r} with shots={shots} were asked for and there are {len(rows)} rows; ask "
                 "for a prompt or more, of fewer examples than rows."
@@ -259,7 +259,7 @@ class Words(Text):
     ) -> None:
         rows: list[Row] = []
         for pair in pairs.items() if isinstance(pairs, Mapping) else pairs:
-            if isinstance(pair, str) or len(pair) < 2:
+            if isinstance(pair, str) or not isinstance(pair, Mapping) and len(pair) != 2:
                 raise ValueError(f"{pair!r} is not a pair of {name!r}; give an input and an output.")
             rows.append(pair if isinstance(pair, Mapping) else dict(zip(("input", "output"), pair)))
         super().__init__(name, tuple(rows), template, metric=metric)

@@ -169,6 +169,8 @@ def _shared_layout(prompts: Mapping[str, Prompts]) -> Any:
     if not prompts:
         raise ValueError("there are no tasks to collect; give {task name: prompts}.")
     for task, rows in prompts.items():
+        if not isinstance(rows, Prompts):
+            raise TypeError(f"{task!r} has a {type(rows).__name__}; give prompts, such as TextPrompts(texts).")
         if not len(rows):
             raise ValueError(f"there are no prompts of {task!r}; give at least one.")
     (first, rows), *others = prompts.items()
