@@ -449,7 +449,7 @@ def test_what_is_wrong_is_said_in_a_sentence(model, tmp_path):
     with pytest.raises(ValueError, match="a text has 1027 tokens with its answer"):
         forward(small, TextPrompts("a" * 1020, " longer."))
     for wrong in (" cold", " colder"):
-        with pytest.raises(ValueError, match=f"of the answers ' cold' and '{wrong}' one begins with the other"):
+        with pytest.raises(ValueError, match=rf"of \(' cold',\) and \('{wrong}',\) one begins with the other"):
             model.truth(TextPrompts(FEW.texts[:1], FEW.answers[:1], wrong_answers=(wrong,)))
     with pytest.raises(ValueError, match="granularity='quarter' is unknown"):
         PatchSpace(model, granularity="quarter")

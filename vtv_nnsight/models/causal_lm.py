@@ -196,11 +196,8 @@ class CausalLM(TraceableTexts, InContextModel):
         padded = pad_sequence([torch.tensor(ids) for ids in (*right, *wrong)], batch_first=True, padding_value=NONE)
         truth = torch.stack(padded.long().chunk(2), dim=-1)
         if prompts.wrong_answers and not (differ := _differ(truth).any(1)).all():
-            row = int(differ.int().argmin())
-            raise ValueError(
-                f"of the answers {prompts.answers[row]!r} and {prompts.wrong_answers[row]!r} one begins with the other; "  # type: ignore[index]
-                "give a pair that differs."
-            )
+            row = prompts[int(differ.int().argmin())]
+            raise ValueError(f"of {row.answers} and {row.wrong_answers} one begins with the other; give others.")
         return truth
 
     def answers(
