@@ -133,6 +133,22 @@ def test_every_condition_is_what_it_says(table, model, prompts, vectors, patches
     assert list(dict.fromkeys(table.frame["condition"])) == [*expected, "tokenizer", "copy"]
 
 
+def test_what_is_evaluated_is_of_its_kind(model, prompts):
+    task, words = tasks.segmentation, "evaluate was given a {} where a {} belongs; write evaluate"
+    for arguments, given in (
+        (("segmentation", prompts), ("str", "AnyTask")),
+        ((task, prompts.canvas), ("Tensor", "Prompts")),
+        ((task, [prompts]), ("list", "Prompts")),
+        ((task, prompts, ["one-shot"]), ("list", "Mapping")),
+    ):
+        with pytest.raises(TypeError, match=words.format(*given)):
+            evaluate(model, *arguments, progress=False)
+    with pytest.raises(ValueError, match="there are no conditions to compare"):
+        evaluate(model, task, prompts, {"random": []}, progress=False)
+    with pytest.raises(TypeError, match="a str as its vector"):
+        evaluate(model, task, prompts, {"swapped": ("lowlight", "decoder.blocks.0.mlp")}, progress=False)
+
+
 def test_answers_are_the_same_whatever_the_batch_and_however_prompts_come(table, model, prompts):
     again = evaluate(model, tasks.segmentation, prompts.query_only(), {"x": None}, batch_size=100, progress=False)
     with pytest.raises(ValueError, match="batch_size=0 holds nothing"):

@@ -78,6 +78,12 @@ def test_impossible_layouts_are_refused(wrong, words):
         Layout(**wrong)
 
 
+@pytest.mark.parametrize("wrong", [{"examples": 1.5}, {"gap": float("nan")}, {"gap": (1, 2.5)}, {"canvas_size": "224"}])
+def test_counts_of_a_layout_are_whole(wrong):
+    with pytest.raises(TypeError, match=f"{next(iter(wrong))}=.* is no whole number"):
+        Layout(**wrong)
+
+
 @pytest.mark.parametrize("order", ["vertical", "horizontal"])
 def test_without_a_gap_the_cells_and_regions_are_quarters(order):
     """Painter's two pictures of 896x448, side by side: each is two square cells, one upon the other."""

@@ -39,6 +39,19 @@ def test_pixels_and_scores_that_are_not_finite_are_refused():
     for look in (metrics.squared_off, lambda pixels: metrics.rounded(pixels, [(0, 0, 0)])):
         with pytest.raises(ValueError, match="a picture holds nan"):
             look(bad)
+    sides = torch.tensor([[torch.nan, 1.0]])
+    for metric in (metrics.first_token, metrics.preference, metrics.FIRST_TOKEN):
+        with pytest.raises(ValueError, match="(logits|prediction) holds? nan"):
+            metric(sides, torch.tensor([[0, 1]]))
+    bright = metrics.Metric("bright", lambda a, b: (a > 0.5).double().mean((1, 2, 3)), True, "bright")
+    with pytest.raises(ValueError, match="the prediction holds nan"):
+        bright(bad, white)
+    for metric in (metrics.iou, metrics.mse, metrics.color_blind_iou, metrics.shape_accuracy):
+        with pytest.raises(ValueError, match="the prediction holds 255; score pictures"):
+            metric(255 * white, white)
+        for wrong, kind in (((255 * white).byte(), "torch.uint8"), (white.numpy(), "a ndarray")):
+            with pytest.raises(TypeError, match=f"the target is {kind}; score float tensors"):
+                metric(white, wrong)
     ratio = metrics.Metric("ratio", lambda a, b: -((a - b).square().mean((1, 2, 3)).log()), True, "ratio")
     with pytest.raises(ValueError, match="the score 'ratio' holds inf"):
         ratio(white, white)

@@ -1,4 +1,6 @@
 import json
+import math
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -421,7 +423,9 @@ def test_what_may_be_patched_and_what_is_refused_in_a_sentence(model, prompts, v
         (vector, space, TypeError, "a PatchSpace as its patches"),
         (vector, None, TypeError, "a NoneType as its patches"),
         (vector, [0, 1], TypeError, "a int as its patches"),
-        (vector, bundle, ValueError, "a mask of 'b' was given; this model has encoder, decoder"),
+        (vector, bundle, TypeError, "a Bundle as its patches"),
+        (vector, vectors, TypeError, "a TaskVectors as its patches"),
+        (vector, {"b": units.choices}, ValueError, "a mask of 'b' was given; this model has encoder, decoder"),
         (vector, {"encoder": [0]}, TypeError, "the mask of the encoder is a list"),
         (vector, {3: units.choices}, TypeError, "3 is neither the name of a stage nor"),
         (vector, [], ValueError, r"patches=\[\] names no unit"),
@@ -566,6 +570,22 @@ def test_what_would_broadcast_or_be_cut_is_refused(model, prompts, vectors):
     for choices in (torch.rand(len(space)), torch.full((len(space),), torch.nan), 2 * units.choices.int()):
         with pytest.raises(ValueError, match="a unit is in a set or not; give True and False"):
             PatchSet(space, choices)
+    for choices in (list(units), list(units)[0], None):
+        with pytest.raises(TypeError, match="choices are True and False, one for each unit"):
+            PatchSet(space, choices)
+    with pytest.raises(TypeError, match="a MAEVQGAN was given as the space"):
+        PatchSet(model, units.choices)
+    with pytest.raises(TypeError, match="k=2.5 is no whole number"):
+        PatchSet.random(space, 2.5)
+    for factor, kind in ((255, torch.uint8), (-1, torch.int8)):
+        gates = units.mask.map(lambda mask, factor=factor, kind=kind: factor * mask.to(kind))
+        with pytest.raises(ValueError, match=f"the mask of the encoder holds {factor}; give True and False, or float"):
+            logits(model, prompts, vector, gates)
+    for wrong in (vector.mean.map(lambda mean: mean[None]), vector.mean.map(torch.Tensor.numpy)):
+        with pytest.raises(TypeError, match=r"'b' is .* at the encoder; give a tensor \[layer, position, head"):
+            replace(vector, mean=wrong)
+    name = list(units)[0]
+    assert list(PatchSet.named(space, name)) == [name]
     assert PatchSet(space, units.choices.double()) == PatchSet(space, units.choices.tolist()) == units
 
 
@@ -679,7 +699,15 @@ def test_sets_of_unknown_units_are_refused(model, tmp_path):
     path.write_text(json.dumps(content | {"patches": ["encoder.blocks.99.attn.heads[0] @ query"]}))
     with pytest.raises(ValueError, match="is not a unit of"):
         PatchSet.load(path)
-    for name, value in (("encoder layers", 10**9), ("decoder heads", -1), ("canvas_size", 8 * 10**6), ("stages", [])):
+    for name, value in (
+        ("encoder layers", 10**9),
+        ("decoder heads", -1),
+        ("canvas_size", 8 * 10**6),
+        ("stages", []),
+        ("granularity", "x"),
+        ("examples", math.inf),
+        ("gap", math.nan),
+    ):
         wrong = {name: held for name, held in content["space"].items() if name != "units"} | {name: value}
         path.write_text(json.dumps(content | {"space": wrong}))
         with pytest.raises(ValueError, match="not a space of units"):
@@ -689,6 +717,13 @@ def test_sets_of_unknown_units_are_refused(model, tmp_path):
         wrong["space"]["units"][stage]["groups"]["query"] = at
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match="not a space of units"):
+            PatchSet.load(path)
+
+
+def test_a_set_is_read_from_a_file_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in ((tmp_path / "pipe", "a device or a pipe; expected"), (tmp_path, "is a folder; expected")):
+        with pytest.raises(ValueError, match=words):
             PatchSet.load(path)
 
 

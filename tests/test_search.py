@@ -335,6 +335,8 @@ def test_the_split_is_fixed_by_its_seed(objective, prompts):
         (dict(loss="iou"), "loss='iou' is unknown; choose from tokens, pixels"),
         (dict(held_out=1.0), "leave 0 to train on and 8 held out"),
         (dict(batch_size=-1), "batch_size=-1 holds nothing"),
+        (dict(held_out=-1.0), "held_out=-1.0 is no share"),
+        (dict(held_out=float("nan")), "held_out=nan is no share"),
     ],
 )
 def test_objective_refuses(objective, options, message):
@@ -350,6 +352,30 @@ def test_objective_refuses_uneven_lists(model, vectors, prompts, space):
 def test_pixels_have_no_gradient(objective):
     with pytest.raises(ValueError, match="loss='pixels' has no gradient"):
         search.gates.on(objective(loss="pixels"), budget=2000, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "words"),
+    [
+        ("reinforce", dict(sparsity=float("nan")), ValueError, "sparsity of reinforce is nan; give a finite number"),
+        ("reinforce", dict(last_stage=float("inf")), ValueError, "last_stage of reinforce is inf"),
+        ("gates", dict(penalty=float("nan")), ValueError, "penalty of gates is nan"),
+        ("random", dict(budget="4"), TypeError, "budget='4' is no whole number"),
+        ("random", dict(budget=float("inf")), TypeError, "budget=inf is no whole number"),
+        ("random", dict(images=2.5), TypeError, "images=2.5 is no whole number"),
+        ("random", dict(seed=0.5), TypeError, "seed=0.5 is no whole number"),
+    ],
+)
+def test_numbers_of_a_search_are_numbers(objective, name, options, error, words):
+    with pytest.raises(error, match=words):
+        getattr(search, name).on(objective(), **{"budget": 60, "progress": False} | options)
+
+
+def test_a_search_takes_vectors(model, prompts, space):
+    with pytest.raises(TypeError, match="a PatchSpace as its vector"):
+        search.Objective(model, space, tasks.identity, prompts, space)
+    with pytest.raises(TypeError, match="batch_size=2.5 is no whole number"):
+        list(prompts.split(2.5))
 
 
 # Algorithms

@@ -433,6 +433,11 @@ def test_pictures_and_paths_are_rows(tmp_path):
 def test_a_streaming_data_set_says_what_to_give():
     rows = Dataset.from_list([{"image": photo(seed=seed)} for seed in range(3)])
     stream = rows.to_iterable_dataset()
+    with pytest.raises(TypeError, match="str has no rows that can be drawn by number; give a Dataset"):
+        tasks.identity.prompts("pictures", n=2)
+    for wrong in (dict(n=2.5), dict(n="3"), dict(n=None), dict(n=2, seed=0.5), dict(n=2, seed=None)):
+        with pytest.raises(TypeError, match="(n|seed)=.* is no whole number"):
+            tasks.identity.prompts([photo()] * 3, **wrong)
     with pytest.raises(TypeError, match=r"IterableDataset has no rows .*list\(images.take\(1000\)\)"):
         tasks.lowlight.prompts(stream, n=2)
     assert torch.equal(

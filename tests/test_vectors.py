@@ -269,6 +269,14 @@ def test_bad_input(model, vectors, prompts):
         vectors["lowlight"]
     with pytest.raises(ValueError, match="no task vectors"):
         TaskVectors({})
+    for divisor in (float("inf"), 10**400, float("nan"), 0):
+        with pytest.raises(ValueError, match="the factor is (inf|nan)"):
+            vectors["a"] / divisor
+    with pytest.raises(ValueError, match="the factor is inf"):
+        10**400 * vectors["a"]
+    for divisor in ("2", None, torch.ones(4)):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            vectors["a"] / divisor
 
 
 def test_vectors_of_other_models_and_layouts_do_not_mix(model, vectors):

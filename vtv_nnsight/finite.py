@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,9 +18,23 @@ def check_finite(values: torch.Tensor | float, what: str, instead: str) -> None:
     Raises:
         ValueError: naming the first such value.
     """
-    tensor = torch.as_tensor(values).detach()
+    try:
+        tensor = torch.as_tensor(values if isinstance(values, torch.Tensor) else float(values)).detach()
+    except OverflowError:
+        tensor = torch.tensor(math.inf)
     if not isinstance(tensor, FakeTensor) and not tensor.is_meta and not (finite := tensor.isfinite()).all():
         raise ValueError(f"{what} {'is' if tensor.ndim == 0 else 'holds'} {tensor[~finite][0].item()}; {instead}.")
+
+
+def check_whole(**values: Any) -> None:
+    """Refuse counts and seeds that are no whole numbers, by their names.
+
+    Raises:
+        TypeError: naming the first such value.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}={value!r} is no whole number; give one.")
 
 
 def check_output(output: Any) -> None:

@@ -72,7 +72,7 @@ def read_picture(file: str | os.PathLike[str] | BinaryIO, name: str = "") -> Ima
             f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, and is not opened; make it smaller."
         ) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error}.") from error
+        raise ValueError(f"{name} cannot be read as a picture: {str(error).rstrip('.')}.") from error
     return image
 
 

@@ -25,6 +25,8 @@ import torch
 from einops import rearrange, repeat
 from PIL import ImageColor
 
+from vtv_nnsight.finite import check_whole
+
 ORDERS = ("vertical", "horizontal")
 CLS = 0
 """The absolute position of the CLS token."""
@@ -61,6 +63,7 @@ class Layout:
     def __post_init__(self) -> None:
         if isinstance(self.gap, list):
             object.__setattr__(self, "gap", tuple(self.gap))
+        check_whole(canvas_size=self.canvas_size, patch_size=self.patch_size, examples=self.examples)
         if self.order not in ORDERS:
             raise ValueError(f"order={self.order!r} is not a layout order; choose one of {', '.join(ORDERS)}.")
         if self.examples < 1:
@@ -70,6 +73,8 @@ class Layout:
                 f"canvas_size={self.canvas_size} is not a multiple of patch_size={self.patch_size}; "
                 "choose a patch size that tiles the canvas."
             )
+        for gap in self.gutters:
+            check_whole(gap=gap)
         if min(self.gutters) < 0:
             raise ValueError(f"gap={self.gap} is negative; give the pixels between cells, 0 or more.")
         if self.cell_size < self.patch_size:

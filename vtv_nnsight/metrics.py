@@ -22,11 +22,13 @@ from einops import rearrange
 from scipy import ndimage
 from torch.nn import functional as F
 
-from vtv_nnsight.finite import check_finite
+from vtv_nnsight.finite import WHERE, check_finite
 from vtv_nnsight.images import IMAGENET_STD
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 Colour = tuple[int, int, int]
+MOST = 2
+"""Pixels beyond it are of another scale, such as 0 to 255, and not the overshoot of a network."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Metric:
         Raises:
             ValueError: when a score is not finite.
         """
+        for what, values in (("the prediction", prediction), ("the target", target)):
+            if isinstance(values, torch.Tensor):
+                check_finite(values, what, f"{self.name!r} scores finite numbers")
         scores = self.function(prediction, target)
         check_finite(scores, f"the score {self.name!r}", "have the metric give a number for every answer")
         return scores
@@ -173,12 +178,14 @@ def lpips(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def first_token(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """1 where the likeliest token is the first of the true answer (Todd et al., ICLR 2024): logits [batch, vocabulary]
     and ids [batch, 1 or 2] → [batch]."""
+    check_finite(logits, "the logits", WHERE)
     return (logits.argmax(-1) == ids[:, 0]).double()
 
 
 def preference(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """1 where the right answer's first token is likelier than the wrong one's: logits [batch, vocabulary] and ids
     [batch, 2] → [batch]."""
+    check_finite(logits, "the logits", WHERE)
     right, wrong = logits.gather(-1, ids).unbind(-1)
     return (right > wrong).double()
 
@@ -274,7 +281,12 @@ def _box(inside: torch.Tensor) -> torch.Tensor:
 
 def _check_pair(prediction: torch.Tensor, target: torch.Tensor) -> None:
     for name, pixels in (("the prediction", prediction), ("the target", target)):
+        if not isinstance(pixels, torch.Tensor) or not pixels.is_floating_point():
+            kind = pixels.dtype if isinstance(pixels, torch.Tensor) else f"a {type(pixels).__name__}"
+            raise TypeError(f"{name} is {kind}; score float tensors, whose pixels are from 0 to 1.")
         check_finite(pixels, name, "score pictures, whose pixels are from 0 to 1")
+        if pixels.numel() and pixels.abs().max() > MOST:
+            raise ValueError(f"{name} holds {pixels.abs().max():.3g}; score pictures, whose pixels are from 0 to 1.")
     if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
         raise ValueError(
             f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must both be "

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vtv_nnsight.digests import tensor_digest, text_number
+from vtv_nnsight.finite import check_whole
 from vtv_nnsight.images import as_cell, digest, png_of, to_pil
 from vtv_nnsight.layouts import Layout
 
@@ -58,6 +59,7 @@ class Prompts(ABC):
         Raises:
             ValueError: when that is less than 1.
         """
+        check_whole(batch_size=batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
         return (self[start : start + batch_size] for start in range(0, len(self), batch_size))

@@ -20,6 +20,7 @@ from vtv_nnsight.data import load
 from vtv_nnsight.data.embedded_pictures import SAMPLE
 from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
 from vtv_nnsight.files import write_picture, write_text
+from vtv_nnsight.finite import check_finite
 from vtv_nnsight.images import read_picture, strip, to_pil
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models import load_model
@@ -145,6 +146,7 @@ def prompt(
         options.refuse_unused(ctx, "with --vectors, which know it", "order")
     else:
         options.refuse_unused(ctx, "without --vectors", "scale")
+    check_finite(scale, "--scale", "give a number from 0 (as it is) to 1 (the vector), or beyond")
     if to_make.needs != "mask":
         options.refuse_unused(ctx, f"for {name}, which asks for no mask", "mask")
     output = output or Path(f"{Path(query).stem}-{name}.png")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight.patching import MODES, PatchSet, ablate, patch
+from vtv_nnsight.patching.patching import as_vectors
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.vectors import TaskVector
 
@@ -87,6 +88,8 @@ class Condition:
             raise ValueError("a condition patches vectors in or silences units; for both, give a function as run.")
         if isinstance(self.ablation, str) and self.ablation != "zero":
             raise ValueError(f"ablation={self.ablation!r} is unknown; give 'zero' or a task vector.")
+        if self.vectors is not None:
+            as_vectors(self.vectors)
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}.")
         if self.prompts is not None and self.prompts < 1:

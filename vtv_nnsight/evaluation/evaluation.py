@@ -61,12 +61,16 @@ def evaluate(
         ValueError: when there are no prompts or no conditions, or a condition is none of those above, or shows other
             queries.
     """
+    for value, kind in ((task, AnyTask), (prompts, Prompts), (conditions or {}, Mapping)):
+        if not isinstance(value, kind):
+            given = f"a {type(value).__name__} where a {kind.__name__} belongs"
+            raise TypeError(f"evaluate was given {given}; write evaluate(model, task, prompts, {{name: condition}}).")
     if not len(prompts):
         raise ValueError(f"there are no prompts of {task.name!r} to evaluate on; give at least one.")
     prompts.check_truth()
     if conditions is None:
         conditions = {name: name for name in UNPATCHED}
-    if not conditions:
+    if not conditions or [] in conditions.values():
         raise ValueError("there are no conditions to compare; give {name: condition}.")
     device = device_of(model)
     plans = _plans(conditions, prompts, device)

@@ -7,7 +7,7 @@ head, head_dim] at every site; those of whole layers have one head, as wide as t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,9 +35,9 @@ def validate_sites(model: InContextModel, sites: str | Sequence[str]) -> tuple[s
     if not model.stages:
         kind = type(model).__name__
         raise ValueError(f"{kind} has no heads to read or patch: it can be evaluated, and has no vectors or units.")
-    names = [sites] if isinstance(sites, str) else list(sites)
+    names = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, str) else [sites]
     known = (HEADS, *model.outputs(model.stages[0].name, 0))
-    if not names or not set(names) <= set(known):
+    if not names or not all(name in known for name in names):
         raise ValueError(f"sites={names} are not sites of this model; choose from {', '.join(known)}.")
     return tuple(site for site in SITES if site in names)
 

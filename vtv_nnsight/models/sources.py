@@ -93,7 +93,7 @@ def locate(source: StrPath) -> Place:
     if source.startswith(HUB):
         return Place("hub", source.removeprefix(HUB))
     path = Path(source)
-    if path.suffix in (".pth", ".pt", ".ckpt") or path.is_file():
+    if path.suffix in (".pth", ".pt", ".ckpt") or (path.exists() and not path.is_dir()):
         return Place("file", source)
     return Place("folder" if path.is_dir() else "hub", source)
 

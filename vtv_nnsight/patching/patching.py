@@ -82,7 +82,7 @@ def patch(
         raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}.")
     block = CallingBlock("patch", model, "with model.trace(prompts): patch(model, vector, patches)")
     prompts, layout = running_prompts(block), running_layout(block)
-    vectors = _as_vectors(vector)
+    vectors = as_vectors(vector)
     with unset_fake_temporarily():  # in a scan, too, what is patched is real
         sets = _as_sets(model, patches, layout)
         if len(vectors) != len(sets):
@@ -124,7 +124,12 @@ def ablate(model: InContextModel, patches: Patches, to: str | TaskVector | TaskV
     patch(model, to, patches)
 
 
-def _as_vectors(vector: Any) -> list[TaskVector | Activations]:
+def as_vectors(vector: Any) -> list[TaskVector | Activations]:
+    """A vector, activations, or a list of them, as a list.
+
+    Raises:
+        TypeError: when it is something else.
+    """
     vectors = list(vector) if isinstance(vector, (list, tuple)) else [vector]
     for one in vectors:
         if not isinstance(one, (TaskVector, Activations)):
@@ -148,9 +153,10 @@ def _as_scale(scale: Any) -> float | torch.Tensor:
 def _as_sets(model: InContextModel, patches: Any, layout: Any) -> list[PatchSet | Mapping[Any, torch.Tensor]]:
     """Sets and masks of what `patch` was given."""
     patches = getattr(patches, "patches", patches)
-    if isinstance(patches, (PatchSet, Mapping)):
+    is_bundle = isinstance(patches, Mapping) and any(isinstance(x, (tuple, TaskVector)) for x in patches.values())
+    if isinstance(patches, (PatchSet, Mapping)) and not is_bundle:
         return [patches]
-    if not isinstance(patches, Iterable) or isinstance(patches, torch.Tensor):
+    if is_bundle or not isinstance(patches, Iterable) or isinstance(patches, torch.Tensor):
         raise TypeError(
             f"patch was given a {type(patches).__name__} as its patches; give a PatchSet (PatchSet(space, choices) "
             "makes one), a SearchResult, masks by stage, or names of units."
@@ -242,6 +248,8 @@ class _Edit:
         if isinstance(vector, Activations) and values is not None and mask.ndim > 2:
             places = max(mask.shape[-2], model.layout.num_positions)
             values = values[..., :places, :, :]  # of a text, activations have more positions than units
+        if not mask.is_floating_point() and len(others := mask[(mask != 0) & (mask != 1)]):
+            raise ValueError(f"the mask of the {stage.key} holds {others[0]}; give True and False, or float gates.")
         if values is not None:
             expected = [stage.layers, values.shape[-3], stage.heads]
             if list(values.shape[-4:]) != [*expected, stage.head_dim]:

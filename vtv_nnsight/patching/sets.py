@@ -18,7 +18,8 @@ import torch
 from matplotlib.figure import Figure
 
 from vtv_nnsight import maps
-from vtv_nnsight.files import write_text
+from vtv_nnsight.files import check_file, write_text
+from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching.spaces import PatchSpace
 from vtv_nnsight.vectors.compatibility import check_compatible
@@ -43,7 +44,12 @@ class PatchSet:
     choices: torch.Tensor
 
     def __post_init__(self) -> None:
-        choices = torch.as_tensor(self.choices).detach().cpu()
+        if not isinstance(self.space, PatchSpace):
+            raise TypeError(f"a {type(self.space).__name__} was given as the space; write PatchSet(space, choices).")
+        try:
+            choices = torch.as_tensor(self.choices).detach().cpu()
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError("choices are True and False, one for each unit; PatchSet.named takes names.") from error
         if choices.shape != (len(self.space),):
             raise ValueError(f"choices of shape {list(choices.shape)} are not one for each of {len(self.space)} units.")
         if len(others := choices[(choices != 0) & (choices != 1)]):
@@ -57,7 +63,7 @@ class PatchSet:
     def named(cls, space: PatchSpace, names: Iterable[str]) -> PatchSet:
         """The units of these names."""
         choices = torch.zeros(len(space), dtype=torch.bool)
-        for name in names:
+        for name in [names] if isinstance(names, str) else names:
             if name not in space.index_of:
                 raise ValueError(f"{name!r} is not a unit of {space!r}.")
             choices[space.index_of[name]] = True
@@ -66,6 +72,7 @@ class PatchSet:
     @classmethod
     def random(cls, space: PatchSpace, k: int, seed: int = 0) -> PatchSet:
         """`k` units drawn without replacement."""
+        check_whole(k=k, seed=seed)
         if not 0 <= k <= len(space):
             raise ValueError(f"k={k} units were asked for; {space!r} has {len(space)}.")
         choices = torch.zeros(len(space), dtype=torch.bool)
@@ -130,9 +137,7 @@ class PatchSet:
             FileNotFoundError, ValueError: when there is no such file, it is incomplete, or it is something else.
         """
         try:
-            content = json.loads(Path(path).read_text())
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no file {path}.") from error
+            content = json.loads(check_file(path).read_text())
         except (RecursionError, ValueError) as error:
             raise ValueError(f"{path} is not a complete patch set ({error}); make it again.") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:

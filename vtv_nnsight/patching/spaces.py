@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 
-from vtv_nnsight.models.interface import HEADS, SITES, ByStage, InContextModel
+from vtv_nnsight.models.interface import GRANULARITIES, HEADS, SITES, ByStage, InContextModel
 from vtv_nnsight.models.sites import module_path, validate_sites, validate_stages
 from vtv_nnsight.vectors.compatibility import geometry, layout_of, stages_of
 
@@ -124,6 +124,8 @@ class PatchSpace:
         self.layout, self.sites = layout_of(facts), tuple(facts.get("sites", (HEADS,)))
         if not self.sites or not set(self.sites) <= set(SITES):
             raise ValueError(f"its sites {list(self.sites)} are unknown")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"its granularity {self.granularity!r} is unknown")
         self.stages = tuple(stage.at(site) for stage in stages_of(facts) for site in self.sites)
         self.groups = ByStage({stage.key: groups.get(stage.key, {}) for stage in self.stages})
         self._paths = ByStage({stage.key: paths[stage.key] for stage in self.stages})

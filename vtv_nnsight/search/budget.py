@@ -25,6 +25,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from vtv_nnsight.digests import tensor_digest
+from vtv_nnsight.finite import check_whole
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.progress import progress_bar
@@ -108,9 +109,12 @@ class Search:
         resume: str | Path | None = None,
         progress: bool = True,
     ) -> None:
+        images = (settings or {}).get("images")
+        counts = {"budget": budget, "images": images}
+        check_whole(seed=seed, **{name: count for name, count in counts.items() if count is not None})
         if budget is not None and budget < 1:
             raise ValueError(f"budget={budget} pays for nothing; give the evaluations that the search may spend.")
-        if (images := (settings or {}).get("images")) is not None and images < 1:
+        if images is not None and images < 1:
             raise ValueError(f"images={images} asks no prompt; give the prompts that each set is tried on, 1 or more.")
         _check_objective(objective)
         self.name, self.objective, self.seed = name, objective, seed

@@ -45,6 +45,8 @@ def held_out_count(prompts: int, share: float) -> int:
     Raises:
         ValueError: when that leaves none to train on.
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"held_out={share} is no share of the prompts; give a number from 0 to 1, or prompts.")
     count = max(1, round(share * prompts))
     _check_sides(max(0, prompts - count), count, f"{prompts} prompts and held_out={share}")
     return count

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import reduce
 
 from vtv_nnsight.digests import tensor_digest
+from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.inside_trace import first
 from vtv_nnsight.models.interface import InContextModel, default_batch_size
@@ -25,6 +26,7 @@ from vtv_nnsight.models.sites import stop_gradient
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace, patch
 from vtv_nnsight.patching.forward import Edit, find_loss, give_like, losses, residuals, start_from
+from vtv_nnsight.patching.patching import as_vectors
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.search.holdout import hold_out
 from vtv_nnsight.search.prefixes import Prefixes, Start
@@ -86,7 +88,7 @@ class Objective:
         seed: int = 0,
     ) -> None:
         share = held_out if isinstance(held_out, (int, float)) else None
-        given = {"vectors": _listed(vector), "tasks": _listed(task), "prompts": _listed(prompts)}
+        given = {"vectors": as_vectors(vector), "tasks": _listed(task), "prompts": _listed(prompts)}
         given["held_out"] = _listed(held_out) if share is None else [share] * len(given["prompts"])
         if len({len(values) for values in given.values()}) > 1:
             counts = ", ".join(f"{len(values)} {name}" for name, values in given.items())
@@ -97,6 +99,7 @@ class Objective:
         self.space: Any = space
         self._loss_of = [find_loss(model, loss, task) for task in self.tasks]
         self.loss, self.differentiable = self._loss_of[0].name, self._loss_of[0].differentiable
+        check_whole(seed=seed, batch_size=1 if batch_size is None else batch_size)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
         self.vectors = [values.to(device) for values in given["vectors"]]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec
 
 import torch
 
 from vtv_nnsight.digests import tensor_digest
+from vtv_nnsight.finite import check_finite
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.prompts import Prompts
@@ -120,6 +122,9 @@ class Algorithm(Generic[Options]):
         required = {name for name, default in self.options.items() if default is inspect.Parameter.empty}
         if missing := sorted(required - options.keys()):
             raise TypeError(f"{self.name} needs {', '.join(missing)}; see its docstring.")
+        for name, value in options.items():
+            if isinstance(value, Real):
+                check_finite(value, f"{name} of {self.name}", "give a finite number")
 
 
 def algorithm(

@@ -17,6 +17,7 @@ from PIL import Image
 from vtv_nnsight import metrics
 from vtv_nnsight.digests import text_number
 from vtv_nnsight.files import physical_memory
+from vtv_nnsight.finite import check_whole
 from vtv_nnsight.images import as_cell, digest, open_picture
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.prompts import VisualPrompt
@@ -187,6 +188,7 @@ class Task(AnyTask):
             layout: The published one by default.
         """
         layout = layout or Layout()
+        check_whole(n=n, seed=seed)
         if (needed := 12 * n * layout.canvas_size**2) > (memory := physical_memory()):
             raise ValueError(f"n={n:,} prompts take {needed:,} bytes and this machine has {memory:,}; ask for fewer.")
         return self.compose(images, draw(images, n, layout.examples, seed), layout)

@@ -66,6 +66,9 @@ class Linear:
     __rmul__ = __mul__
 
     def __truediv__(self: Self, divisor: float) -> Self:
+        if not isinstance(divisor, Real):
+            return NotImplemented
+        check_finite(divisor, "the factor", "scale by a finite number")
         return self * (1 / divisor if divisor else math.inf)
 
     def __neg__(self: Self) -> Self:
@@ -100,7 +103,7 @@ class TaskVector(Linear):
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", ByStage(self.mean))
         object.__setattr__(self, "variance", None if self.variance is None else ByStage(self.variance))
-        _check_floating(self.mean, self.label)
+        _check_floating(self.mean, self.label, "[layer, position, head, head_dim]")
 
     @property
     def values(self) -> ByStage:
@@ -149,8 +152,11 @@ class TaskVector(Linear):
         return replace(self, task=f"{factor:g} * ({self.task})", mean=mean, variance=None)
 
 
-def _check_floating(values: ByStage, label: str) -> None:
+def _check_floating(values: ByStage, label: str, axes: str) -> None:
     for key, tensor in values.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim != axes.count(",") + 1:
+            given = list(tensor.shape) if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+            raise TypeError(f"{label} is {given} at the {key}; give a tensor {axes}.")
         if not tensor.is_floating_point():
             raise TypeError(f"{label} is {tensor.dtype} at the {key}, which drops fractions; give floating point.")
 
@@ -194,7 +200,7 @@ class Activations(Linear):
     label = "the activations"
 
     def __post_init__(self) -> None:
-        _check_floating(self.values, self.label)
+        _check_floating(self.values, self.label, "[row, layer, position, head, head_dim]")
 
     @classmethod
     def collect(
