@@ -65,7 +65,7 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
         raise ValueError(f"n={n} prompts were asked for; expected 1 or more.")
     if isinstance(images, str) or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
         raise TypeError(
-            f"{type(images).__name__} has no rows that can be drawn by number; give a Dataset (`data.load`) or a list: of a "
+            f"{type(images).__name__} has no rows that can be drawn by number; give a Dataset or a list: of a "
             "streaming data set, list(images.take(1000))."
         )
     classes = _classes(images)
