@@ -150,6 +150,16 @@ def _within(numbers: torch.Tensor, count: int) -> bool:
     return numbers.dtype == torch.long and bool(((numbers >= 0) & (numbers < count)).all())
 
 
+def check_floating(values: ByStage, label: str, axes: str) -> None:
+    """Refuse, as a TypeError, values that are not floating-point tensors of these axes."""
+    for key, tensor in values.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim != axes.count(",") + 1:
+            given = list(tensor.shape) if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+            raise TypeError(f"{label} is {given} at the {key}; give a tensor {axes}.")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{label} is {tensor.dtype} at the {key}, which drops fractions; give floating point.")
+
+
 def present_positions(mean: ByStage, label: str = "the vector") -> ByStage:
     """By stage, bool [position]: the positions of means [layer, position, head, head_dim] that are not absent, which is
     NaN throughout.

@@ -38,6 +38,7 @@ from vtv_nnsight.prompts import Prompts, as_rows
 from vtv_nnsight.vectors.collecting import collect_moments, collect_rows
 from vtv_nnsight.vectors.compatibility import check_compatible, geometry, layout_of
 from vtv_nnsight.vectors.files import (
+    check_floating,
     present_positions,
     read_activations,
     read_vectors,
@@ -103,7 +104,7 @@ class TaskVector(Linear):
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", ByStage(self.mean))
         object.__setattr__(self, "variance", None if self.variance is None else ByStage(self.variance))
-        _check_floating(self.mean, self.label, "[layer, position, head, head_dim]")
+        check_floating(self.mean, self.label, "[layer, position, head, head_dim]")
 
     @property
     def values(self) -> ByStage:
@@ -152,15 +153,6 @@ class TaskVector(Linear):
         return replace(self, task=f"{factor:g} * ({self.task})", mean=mean, variance=None)
 
 
-def _check_floating(values: ByStage, label: str, axes: str) -> None:
-    for key, tensor in values.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim != axes.count(",") + 1:
-            given = list(tensor.shape) if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
-            raise TypeError(f"{label} is {given} at the {key}; give a tensor {axes}.")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{label} is {tensor.dtype} at the {key}, which drops fractions; give floating point.")
-
-
 def _check_alike(other: TaskVector, first: TaskVector) -> None:
     check_compatible(other.label, other.fingerprint, f"that of {first.task!r}", first.fingerprint)
     if other.mean.keys() != first.mean.keys():
@@ -200,7 +192,7 @@ class Activations(Linear):
     label = "the activations"
 
     def __post_init__(self) -> None:
-        _check_floating(self.values, self.label, "[row, layer, position, head, head_dim]")
+        check_floating(self.values, self.label, "[row, layer, position, head, head_dim]")
 
     @classmethod
     def collect(
