@@ -24,6 +24,7 @@ REFERENCE = {
         "ViTMAE": "models.vit_mae.ViTMAE",
         "Painter": "models.painter.Painter",
         "SegGPT": "models.painter.SegGPT",
+        "CausalLM": "models.causal_lm.CausalLM",
         "InContextModel": "models.interface.InContextModel",
         "load_model": "models.sources.load_model",
         "Sites": "models.sites",
@@ -31,9 +32,11 @@ REFERENCE = {
     "Prompts": {
         "VisualPrompt": "prompts.VisualPrompt",
         "Canvases": "prompts.Canvases",
+        "TextPrompts": "text_prompts.TextPrompts",
         "Layout": "layouts.Layout",
         "Task": "tasks.base.Task",
         "Tasks of the papers": "tasks.builtin",
+        "Tasks of words and texts": "tasks.text",
         "Tasks by name": "tasks.registry",
         "Metrics": "metrics",
         "Images": "images",
@@ -49,6 +52,7 @@ REFERENCE = {
         "pascal": "data.pascal_voc.pascal",
         "detection": "data.pascal_voc.detection",
         "reasoning": "data.reasoning_shapes.reasoning",
+        "words": "data.word_lists.words",
         "hub": "data.hub_datasets.hub",
     },
     "Vectors and patching": {
@@ -90,6 +94,7 @@ REFERENCE = {
     "Studies": {
         "Circuits": "studies.circuits",
         "Learned vectors": "studies.learning",
+        "Function vectors": "studies.function_vectors",
         "Banks of vectors": "studies.bank",
         "Clusters": "studies.clusters",
         "Retrieved examples": "studies.prompting.retrieval",

@@ -49,12 +49,13 @@ class CausalLM(TraceableTexts, InContextModel):
 
     | here | nnterp | TransformerLens |
     |---|---|---|
-    | `model.layers[i].self_attn.heads` | `attention_head_outputs` | `blocks.{i}.attn.hook_z` |
-    | `model.layers[i].self_attn.pattern` (`attn_implementation="eager"`) | `attention_probabilities[i]` |
-      `blocks.{i}.attn.hook_pattern` |
+    | `model.layers[i].self_attn.heads` | `attention_head_outputs[i]` | `blocks.{i}.attn.hook_z` |
+    | `model.layers[i].self_attn.pattern` | `attention_probabilities[i]` | `blocks.{i}.attn.hook_pattern` |
     | `model.outputs("layers", i)["attn"].output` | `attentions_output[i]` | `blocks.{i}.hook_attn_out` |
     | `model.outputs("layers", i)["mlp"].output` | `mlps_output[i]` | `blocks.{i}.hook_mlp_out` |
     | `model.layers[i].output` | `layers_output[i]` | `blocks.{i}.hook_resid_post` |
+
+    `pattern` wants `attn_implementation="eager"`.
 
     Args:
         source: A Hub id, a folder that `save_pretrained` wrote, a .gguf file (unpacked when it is read, which takes its
