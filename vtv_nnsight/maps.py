@@ -99,7 +99,7 @@ def unit_maps(
         first: Title of an empty panel before the others, `figure.axes[0]`.
     """
     count = len(values) + (first is not None)
-    height = max(3, 0.16 * max(len(values) for values in regions.values()))
+    height = max(3, 0.16 * max(map(len, values.values())))
     figure = Figure(figsize=(PANEL * count + 1, height), layout="constrained")
     panels = list(figure.subplots(1, count, squeeze=False)[0])
     if first is not None:
