@@ -29,6 +29,7 @@ from vtv_nnsight import (
     evaluate,
     metrics,
     patch,
+    plots,
     search,
     tasks,
 )
@@ -36,6 +37,7 @@ from vtv_nnsight.evaluation import comparison, controls
 from vtv_nnsight.files import read_tensors
 from vtv_nnsight.models import load_model
 from vtv_nnsight.patching.forward import find_loss, forward, losses
+from vtv_nnsight.report import load_run
 from vtv_nnsight.runs.outputs import read_prompts
 from vtv_nnsight.studies import circuits
 from vtv_nnsight.testing import check_model
@@ -511,6 +513,12 @@ def test_a_run_of_words_from_end_to_end(model, tmp_path, vtv, monkeypatch):
     lines = dict(line.split(": ", 1) for line in printed.splitlines())
     assert code == 0 and list(lines) == ["zero-shot", "one-shot", "task vector"]
     assert lines["task vector"] == said.strip() and lines["zero-shot"] == ours.say(prompt)[0].strip()
+
+    vectors, out = run / "vectors.safetensors", tmp_path / "evaluated"
+    units = ("--vectors", vectors, "--patches", run / "search/plural.safetensors", "--prompts", 8, "--output", out)
+    assert vtv("evaluate", tmp_path / "model", "--data", "words", "--tasks", "plural", *units)[0] == 0
+    shown = plots.answers(load_run(run).table, "antonym")
+    assert texts["truth"][0].strip() in {text.get_text() for text in shown.axes[0].texts}
 
     refused = {
         ("run", "--model", tmp_path / "model", "--quick", "--out", tmp_path / "no"): "does not go with a CausalLM",

@@ -136,7 +136,11 @@ def answers(table: Any, task: str | None = None) -> Figure:
         sheet.text(column + 0.47, -0.04, name, ha="center", va="bottom", fontsize=7)
         scores = table.values(task, name) if name not in ("prompt", "truth") else None
         for row, cell in enumerate(cells):
-            sheet.imshow(cell.permute(1, 2, 0).numpy(), extent=(column, column + 0.94, row + 0.88, row))
+            if isinstance(cell, str):  # the end of a long one
+                middle = dict(ha="center", va="center", fontsize=7, parse_math=False)
+                sheet.text(column + 0.47, row + 0.44, cell.strip()[-40:], **middle)
+            else:
+                sheet.imshow(cell.permute(1, 2, 0).numpy(), extent=(column, column + 0.94, row + 0.88, row))
             if scores is not None:
                 sheet.text(column + 0.47, row + 0.9, f"{scores[row]:.3f}", ha="center", va="top", fontsize=7)
     sheet.set(xlim=(0, columns), ylim=(rows, -0.15), aspect="auto", title=task)

@@ -83,7 +83,8 @@ def folds_to_test(settings: Settings, split: str = "test", max_images: int | Non
     if is_published_detection(settings):
         return [(0, data.load(settings.data, split))]
     if not is_published_pascal(settings):
-        return [(0, data.load(settings.data, split, max_images or 2 * settings.test_prompts, settings.seed))]
+        most = max_images or (None if settings.data == "words" else 2 * settings.test_prompts)
+        return [(0, data.load(settings.data, split, most, settings.seed))]
     root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
     half = "trn" if split == "train" else "val"
     return [(f, data.pascal(root, f, half, splits=lists)) for f in (range(4) if fold is None else (fold,))]
