@@ -240,7 +240,7 @@ def check_header(path: str | Path) -> None:
     with open(check_file(path), "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
     if length > MAX_HEADER:
-        raise ValueError(f"{path} is no complete safetensors file: a header of {length:,} bytes; make it again.")
+        raise ValueError(f"{path} is not a complete safetensors file (a header of {length:,} bytes); make it again.")
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
