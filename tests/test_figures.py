@@ -141,6 +141,7 @@ def test_lists_of_figures_that_cannot_serve_are_told(cvf):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:1 of the 3 figures")
 def test_a_model_is_trained_on_composed_figures_and_on_ones_own(tmp_path, cvf):
     mine = tmp_path / "mine"
     mine.mkdir()

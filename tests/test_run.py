@@ -626,9 +626,9 @@ def test_runs_are_compared(finished, copy, model, tmp_path, done):
 
 @pytest.mark.slow
 def test_runs_that_asked_other_queries_are_not_set_side_by_side(finished, copy, tmp_path):
-    record = json.loads((copy / "run.json").read_text())
+    record = read_json(copy / "run.json")
     record["settings"]["test pictures"] = "others"
-    (copy / "run.json").write_text(json.dumps(record))
+    write_json(copy / "run.json", record)
     page = comparison.compare([finished, copy], tmp_path / "comparison.html").read_text()
     assert page.count("copy: asked other queries") == len(TASKS) and 'alt="segmentation, query' not in page
 

@@ -137,7 +137,7 @@ def answers(table: Any, task: str | None = None) -> Figure:
         scores = table.values(task, name) if name not in ("prompt", "truth") else None
         for row, cell in enumerate(cells):
             if isinstance(cell, str):  # the end of a long one
-                middle = dict(ha="center", va="center", fontsize=7, parse_math=False)
+                middle: dict[str, Any] = dict(ha="center", va="center", fontsize=7, parse_math=False)
                 sheet.text(column + 0.47, row + 0.44, cell.strip()[-40:], **middle)
             else:
                 sheet.imshow(cell.permute(1, 2, 0).numpy(), extent=(column, column + 0.94, row + 0.88, row))

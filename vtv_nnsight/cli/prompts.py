@@ -231,7 +231,7 @@ def _say(
         raise ValueError(f"--example of {task.name} has {len(example)} part; give {', '.join(columns)}.")
     if not source and not bundle:
         raise ValueError(f"{task.name} is for language models; say which (--model).")
-    model: Any = bundle.load_model(source, **keywords) if bundle else load_model(source, **keywords)
+    model: Any = bundle.load_model(source, **keywords) if bundle else load_model(str(source), **keywords)
     task.check_model(model)
     zero_shot = task.prompt([], query)
     said = {ZERO_SHOT: model.say(zero_shot)}

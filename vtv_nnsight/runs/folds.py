@@ -50,7 +50,8 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
         names = {f"fold{fold}": f"pascal:{root}:{fold}" + f":{lists}" * (lists != "published") for fold in numbers}
     elif settings.folds:
         raise ValueError(f"{settings.data!r} has no folds; they go with data='pascal:ROOT'.")
-    folds, most = [], settings.max_images
+    folds: list[Fold] = []
+    most: int | None = settings.max_images
     if settings.data == "words":  # the rows are of all lists, each of which has few
         most = test = None
     with warnings.catch_warnings(record=True) as heard:

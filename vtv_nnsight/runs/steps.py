@@ -92,7 +92,7 @@ def servable(settings: Settings, rows: Dataset, known: Collection[str] | None = 
     Raises:
         ValueError: when the data cannot serve a task that was asked for, or none that is known.
     """
-    wanted = [registry.get(name) for name in settings.tasks]
+    wanted: list[Any] = [registry.get(name) for name in settings.tasks]
     for task in wanted:
         if task.needs not in rows.column_names:
             raise ValueError(
@@ -100,7 +100,7 @@ def servable(settings: Settings, rows: Dataset, known: Collection[str] | None = 
                 "leave the task out, or give other data."
             )
     lists = map(registry.words, registry.WORDS)
-    offered = [*map(registry.get, known)] if known is not None else [*registry.VTV, *lists]
+    offered: list[Any] = [*map(registry.get, known)] if known is not None else [*registry.VTV, *lists]
     serve = wanted or [task for task in offered if task.needs in rows.column_names][: settings.most_tasks]
     if not serve:
         raise ValueError(

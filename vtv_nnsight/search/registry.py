@@ -124,7 +124,7 @@ class Algorithm(Generic[Options]):
             raise TypeError(f"{self.name} needs {', '.join(missing)}; see its docstring.")
         for name, value in options.items():
             if isinstance(value, Real):
-                check_finite(value, f"{name} of {self.name}", "give a finite number")
+                check_finite(float(value), f"{name} of {self.name}", "give a finite number")
 
 
 def algorithm(
