@@ -53,6 +53,9 @@ def test_other_models_are_refused(tmp_path):
         load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_model(tmp_path / "nowhere.pth")
+    for path in (str(tmp_path / "lama"), "./lama", "~/lama"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder {path}; give one that holds a model"):
+            load_model(path)
 
 
 def test_arguments_of_another_family_are_refused(tmp_path):

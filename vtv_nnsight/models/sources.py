@@ -82,7 +82,7 @@ def locate(source: StrPath) -> Place:
         source: "tiny"; a path; or an id of the Hub, as "OWNER/NAME" or, whatever paths there are, "hub:OWNER/NAME".
 
     Raises:
-        FileNotFoundError: when the embedded model is not there.
+        FileNotFoundError: when the embedded model is not there, or nothing at a path that begins with ., / or ~.
     """
     source = os.fspath(source)
     if source == EMBEDDED:
@@ -95,6 +95,8 @@ def locate(source: StrPath) -> Place:
     path = Path(source)
     if path.suffix in (".pth", ".pt", ".ckpt") or (path.exists() and not path.is_dir()):
         return Place("file", source)
+    if source.startswith((".", "/", "~")) and not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {source}; give one that holds a model, or a Hub id.")
     return Place("folder" if path.is_dir() else "hub", source)
 
 
