@@ -12,7 +12,6 @@ from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, patch, tasks
 from vtv_nnsight.demo import playing
-from vtv_nnsight.demo.callbacks import SHOWN, Callbacks
 from vtv_nnsight.demo.playing import ONE_SHOT, VECTOR, ZERO_SHOT, Player
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
@@ -176,6 +175,8 @@ def test_the_scale_is_played_from_nothing_to_the_vector(player):
 def test_the_code_of_the_page_runs_as_it_is_pasted(tmp_path, monkeypatch):
     player = playing.Player.load("tiny")
     _, called = page_of(player)
+    from vtv_nnsight.demo.callbacks import SHOWN, Callbacks  # which needs gradio
+
     page = Callbacks(player, tmp_path)
     units = PatchSet.random(player.space, 12, 0)
     some = [[name for name in names if name in units] for names in page.panels.values()]
@@ -204,6 +205,8 @@ def test_what_a_visitor_found_is_what_the_page_uses(player):
     asked = ("lowlight", "none", 0.5, 100.0, *player.rows[:2])
     units = PatchSet.random(player.space, 22, 0)
     ticked = [[name for name in names if name in units] for names in playing.panels(player.space).values()]
+    from vtv_nnsight.demo.callbacks import SHOWN
+
     place = SHOWN.index(VECTOR)
     answers = [called["respond"].fn(*asked, visitor, *ticked)[place]["value"] for visitor in (None, own)]
     prompt = player.prompt("lowlight", *player.rows[:2])

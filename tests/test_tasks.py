@@ -11,9 +11,10 @@ from PIL import ExifTags, Image, ImageDraw
 from PIL import __version__ as pillow
 from scipy import ndimage
 
-from vtv_nnsight import data, metrics, tasks
+from vtv_nnsight import MAEVQGAN, PatchSpace, TaskVectors, data, metrics, tasks
 from vtv_nnsight.images import as_cell, as_rgb, to_pil, to_tensor
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.tasks import registry as registry_module
 
@@ -607,3 +608,24 @@ def test_truncated_pictures_are_refused(tmp_path):
 def test_pixels_go_to_tensors_and_back():
     picture = Image.open(DATA / "query_image.png").convert("RGB")
     assert np.array_equal(to_pil(to_tensor(picture)), picture)
+
+
+def test_what_is_of_another_kind_is_named_and_told_what_to_give(small_config):
+    model, rows = MAEVQGAN(MAEVQGANModel(small_config())), data.scenes("test", n=40)
+    wrong = {
+        "layout is a str; give a Layout": lambda: tasks.lowlight.prompts(rows, 2, 0, "horizontal"),
+        "layout is a str; give a layout": lambda: PatchSpace(model, "vertical"),
+        "a space's model is a dict": lambda: PatchSpace({}),
+        "the name of a task is a NoneType": lambda: tasks.get(None),
+        "prompts of tasks is a list": lambda: TaskVectors.collect(model, []),
+        "a source of data is a NoneType": lambda: data.load(None),
+    }
+    for words, call in wrong.items():
+        with pytest.raises(TypeError, match=words):
+            call()
+    for words, call in {
+        "seed=-1 is below 0; give 0 or more": lambda: tasks.lowlight.prompts(rows, 2, -1),
+        "'' is not a source of data": lambda: data.load(""),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call()

@@ -27,14 +27,16 @@ def check_finite(values: torch.Tensor | float, what: str, instead: str) -> None:
 
 
 def check_whole(**values: Any) -> None:
-    """Refuse counts and seeds that are no whole numbers, by their names.
+    """Refuse counts and seeds that are no whole numbers, by their names, and seeds below 0.
 
     Raises:
-        TypeError: naming the first such value.
+        TypeError, ValueError: naming the first such value.
     """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name}={value!r} is no whole number; give one.")
+        if name == "seed" and value < 0:
+            raise ValueError(f"seed={value} is below 0; give 0 or more.")
 
 
 def check_output(output: Any) -> None:

@@ -35,6 +35,16 @@ def shortened(text: str, most: int = 200) -> str:
     return re.sub(rf"\S{{{most + 1},}}", lambda word: f"{word[0][: most // 2]}…{word[0][-most // 4 :]}", text)
 
 
+def check_kind(value: Any, kind: type, what: str, instead: str) -> None:
+    """Refuse what is of another kind.
+
+    Raises:
+        TypeError: saying what it is, and what to give.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} is a {type(value).__name__}; give {instead}.")
+
+
 def duration(seconds: float) -> str:
     """Such as "0.4 s", "12 s" or "3 min 20 s"."""
     if seconds < 60:

@@ -27,6 +27,7 @@ from vtv_nnsight.data.pascal_voc import LISTS, detection, pascal
 from vtv_nnsight.data.reasoning_shapes import reasoning
 from vtv_nnsight.digests import bytes_digest, json_digest
 from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.text import check_kind
 
 DRAWN = 500
 """Rows of a generated source by default."""
@@ -186,6 +187,7 @@ def load(spec: str, split: str | None = None, n: int | None = None, seed: int = 
     Raises:
         ValueError, FileNotFoundError: when it is none of those, or what it names cannot be read.
     """
+    check_kind(spec, str, "a source of data", "a name such as 'scenes', or the path of a folder")
     source, argument = _find(spec)
     return at_most(source.load(argument, split, DRAWN if n is None else n, seed), n, seed)
 
@@ -241,7 +243,7 @@ def _find(spec: str) -> tuple[Source, str]:
     source = SOURCES.get(name)
     if source and bool(argument) == bool(source.argument):
         return source, argument
-    if not source and Path(spec).expanduser().is_dir():
+    if spec and not source and Path(spec).expanduser().is_dir():
         return SOURCES["folder"], spec
     known = ", ".join(source.usage for source in SOURCES.values())
     raise ValueError(

@@ -155,6 +155,8 @@ def _as_sets(model: InContextModel, patches: Any, layout: Any) -> list[PatchSet 
     patches = getattr(patches, "patches", patches)
     is_bundle = isinstance(patches, Mapping) and any(isinstance(x, (tuple, TaskVector)) for x in patches.values())
     if isinstance(patches, (PatchSet, Mapping)) and not is_bundle:
+        if isinstance(patches, Mapping) and not patches:
+            raise ValueError("patches={} holds no mask; give one by stage, or PatchSet.random(space, 0) for no unit.")
         return [patches]
     if is_bundle or not isinstance(patches, Iterable) or isinstance(patches, torch.Tensor):
         raise TypeError(

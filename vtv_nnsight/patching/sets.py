@@ -44,7 +44,7 @@ class PatchSet:
     choices: torch.Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.space, PatchSpace):
+        if not (hasattr(self.space, "fingerprint") and hasattr(self.space, "__len__")):  # or units of another kind
             raise TypeError(f"a {type(self.space).__name__} was given as the space; write PatchSet(space, choices).")
         try:
             choices = torch.as_tensor(self.choices).detach().cpu()

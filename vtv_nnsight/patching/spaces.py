@@ -21,6 +21,7 @@ from einops import rearrange
 
 from vtv_nnsight.models.interface import GRANULARITIES, HEADS, SITES, ByStage, InContextModel
 from vtv_nnsight.models.sites import module_path, validate_sites, validate_stages
+from vtv_nnsight.text import check_kind
 from vtv_nnsight.vectors.compatibility import geometry, layout_of, stages_of
 
 MAX_UNITS = 2**20
@@ -71,9 +72,11 @@ class PatchSpace:
         stages: str | Sequence[str] | None = None,
         sites: str | Sequence[str] = HEADS,
     ) -> None:
+        check_kind(model, InContextModel, "a space's model", "a model, such as MAEVQGAN()")
+        layout = layout or model.layout
+        check_kind(layout, type(model.layout), "layout", "a layout, such as that of the prompts")
         sites = validate_sites(model, sites)
         patched = [stage.name for stage in validate_stages(model, stages)]
-        layout = layout or model.layout
         facts = geometry(model, layout) | {"granularity": granularity, "patched_stages": patched}
         groups, paths = ByStage(), ByStage()
         for stage in (stage.at(site) for stage in model.stages for site in sites):

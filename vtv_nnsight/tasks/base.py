@@ -22,6 +22,7 @@ from vtv_nnsight.images import as_cell, digest, open_picture
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.tasks.sampling import Draw, draw
+from vtv_nnsight.text import check_kind
 
 Row = Mapping[str, Any]
 Picture = Image.Image | str | os.PathLike[str]
@@ -153,6 +154,7 @@ class Task(AnyTask):
             ValueError: when the number of examples is not the layout's, or an example lacks what its answer needs.
         """
         layout = layout or Layout()
+        check_kind(layout, Layout, "layout", "a Layout, such as model.layout")
         examples = [example] if isinstance(example, (Mapping, Image.Image, str, os.PathLike)) else list(example)
         if len(examples) != layout.examples:
             raise ValueError(f"{len(examples)} examples were given for a layout of {layout.examples}; give as many.")
@@ -188,6 +190,7 @@ class Task(AnyTask):
             layout: The published one by default.
         """
         layout = layout or Layout()
+        check_kind(layout, Layout, "layout", "a Layout, such as model.layout")
         check_whole(n=n, seed=seed)
         if (needed := 12 * n * layout.canvas_size**2) > (memory := physical_memory()):
             raise ValueError(f"n={n:,} prompts take {needed:,} bytes and this machine has {memory:,}; ask for fewer.")

@@ -11,6 +11,7 @@ from vtv_nnsight.tasks.base import AnyTask, Sum, Task, read_setting
 from vtv_nnsight.tasks.builtin import VTV, detection, edges, pairs
 from vtv_nnsight.tasks.reasoning import color, shape, size
 from vtv_nnsight.tasks.text import WORDS, words
+from vtv_nnsight.text import check_kind
 
 _REGISTRY: dict[str, AnyTask] = {}
 _KINDS: dict[str, type[AnyTask]] = {}
@@ -53,6 +54,7 @@ def get(name: str) -> Any:
     Raises:
         ValueError: naming the tasks there are, or what is wrong with the settings.
     """
+    check_kind(name, str, "the name of a task", "a name such as 'lowlight'")
     parts = list(map(_parse, re.split(r"\+" + _OUTSIDE_BRACKETS, name)))
     if len(parts) > 1 and not all(isinstance(part, Task) for part in parts):
         raise ValueError(f"{name!r} joins tasks of texts; give one of them, or add their vectors.")

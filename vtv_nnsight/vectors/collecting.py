@@ -19,6 +19,7 @@ from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage, 
 from vtv_nnsight.models.sites import list_layers, module_path, read_layers, validate_sites
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import Prompts
+from vtv_nnsight.text import check_kind
 from vtv_nnsight.vectors.compatibility import check_compatible, differences, fingerprint, stages_of
 from vtv_nnsight.vectors.files import read_sites, scatter
 
@@ -54,6 +55,7 @@ def collect_moments(
     progress: bool = True,
 ) -> tuple[dict[str, Moments], dict[str, Any]]:
     """Moments of each task's activations, and the fingerprint of what they belong to: see `TaskVectors.collect`."""
+    check_kind(prompts, Mapping, "prompts of tasks", "{task.name: prompts}")
     layout, sites, device = _shared_layout(prompts), validate_sites(model, sites), device_of(model)
     owner = fingerprint(model, layout)
     moments = _read_state(resume, owner, prompts, sites) if resume else {}
