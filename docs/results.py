@@ -116,6 +116,19 @@ def of_file(contents: dict[str, Any]) -> str:
     return f"Values in {names}; tables and what they mean in [benchmarks](benchmarks.md)."
 
 
+def of_language(contents: dict[str, Any]) -> str:
+    """First-token accuracy of every method, by task and in the mean, of each model."""
+    (content,), parts = contents.values(), []
+    for model, found in content["models"].items():
+        methods = found["methods"]
+        rows = [[task, *(f"{scores[name]:.2f}" for name in methods)] for task, scores in found["by_task"].items()]
+        rows.append(["mean", *("{:.2f} [{:.2f}, {:.2f}]".format(*facts["mean"]) for facts in methods.values())])
+        less = [facts["less"]["few-shot"] for facts in methods.values()]
+        rows.append(["less few-shot", *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*values) for values in less)])
+        parts.append(f"{model}, seeds: {found['seeds']}.\n\n" + _markdown(["task", *methods], rows))
+    return "\n\n".join(parts)
+
+
 def of_bench(name: str, minutes: int, seeds: int, options: str = "") -> Part:
     """A benchmark that writes NAME.json."""
     command = f"vtv bench {name} {options} --out benchmarks/results".replace("  ", " ")
@@ -137,7 +150,9 @@ PARTS = {
     "scenes": of_seeds("scenes", 30),
     "held_out": of_bench("held_out_tasks", 15, 3, "--runs runs/held-out-tasks")._replace(table=of_lines),
     "learned": of_bench("learned_vectors", 35, 3)._replace(table=of_rows),
-    "language": of_bench("language", 60, 5),
+    "language": of_bench(
+        "language", 25, 1, "--model smollm2 --seeds 1 --methods references reinforce gates controls residual"
+    )._replace(table=of_language),
     "circuits": of_bench("circuits", 30, 2, "--seeds 2"),
     "search_efficiency": of_bench("search_efficiency", 60, 2, "--seeds 2 --budgets 1000 4000 --published-steps 200"),
     "patch_sets": of_bench("patch_sets", 20, 1, "--seeds 1 --budget 2000"),
@@ -218,7 +233,8 @@ def section(part: Part) -> str:
     seconds = json.loads(file.read_text()).get(part.command) if file.is_file() else None
     table, seeds = part.table(contents), f"{part.seeds} seed{'s' * (part.seeds > 1)}"
     if seconds is None:
-        return f"{table} Of a run before this page; made anew by `{part.command}`, {part.minutes} minutes."
+        table += "\n\n" if table.endswith("|") else " "
+        return f"{table}Of a run before this page; made anew by `{part.command}`, {part.minutes} minutes."
     return f"{table}\n\n`{part.command}`, {seconds} s, {seeds}."
 
 
