@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageDraw
 from PIL import __version__ as pillow
 from scipy import ndimage
 
-from vtv_nnsight import MAEVQGAN, PatchSpace, TaskVectors, data, metrics, tasks
+from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, metrics, tasks
 from vtv_nnsight.images import as_cell, as_rgb, to_pil, to_tensor
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
@@ -629,3 +629,19 @@ def test_what_is_of_another_kind_is_named_and_told_what_to_give(small_config):
     }.items():
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_long_values_are_not_echoed_whole(small_config):
+    model, long = MAEVQGAN(MAEVQGANModel(small_config())), "x" * 4000
+    for call in (
+        lambda: tasks.get(long),
+        lambda: data.load("scenes", long),
+        lambda: Layout(order=long),
+        lambda: PatchSpace(model, granularity=long),
+        lambda: PatchSpace(model, sites=long),
+        lambda: PatchSet.named(PatchSpace(model), [long]),
+        lambda: model.to(long),
+    ):
+        with pytest.raises(ValueError, match="xxx.*…") as caught:
+            call()
+        assert len(str(caught.value)) < 600

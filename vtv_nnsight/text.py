@@ -35,6 +35,11 @@ def shortened(text: str, most: int = 200) -> str:
     return re.sub(rf"\S{{{most + 1},}}", lambda word: f"{word[0][: most // 2]}…{word[0][-most // 4 :]}", text)
 
 
+def quoted(value: Any) -> str:
+    """A value as an error shows it: its repr, shortened."""
+    return shortened(repr(value), 80)
+
+
 def check_kind(value: Any, kind: type, what: str, instead: str) -> None:
     """Refuse what is of another kind.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset
 
-from vtv_nnsight.text import join_words
+from vtv_nnsight.text import join_words, quoted
 
 SPLITS = ("train", "validation", "test")
 """Of the sources that are divided in three."""
@@ -21,7 +21,7 @@ def check_split(split: str | None, splits: Sequence[str | None]) -> None:
     """
     if split not in splits:
         known = join_words([repr(name) for name in splits if name is not None], "or")
-        raise ValueError(f"split={split!r} is unknown; choose {known}.")
+        raise ValueError(f"split={quoted(split)} is unknown; choose {known}.")
 
 
 def check_count(n: int, what: str) -> None:

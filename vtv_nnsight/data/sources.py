@@ -27,7 +27,7 @@ from vtv_nnsight.data.pascal_voc import LISTS, detection, pascal
 from vtv_nnsight.data.reasoning_shapes import reasoning
 from vtv_nnsight.digests import bytes_digest, json_digest
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.text import check_kind
+from vtv_nnsight.text import check_kind, quoted
 
 DRAWN = 500
 """Rows of a generated source by default."""
@@ -247,8 +247,8 @@ def _find(spec: str) -> tuple[Source, str]:
         return SOURCES["folder"], spec
     known = ", ".join(source.usage for source in SOURCES.values())
     raise ValueError(
-        f"{spec!r} is not a source of data; give {known}, or the path of a folder of pictures (./scenes is a folder, "
-        "scenes is not)."
+        f"{quoted(spec)} is not a source of data; give {known}, or the path of a folder of pictures (./scenes is a "
+        "folder, scenes is not)."
     )
 
 

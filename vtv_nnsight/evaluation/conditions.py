@@ -17,6 +17,7 @@ import torch
 from vtv_nnsight.patching import MODES, PatchSet, ablate, patch
 from vtv_nnsight.patching.patching import as_vectors
 from vtv_nnsight.prompts import Prompts
+from vtv_nnsight.text import quoted
 from vtv_nnsight.vectors import TaskVector
 
 SHOTS = {
@@ -114,7 +115,7 @@ class Condition:
         allowed = list(SHORT) if vectors is None else [BASELINE, ZERO_SHOT]
         if not isinstance(shot, str) or shot not in allowed:
             raise ValueError(
-                f"condition {name!r} is {shot!r}; choose one of {', '.join(allowed)}, or give a Condition."
+                f"condition {quoted(name)} is {quoted(shot)}; choose one of {', '.join(allowed)}, or give a Condition."
             )
         return cls(SHORT[shot], vectors, patches)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from vtv_nnsight.text import quoted
+
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """What transformers takes for a `device_map` besides devices."""
 
@@ -35,7 +37,7 @@ def resolve_device(device: str | int | torch.device) -> torch.device:
     first = place.type if place.type == "cpu" else f"{place.type}:0"
     if str(place) in names or (place.index in (None, 0) and first in names):
         return place
-    raise ValueError(f"there is no device {str(device)!r} here; choose one of {', '.join(names)}.")
+    raise ValueError(f"there is no device {quoted(str(device))} here; choose one of {', '.join(names)}.")
 
 
 def check_device_map(device_map: Any) -> None:

@@ -24,6 +24,7 @@ from vtv_nnsight import tasks
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.inside_trace import Place
 from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.text import quoted
 
 QUERY_ONLY = ("head", "quadrant", "token")
 """How fine the units of query-only prompts are: a head at all its tokens, at a region of the canvas, or at a token."""
@@ -386,7 +387,7 @@ def group_positions(
     if granularity == "cell" and cells:
         return dict(cells)
     known = GRANULARITIES if cells else QUERY_ONLY
-    raise ValueError(f"granularity={granularity!r} is unknown; choose from {', '.join(known)}.")
+    raise ValueError(f"granularity={quoted(granularity)} is unknown; choose from {', '.join(known)}.")
 
 
 PAPERS_PATCHES = 14 * 14

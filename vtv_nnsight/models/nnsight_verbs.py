@@ -12,6 +12,8 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import EarlyStopException, Event, Mediator, OutOfOrderError
 from nnsight.intervention.iterator import Iterations
 
+from vtv_nnsight.text import quoted
+
 
 def projection_of(attention: Envoy) -> Envoy:
     """The module that is given what an attention's `heads` are."""
@@ -84,7 +86,7 @@ class CallingBlock:
             ValueError: when the model has run past what the function reads first.
         """
         if steps not in ("first", "all"):
-            raise ValueError(f"steps={steps!r} is unknown; choose 'first' or 'all'.")
+            raise ValueError(f"steps={quoted(steps)} is unknown; choose 'first' or 'all'.")
         caller, worker = self._mediator, _Worker(self.verb, function, steps)
         worker.batch_group = None if whole else self._group
         interleaver = caller.interleaver

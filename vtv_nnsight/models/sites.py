@@ -18,6 +18,7 @@ from vtv_nnsight.models.inside_trace import Place
 from vtv_nnsight.models.interface import HEADS, SITES, InContextModel, Stage
 from vtv_nnsight.models.nnsight_verbs import CallingBlock, end_run, projection_of
 from vtv_nnsight.prompts import Prompts
+from vtv_nnsight.text import quoted
 
 Layers = int | Sequence[int] | Mapping[str, int | Sequence[int]]
 """Numbers of layers, of a model of one stage, or by stage."""
@@ -38,7 +39,7 @@ def validate_sites(model: InContextModel, sites: str | Sequence[str]) -> tuple[s
     names = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, str) else [sites]
     known = (HEADS, *model.outputs(model.stages[0].name, 0))
     if not names or not all(name in known for name in names):
-        raise ValueError(f"sites={names} are not sites of this model; choose from {', '.join(known)}.")
+        raise ValueError(f"sites={quoted(names)} are not sites of this model; choose from {', '.join(known)}.")
     return tuple(site for site in SITES if site in names)
 
 
@@ -51,7 +52,7 @@ def validate_stages(model: InContextModel, stages: str | Sequence[str] | None) -
     known = [stage.name for stage in model.stages]
     names = known if stages is None else [stages] if isinstance(stages, str) else list(stages)
     if not names or not set(names) <= set(known):
-        raise ValueError(f"stages={names} are not stages of the model; choose from {', '.join(known)}.")
+        raise ValueError(f"stages={quoted(names)} are not stages of the model; choose from {', '.join(known)}.")
     return tuple(stage for stage in model.stages if stage.name in names)
 
 

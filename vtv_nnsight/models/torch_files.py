@@ -32,7 +32,7 @@ import torch
 
 from vtv_nnsight.files import check_file
 from vtv_nnsight.models.restricted_pickle import MAX_PICKLED, Refused, RestrictedUnpickler, refusing
-from vtv_nnsight.text import join_names
+from vtv_nnsight.text import join_names, quoted
 
 StrPath = str | os.PathLike[str]
 
@@ -162,7 +162,7 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return None
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is unknown; give a floating-point one, such as float32 or bfloat16.")
+        raise ValueError(f"dtype={quoted(dtype)} is unknown; give a floating-point one, such as float32 or bfloat16.")
     return named
 
 

@@ -24,6 +24,7 @@ from vtv_nnsight.models.sites import place_of
 from vtv_nnsight.patching.patching import patch
 from vtv_nnsight.patching.spaces import PatchSpace
 from vtv_nnsight.prompts import Prompts, VisualPrompt
+from vtv_nnsight.text import quoted
 from vtv_nnsight.vectors import TaskVector
 
 Edit = Callable[[InContextModel], None]
@@ -121,7 +122,7 @@ def find_loss(model: InContextModel, name: str | None = None, task: Any = None, 
         others = ", ".join(f'loss="{loss.name}"' for loss in known if loss.differentiable)
         raise ValueError(f"loss={name!r} has no gradient; use {others or 'a search that needs no gradient'}.")
     names = ", ".join(loss.name for loss in known) or "none"
-    raise ValueError(f"loss={name!r} is unknown; choose from {names}, the losses of this model.")
+    raise ValueError(f"loss={quoted(name)} is unknown; choose from {names}, the losses of this model.")
 
 
 @torch.no_grad()

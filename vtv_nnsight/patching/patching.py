@@ -24,7 +24,7 @@ from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import module_path, place_of, running_layout, running_prompts, token_positions
 from vtv_nnsight.patching.sets import PatchSet
 from vtv_nnsight.patching.spaces import PatchSpace
-from vtv_nnsight.text import join_names
+from vtv_nnsight.text import join_names, quoted
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors, zero_vector
 from vtv_nnsight.vectors.compatibility import check_compatible, check_layout, fingerprint
 
@@ -79,7 +79,7 @@ def patch(
             block; or when the model has run past the first of the places.
     """
     if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}.")
+        raise ValueError(f"mode={quoted(mode)} is unknown; choose one of {', '.join(MODES)}.")
     block = CallingBlock("patch", model, "with model.trace(prompts): patch(model, vector, patches)")
     prompts, layout = running_prompts(block), running_layout(block)
     vectors = as_vectors(vector)
@@ -177,8 +177,8 @@ def _as_sets(model: InContextModel, patches: Any, layout: Any) -> list[PatchSet 
             return [PatchSet.named(space, patches)]
         unknown, everywhere = min(unknown, missing, key=len), everywhere.intersection(missing)
     if everywhere:
-        raise ValueError(f"{min(everywhere)!r} is not a unit of this model; PatchSpace(model).names has such.")
-    raise ValueError(f"{unknown[0]!r} is not a unit of the space of the others; name units of one PatchSpace.")
+        raise ValueError(f"{quoted(min(everywhere))} is not a unit of this model; PatchSpace(model).names has such.")
+    raise ValueError(f"{quoted(unknown[0])} is not a unit of the space of the others; name units of one PatchSpace.")
 
 
 def _edits(

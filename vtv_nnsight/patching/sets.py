@@ -22,6 +22,7 @@ from vtv_nnsight.files import check_file, write_text
 from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching.spaces import PatchSpace
+from vtv_nnsight.text import quoted
 from vtv_nnsight.vectors.compatibility import check_compatible
 
 KIND = "patch set"
@@ -65,7 +66,7 @@ class PatchSet:
         choices = torch.zeros(len(space), dtype=torch.bool)
         for name in [names] if isinstance(names, str) else names:
             if name not in space.index_of:
-                raise ValueError(f"{name!r} is not a unit of {space!r}.")
+                raise ValueError(f"{quoted(name)} is not a unit of {quoted(space)}.")
             choices[space.index_of[name]] = True
         return cls(space, choices)
 

@@ -37,6 +37,7 @@ from vtv_nnsight.models.sources import EMBEDDED, HUB, locate
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.runs.resuming import BUNDLE_RECORD, check_files
 from vtv_nnsight.search.result import SearchResult
+from vtv_nnsight.text import quoted
 from vtv_nnsight.text_prompts import TextLayout
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
@@ -77,7 +78,7 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
 
     def __getitem__(self, task: str) -> tuple[TaskVector, PatchSet]:
         if task not in self.results:
-            raise KeyError(f"the bundle of {self.name} has nothing of {task!r}; choose from {', '.join(self)}.")
+            raise KeyError(f"the bundle of {self.name} has nothing of {quoted(task)}; choose from {', '.join(self)}.")
         return self.vectors[task], self.results[task].patches
 
     def __iter__(self) -> Iterator[str]:

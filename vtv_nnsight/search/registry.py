@@ -20,6 +20,7 @@ from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import AnyTask
+from vtv_nnsight.text import join_names
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 
 ALGORITHMS: dict[str, Algorithm[...]] = {}
@@ -117,7 +118,7 @@ class Algorithm(Generic[Options]):
             raise TypeError(f"{self.name} takes its own options by name: {', '.join(self.options)}.")
         if unknown := sorted(options.keys() - self.options.keys()):
             raise TypeError(
-                f"{self.name} has no option {', '.join(unknown)}; its own are: {', '.join(self.options) or 'none'}."
+                f"{self.name} has no option {join_names(unknown)}; its own are: {', '.join(self.options) or 'none'}."
             )
         required = {name for name, default in self.options.items() if default is inspect.Parameter.empty}
         if missing := sorted(required - options.keys()):

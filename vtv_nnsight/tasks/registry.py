@@ -11,7 +11,7 @@ from vtv_nnsight.tasks.base import AnyTask, Sum, Task, read_setting
 from vtv_nnsight.tasks.builtin import VTV, detection, edges, pairs
 from vtv_nnsight.tasks.reasoning import color, shape, size
 from vtv_nnsight.tasks.text import WORDS, words
-from vtv_nnsight.text import check_kind
+from vtv_nnsight.text import check_kind, quoted
 
 _REGISTRY: dict[str, AnyTask] = {}
 _KINDS: dict[str, type[AnyTask]] = {}
@@ -79,7 +79,7 @@ def _parse(name: str) -> AnyTask:
     kind, bracket, rest = name.partition("(")
     if kind not in _KINDS or (bracket and not rest.endswith(")")):
         raise ValueError(
-            f"{name!r} is not a task; choose from {', '.join(_REGISTRY)}, with settings in brackets as in "
+            f"{quoted(name)} is not a task; choose from {', '.join(_REGISTRY)}, with settings in brackets as in "
             "'lowlight(0.1)', or join several with '+'."
         )
     settings = [part.strip().partition("=") for part in rest.removesuffix(")").split(",")] if bracket else []

@@ -35,6 +35,7 @@ from vtv_nnsight.finite import check_finite
 from vtv_nnsight.models.inside_trace import put
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, StageSite
 from vtv_nnsight.prompts import Prompts, as_rows
+from vtv_nnsight.text import quoted
 from vtv_nnsight.vectors.collecting import collect_moments, collect_rows
 from vtv_nnsight.vectors.compatibility import check_compatible, geometry, layout_of
 from vtv_nnsight.vectors.files import (
@@ -316,7 +317,7 @@ class TaskVectors(Mapping[str, TaskVector]):
 
     def __getitem__(self, task: str) -> TaskVector:
         if task not in self._vectors:
-            raise KeyError(f"there is no vector of {task!r}; choose from {', '.join(self)}.")
+            raise KeyError(f"there is no vector of {quoted(task)}; choose from {', '.join(self)}.")
         return self._vectors[task]
 
     def __iter__(self) -> Iterator[str]:
