@@ -19,7 +19,7 @@ import torch
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, ZERO_SHOT, Condition
 from vtv_nnsight.evaluation.table import Table
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import InContextModel, Loss, default_batch_size
+from vtv_nnsight.models.interface import InContextModel, Loss, batch_size_of
 from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import Prompts
@@ -80,7 +80,7 @@ def evaluate(
     pictures: dict[str, list[Any]] = {name: [] for name in ("prompt", "truth", *conditions)}
     start = 0
     with torch.no_grad(), progress_bar(total=sum(counts.values()), unit="answer", disable=not progress) as bar:
-        for batch in prompts.split(default_batch_size(model, prompts=prompts) if batch_size is None else batch_size):
+        for batch in prompts.split(batch_size_of(model, batch_size, prompts=prompts)):
             batch = batch.to(device).one_shot()
             truth = model.truth(batch) if loss else None
             cells = batch.shown()

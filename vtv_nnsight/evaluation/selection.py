@@ -9,7 +9,7 @@ import torch
 
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import InContextModel, default_batch_size
+from vtv_nnsight.models.interface import InContextModel, batch_size_of
 from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
@@ -55,7 +55,7 @@ def select_prompts(
         ValueError: when the candidates leave fewer than `n` prompts, or duplicates is neither.
     """
     layout = layout or model.layout
-    device, batch_size = device_of(model), default_batch_size(model) if batch_size is None else batch_size
+    device, batch_size = device_of(model), batch_size_of(model, batch_size)
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates={duplicates!r} is unknown; choose from {', '.join(DUPLICATES)}.")
     drawn = drawn if drawn is not None else draw(images, candidates, layout.examples, seed)

@@ -397,3 +397,8 @@ def default_batch_size(model: InContextModel, rows: int = 32, prompts: Any = Non
     """Prompts per forward, where a user does not say: `rows` where prompts have no more tokens than the papers' canvas
     has patches, 14×14, and fewer where the longest has more, such as Painter's canvas of 56×56."""
     return max(1, rows * PAPERS_PATCHES // max(PAPERS_PATCHES, int(model.lengths(prompts).max())))
+
+
+def batch_size_of(model: InContextModel, given: int | None, rows: int = 32, prompts: Any = None) -> int:
+    """Prompts per forward: what a user gave, or `default_batch_size`."""
+    return default_batch_size(model, rows, prompts) if given is None else given

@@ -19,7 +19,7 @@ from nnsight import save
 from vtv_nnsight.finite import WHERE, check_finite
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.inside_trace import Place, first
-from vtv_nnsight.models.interface import PIXELS, InContextModel, Loss, default_batch_size
+from vtv_nnsight.models.interface import PIXELS, InContextModel, Loss, batch_size_of
 from vtv_nnsight.models.sites import place_of
 from vtv_nnsight.patching.patching import patch
 from vtv_nnsight.patching.spaces import PatchSpace
@@ -154,7 +154,7 @@ def generate_with_gates(
     gates = torch.as_tensor(gates).float()
     if len(prompts) not in (1, len(gates)):
         raise ValueError(f"{len(prompts)} prompts go with {len(gates)} rows of gates; give one, or one for each row.")
-    device, batch_size = device_of(model), default_batch_size(model) if batch_size is None else batch_size
+    device, batch_size = device_of(model), batch_size_of(model, batch_size)
     prompts, vector = prompts.query_only().to(device), vector.to(device)
     rows = prompts if len(prompts) == len(gates) else prompts[[0] * len(gates)]
     cells = []

@@ -21,7 +21,7 @@ from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.inside_trace import first
-from vtv_nnsight.models.interface import InContextModel, default_batch_size
+from vtv_nnsight.models.interface import InContextModel, batch_size_of
 from vtv_nnsight.models.sites import stop_gradient
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace, patch
@@ -106,7 +106,7 @@ class Objective:
         parts = hold_out(given["prompts"], given["held_out"] if share is None else share, seed)
         self.prompts: Prompts = given["prompts"][0].cat([rows for pair in parts for rows in pair]).to(device)
         most = 16 if device.type == "cpu" else 256
-        self.batch_size = default_batch_size(model, most, self.prompts) if batch_size is None else batch_size
+        self.batch_size = batch_size_of(model, batch_size, most, self.prompts)
         self._fits = self.batch_size
         sizes = torch.tensor([[len(rows) for rows in pair] for pair in parts])
         self.group = torch.arange(len(parts)).repeat_interleave(sizes.sum(1))

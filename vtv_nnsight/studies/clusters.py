@@ -16,7 +16,7 @@ import torch
 from vtv_nnsight.layouts import Layout, named_positions
 from vtv_nnsight.metrics import silhouette
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import ByStage, InContextModel, Stage, default_batch_size
+from vtv_nnsight.models.interface import ByStage, InContextModel, Stage, batch_size_of
 from vtv_nnsight.models.sites import list_layers, read_layers
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
@@ -55,7 +55,7 @@ def activations(
             index = {stage: at.to(device) for stage, at in tokens.items() if len(at)}
             if not index:
                 raise ValueError(f"no stage sees {region!r} of these prompts; choose another region.")
-            for batch in rows.split(default_batch_size(model) if batch_size is None else batch_size):
+            for batch in rows.split(batch_size_of(model, batch_size)):
                 for stage, means in _means(model, batch.to(device), index).items():
                     batches[stage][task].append(means)
                 bar.update(len(batch))

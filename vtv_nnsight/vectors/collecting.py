@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.inside_trace import last_tokens, put
-from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage, default_batch_size
+from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage, batch_size_of
 from vtv_nnsight.models.sites import list_layers, module_path, read_layers, validate_sites
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import Prompts
@@ -67,7 +67,7 @@ def collect_moments(
             lengths = model.lengths(rows)
             rows = rows[lengths.argsort(stable=True)] if len(lengths) > 1 else rows
             rows = rows[moments[task].prompts :] if task in moments else rows
-            for batch in rows.split(default_batch_size(model, prompts=rows) if batch_size is None else batch_size):
+            for batch in rows.split(batch_size_of(model, batch_size, prompts=rows)):
                 new = measure(model, batch.to(device), sites)
                 moments[task] = _merge(moments[task], new) if task in moments else new
                 bar.update(len(batch))
@@ -99,7 +99,7 @@ def collect_rows(
         put_rows(parts[-1], stage, layer, z.cpu(), seen, positions)
 
     with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:
-        for batch in prompts.split(default_batch_size(model, prompts=prompts) if batch_size is None else batch_size):
+        for batch in prompts.split(batch_size_of(model, batch_size, prompts=prompts)):
             parts.append(ByStage())
             with torch.no_grad(), model.trace(batch.to(device)):
                 read_layers(model, places, keep, stop=True)

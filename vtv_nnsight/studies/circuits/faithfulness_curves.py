@@ -30,7 +30,7 @@ import torch
 from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.finite import WHERE, check_finite
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import InContextModel, default_batch_size
+from vtv_nnsight.models.interface import InContextModel, batch_size_of
 from vtv_nnsight.patching import PatchSpace, patch
 from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
@@ -109,9 +109,7 @@ def faithfulness(
     total = len(prompts) * (len(sets) + (direction == "in"))
     journal, measured = Journal(resume, settings), partial(_measure, model, vector, space, measures)
     with progress_bar(total=total, desc=f"curves, {direction}", unit="answer", disable=not progress) as bar:
-        answers = partial(
-            _values, measured, default_batch_size(model) if batch_size is None else batch_size, journal, bar
-        )
+        answers = partial(_values, measured, batch_size_of(model, batch_size), journal, bar)
         if direction == "out":
             values = dict(zip(sets, answers(prompts, [~choices for choices in sets.values()])))
             full = values[_key(everything)]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from vtv_nnsight.images import digest
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import InContextModel, default_batch_size
+from vtv_nnsight.models.interface import InContextModel, batch_size_of
 from vtv_nnsight.models.sites import read_layers
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
@@ -67,10 +67,7 @@ def retrieve(
     candidates = np.arange(len(images)) if pool is None else np.unique(np.asarray(pool, dtype=np.int64))
     if outside := [int(row) for row in (*candidates, *queries) if not 0 <= row < len(images)]:
         raise ValueError(f"row {outside[0]} is not among the {len(images)} rows of these images.")
-    features, batch_size = (
-        features or encoder_features(model),
-        default_batch_size(model) if batch_size is None else batch_size,
-    )
+    features, batch_size = features or encoder_features(model), batch_size_of(model, batch_size)
     size = model.layout.cell_size
     with progress_bar(total=len(candidates) + len(queries), unit="picture", disable=not progress) as bar:
 
