@@ -18,9 +18,10 @@ import pandas as pd
 from common import options, save, table
 
 from vtv_nnsight import plots, runs
-from vtv_nnsight.evaluation import Table, specific_tasks, vector_pairs
+from vtv_nnsight.evaluation import Table
 from vtv_nnsight.evaluation.searched_anew import BUDGET
 from vtv_nnsight.report.reading import load_run
+from vtv_nnsight.report.verdicts import specific_tasks, vector_pairs
 from vtv_nnsight.runs import QUICK, Settings
 
 WAYS = {"fixed": "transfer at fixed units", "anew": "units searched anew for each pair"}

@@ -88,7 +88,8 @@ REFERENCE = {
         "Attention": "report.attention",
         "Slides": "report.slides.Slides",
         "Player": "demo.playing.Player",
-        "Plots": "plots",
+        "Plots": "report.plots",
+        "Verdicts": "report.verdicts",
         "Heat maps": "maps",
     },
     "Studies": {

@@ -25,25 +25,27 @@ from vtv_nnsight import (
 from vtv_nnsight.evaluation import (
     Condition,
     Table,
-    best_others,
     bootstrap,
     comparison,
     controls,
     each_vector,
     noise_vector,
     random_units,
-    rank_among_draws,
     search_each,
     select_prompts,
     selection,
-    specific_tasks,
-    specificity_sentences,
-    vector_pairs,
-    verdicts,
     with_other_examples,
 )
 from vtv_nnsight.evaluation.resampling import intervals
 from vtv_nnsight.models.vit_mae import ViTMAE
+from vtv_nnsight.report.verdicts import (
+    best_others,
+    rank_among_draws,
+    specific_tasks,
+    specificity_sentences,
+    vector_pairs,
+    verdicts,
+)
 from vtv_nnsight.search.objective import Objective
 
 table_module = sys.modules["vtv_nnsight.evaluation.table"]

@@ -29,14 +29,14 @@ from typer.testing import CliRunner
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, cli, data, parallel, tasks
 from vtv_nnsight.cli import start
 from vtv_nnsight.digests import file_digest
-from vtv_nnsight.evaluation import Table, rank_among_draws, verdicts
-from vtv_nnsight.evaluation.random_controls import beats_copying
+from vtv_nnsight.evaluation import Table
 from vtv_nnsight.files import read_json, write_json
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.progress import numbered_steps, progress_bar
 from vtv_nnsight.report import comparison, explorer, figures, labels, pictures, reading
 from vtv_nnsight.report import page as report
 from vtv_nnsight.report.seeds import merge
+from vtv_nnsight.report.verdicts import beats_copying, rank_among_draws, verdicts
 from vtv_nnsight.runs import STEPS, bundles, outputs, pipeline
 from vtv_nnsight.runs import folds as of_folds
 from vtv_nnsight.runs import steps as runs

@@ -13,7 +13,7 @@ _MODULES = {
     "data": "data",
     "learning": "studies.learning",
     "metrics": "metrics",
-    "plots": "plots",
+    "plots": "report.plots",
     "released": "studies.released",
     "search": "search",
     "tasks": "tasks",

@@ -9,13 +9,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from vtv_nnsight import plots
 from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.data import load
 from vtv_nnsight.files import write_picture
 from vtv_nnsight.models import load_model
+from vtv_nnsight.report import plots
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.studies.clusters import activations, silhouettes

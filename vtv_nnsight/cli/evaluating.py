@@ -11,13 +11,14 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from vtv_nnsight import plots
 from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
-from vtv_nnsight.evaluation import Table, verdicts
+from vtv_nnsight.evaluation import Table
 from vtv_nnsight.files import make_folder, write_picture, write_text
 from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.report import plots
+from vtv_nnsight.report.verdicts import verdicts
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.folds import folds_to_test, is_published_pascal
 from vtv_nnsight.runs.resuming import check_files

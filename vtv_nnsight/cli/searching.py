@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from vtv_nnsight import plots
 from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.data import load
 from vtv_nnsight.files import make_folder, write_picture
 from vtv_nnsight.patching import PatchSpace
+from vtv_nnsight.report import plots
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.search import ALGORITHMS, SearchResult

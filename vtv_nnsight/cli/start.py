@@ -19,7 +19,6 @@ from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.data import load
-from vtv_nnsight.evaluation import specificity_sentences, vector_pairs, verdicts
 from vtv_nnsight.evaluation.searched_anew import BUDGET
 from vtv_nnsight.files import make_folder
 from vtv_nnsight.models.sources import EMBEDDED
@@ -28,6 +27,7 @@ from vtv_nnsight.report.comparison import compare
 from vtv_nnsight.report.explorer import demonstrate
 from vtv_nnsight.report.labels import FLOOR_TO_CEILING
 from vtv_nnsight.report.seeds import merge
+from vtv_nnsight.report.verdicts import specificity_sentences, vector_pairs, verdicts
 from vtv_nnsight.runs import bundles, pipeline
 from vtv_nnsight.runs.folds import is_published_pascal
 from vtv_nnsight.runs.plan import plan

@@ -2,19 +2,9 @@
 
 from vtv_nnsight.evaluation.conditions import BASELINE, CONTROL, Condition, comparison
 from vtv_nnsight.evaluation.evaluation import evaluate
-from vtv_nnsight.evaluation.random_controls import (
-    RankAmongDraws,
-    best_others,
-    controls,
-    noise_vector,
-    random_units,
-    rank_among_draws,
-    vector_pairs,
-    verdicts,
-    with_other_examples,
-)
+from vtv_nnsight.evaluation.random_controls import controls, noise_vector, random_units, with_other_examples
 from vtv_nnsight.evaluation.resampling import bootstrap
-from vtv_nnsight.evaluation.searched_anew import each_vector, search_each, specific_tasks, specificity_sentences
+from vtv_nnsight.evaluation.searched_anew import each_vector, search_each
 from vtv_nnsight.evaluation.selection import select_prompts
 from vtv_nnsight.evaluation.table import Line, Table
 
@@ -23,9 +13,7 @@ __all__ = [
     "CONTROL",
     "Condition",
     "Line",
-    "RankAmongDraws",
     "Table",
-    "best_others",
     "bootstrap",
     "comparison",
     "controls",
@@ -35,10 +23,5 @@ __all__ = [
     "random_units",
     "search_each",
     "select_prompts",
-    "specific_tasks",
-    "specificity_sentences",
-    "rank_among_draws",
-    "vector_pairs",
-    "verdicts",
     "with_other_examples",
 ]

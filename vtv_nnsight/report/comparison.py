@@ -13,10 +13,10 @@ from operator import and_
 from pathlib import Path
 from typing import Any
 
-from vtv_nnsight import plots
 from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
 from vtv_nnsight.files import write_text
 from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.report import plots
 from vtv_nnsight.report.figures import draw, searches
 from vtv_nnsight.report.labels import legend, plain_label
 from vtv_nnsight.report.pictures import first_pictures

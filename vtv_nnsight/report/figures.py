@@ -20,10 +20,10 @@ from matplotlib.spines import Spine
 from matplotlib.text import Text
 from PIL import Image
 
-from vtv_nnsight import plots
 from vtv_nnsight.evaluation.conditions import PATCHED
 from vtv_nnsight.files import make_folder, replacing
 from vtv_nnsight.images import png_of
+from vtv_nnsight.report import plots
 from vtv_nnsight.report.labels import plain_label
 from vtv_nnsight.report.pictures import data_uri
 from vtv_nnsight.search.result import SearchResult

@@ -10,8 +10,8 @@ import pandas as pd
 
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching import PatchSet
-from vtv_nnsight.plots import best_so_far
 from vtv_nnsight.report.explorer import QueryExplorer
+from vtv_nnsight.report.plots import best_so_far
 from vtv_nnsight.search.result import SearchResult
 
 

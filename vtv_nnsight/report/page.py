@@ -17,20 +17,27 @@ from typing import Any
 
 import pandas as pd
 
-from vtv_nnsight import plots
-from vtv_nnsight.evaluation import best_others, specificity_sentences, vector_pairs, verdicts
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
-from vtv_nnsight.evaluation.random_controls import beats_copying, rank_among_draws, task_verdict, transfer_sentence
 from vtv_nnsight.evaluation.table import ENOUGH
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
-from vtv_nnsight.report import numbers
+from vtv_nnsight.report import numbers, plots
 from vtv_nnsight.report.figures import Drawn, Keep, all_searches, draw, keep_file
 from vtv_nnsight.report.labels import SITES, legend, plain_label
 from vtv_nnsight.report.pictures import first_pictures, overview, prompt_cells
 from vtv_nnsight.report.play import attention_pictures, moving_and_still, playground
 from vtv_nnsight.report.reading import Lines, RunResults, load_run
 from vtv_nnsight.report.rendering import render
+from vtv_nnsight.report.verdicts import (
+    beats_copying,
+    best_others,
+    rank_among_draws,
+    specificity_sentences,
+    task_verdict,
+    transfer_sentence,
+    vector_pairs,
+    verdicts,
+)
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.text import join_words
 

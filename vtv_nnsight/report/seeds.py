@@ -11,9 +11,9 @@ import pandas as pd
 
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.evaluation.conditions import PATCHED
-from vtv_nnsight.evaluation.random_controls import beats_copying
 from vtv_nnsight.files import write_text
 from vtv_nnsight.report.reading import RunResults, load_run
+from vtv_nnsight.report.verdicts import beats_copying
 
 
 def merge(out: str | os.PathLike[str], runs: Mapping[int, Path]) -> list[str]:

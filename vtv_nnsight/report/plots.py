@@ -15,11 +15,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from vtv_nnsight.evaluation.random_controls import best_others
 from vtv_nnsight.maps import PANEL, head_map, score_map, unit_maps
 from vtv_nnsight.metrics import silhouette
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.report.verdicts import best_others
 from vtv_nnsight.search.result import SearchResult
 
 __all__ = [
@@ -81,7 +81,7 @@ def matrix(pairs: Any) -> Figure:
     vector is framed, and a star marks the best one of another task where it is not surely worse.
 
     Args:
-        pairs: What `evaluation.vector_pairs` returned; or title → such pairs, to be drawn beside each other.
+        pairs: What `report.verdicts.vector_pairs` returned; or title → such pairs, to be drawn beside each other.
     """
     titled = pairs if isinstance(pairs, dict) else {"": pairs}
     first = next(iter(titled.values()))
