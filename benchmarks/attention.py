@@ -17,7 +17,14 @@ from einops import einsum
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt, data, tasks
-from vtv_nnsight.studies.prompting.prompt_engineering import attention_to_regions
+from vtv_nnsight.report.attention import attention_maps
+
+
+def attention_to_regions(model: MAEVQGAN, prompts: VisualPrompt) -> dict[str, torch.Tensor]:
+    """ "cls" and names of regions → [layer] of the last stage that holds the output, such as the decoder: the share of
+    attention from the output's patches, averaged over prompts, heads and these patches (`Layout.shares`)."""
+    *_, last = attention_maps(model, prompts).values()
+    return {name: share for name, share in prompts.layout.shares(last.mean(1)).items() if share.any()}
 
 
 def looked_at(model: MAEVQGAN, prompts: VisualPrompt) -> tuple[dict[str, list[float]], dict[str, float]]:

@@ -51,7 +51,6 @@ REFERENCE = {
         "pairs": "data.folders.pairs",
         "pascal": "data.pascal_voc.pascal",
         "detection": "data.pascal_voc.detection",
-        "reasoning": "data.reasoning_shapes.reasoning",
         "words": "data.word_lists.words",
         "hub": "data.hub_datasets.hub",
     },

@@ -30,6 +30,7 @@ import torch
 
 from vtv_nnsight import PatchSpace, TaskVectors, bundles, data, models, report, tasks
 from vtv_nnsight import search as searches
+from vtv_nnsight.cli import options
 from vtv_nnsight.cli.evaluating import _patches
 from vtv_nnsight.report.explorer import demonstrate
 from vtv_nnsight.runs import run, steps
@@ -76,7 +77,7 @@ def resume(out: Path) -> dict[str, bytes]:
 def evaluated(out: Path) -> Any:
     """What `vtv evaluate --vectors RUN/vectors.safetensors --patches RUN/search/TASK.safetensors` reads."""
     sets = [_patches(out / "search" / f"{task}.safetensors") for task in TASKS]
-    return steps.read_vectors(out / "vectors.safetensors", TASKS), sets
+    return options.read_vectors(out / "vectors.safetensors", TASKS), sets
 
 
 def files(folder: Path) -> list[Path]:

@@ -54,10 +54,7 @@ def bases(work: Path) -> dict[str, list[str]]:
         "info": [model],
         "convert": [work / "junk.pth", "folder"],
         "prompt": ["--query", work / picture, "-o", "strip.png", "--vectors", work / "run", "--task", "segmentation"],
-        "layouts": [model, "-o", "layouts", "--data", "scenes", "--prompts", "2"],
         "collect": [model, "-o", "v.safetensors", *few, "--candidates", "4"],
-        "score": [work / "both.safetensors", "--top", "2", "--model", model],
-        "clusters": [model, "-o", "c.png", "--tasks", "segmentation,lowlight", *SMALL, "--prompts", "3"],
         "search": [
             model,
             "--vectors",

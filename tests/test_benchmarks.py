@@ -71,6 +71,20 @@ def test_computation(tmp_path):
 
 
 @pytest.mark.nightly
+def test_reasoning(tmp_path):
+    found, printed = quick("reasoning", tmp_path)
+    (row,) = found["rows"]
+    assert row["task"] == "color" and "views" in row["means"]["iou"] and "shape_accuracy, tiny, 4 prompts" in printed
+
+
+@pytest.mark.nightly
+def test_prompt_looks(tmp_path):
+    found, printed = quick("prompt_looks", tmp_path)
+    assert len(found["rows"]) == 12 and all(len(row["iou"]) == 4 for row in found["rows"])
+    assert "vertical + horizontal" in printed
+
+
+@pytest.mark.nightly
 def test_patch_sets(tmp_path, space):
     PatchSet(space, torch.ones(len(space))).save(tmp_path / "all.json")
     found, printed = quick("patch_sets", tmp_path, tmp_path / "all.json", "--algorithms", "ranking")

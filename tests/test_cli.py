@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import DATA
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.text import Text
 
@@ -18,7 +19,7 @@ from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, data, 
 from vtv_nnsight.cli import start
 from vtv_nnsight.cli.group import COMMANDS, LazyCommand, load_commands
 from vtv_nnsight.cli.output import say
-from vtv_nnsight.files import read_tensors, write_tensors
+from vtv_nnsight.files import read_tensors, write_picture, write_tensors
 from vtv_nnsight.images import as_rgb, resize, to_tensor
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
@@ -167,8 +168,8 @@ def test_a_model_paints_the_output(vtv, tmp_path, checkpoint):
         (["report", "one", "other", "-o", "deeper/page.html"], "there is no folder"),
         (["info", "x" * 3000], "xxxxx…xxxxx"),
         (["search", "tiny", "-o", "x", "--vectors", "tiny", "--sites", "neck"], "sites='neck' is unknown"),
-        (["clusters", "tiny", "-o", "x", "--dtype", "int7"], "dtype='int7' is unknown; give a floating-point one"),
-        (["layouts", "tiny", "-o", "x", "--embedding-type", "semantic"], "embedding_type='semantic' is for SegGPT"),
+        (["collect", "tiny", "-o", "x", "--dtype", "int7"], "dtype='int7' is unknown; give a floating-point one"),
+        (["collect", "tiny", "-o", "x", "--embedding-type", "semantic"], "embedding_type='semantic' is for SegGPT"),
     ],
 )
 def test_mistakes_are_one_sentence(vtv, tmp_path, monkeypatch, args, words):
@@ -183,8 +184,6 @@ def test_mistakes_are_one_sentence(vtv, tmp_path, monkeypatch, args, words):
     "args",
     [
         ["collect", "nowhere.pth"],
-        ["clusters", "nowhere.pth"],
-        ["layouts", "nowhere.pth"],
         ["search", "nowhere.pth", "--vectors", "nowhere.safetensors"],
         ["prompt", "--query", "nowhere.png", "--example", "nowhere.png"],
     ],
@@ -234,12 +233,13 @@ def test_a_picture_that_cannot_be_finished_leaves_the_one_before(vtv, tmp_path, 
 
     monkeypatch.setattr("PIL.Image.Image.save", break_off)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", break_off)
-    out, vectors = tmp_path / "out.png", bundles.load("tiny").folder / "vectors.safetensors"
+    out = tmp_path / "out.png"
     out.write_text("before")
-    for args in (("prompt", "--example", SUPPORT, "--query", QUERY, "-o", out), ("score", vectors, "--plot", out)):
-        code, _, complaint = vtv(*args)
-        assert (code, complaint) == (1, f"Error: {out} cannot be written: no space left.\n")
-        assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+    code, _, complaint = vtv("prompt", "--example", SUPPORT, "--query", QUERY, "-o", out)
+    assert (code, complaint) == (1, f"Error: {out} cannot be written: no space left.\n")
+    with pytest.raises(OSError, match="cannot be written: no space left"):
+        write_picture(out, Figure().savefig)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_of_several_processes_the_first_prints(vtv, tmp_path, monkeypatch, capsys):
@@ -247,12 +247,10 @@ def test_of_several_processes_the_first_prints(vtv, tmp_path, monkeypatch, capsy
 
     empty = SimpleNamespace(tasks=[], lines=dict, table=SimpleNamespace(tasks=[]), record={"notes": []}, anew=None)
     monkeypatch.setattr("vtv_nnsight.report.reading.load_run", lambda folder: empty)
-    score = ("score", bundles.load("tiny").folder / "vectors.safetensors")
     for rank, prints in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
-        for args in (score, ("info", "tiny")):
-            code, out, _ = vtv(*args)
-            assert code == 0 and bool(out) == prints
+        code, out, _ = vtv("info", "tiny")
+        assert code == 0 and bool(out) == prints
         summarise(tmp_path / "report.html")
         assert bool(capsys.readouterr().out) == prints
 
@@ -277,7 +275,9 @@ def test_vectors_that_are_not_finite_are_named(vtv, tmp_path, small_config):
     tensors, told = read_tensors(tmp_path / "vectors.safetensors", KIND)
     tensors["lowlight/decoder/mean"][0, 0, 0, 1] = torch.nan
     write_tensors(tmp_path / "vectors.safetensors", KIND, tensors, told)
-    code, _, complaint = vtv("score", tmp_path / "vectors.safetensors")
+    model._module.save_pretrained(tmp_path / "model")
+    given = ("--vectors", tmp_path / "vectors.safetensors", "-o", tmp_path / "units.json")
+    code, _, complaint = vtv("search", tmp_path / "model", "--tasks", "lowlight", *given)
     assert code == 1 and "lowlight/decoder/mean holds numbers that are NaN or infinite" in complaint
 
 
@@ -292,9 +292,6 @@ def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
     stages = [stage.name for stage in MAEVQGAN(model).stages]
     sites = [f"{stage}.{site}" for stage in stages for site in ("mlp", "residual")]
     assert list(map(str, loaded["lowlight"].mean)) == sites and loaded["lowlight"].mean["encoder", "mlp"].shape[2] == 1
-
-    code, out, _ = vtv("score", vectors, "--model", model, "--top", 3, "--plot", tmp_path / "scores.png")
-    assert code == 0 and (".mlp @ " in out or "blocks.0 @ " in out) and "heads" not in out
 
     search = ("search", model, "--tasks", "lowlight", *own[2:], "--vectors", vectors, "--algorithm", "ranking")
     search += ("--size", 3, "-o", units)

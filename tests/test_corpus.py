@@ -233,8 +233,8 @@ def test_folders_are_told_apart_by_their_paths(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_data_set(tmp_path):
-    rows = rows_of(gather(tmp_path, data="reasoning:color"))
-    assert {row["package"] for row in rows} == {"reasoning:color"} and len(rows) > 5
+    rows = rows_of(gather(tmp_path, data="scenes"))
+    assert {row["package"] for row in rows} == {"scenes"} and len(rows) > 5
 
 
 def test_splits_are_by_source_and_keep_the_packages_own_pictures_apart():

@@ -240,7 +240,6 @@ def specs(voc_root, tmp_path, monkeypatch):
     return {
         "pictures": ["pictures"],
         "scenes": ["scenes"],
-        "reasoning": ["reasoning:color", "reasoning:shape+size"],
         "photographs": ["photographs"],
         "pascal": [f"pascal:{voc_root}:masks", f"pascal:{voc_root}:0:masks"],
         "detection": [f"detection:{voc_root}"],
@@ -335,7 +334,7 @@ def test_what_load_refuses(specs, tmp_path):
     with pytest.raises(ValueError, match="few holds 2 different pictures .* give 4 or more"):
         data.load(str(few), "test")
     assert len(data.load(str(few))) == 6
-    for spec in ("scenes", "reasoning:color", "photographs", specs["folder"][0], f"{specs['hub'][0]}:train"):
+    for spec in ("scenes", "photographs", specs["folder"][0], f"{specs['hub'][0]}:train"):
         with pytest.raises(ValueError, match="split='trian'"):
             data.load(spec, "trian")
     assert all(source.usage.startswith(name) and source.help for name, source in data.SOURCES.items())

@@ -749,8 +749,6 @@ def test_command_line(vtv, model, patches, tmp_path):
     common = ("--data", "scenes", "--max-images", 12, "--n", 3, "--tasks", "segmentation,lowlight")
     code, out, _ = vtv("collect", tmp_path / "model", *common, "--select", 12, "-o", file)
     assert code == 0 and f"wrote {file}" in out and list(TaskVectors.load(file)) == ["segmentation", "lowlight"]
-    code, out, _ = vtv("score", file, "--model", tmp_path / "model", "--top", 3, "--plot", tmp_path / "scores.png")
-    assert code == 0 and out.count("attn.heads[") == 3 and (tmp_path / "scores.png").stat().st_size > 5000
     patched = ("--vectors", file, "--patches", tmp_path / "patches.json")
     code, out, _ = vtv("evaluate", tmp_path / "model", *common, *patched, "-o", made)
     assert code == 0 and "vector of lowlight" in out and "vector of segmentation" in out
@@ -761,11 +759,10 @@ def test_command_line(vtv, model, patches, tmp_path):
         (("collect", tmp_path / "model", "--tasks", "swimming", "-o", file), "'swimming' is not a task"),
         (("evaluate", tmp_path / "model", "--vectors", file, "-o", made), "--vectors and --patches go together"),
         (("evaluate", tmp_path / "model", "--tasks", "identity", *patched, "-o", made), "no vector of 'identity'"),
-        (("score", tmp_path / "patches.json"), "not a complete safetensors file"),
     ):
         code, _, complaint = vtv(*wrong)
         assert code == 1 and message in complaint
-    for command in ("collect", "score", "evaluate"):
+    for command in ("collect", "evaluate"):
         assert f"vtv {command} " in vtv(command, "-h")[1].split("Example", 1)[1]
 
 

@@ -16,9 +16,7 @@ from transformers import ViTMAEForPreTraining
 from vtv_nnsight import PatchSet, TaskVectors, cli
 from vtv_nnsight.demo.playing import Player
 from vtv_nnsight.evaluation import Table
-from vtv_nnsight.models import load_model
 from vtv_nnsight.report import reading
-from vtv_nnsight.runs.steps import space_of
 from vtv_nnsight.search import SearchResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -129,18 +127,6 @@ def test_an_answer_with_the_vectors_of_a_run(runs, tmp_path):
     vtv("prompt", "--vectors", runs("SegGPT"), "--task", "lowlight", "--query", query, "-o", tmp_path / "strip.png")
     assert Image.open(tmp_path / "strip.png").width > 3 * 32
     assert Player.load(str(runs("SegGPT"))).model.embedding_type == "semantic"
-
-
-def test_scores_of_a_runs_vectors(runs, folders, tmp_path, capsys):
-    """Only the model knows its units."""
-    vectors, own = (
-        runs("SegGPT") / "vectors.safetensors",
-        ("--model", folders["SegGPT"], "--embedding-type", "semantic"),
-    )
-    vtv("score", vectors, *own, "--top", "3", "--plot", tmp_path / "scores.png")
-    assert "@ query" in capsys.readouterr().out and Image.open(tmp_path / "scores.png").width > 300
-    with pytest.raises(ValueError, match="of SegGPT.*--model"):
-        space_of(TaskVectors.load(vectors), "quadrant", load_model("tiny"))
 
 
 def test_the_leaderboard(runs, folders):

@@ -32,11 +32,11 @@ def test_iou_of_halves():
 def test_pixels_and_scores_that_are_not_finite_are_refused():
     white, bad = torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
     bad[0, 1, 2, 3] = torch.nan
-    for metric in (metrics.IOU, metrics.MSE, metrics.COLOR_BLIND_IOU, metrics.SHAPE_ACCURACY):
+    for metric in (metrics.IOU, metrics.MSE):
         for pair in ((bad, white), (white, bad)):
             with pytest.raises(ValueError, match="(prediction|target) holds nan"):
                 metric(*pair)
-    for look in (metrics.squared_off, lambda pixels: metrics.rounded(pixels, [(0, 0, 0)])):
+    for look in (metrics.squared_off, lambda pixels: metrics.nearest(pixels, [(0, 0, 0)])):
         with pytest.raises(ValueError, match="a picture holds nan"):
             look(bad)
     sides = torch.tensor([[torch.nan, 1.0]])
@@ -46,7 +46,7 @@ def test_pixels_and_scores_that_are_not_finite_are_refused():
     bright = metrics.Metric("bright", lambda a, b: (a > 0.5).double().mean((1, 2, 3)), True, "bright")
     with pytest.raises(ValueError, match="the prediction holds nan"):
         bright(bad, white)
-    for metric in (metrics.iou, metrics.mse, metrics.color_blind_iou, metrics.shape_accuracy):
+    for metric in (metrics.iou, metrics.mse):
         with pytest.raises(ValueError, match="the prediction holds 255; score pictures"):
             metric(255 * white, white)
         for wrong, kind in (((255 * white).byte(), "torch.uint8"), (white.numpy(), "a ndarray")):
@@ -71,15 +71,6 @@ def test_other_colours():
     yellow, purple = (253, 231, 37), (68, 1, 84)
     target = torch.tensor([yellow, purple]).T[None, :, None] / 255
     assert metrics.iou(target, target, yellow, purple).item() == 1
-
-
-def test_colour_iou_goes_to_the_nearest_of_a_palette():
-    green, blue, white = (0, 255, 0), (0, 0, 255), (255, 255, 255)
-    target = torch.tensor([blue, blue, green, white]).T[None, :, None] / 255
-    answer = torch.tensor([(10, 90, 200), (0, 200, 200), (0, 200, 200), white]).T[None, :, None] / 255
-    assert metrics.colour_iou(answer, target, blue, (blue, green, white)).item() == pytest.approx(2 / 3)
-    assert metrics.colour_iou(answer, target, blue, (green, blue, white)).item() == pytest.approx(1 / 2)
-    assert metrics.colour_iou(answer, target, white, (green, blue, white)).item() == 1
 
 
 def test_an_answer_is_squared_off_to_the_box_of_its_largest_piece():

@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vtv_nnsight import MAEVQGAN, Layout, cli, data, tasks
+from vtv_nnsight.cli import evaluating
 from vtv_nnsight.data.pascal_voc import CLASSES, Entry, detection, pascal, published_list, released_detection_order
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
@@ -229,7 +230,7 @@ def test_detection_in_the_released_order(voc_root, voc):
     assert released_detection_order(voc_root, 4) == [0, 0, 1, 2]
     (voc / "Annotations" / "b3.xml").write_text(annotation([("cow", 1, 1, 9, 9)]))
     settings = Settings(data=f"detection:{voc_root}:0.5", protocol="published", test_prompts=9, prompts=1)
-    ((_, rows),) = folds.folds_to_test(settings)
+    ((_, rows),) = evaluating._folds(settings, "test", None)
     layout = Layout(canvas_size=64, patch_size=8)
     setup = SimpleNamespace(settings=settings, layout=layout)
     asked = steps.prompts_to_test(setup, tasks.detection, rows)
@@ -289,8 +290,7 @@ def test_data_by_name(voc_root, cached):
     assert names(data.load(f"detection:{voc_root}", "train")) == [("a1", 8), ("a3", 8)]
     few = [names(data.load(f"pascal:{voc_root}:0:masks", "train", n=2, seed=seed)) for seed in range(9)]
     assert {len(rows) for rows in few} == {2} and len({str(rows) for rows in few}) > 1
-    assert len(data.load("reasoning:color+size", n=4)) == 4
-    for spec in ("pascal:", "nowhere", "reasoning"):
+    for spec in ("pascal:", "nowhere", "scenes:3"):
         with pytest.raises(ValueError, match=f"'{spec}' is not a source of data; give scenes, .*pascal:ROOT"):
             data.load(spec)
     with pytest.raises(ValueError, match="split='trian'"):

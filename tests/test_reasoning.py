@@ -1,18 +1,18 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reasoning
 import torch
 from PIL import Image
-from typer.testing import CliRunner
+from reasoning import LAYOUT, Reasoning, draw
 
-from vtv_nnsight import cli, data, metrics, tasks
-from vtv_nnsight.data.reasoning_shapes import draw
-from vtv_nnsight.layouts import REASONING, Layout
+from vtv_nnsight import MAEVQGAN, VisualPrompt, data, tasks
+from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
-from vtv_nnsight.runs import steps
 from vtv_nnsight.vectors.compatibility import differences
 
 NAMES = ["color", "shape", "size", "color+shape", "color+size", "shape+size"]
@@ -28,18 +28,33 @@ def extent(region):
     return rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
 
 
+def named(name):
+    return Reasoning(tuple(name.split("+")))
+
+
+def figures(name, n=100, seed=0, split="train"):
+    return reasoning.reasoning(named(name), n, seed, split)
+
+
+@pytest.fixture
+def model(small_config):
+    torch.manual_seed(0)
+    module = MAEVQGANModel(small_config()).eval()
+    for parameter in module.decoder.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return MAEVQGAN(module)
+
+
 def test_the_six_tasks():
-    assert [task.name for task in tasks.REASONING] == NAMES
-    assert all(tasks.get(task.name) == task and task.higher_is_better for task in tasks.REASONING)
-    assert tasks.get("size+color") == tasks.color + tasks.size
-    assert tasks.get("color+lowlight") == tasks.Sum((tasks.color, tasks.lowlight))
+    assert [task.name for task in reasoning.REASONING] == NAMES
+    assert all(task.higher_is_better for task in reasoning.REASONING) and named("size+color") == named("color+size")
     with pytest.raises(ValueError, match="'color\\+shape\\+size' is not among the reasoning tasks: color, shape"):
-        tasks.get("color+shape+size")
+        named("color+shape+size")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_and_answers(name):
-    images = data.reasoning(name, n=25, seed=3)
+    images = figures(name, n=25, seed=3)
     assert images.column_names == ["image", "answer"] and len(images) == 25
     radii = set()
     for row in images:
@@ -64,20 +79,16 @@ def test_pictures_and_answers(name):
 
 
 def test_rows_depend_on_the_seed_and_not_on_their_number():
-    few, many = data.reasoning("color", n=2, seed=1), data.reasoning("color", n=5, seed=1)
+    few, many = figures("color", n=2, seed=1), figures("color", n=5, seed=1)
     assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(few, many))
-    assert not np.array_equal(few[0]["image"], data.reasoning("color", n=1, seed=2)[0]["image"])
-    with pytest.raises(ValueError, match="n=0"):
-        data.reasoning("color", n=0)
-    with pytest.raises(ValueError, match="'lowlight' is not a reasoning task"):
-        data.reasoning("lowlight")
+    assert not np.array_equal(few[0]["image"], figures("color", n=1, seed=2)[0]["image"])
 
 
 def test_the_canvas_is_the_published_one():
     """Three rows of two cells of 74, a pixel between rows and two between columns, the outputs from column 113 on, all
     else black; pictures are bilinear."""
-    images = data.reasoning("color+shape", n=3, seed=0)
-    prompt = tasks.get("color+shape").prompt([images[0], images[1]], images[2], REASONING)
+    images = figures("color+shape", n=3, seed=0)
+    prompt = named("color+shape").prompt([images[0], images[1]], images[2], LAYOUT)
     expected = np.zeros((224, 224, 3), np.uint8)
     for i, row in enumerate(images):
         for name, left in (("image", 37), ("answer", 113)):
@@ -91,10 +102,10 @@ def test_the_canvas_is_the_published_one():
 
 
 def test_an_answer_is_needed():
-    images = data.reasoning("color", n=1)
+    images = figures("color", n=1)
     with pytest.raises(ValueError, match="example of color has no 'answer'"):
-        tasks.color.prompt([{"image": images[0]["image"]}] * 2, images[0], REASONING)
-    unknown = tasks.color.prompt([images[0]] * 2, {"image": images[0]["image"]}, REASONING)
+        named("color").prompt([{"image": images[0]["image"]}] * 2, images[0], LAYOUT)
+    unknown = named("color").prompt([images[0]] * 2, {"image": images[0]["image"]}, LAYOUT)
     assert (unknown.region("output") == 1).all()
     assert unknown.canvas[0, :, 0, 0].tolist() == [0, 0, 0]
 
@@ -122,8 +133,8 @@ def direct(prediction, target, options, colour):
     ],
 )
 def test_the_metric_is_aware_of_colour(name, options, colour):
-    task = tasks.get(name)
-    prompts = task.prompts(data.reasoning(name, n=6, seed=2), n=1, seed=0, layout=REASONING)
+    task = named(name)
+    prompts = task.prompts(figures(name, n=6, seed=2), n=1, seed=0, layout=LAYOUT)
     target = prompts.region("output")
     noise = torch.randint(-150, 150, target.shape, generator=torch.Generator().manual_seed(0)) / 255
     tied = torch.rand(1, 74, 74, generator=torch.Generator().manual_seed(1)) < 0.1
@@ -135,18 +146,18 @@ def test_the_metric_is_aware_of_colour(name, options, colour):
 
 
 def test_the_right_shape_in_the_wrong_colour_scores_nothing():
-    prompts = tasks.color.prompts(data.reasoning("color", n=3), n=1, seed=0, layout=REASONING)
-    answer = crop(prompts.canvas, "output", REASONING)
-    assert tasks.color.score(answer[:, [0, 2, 1]], answer).tolist() == [0]
+    prompts = named("color").prompts(figures("color", n=3), n=1, seed=0, layout=LAYOUT)
+    answer = crop(prompts.canvas, "output", LAYOUT)
+    assert named("color").score(answer[:, [0, 2, 1]], answer).tolist() == [0]
 
 
 @pytest.mark.parametrize("name", ["color", "shape", "color+shape", "size"])
 def test_the_studys_other_metrics(name):
-    images = data.reasoning(name, n=6, seed=4)
-    task = tasks.get(name)
-    blind, shape = (tasks.scored_by(task, metric) for metric in ("color_blind_iou", metrics.SHAPE_ACCURACY))
-    assert blind.name == shape.name == name and blind.metric == metrics.COLOR_BLIND_IOU
-    prompts = task.prompts(images, n=4, seed=0, layout=REASONING)
+    images = figures(name, n=6, seed=4)
+    task = named(name)
+    blind, shape = (tasks.scored_by(task, metric) for metric in ("color_blind_iou", reasoning.SHAPE_ACCURACY))
+    assert blind.name == shape.name == name and blind.metric == reasoning.COLOR_BLIND_IOU
+    prompts = task.prompts(images, n=4, seed=0, layout=LAYOUT)
     target = prompts.region("output")
     green = target[:, [0, 2, 1]]  # the right shape in the other colour
     assert blind.score(target, target).tolist() == shape.score(target, target).tolist() == [1] * 4
@@ -163,13 +174,13 @@ def test_a_shape_is_a_square_or_a_circle():
     )
     speck = circle.clone()
     speck[:, :, 200:204, 200:204] = 0  # a smaller piece does not count
-    scores = [metrics.shape_accuracy(a, b).item() for a, b in ((square, square), (circle, square), (speck, circle))]
+    scores = [reasoning.shape_accuracy(a, b).item() for a, b in ((square, square), (circle, square), (speck, circle))]
     assert scores == [1, 0, 1]
 
 
 def test_the_layout_is_kept_in_files():
-    again = Layout(**json.loads(json.dumps(asdict(REASONING))))
-    assert again == REASONING and hash(again) == hash(REASONING)
+    again = Layout(**json.loads(json.dumps(asdict(LAYOUT))))
+    assert again == LAYOUT and hash(again) == hash(LAYOUT)
     assert differences({"gap": [1, 2]}, {"gap": (1, 2)}) == []
     with pytest.raises(ValueError, match="gap=\\(1, -2\\) is negative"):
         Layout(examples=2, gap=(1, -2))
@@ -183,22 +194,56 @@ def test_a_background_is_a_colour():
         Layout(background="hue of dawn")
 
 
-def test_the_command_line_takes_the_studys_layout(small_config, tmp_path, monkeypatch):
-    """And other metrics; of a model on a smaller canvas, in proportion."""
-    config = small_config(image_size=112, patch_size=8, vqgan_channel_multipliers=(1, 1), vqgan_attention_levels=(1,))
-    MAEVQGANModel(config).save_pretrained(tmp_path / "model")
-    made = []
-    evaluate = steps.evaluate_conditions
-    monkeypatch.setattr(
-        steps, "evaluate_conditions", lambda model, task, prompts, *a, **k: made.append((task, prompts.layout))
-        or evaluate(model, task, prompts, *a, **k),
-    )  # fmt: skip
-    args = ["evaluate", tmp_path / "model", "--data", "reasoning:color", "--tasks", "color", "--n", 3]
-    result = CliRunner().invoke(cli.app, list(map(str, [*args, "--metric", "shape_accuracy", "-o", tmp_path / "out"])))
-    assert result.exit_code == 0, result.output
-    assert "shape accuracy ↑" in result.output
-    ((task, layout),) = made
-    assert task.metric == metrics.SHAPE_ACCURACY
-    assert layout == Layout(112, 8, examples=2, background="black", gap=(1, 2))
-    result = CliRunner().invoke(cli.app, ["evaluate", str(tmp_path / "model"), "--metric", "mse", "-o", "out"])
-    assert result.exit_code == 1 and "'segmentation' is scored by mIoU ↑ in a way of its own" in result.output
+def test_an_average_of_views(model):
+    """Each view is the prompt transposed, or with answers in the place of inputs, and its answer is turned back."""
+    layout = Layout(64, 16, gap=(2, 1))
+    rows, columns = layout.cells["output"]
+    prompts = tasks.lowlight.prompts(data.scenes("train", n=12, seed=0), 2, 0, layout)
+    plain = model.generate(prompts)[:, :, rows, columns]
+    assert torch.equal(reasoning.average(model, prompts, ["plain"]), plain)
+
+    turned = replace(layout, order="horizontal")
+    transposed = model.generate(VisualPrompt.from_canvas(prompts.canvas.transpose(2, 3), turned))
+    transposed = transposed.transpose(2, 3)[:, :, rows, columns]
+    assert torch.equal(reasoning.average(model, prompts, ["transposed"]), transposed)
+
+    mirrored, names = prompts.canvas.clone(), list(layout.cells)
+    for a, b in (names[:2], names[2:]):
+        mirrored[(..., *layout.cells[a])], mirrored[(..., *layout.cells[b])] = (prompts.region(x) for x in (b, a))
+    visible = torch.tensor([i for i in range(16) if i not in layout.regions["query"].tolist()])
+    swapped = model.generate(VisualPrompt(mirrored, visible, layout.all_patches, layout))
+    swapped = swapped[(..., *layout.cells["query"])]
+    assert torch.equal(reasoning.average(model, prompts, ["swapped"]), swapped)
+    both = reasoning.average(model, prompts, ["plain", "swapped"])
+    torch.testing.assert_close(both, (plain + swapped) / 2)
+    black = prompts.canvas.clone()
+    black[:, :, rows, columns] = 0  # no view sees the truth
+    unknown = VisualPrompt.from_canvas(black, layout)
+    for name in reasoning.VIEWS:
+        assert torch.equal(reasoning.average(model, prompts, [name]), reasoning.average(model, unknown, [name]))
+
+
+def test_the_released_views_hide_what_the_released_code_hides():
+    """Of VP's reasoning study: rows 9 to 13, and columns 7 to 11, or 2 to 6 where columns are swapped."""
+    prompts = VisualPrompt.from_canvas(torch.rand(1, 3, 224, 224), LAYOUT)
+    for name, left in (("plain", 7), ("transposed", 7), ("swapped", 2), ("swapped transposed", 2)):
+        hidden = torch.ones(14, 14, dtype=torch.bool)
+        shown, _ = reasoning.view(prompts, name)
+        hidden.view(-1)[shown.visible] = False
+        hidden = hidden.T if name.endswith("transposed") else hidden
+        expected = torch.zeros(14, 14, dtype=torch.bool)
+        expected[9:, left : left + 5] = True
+        assert torch.equal(hidden, expected)
+
+
+def test_the_benchmark_asks_the_studys_layout(model):
+    args = SimpleNamespace(test=3, seed=0, device="cpu")
+    means = reasoning.measured(args, model, named("color"))["means"]
+    assert list(means) == ["iou", "color_blind_iou", "shape_accuracy"]
+    assert all({"one-shot", "zero-shot", "views"} <= set(of_metric) for of_metric in means.values())
+    assert all(0 <= mean <= 1 for of_metric in means.values() for mean in of_metric.values())
+
+
+def test_a_task_with_a_way_of_its_own_takes_no_other_metric():
+    with pytest.raises(ValueError, match="'segmentation' is scored by mIoU ↑ in a way of its own"):
+        tasks.scored_by(tasks.segmentation, "mse")

@@ -265,8 +265,7 @@ NAMED = {
     "segmentation(fill=edges)+inpainting(center)+lowlight": tasks.Segmentation(fill="edges")
     + CENTERED
     + tasks.lowlight,
-    "color+shape+lowlight": tasks.color + tasks.shape + tasks.lowlight,
-    "lowlight(0.25)+color+size": tasks.Lowlight(0.25) + (tasks.color + tasks.size),
+    "lowlight(0.25)+edges+pairs": tasks.Lowlight(0.25) + (tasks.edges + tasks.pairs),
 }
 
 

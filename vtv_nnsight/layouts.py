@@ -229,11 +229,6 @@ class Layout:
         return ids[first : last + 1, left : right + 1].flatten()
 
 
-REASONING = Layout(examples=2, background="black", gap=(1, 2))
-"""The canvas of VP's reasoning study (§4.3): three rows of cells of 74 pixels on black. In the released code, which
-paints it by way of its test-time ensembles, inputs are at columns 37 to 110 and outputs at 113 to 186."""
-
-
 def positions(seen: torch.Tensor) -> torch.Tensor:
     """Absolute positions of the tokens of a stage that sees CLS and the patches `seen`: [..., patch] → [..., token]."""
     return torch.cat([torch.full_like(seen[..., :1], CLS), 1 + seen], dim=-1)

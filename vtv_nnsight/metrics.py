@@ -80,80 +80,24 @@ def iou(
     (squared RGB distance, ties to the foreground). As in ECCV 2024's released code, but for two empty foregrounds: they
     agree here, 1, and are 0 / 0, which is nan, there.
     """
-    return colour_iou(prediction, target, foreground, (foreground, background))
-
-
-def colour_iou(
-    prediction: torch.Tensor, target: torch.Tensor, foreground: Colour, palette: Sequence[Colour]
-) -> torch.Tensor:
-    """Intersection over union of the pixels of one colour, after every pixel of both went to the nearest colour of a
-    palette (squared RGB distance, ties to the first): VP's colour-aware IoU (§4.3)."""
     _check_pair(prediction, target)
-    return _overlap(*(_nearest(pixels, palette) == palette.index(foreground) for pixels in (prediction, target)))
+    return overlap(*(nearest(pixels, (foreground, background)) == 0 for pixels in (prediction, target)))
 
 
 def squared_off(prediction: torch.Tensor, foreground: Colour = WHITE, background: Colour = BLACK) -> torch.Tensor:
     """The filled bounding rectangle of the largest connected piece of foreground, in the two colours: what VP scores of
     a detection (§4.2, released code). Pieces are connected through their pixels' eight neighbours; of equal pieces the
     last one counts, as there."""
-    inside = _nearest(prediction, (foreground, background)) == 0
-    boxes = torch.stack([_box(row) for row in inside])[:, None]
+    inside = nearest(prediction, (foreground, background)) == 0
+    boxes = torch.stack([largest_box(row) for row in inside])[:, None]
     near, far = (prediction.new_tensor(colour).view(3, 1, 1) / 255 for colour in (foreground, background))
     return torch.where(boxes, near, far)
 
 
-def rounded(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
-    """Every pixel as the nearest colour of a palette."""
-    colours = pixels.new_tensor(palette) / 255
-    return colours[_nearest(pixels, palette)].permute(0, 3, 1, 2)
-
-
-def color_blind_iou(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of all that is not white, whatever its colour (VP §4.3, released code). Pixels count as
-    they are: `rounded` them to the palette of the study first, as `tasks.Reasoning` does."""
-    _check_pair(prediction, target)
-    return _overlap(_not_white(prediction), _not_white(target))
-
-
-def shape_accuracy(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """1 where the largest piece of what is not white has the target's shape, 0 where it has the other or nothing is
-    painted: whichever of the square and the circle in its place fits it better (VP §4.3). The released code looks at a
-    contour of OpenCV's in the place of the largest piece, and counts squares whatever the target: where the answer is
-    a square, as in its shape tasks, that is the same."""
-    _check_pair(prediction, target)
-    a, b = _squares(_not_white(prediction)), _squares(_not_white(target))
-    return ((a == b) & (a >= 0)).double()
-
-
-def _not_white(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels [batch, 3, height, width] → bool [batch, height, width]."""
-    return (pixels.double().mul(255).round() != 255).any(1)
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Intersection over union of bool [batch, height, width], 1 where both are empty: [batch]."""
     union = (a | b).flatten(1).sum(1)
     return torch.where(union > 0, (a & b).flatten(1).sum(1) / union.clamp(min=1), 1.0)
-
-
-def _squares(inside: torch.Tensor) -> torch.Tensor:
-    """Bool [batch, height, width] → 1 for a square, 0 for a circle, -1 for nothing, [batch]."""
-    shapes = []
-    for row in inside:
-        box = _box(row).nonzero()
-        if not len(box):
-            shapes.append(-1)
-            continue
-        (top, left), (bottom, right) = box.amin(0).tolist(), box.amax(0).tolist()
-        high, wide = bottom - top + 1, right - left + 1
-        radius, y, x = max(high, wide) // 2, int(top + high / 2), int(left + wide / 2)
-        down = torch.arange(row.shape[0], device=row.device)[:, None] - y
-        across = torch.arange(row.shape[1], device=row.device)[None, :] - x
-        circle = down**2 + across**2 <= radius**2
-        square = (down >= -radius) & (down < radius) & (across >= -radius) & (across < radius)
-        fits = [(shape & row).sum() / (shape | row).sum() for shape in (circle, square)]
-        shapes.append(int(fits[1] > fits[0]))
-    return torch.tensor(shapes, device=inside.device)
 
 
 def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -198,12 +142,10 @@ def exact_match(said: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
 IOU = Metric("iou", iou, higher_is_better=True, label="mIoU ↑")
 MSE = Metric("mse", mse, higher_is_better=False, label="MSE ↓")
 LPIPS = Metric("lpips", lpips, higher_is_better=False, label="LPIPS ↓")
-COLOR_BLIND_IOU = Metric("color_blind_iou", color_blind_iou, higher_is_better=True, label="colour-blind IoU ↑")
-SHAPE_ACCURACY = Metric("shape_accuracy", shape_accuracy, higher_is_better=True, label="shape accuracy ↑")
 FIRST_TOKEN = Metric("first_token", first_token, True, "first-token accuracy ↑", "logits")
 PREFERENCE = Metric("preference", preference, True, "right preferred to wrong ↑", "logits")
 EXACT_MATCH = Metric("exact_match", exact_match, True, "exact match ↑", "text")
-_BUILTIN = (IOU, MSE, LPIPS, COLOR_BLIND_IOU, SHAPE_ACCURACY, FIRST_TOKEN, PREFERENCE, EXACT_MATCH)
+_BUILTIN = (IOU, MSE, LPIPS, FIRST_TOKEN, PREFERENCE, EXACT_MATCH)
 METRICS = {metric.name: metric for metric in _BUILTIN}
 """The metrics that `get` knows."""
 
@@ -255,7 +197,7 @@ def _lpips_network(device: torch.device) -> Any:
         ) from error
 
 
-def _nearest(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
+def nearest(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
     """Pixels [batch, 3, height, width] → which colour of the palette is nearest, [batch, height, width]."""
     check_finite(pixels, "a picture", "give pixels from 0 to 1")
     values = pixels.double().mul(255).round(decimals=3)
@@ -263,7 +205,7 @@ def _nearest(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
     return torch.stack(distances).argmin(0)
 
 
-def _box(inside: torch.Tensor) -> torch.Tensor:
+def largest_box(inside: torch.Tensor) -> torch.Tensor:
     """Bool [height, width] → the bounding rectangle of its largest connected piece, filled.
 
     Of equal pieces it is the last one, in the order of the first 2x2 block of pixels that each touches: OpenCV numbers

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 
 from vtv_nnsight import data, search, tasks
+from vtv_nnsight.cli.options import read_vectors
 from vtv_nnsight.evaluation.conditions import BASELINE, ZERO_SHOT
 from vtv_nnsight.files import file_name
 from vtv_nnsight.models.devices import device_of
@@ -195,7 +196,7 @@ def prepare(options: Leaderboard, sets: Sets) -> tuple[Bench, Dataset]:
     if not model.losses:
         raise ValueError(f"sets are compared by the model's own loss, and {options.model} has none; give it `losses`.")
     sites = {site for by_task in sets.values() for (units,) in by_task.values() for site in patches(units).space.sites}
-    vectors = steps.read_vectors(options.vectors, options.tasks, sorted(sites)) if options.vectors else None
+    vectors = read_vectors(options.vectors, options.tasks, sorted(sites)) if options.vectors else None
     owners: dict[str, Any] = {
         f"the set {name!r}": patches(units) for name, by_task in sets.items() for (units,) in by_task.values()
     }

@@ -10,7 +10,9 @@ from typing import Annotated
 
 import pandas as pd
 import typer
+from datasets import Dataset
 
+from vtv_nnsight import data as sources
 from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
@@ -20,7 +22,7 @@ from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.report import plots
 from vtv_nnsight.report.verdicts import verdicts
 from vtv_nnsight.runs import steps
-from vtv_nnsight.runs.folds import folds_to_test, is_published_pascal
+from vtv_nnsight.runs.folds import is_published_detection, is_published_pascal
 from vtv_nnsight.runs.resuming import check_files
 from vtv_nnsight.runs.settings import PUBLISHED, Settings
 from vtv_nnsight.search.result import SearchResult
@@ -55,8 +57,7 @@ Beside = Annotated[
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="Score answers by another metric: mse, lpips (with the extra of that name), or for VP's reasoning tasks "
-        "color_blind_iou or shape_accuracy.",
+        help="Score answers by another metric: mse, or lpips (with the extra of that name).",
         show_default="each task's own",
     ),
 ]
@@ -113,8 +114,8 @@ def evaluate(
         options.refuse_unused(ctx, "with --published on Pascal, where all pictures count", "max_images")
     units = _patches(patches) if patches else None
     sites = () if units is None else getattr(units.space, "sites", ())  # of a space that is no model's there are none
-    by_task = steps.read_vectors(vectors, settings.tasks, sites) if vectors else None
-    folds = folds_to_test(settings, split, max_images)
+    by_task = options.read_vectors(vectors, settings.tasks, sites) if vectors else None
+    folds = _folds(settings, split, max_images)
     unscored = steps.servable(settings, folds[0][1], by_task)
     to_evaluate = [scored_by(task, metric) if metric else task for task in unscored]
     if by_task and metric:  # they are named as the tasks were without it
@@ -182,3 +183,15 @@ def _patches(path: Path) -> PatchSet:
     """The patch set in a file of its own, or in a search result."""
     check_files(path.parent, path.name, recorded=False)
     return PatchSet.load(path) if path.suffix != ".safetensors" else SearchResult.load(path).patches
+
+
+def _folds(settings: Settings, split: str, max_images: int | None) -> list[tuple[int, Dataset]]:
+    """Number and pictures of each fold to evaluate on: all that the published protocol tests on, else one."""
+    if is_published_detection(settings):
+        return [(0, sources.load(settings.data, split))]
+    if not is_published_pascal(settings):
+        most = max_images or (None if settings.data == "words" else 2 * settings.test_prompts)
+        return [(0, sources.load(settings.data, split, most, settings.seed))]
+    root, fold, lists = sources.pascal_argument(settings.data.removeprefix("pascal:"))
+    half = "trn" if split == "train" else "val"
+    return [(f, sources.pascal(root, f, half, splits=lists)) for f in (range(4) if fold is None else (fold,))]

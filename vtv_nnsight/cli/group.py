@@ -24,11 +24,9 @@ from vtv_nnsight.text import shortened
 COMMANDS = {
     "From end to end": {"run": "start", "report": "start", "demo": "demo"},
     "Model": {"info": "model", "convert": "model"},
-    "Prompts": {"prompt": "prompts", "layouts": "prompts"},
+    "Prompts": {"prompt": "prompts"},
     "Task vectors": {
         "collect": "collecting",
-        "score": "collecting",
-        "clusters": "collecting",
         "search": "searching",
         "evaluate": "evaluating",
         "import-released": "released",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +12,11 @@ import typer
 from vtv_nnsight import tasks
 from vtv_nnsight.data.sources import SOURCES
 from vtv_nnsight.files import check_folder, check_place
+from vtv_nnsight.models.interface import SITES
+from vtv_nnsight.runs.resuming import check_files
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.search import ALGORITHMS
+from vtv_nnsight.vectors import TaskVectors
 
 SEARCHES = f"How to search: {', '.join(ALGORITHMS)}, or published (the paper's own)."
 DATA = f"The data: {', '.join(source.usage for source in SOURCES.values())}, or a folder by its path"
@@ -179,3 +182,22 @@ def listed(text: str) -> tuple[str, ...]:
 def given(**options: Any) -> dict[str, Any]:
     """The options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def read_vectors(path: str | Path, tasks: Sequence[str] = (), sites: Sequence[str] = ()) -> TaskVectors:
+    """Vectors in a file, which hold some tasks and sites.
+
+    Raises:
+        FileNotFoundError, ValueError: as `TaskVectors.load`; and naming the task or the site that is missing.
+    """
+    check_files(Path(path).parent, Path(path).name, recorded=False)
+    vectors = TaskVectors.load(path)
+    if missing := [task for task in tasks if task not in vectors]:
+        raise ValueError(f"{path} has no vector of {', '.join(map(repr, missing))}; it has {', '.join(vectors)}.")
+    there = vectors.sites
+    if missing := [site for site in sites if site not in there]:
+        raise ValueError(
+            f"{path} has vectors of {', '.join(there)} and none of {', '.join(missing)}; collect with "
+            f"sites {','.join(site for site in SITES if site in {*there, *missing})}."
+        )
+    return vectors

@@ -1,4 +1,4 @@
-"""`vtv prompt`: one prompt of picture files; `vtv layouts`: what the look of prompts is worth."""
+"""`vtv prompt`: one prompt of picture files, or of words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import typer
 from PIL import Image
 from typer.core import TyperCommand
@@ -16,10 +15,9 @@ from vtv_nnsight import tasks
 from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
-from vtv_nnsight.data import load
 from vtv_nnsight.data.embedded_pictures import SAMPLE
 from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
-from vtv_nnsight.files import write_picture, write_text
+from vtv_nnsight.files import write_picture
 from vtv_nnsight.finite import check_finite
 from vtv_nnsight.images import read_picture, strip, to_pil
 from vtv_nnsight.layouts import Layout
@@ -27,9 +25,8 @@ from vtv_nnsight.models import load_model
 from vtv_nnsight.patching import patch
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report import photographs
-from vtv_nnsight.runs import bundles, steps
+from vtv_nnsight.runs import bundles
 from vtv_nnsight.runs.settings import Settings
-from vtv_nnsight.studies.prompting import ensembles, prompt_engineering
 
 Examples = Annotated[
     list[str] | None,
@@ -65,16 +62,6 @@ Run = Annotated[
     ),
 ]
 Scale = Annotated[float, typer.Option(help="How far the vector goes: 0 changes nothing, 1 is the vector itself.")]
-Colours = Annotated[
-    str,
-    typer.Option(
-        help="Looks of the masks, with commas between them: segmentation tasks, such as "
-        "'segmentation(black, white)' or 'segmentation(fill=edges)'.",
-        show_default="white on black, and yellow on purple",
-    ),
-]
-
-
 STRIP_SIDE = 320
 """Pixels: the width of each picture of a strip."""
 
@@ -177,47 +164,6 @@ def prompt(
         visual_prompt = _compose(to_make, files, mask, image, layout)
         drawn = to_pil(painter.generate(visual_prompt)[0]) if painter else visual_prompt.picture()
         write_picture(output, drawn.save)
-    wrote(output)
-
-
-@app.command(epilog="Example: vtv layouts tiny --data scenes --prompts 100 -o layouts.csv")
-def layouts(
-    ctx: typer.Context,
-    source: options.Source,
-    output: options.Output,
-    data: options.Data = Settings.data,
-    images: options.Images = None,
-    split: options.Split = "test",
-    prompts: Annotated[int, typer.Option("--prompts", "--n", min=1, help="Prompts to segment.")] = 100,
-    colours: Colours = "",
-    ensemble: Annotated[
-        str, typer.Option(help="How the layouts' answers are made one: softmax, logits, product or maximum.")
-    ] = "softmax",
-    seed: options.Seed = Settings.seed,
-    vqgan: options.VQGAN = None,
-    embedding_type: options.EmbeddingType = None,
-    dtype: options.DType = None,
-    device: options.Device = None,
-) -> None:
-    """Segment the same queries in both orders of a prompt, in several colours, and in both orders at once (VP §4.4).
-
-    Prints mean IoUs and writes those of every prompt.
-    """
-    if ensemble not in ensembles.RULES:
-        raise ValueError(f"--ensemble {ensemble} is unknown; choose from {', '.join(ensembles.RULES)}.")
-    looks: dict[str, Any] = (
-        {task.name: task for task in tasks.get_all(colours)} if colours else prompt_engineering.COLOURS
-    )
-    if others := [name for name, task in looks.items() if not isinstance(task, tasks.Segmentation)]:
-        raise ValueError(f"--colours {others[0]} is not a segmentation task.")
-    settings = options.settings_of(ctx, model=source, tasks="segmentation")
-    model = steps.set_up(settings, device, dtype=dtype).model
-    rows = load(settings.data, split, 2 * prompts, seed)
-    steps.servable(settings, rows)
-    scores = prompt_engineering.compare(model, rows, prompts, seed, tasks=looks, rule=ensemble)
-    say(prompt_engineering.table(scores))
-    columns = {f"{layout}, {look}": values.tolist() for (layout, look), values in scores.items()}
-    write_text(output, pd.DataFrame(columns).to_csv(index_label="prompt", lineterminator="\n"))
     wrote(output)
 
 

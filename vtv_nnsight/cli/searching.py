@@ -114,7 +114,7 @@ def search(
         options.refuse_unused(ctx, f"for {algorithm}", "size")
     preset = {"budget": None} if "published" in (algorithm, recipe) else {}
     settings = options.settings_of(ctx, preset | {"most_tasks": 1}, model=source, search=algorithm)
-    by_task = steps.read_vectors(vectors, settings.tasks, settings.sites if sites else ())
+    by_task = options.read_vectors(vectors, settings.tasks, settings.sites if sites else ())
     setup = steps.set_up(settings, device, batch_size, dtype)
     rows = load(settings.data, split, max_images, seed)
     to_serve = steps.servable(settings, rows, by_task)

@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
+from vtv_nnsight.cli.plan import plan
 from vtv_nnsight.data import load
 from vtv_nnsight.evaluation.searched_anew import BUDGET
 from vtv_nnsight.files import make_folder
@@ -30,7 +31,6 @@ from vtv_nnsight.report.seeds import merge
 from vtv_nnsight.report.verdicts import specificity_sentences, vector_pairs, verdicts
 from vtv_nnsight.runs import bundles, pipeline
 from vtv_nnsight.runs.folds import is_published_pascal
-from vtv_nnsight.runs.plan import plan
 from vtv_nnsight.runs.settings import PUBLISHED, QUICK, Settings
 from vtv_nnsight.tasks import get
 

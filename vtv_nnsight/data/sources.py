@@ -24,7 +24,6 @@ from vtv_nnsight.data.folders import folder, pairs
 from vtv_nnsight.data.hub_datasets import hub
 from vtv_nnsight.data.package_photographs import photographs
 from vtv_nnsight.data.pascal_voc import LISTS, detection, pascal
-from vtv_nnsight.data.reasoning_shapes import reasoning
 from vtv_nnsight.digests import bytes_digest, json_digest
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.text import check_kind, quoted
@@ -83,12 +82,6 @@ def _scenes(_: str, split: str | None, n: int, seed: int) -> Dataset:
 def _pictures(_: str, split: str | None, n: int, seed: int) -> Dataset:
     """real things that the package carries, with masks and classes"""
     return pictures(_half(split, "train", "test"))
-
-
-@_source("reasoning", "TASK")
-def _reasoning(task: str, split: str | None, n: int, seed: int) -> Dataset:
-    """generated figures for color, shape, size or two of them joined by '+'"""
-    return reasoning(task, n, seed, split or "train")
 
 
 @_source("photographs")

@@ -79,18 +79,6 @@ def is_published_pascal(settings: Settings) -> bool:
     return settings.protocol == "published" and settings.data.startswith("pascal:")
 
 
-def folds_to_test(settings: Settings, split: str = "test", max_images: int | None = None) -> list[tuple[int, Dataset]]:
-    """Number and pictures of each fold to evaluate on: all that the published protocol tests on, else one."""
-    if is_published_detection(settings):
-        return [(0, data.load(settings.data, split))]
-    if not is_published_pascal(settings):
-        most = max_images or (None if settings.data == "words" else 2 * settings.test_prompts)
-        return [(0, data.load(settings.data, split, most, settings.seed))]
-    root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
-    half = "trn" if split == "train" else "val"
-    return [(f, data.pascal(root, f, half, splits=lists)) for f in (range(4) if fold is None else (fold,))]
-
-
 def published_folds(out: Path, settings: Settings, root: str, lists: str, numbers: Sequence[int]) -> list[Fold]:
     """The folds of the released protocol: each is tested on, the first finds vectors and sets for all of them."""
     train = data.pascal(root, VECTOR_FOLDS, "trn", splits=lists)

@@ -23,20 +23,18 @@ from vtv_nnsight.evaluation import (
     with_other_examples,
 )
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
-from vtv_nnsight.layouts import REASONING, Layout
+from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import resolve_device
-from vtv_nnsight.models.interface import SITES, InContextModel
+from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.runs.folds import is_published_detection, is_published_pascal, selects
 from vtv_nnsight.runs.protocol import candidates, detection_prompts, test_prompts
-from vtv_nnsight.runs.resuming import check_files
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.search import ALGORITHMS, Algorithm, SearchResult, reinforce
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
-from vtv_nnsight.vectors.compatibility import differences, geometry, layout_of
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,9 @@ class Setup:
 
     @property
     def layout(self) -> Any:
-        """The model's layout, of a canvas in the order of the settings; that of VP's reasoning study where the data are
-        its own."""
+        """The model's layout, of a canvas in the order of the settings."""
         layout: Any = self.model.layout
-        if not isinstance(layout, Layout):
-            return layout
-        if self.settings.data.startswith("reasoning:") and layout.gap is None:
-            layout = replace(REASONING, canvas_size=layout.canvas_size, patch_size=layout.patch_size)
-        return replace(layout, order=self.settings.order)
+        return replace(layout, order=self.settings.order) if isinstance(layout, Layout) else layout
 
 
 def set_up(
@@ -126,41 +119,6 @@ def collect(setup: Setup, prompts: Mapping[str, VisualPrompt], resume: str | Pat
     """The mean activation of every head (ECCV 2024, §4.1), or at other sites of the layers, by task."""
     sites = setup.settings.sites
     return TaskVectors.collect(setup.model, prompts, sites=sites, batch_size=setup.batch_size, resume=resume)
-
-
-def read_vectors(path: str | Path, tasks: Sequence[str] = (), sites: Sequence[str] = ()) -> TaskVectors:
-    """Vectors in a file, which hold some tasks and sites.
-
-    Raises:
-        FileNotFoundError, ValueError: as `TaskVectors.load`; and naming the task or the site that is missing.
-    """
-    check_files(Path(path).parent, Path(path).name, recorded=False)
-    vectors = TaskVectors.load(path)
-    if missing := [task for task in tasks if task not in vectors]:
-        raise ValueError(f"{path} has no vector of {', '.join(map(repr, missing))}; it has {', '.join(vectors)}.")
-    there = vectors.sites
-    if missing := [site for site in sites if site not in there]:
-        raise ValueError(
-            f"{path} has vectors of {', '.join(there)} and none of {', '.join(missing)}; collect with "
-            f"sites {','.join(site for site in SITES if site in {*there, *missing})}."
-        )
-    return vectors
-
-
-def space_of(vectors: TaskVectors, granularity: str, model: InContextModel) -> PatchSpace:
-    """The space of the model and layout that vectors were collected from.
-
-    Raises:
-        ValueError: when the vectors are of another model.
-    """
-    layout = layout_of(vectors.fingerprint)
-    if differ := differences(vectors.fingerprint, geometry(model, layout)):
-        raise ValueError(
-            f"these vectors are of {vectors.fingerprint['model']}, and this {type(model).__name__} differs: they have "
-            f"{'; '.join(differ)}. Say which model it was (--model)."
-        )
-    stages = list(dict.fromkeys(key.stage for key in next(iter(vectors.values())).mean))
-    return PatchSpace(model, layout, granularity, stages, vectors.sites)
 
 
 def score(vectors: TaskVectors, space: PatchSpace) -> torch.Tensor | None:

@@ -51,15 +51,13 @@ from vtv_nnsight.tasks.builtin import (
     pairs,
     segmentation,
 )
-from vtv_nnsight.tasks.reasoning import BLUE, GREEN, REASONING, Reasoning, color, shape, size
 from vtv_nnsight.tasks.registry import get, get_all, names, register
 from vtv_nnsight.tasks.sampling import Draw, draw, draw_queries, draw_rows, labels_of
 from vtv_nnsight.tasks.text import TEMPLATE, WORDS, Text, Words, words
 
 __all__ = [
-    "BLUE", "CENTER", "GREEN", "PURPLE", "REASONING", "TEMPLATE", "VTV", "WORDS", "YELLOW", "AnyTask", "Colorization",
-    "Detection", "Draw", "Edges", "Identity", "Inpainting", "Lowlight", "Pairs", "Picture", "Place", "Reasoning", "Row",
-    "Segmentation", "Sum", "Task", "Text", "Words", "color", "colorization", "detection", "draw", "draw_queries",
-    "draw_rows", "edges", "get", "get_all", "identity", "inpainting", "labels_of", "lowlight", "names", "pairs",
-    "register", "scored_by", "segmentation", "shape", "size", "words",
+    "CENTER", "PURPLE", "TEMPLATE", "VTV", "WORDS", "YELLOW", "AnyTask", "Colorization", "Detection", "Draw", "Edges",
+    "Identity", "Inpainting", "Lowlight", "Pairs", "Picture", "Place", "Row", "Segmentation", "Sum", "Task", "Text",
+    "Words", "colorization", "detection", "draw", "draw_queries", "draw_rows", "edges", "get", "get_all", "identity",
+    "inpainting", "labels_of", "lowlight", "names", "pairs", "register", "scored_by", "segmentation", "words",
 ]  # fmt: skip

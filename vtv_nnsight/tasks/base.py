@@ -128,11 +128,7 @@ class Task(AnyTask):
         return cell
 
     def __add__(self, other: Task) -> Task:
-        return self._merge(other) or Sum((self, other))
-
-    def _merge(self, other: Task) -> Task | None:
-        """One task that asks for both, where there is one that is no sum."""
-        return None
+        return Sum((self, other))
 
     def cells(self, row: AnyRow, size: int, place: Place = CENTER) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The input and the target of one row, [3, size, size] in [0, 1] each."""
@@ -218,18 +214,13 @@ class Sum(Task):
     the first task that wants something else than the clean image.
 
     Args:
-        parts: The tasks. Sums among them count part by part, and neighbouring changes of `Reasoning` are one.
+        parts: The tasks; sums among them count part by part.
     """
 
     parts: tuple[Task, ...]
 
     def __post_init__(self) -> None:
-        parts: list[Task] = []
-        for part in (inner for task in self.parts for inner in (task.parts if isinstance(task, Sum) else (task,))):
-            if parts and (merged := parts[-1]._merge(part)):
-                parts[-1] = merged
-            else:
-                parts.append(part)
+        parts = (part for task in self.parts for part in (task.parts if isinstance(task, Sum) else (task,)))
         object.__setattr__(self, "parts", tuple(parts))
         object.__setattr__(self, "metric", self._asking.metric)
         object.__setattr__(self, "needs", self._asking.needs)

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from vtv_nnsight.tasks.base import AnyTask, Sum, Task, read_setting
 from vtv_nnsight.tasks.builtin import VTV, detection, edges, pairs
-from vtv_nnsight.tasks.reasoning import color, shape, size
 from vtv_nnsight.tasks.text import WORDS, words
 from vtv_nnsight.text import check_kind, quoted
 
@@ -92,5 +91,5 @@ def _parse(name: str) -> AnyTask:
         raise ValueError(f"{name!r} is not a {kind} task: {error}") from error
 
 
-for _task in (*VTV, detection, edges, pairs, color, shape, size, *map(words, WORDS)):
+for _task in (*VTV, detection, edges, pairs, *map(words, WORDS)):
     register(_task)
