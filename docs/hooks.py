@@ -122,9 +122,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The notebooks and the pages of the reference."""
-    for notebook in TUTORIALS:
-        files.append(File(f"tutorials/{notebook.name}", str(ROOT), config.site_dir, config.use_directory_urls))
+    """The notebooks, the pictures of the results, and the pages of the reference."""
+    for path in [*TUTORIALS, *sorted((BENCHMARKS / "results").glob("*.png"))]:
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     for pages in REFERENCE.values():
         for title, name in pages.items():
             content = f"# {title}\n\n::: vtv_nnsight.{name}\n"
@@ -167,7 +168,8 @@ def _slug(title: str) -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put lists in the place of their marks."""
+    """Put lists in the place of their marks; the results' pictures are beside the pages, not above them."""
+    markdown = markdown.replace("](../benchmarks/results/", "](benchmarks/results/")
     for mark, listed in MARKS.items():
         if mark in markdown:
             markdown = markdown.replace(mark, listed())

@@ -111,9 +111,9 @@ def of_rows(contents: dict[str, Any]) -> str:
 
 
 def of_file(contents: dict[str, Any]) -> str:
-    """Where a benchmark's tables are, for those whose page is benchmarks/README.md."""
+    """Where the values are that the text below a mark is about."""
     names = ", ".join(f"[{name}]({SOURCE}/benchmarks/results/{name})" for name in contents)
-    return f"Values in {names}; tables and what they mean in [benchmarks](benchmarks.md)."
+    return f"Values in {names}."
 
 
 def of_language(contents: dict[str, Any]) -> str:
@@ -234,7 +234,7 @@ def section(part: Part) -> str:
     table, seeds = part.table(contents), f"{part.seeds} seed{'s' * (part.seeds > 1)}"
     if seconds is None:
         table += "\n\n" if table.endswith("|") else " "
-        return f"{table}Of a run before this page; made anew by `{part.command}`, {part.minutes} minutes."
+        return f"{table}Of a run before this page; made again by `{part.command}`, {part.minutes} minutes."
     return f"{table}\n\n`{part.command}`, {seconds} s, {seeds}."
 
 
