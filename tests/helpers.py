@@ -8,9 +8,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
-from transformers import BeitConfig, BeitForMaskedImageModeling, SegGptConfig, SegGptForImageSegmentation, ViTMAEConfig
+from transformers import (
+    BeitConfig,
+    BeitForMaskedImageModeling,
+    PreTrainedTokenizerFast,
+    SegGptConfig,
+    SegGptForImageSegmentation,
+    ViTMAEConfig,
+)
 
 from vtv_nnsight import Layout, VisualPrompt
 from vtv_nnsight.models.interface import ByStage
@@ -273,3 +281,13 @@ def annotation(objects):
         for name, x0, y0, x1, y1 in objects
     )
     return f"<annotation><size><width>{VOC_SIZE[0]}</width><height>{VOC_SIZE[1]}</height></size>{text}</annotation>"
+
+
+def letters(**special):
+    """A tokenizer of single characters."""
+    vocab = {name: number for number, name in enumerate(["<unk>", "<s>", "<pad>", "Ġ", "Ċ", *map(chr, range(33, 127))])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "<pad>", "pad_token": "<pad>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers import letters
 from nnsight import save
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
 from vtv_nnsight import (
@@ -58,16 +58,6 @@ FAMILIES = {
 FEW = TextPrompts(("Q: hot\nA:", "Q: big thing\nA:", "Q: a\nA:"), (" cold", " small", " b"))
 """Texts and answers of different lengths."""
 CLOSE = dict(rtol=1e-6, atol=1e-6)
-
-
-def letters(**special):
-    """A tokenizer of single characters."""
-    vocab = {name: number for number, name in enumerate(["<unk>", "<s>", "<pad>", "Ġ", "Ċ", *map(chr, range(33, 127))])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "<pad>", "pad_token": "<pad>"} | special
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def module_of(family):

@@ -29,9 +29,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vtv_nnsight.models.canvas import drop_none
-from vtv_nnsight.models.inside_trace import Place, first
-from vtv_nnsight.models.interface import GRANULARITIES, InContextModel, Loss, Stage
+from vtv_nnsight.models.inside_trace import first, followed, read
+from vtv_nnsight.models.interface import GRANULARITIES, HEADS, InContextModel, Loss, Place, Stage
 from vtv_nnsight.models.nnsight_compat import TraceableTexts, attention_envoy
+from vtv_nnsight.models.sites import place_of
 from vtv_nnsight.models.sources import GGUF, HUB_OPTIONS, locate
 from vtv_nnsight.models.torch_files import StrPath
 from vtv_nnsight.prompts import Prompts
@@ -62,6 +63,8 @@ class CausalLM(TraceableTexts, InContextModel):
             time: `save_pretrained` makes a folder of it), or a ready module of transformers'.
         tokenizer: Of a ready module; else that of the source.
         chat: Put prompts into the model's chat template, as what a user says.
+        remote: Where a model runs of which only structure and tokenizer are loaded here: as for nnsight's `trace`,
+            True, a host's address, or "local". It is then the default of what collects, searches and evaluates.
         **kwargs: As for transformers' `from_pretrained`: `revision`, `token`, `dtype`, `device_map`,
             `attn_implementation`, `quantization_config`, …; and nnsight's: `dispatch=True`, `rename`, `envoys`.
 
@@ -78,22 +81,47 @@ class CausalLM(TraceableTexts, InContextModel):
         *,
         tokenizer: Any = None,
         chat: bool = False,
+        remote: bool | str = False,
         envoys: Any = None,
         **kwargs: Any,
     ) -> None:
+        if remote and (isinstance(source, nn.Module) or locate(source).kind != "hub"):
+            name = type(source).__name__ if isinstance(source, nn.Module) else source
+            raise ValueError(f"{str(name)!r} has no name that a server knows; give a Hub id, OWNER/NAME.")
         if isinstance(source, nn.Module) and tokenizer is None:
             raise TypeError(f"a {type(source).__name__} came without its tokenizer; give tokenizer= beside it.")
         if isinstance(source, PreTrainedModel) and (not source.can_generate() or source.config.is_encoder_decoder):
             raise ValueError(f"a {type(source).__name__} is no causal language model; give one, as LlamaForCausalLM.")
-        self.chat, self._envoys_of_heads = chat, dict(envoys or {})
+        self.chat, self.remote, self._envoys_of_heads = chat, remote, dict(envoys or {})
         self._padding, self._tokens, self._width = torch.zeros(1, dtype=torch.long), 0, 1
         if not isinstance(source, nn.Module):
             source, tokenizer = _located(os.fspath(source), tokenizer, kwargs)
         super().__init__(source, task="text-generation", tokenizer=tokenizer, envoys=self._envoys_of_heads, **kwargs)
+        self.after, self.sent, sites = 0, None, (HEADS, *self._sites, "residual")
+        at, layers = self._stage.at, range(self._stage.layers)
+        self.places = {site: [place_of(self, at(site), layer) for layer in layers] for site in sites}
         if self.tokenizer.pad_token is None:
             raise ValueError(f"the tokenizer of {self.repo_id!r} has no padding token; set tokenizer.pad_token.")
         if chat and not self.tokenizer.chat_template:
             raise ValueError(f"the tokenizer of {self.repo_id!r} has no chat template; leave chat=True out.")
+
+    def trace(self, *inputs: Any, remote: bool | str = False, **kwargs: Any) -> Any:
+        """As nnsight's; with `remote`, prompts travel as tokens."""
+        if remote:
+            self.sent = inputs[0] if inputs and isinstance(inputs[0], TextPrompts) else None
+            ((inputs, kwargs),) = self.as_tokens([(inputs, kwargs)])
+            self.after = self._width - 1
+        return super().trace(*inputs, remote=remote, **kwargs)
+
+    def dispatch(self) -> None:
+        """Load the weights.
+
+        Raises:
+            ValueError: when the model runs elsewhere.
+        """
+        if self.remote:
+            raise ValueError(f"{self.repo_id!r} has no weights here; write remote={self.remote!r}, or load it without.")
+        super().dispatch()
 
     def adapt(self, module: Any) -> Any:
         """The module, in eval mode, once its layers and their heads are known."""
@@ -150,7 +178,7 @@ class CausalLM(TraceableTexts, InContextModel):
 
     def token_positions(self, stage: str, prompts: Any, place: Place) -> torch.Tensor:
         """Those of what is running, which is padded together."""
-        tokens = first(place.read()).shape[1] - self._width + 1
+        tokens = first(read(place)).shape[1] - self._width + 1
         return _from_end(tokens, self._padding if tokens >= self._tokens else self._padding[:1] * 0)
 
     def groups(self, stage: str, granularity: str, layout: TextLayout | None = None) -> dict[str, torch.Tensor]:
@@ -242,28 +270,37 @@ class CausalLM(TraceableTexts, InContextModel):
             return len(_texts(inputs[0]))
         return super().count_rows(*inputs, **kwargs)
 
-    def join_inputs(self, invokes: list[tuple[Any, dict[str, Any]]], method: Any) -> tuple[Any, dict[str, Any]]:
-        """The input sets of a trace as one forward's arguments: texts are padded on the left; with `answers`, the
-        tokens of the answers but the last follow, and logits say what comes after the prompt and after each."""
+    def as_tokens(self, invokes: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, dict[str, Any]]]:
+        """The input sets of a trace with tokens for texts; with `answers`, the tokens of the answers but the last
+        follow, and logits say what comes after the prompt and after each."""
         answered = [bool(options.get("answers")) for _, options in invokes]
         if len(set(answered)) > 1 or any(answered) and not all(isinstance(i[0], TextPrompts) for i, _ in invokes):
             raise ValueError("answers=True is for TextPrompts, and for all invokes of a trace or none.")
-        rows: list[tuple[Any, dict[str, Any]]] = []
         follow = [
             self.tokens(inputs[0].texts, inputs[0].answers) if inputs[0].answers else [[NONE]] * len(inputs[0])
             for (inputs, _), wanted in zip(invokes, answered)
             if wanted
         ]
         self._width = max((len(ids) for part in follow for ids in part), default=1)
+        rows: list[tuple[Any, dict[str, Any]]] = []
         for number, (inputs, options) in enumerate(invokes):
             options = {name: value for name, value in options.items() if name != "answers"}
             if inputs and isinstance(inputs[0], TextPrompts):
                 ids = self.tokens(inputs[0].texts)
-                if answered[number]:  # what follows a row's own answer is seen by none of its tokens
-                    after = (part[:-1] + [0] * (self._width - len(part)) for part in follow[number])
-                    ids = [row + rest for row, rest in zip(ids, after)]
+                if answered[number]:
+                    ids, options = followed(ids, follow[number], self._width), options | self.scored(self._width)
                 inputs, options = (), options | {"input_ids": ids}
             rows.append((inputs, options))
+        return rows
+
+    def scored(self, width: int) -> dict[str, Any]:
+        """Options of a forward of which the last `width` logits are read."""
+        keeps = "logits_to_keep" in inspect.signature(type(self.network).forward).parameters
+        return {"use_cache": False} | ({"logits_to_keep": width} if keeps else {})
+
+    def join_inputs(self, invokes: list[tuple[Any, dict[str, Any]]], method: Any) -> tuple[Any, dict[str, Any]]:
+        """The input sets of a trace as one forward's arguments, see `as_tokens`: texts are padded on the left."""
+        rows = self.as_tokens(invokes)
         with unset_fake_temporarily():
             arguments, options = super().join_inputs(rows, method)
             mask = options.get("attention_mask")
@@ -274,10 +311,6 @@ class CausalLM(TraceableTexts, InContextModel):
                 raise ValueError(f"a text has {longest} tokens with its answer; this model takes 1 to {most}.")
             self._padding = torch.zeros(1, dtype=torch.long) if mask is None else mask.int().argmax(1).cpu()
             self._tokens = 0 if mask is None else mask.shape[1] - self._width + 1
-        if any(answered):
-            options["use_cache"] = False
-            if "logits_to_keep" in inspect.signature(type(self.network).forward).parameters:
-                options["logits_to_keep"] = self._width
         return arguments, options
 
     def say(self, prompts: TextPrompts, most: int = 12, edit: Callable[[Any], None] | None = None) -> list[str]:

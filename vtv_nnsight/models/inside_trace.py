@@ -8,50 +8,43 @@ Activations are [batch, token, head, head_dim] at every site; a network's own te
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+Place = Any
+"""Where a layer's activations are, see `interface.Place`: (module as nnsight has it, side, heads, streams)."""
 
-class Place(NamedTuple):
-    """Where a layer's activations are.
 
-    Args:
-        module: The module as nnsight has it.
-        side: "input" or "output", where they are read and written.
-        heads: Into how many parts the width is cut.
-        streams: Rows of the network's tensors for each row of the batch.
-    """
+def read(place: Place) -> Any:
+    """What a place's module is given, (args, kwargs), or gives."""
+    module, side, *_ = place
+    return module.inputs if side == "input" else module.output
 
-    module: Any
-    side: str
-    heads: int
-    streams: int
 
-    def read(self) -> Any:
-        """What the module is given, (args, kwargs), or gives."""
-        return self.module.inputs if self.side == "input" else self.module.output
+def change(place: Place, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put a function of the activations in their place."""
+    raw, (module, side, *_) = read(place), place
+    value = join(place, function(split(place, first(raw))), first(raw))
+    if side == "input":
+        module.inputs = ((value, *raw[0][1:]), raw[1])
+    else:
+        module.output = (value, *raw[1:]) if isinstance(raw, tuple) else value
 
-    def change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Put a function of the activations in their place."""
-        raw = self.read()
-        value = self.join(function(self.split(first(raw))), first(raw))
-        if self.side == "input":
-            self.module.inputs = ((value, *raw[0][1:]), raw[1])
-        else:
-            self.module.output = (value, *raw[1:]) if isinstance(raw, tuple) else value
 
-    def split(self, value: torch.Tensor) -> torch.Tensor:
-        """The network's own tensor as [batch, token, head, head_dim]."""
-        z: torch.Tensor = value.unflatten(-1, (self.heads, -1))
-        return z if z.ndim == 4 else z.unflatten(0, (self.streams, -1)).transpose(0, 1).flatten(1, 3)
+def split(place: Place, value: torch.Tensor) -> torch.Tensor:
+    """The network's own tensor as [batch, token, head, head_dim]."""
+    _, _, heads, streams = place
+    z = value.unflatten(-1, (heads, -1))
+    return z if z.ndim == 4 else z.unflatten(0, (streams, -1)).transpose(0, 1).flatten(1, 3)
 
-    def join(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The inverse of `split`, in the shape of `like`."""
-        z: torch.Tensor = value.flatten(2)
-        if like.ndim == 4:
-            z = z.unflatten(1, (self.streams, *like.shape[1:3])).transpose(0, 1).flatten(0, 1)
-        return z
+
+def join(place: Place, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `split`, in the shape of `like`."""
+    streams, z = place[3], value.flatten(2)
+    if like.ndim == 4:
+        z = z.unflatten(1, (streams, *like.shape[1:3])).transpose(0, 1).flatten(0, 1)
+    return z
 
 
 def first(raw: Any) -> torch.Tensor:
@@ -118,3 +111,104 @@ def last_tokens(seen: torch.Tensor, places: int) -> tuple[slice, torch.Tensor]:
     tokens = slice(max(0, seen.shape[-1] - places), seen.shape[-1])
     seen = seen[..., tokens]
     return tokens, seen[0] if seen.ndim == 2 and bool((seen == seen[:1]).all()) else seen
+
+
+def patched(z: torch.Tensor, values: Any, mask: Any, mode: str = "replace", after: int = 0) -> torch.Tensor:
+    """Activations with other values at a text's last tokens, of which `after` are not the prompt's.
+
+    Args:
+        z: [batch, token, head, head_dim].
+        values: [position, head, head_dim], counted from the end of the prompt, or with a batch in front.
+        mask: [position, head], or with a batch in front, as for `mix`.
+    """
+    stop = z.shape[1] - after
+    count = min(mask.shape[-2], values.shape[-3], stop)
+    values, mask = values[..., :count, :, :].flip(-3), mask[..., :count, :].flip(-2)
+    present = None if mask.dtype == torch.bool else ~values[..., :1, :1].isnan()
+    mixed = mix(z[:, stop - count : stop], values, mask, present, mode)
+    return mixed if count == z.shape[1] else torch.cat([z[:, : stop - count], mixed, z[:, stop:]], dim=1)
+
+
+CAPTURED = "vtv_nnsight capture"
+"""The key that tells what `capture` gave where this package is not installed."""
+
+
+def capture(model: Any, sites: Any = "heads", stages: Any = None, layers: Any = None, *, steps: str = "first") -> Any:
+    """What `vectors.capture` is there: {site: {layer: [row, position, head, head_dim]}}, positions from the end."""
+    captured: list[dict[str, Any]] = [{CAPTURED: True}]
+    count = len(model.places["heads"])
+    layers = layers["layers"] if isinstance(layers, dict) else range(count) if layers is None else layers
+
+    def keep(step: int) -> None:
+        if step == len(captured):
+            captured.append({CAPTURED: True})
+        for layer in sorted({layers} if isinstance(layers, int) else set(layers)):
+            for site, places in model.places.items():
+                if site in ([sites] if isinstance(sites, str) else sites):
+                    z = split(places[layer], first(read(places[layer])))
+                    stop = z.shape[1] - (model.after if step == 0 else 0)
+                    captured[step].setdefault(site, {})[layer] = z.detach()[:, :stop].flip(1)
+
+    result: Any = captured if steps == "all" else captured[0]
+    result.save()
+    beside(model, keep, steps)
+    return result
+
+
+def patch(
+    model: Any, vector: Any, patches: Any, *, scale: Any = 1.0, mode: str = "replace", steps: str = "first"
+) -> None:
+    """What `patching.patch` is there, of values and masks by site."""
+    pairs = list(zip(vector, patches)) if isinstance(vector, list) else [(vector, patches)]
+    replaces = mode == "replace" and isinstance(scale, (int, float)) and scale == 1
+    scale = scale[:, None, None] if isinstance(scale, torch.Tensor) and scale.ndim else scale
+
+    def put_there(step: int) -> None:
+        for layer in range(len(model.places["heads"])):
+            for site, places in model.places.items():
+                for vectors, masks in pairs:
+                    mask = masks[site].select(-3, layer) if site in masks else torch.zeros(0)
+                    if not mask.any() and not mask.requires_grad:
+                        continue
+                    values, after = vectors[site], model.after if step == 0 else 0
+                    values = values[layer] if isinstance(values, dict) else values.select(-4, layer)
+                    mask = mask if replaces and mask.dtype == torch.bool else mask * scale
+                    write(places[layer], values, mask, mode, after)
+
+    beside(model, put_there, steps)
+
+
+def followed(texts: list[list[int]], answers: list[list[int]], width: int) -> list[list[int]]:
+    """Tokens of texts, each with all tokens of its answer but the last, as many for all rows: what follows a row's own
+    answer is seen by none of its tokens."""
+    return [text + answer[:-1] + [0] * (width - len(answer)) for text, answer in zip(texts, answers)]
+
+
+def write(place: Place, values: torch.Tensor, mask: torch.Tensor, mode: str = "replace", after: int = 0) -> None:
+    """Put other values in their place, as `patched` does."""
+    change(place, lambda z: patched(z, values, mask, mode, after))
+
+
+def beside(model: Any, function: Callable[[int], None], steps: str) -> None:
+    """Run a function of the step as a worker before the block that calls this, as `nnsight_verbs` does."""
+    interleaver = model.interleaver
+    kind = type(interleaver.mediators[0])
+    caller = kind.current("a verb")
+
+    def run() -> None:
+        step = 0
+        try:
+            function(step)
+            while steps == "all":
+                step += 1
+                worker.iteration = step
+                function(step)
+        except Exception as error:  # the run has ended
+            if step == 0 or type(error).__name__ != "OutOfOrderError":
+                raise
+
+    worker = kind(compile("run()", "a verb", "exec"), {"run": run}, {})
+    worker.batch_group = caller.batch_group
+    interleaver.mediators.insert(interleaver.mediators.index(caller), worker)
+    worker.start(interleaver)
+    interleaver.reindex()

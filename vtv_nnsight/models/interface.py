@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from vtv_nnsight import tasks
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.inside_trace import Place
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.text import quoted
 
@@ -40,6 +39,22 @@ heads, of its attention, of its MLP, and the residual stream that it leaves (see
 HEADS = SITES[0]
 PIXELS = "pixels"
 """The name of the task's own loss of the painted answer, which every canvas model has beside its `losses`."""
+
+
+class Place(NamedTuple):
+    """Where a layer's activations are, for the functions of `inside_trace`.
+
+    Args:
+        module: The module as nnsight has it.
+        side: "input" or "output", where they are read and written.
+        heads: Into how many parts the width is cut.
+        streams: Rows of the network's tensors for each row of the batch.
+    """
+
+    module: Any
+    side: str
+    heads: int
+    streams: int
 
 
 class StageSite(NamedTuple):

@@ -30,6 +30,7 @@ from torch import nn
 
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.nnsight_batching import PromptBatcher
+from vtv_nnsight.models.nnsight_remote import Fetching, nnsight_class
 
 __all__ = ["Envoy", "PromptBatcher", "eproperty", "traceable"]
 
@@ -318,6 +319,12 @@ class TraceableTexts(Traceable, TransformersModel):
     def join_inputs(self, invokes: list[Any], method: Any) -> Any:
         """As nnsight pads strings and tokens."""
         return TransformersModel._batch(self, invokes, method)
+
+    def _remoteable_class(self) -> type:
+        return nnsight_class(type(self))
+
+    def _remote_backend(self, *args: Any) -> Any:
+        return Fetching(super()._remote_backend(*args), self)
 
     def _load_meta(self, *args: Any, **kwargs: Any) -> nn.Module:
         return self.adapt(super()._load_meta(*args, **kwargs))

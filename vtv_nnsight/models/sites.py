@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight.models import inside_trace
-from vtv_nnsight.models.inside_trace import Place
-from vtv_nnsight.models.interface import HEADS, SITES, InContextModel, Stage
+from vtv_nnsight.models.interface import HEADS, SITES, InContextModel, Place, Stage
 from vtv_nnsight.models.nnsight_verbs import CallingBlock, end_run, projection_of
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.text import quoted
@@ -156,14 +155,14 @@ def read_layers(
     prompts, at = running_prompts(block), [(*place, place_of(model, *place)) for place in places]
 
     def at_block(raw: torch.Tensor, place: Place) -> torch.Tensor:
-        return place.split(block.rows(raw))
+        return inside_trace.split(place, block.rows(raw))
 
     def run(step: int) -> None:
         positions: dict[str, torch.Tensor] = {}
         for stage, layer, place in at:
             if stage.name not in positions:
                 positions[stage.name] = token_positions(model, stage.name, prompts if step == 0 else None, place, block)
-            seen, raw = positions[stage.name], inside_trace.first(place.read())
+            seen, raw = positions[stage.name], inside_trace.first(inside_trace.read(place))
             keep(step, stage, layer, at_block(raw, place), seen)
             if gradients is not None and raw.requires_grad and torch.is_grad_enabled():
                 give = partial(gradients, step, stage, layer)

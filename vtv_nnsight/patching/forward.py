@@ -18,8 +18,8 @@ from nnsight import save
 
 from vtv_nnsight.finite import WHERE, check_finite
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.inside_trace import Place, first
-from vtv_nnsight.models.interface import PIXELS, InContextModel, Loss, batch_size_of
+from vtv_nnsight.models.inside_trace import first
+from vtv_nnsight.models.interface import PIXELS, InContextModel, Loss, Place, batch_size_of
 from vtv_nnsight.models.sites import place_of
 from vtv_nnsight.patching.patching import patch
 from vtv_nnsight.patching.spaces import PatchSpace

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.finite import check_finite
 from vtv_nnsight.models import inside_trace
-from vtv_nnsight.models.inside_trace import Place, last_tokens
-from vtv_nnsight.models.interface import GRANULARITIES, HEADS, SITES, ByStage, InContextModel, Stage
+from vtv_nnsight.models.inside_trace import last_tokens
+from vtv_nnsight.models.interface import GRANULARITIES, HEADS, SITES, ByStage, InContextModel, Place, Stage
+from vtv_nnsight.models.nnsight_remote import PLAIN
 from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import module_path, place_of, running_layout, running_prompts, token_positions
 from vtv_nnsight.patching.sets import PatchSet
@@ -97,7 +98,7 @@ def patch(
                 if edit.stage.name == stage.name:
                     edit.begin(seen)
             for place, layer, at_place in changes:
-                place.change(partial(_apply, at_place, layer))
+                inside_trace.change(place, partial(_apply, at_place, layer))
 
     if by_stage:
         block.run(run, steps=steps)
@@ -376,3 +377,7 @@ class _Edit:
         if self.mask_at_tokens is None:
             self.mask_at_tokens = self.mask.index_select(-2, self.seen.to(self.mask.device))
         return self.mask_at_tokens.select(-3, layer)
+
+
+PLAIN[patch] = lambda _: inside_trace.patch
+PLAIN[PatchSet] = lambda patches: PLAIN[ByStage](patches.mask)

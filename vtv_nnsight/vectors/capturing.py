@@ -9,12 +9,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from nnsight import save
 
+from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage
+from vtv_nnsight.models.nnsight_remote import OURS, PLAIN
 from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import Layers, list_layers, read_layers, running_layout
 from vtv_nnsight.vectors.collecting import put_rows
@@ -69,3 +72,19 @@ def capture(
     read_layers(model, places, keep, gradients=keep_gradient, block=block, steps=steps)
     result: Activations | list[Activations] = save(captured if steps == "all" else captured[0])
     return result
+
+
+def _fetched(model: Any, captured: Mapping[str, Any]) -> Activations:
+    """Ours, of what was captured where the model runs."""
+    values, lengths = ByStage(), None if model.sent is None else model.lengths(model.sent)
+    for site, layers in captured.items():
+        for layer, z in layers.items() if site != inside_trace.CAPTURED else ():
+            seen = torch.arange(z.shape[1])
+            if lengths is not None and len(lengths) == len(z):
+                seen = torch.where(seen < lengths[:, None], seen, -1)
+            put_rows(values, model.stages[0].at(site), layer, z, seen, model.layout.num_positions)
+    return Activations(values, fingerprint(model, model.sent and model.sent.layout, cached=True))
+
+
+PLAIN[capture] = lambda _: inside_trace.capture
+OURS[inside_trace.CAPTURED] = _fetched

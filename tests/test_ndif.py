@@ -1,0 +1,155 @@
+"""Every verb over NDIF: the server's own code, trusted and sandboxed, in processes that have no vtv_nnsight."""
+
+import io
+import os
+import pickletools
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import zstandard
+from helpers import letters
+from nnsight import save
+from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+from nnsight.modeling import huggingface
+from nnsight.modeling.mixins.remotable import Remotable
+from nnsight.modeling.transformers import TransformersModel
+
+from vtv_nnsight import CausalLM, PatchSet, PatchSpace, TaskVectors, TextPrompts, capture, patch
+
+SIZES = dict(vocab_size=110, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
+GROUPED = SIZES | dict(num_key_value_heads=2, intermediate_size=48)
+FAMILIES = {"llama": ("Llama", GROUPED), "gpt2": ("GPT2", SIZES), "gemma": ("Gemma", GROUPED | {"head_dim": 16})}
+FEW = TextPrompts(("Q: hot\nA:", "Q: big thing\nA:", "Q: a\nA:"), (" cold", " small", " b"))
+SECRET = "what the block does not name"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A made-up cache of the Hub, with a tiny random model of each family."""
+    home = tmp_path_factory.mktemp("home")
+    for family, (name, sizes) in FAMILIES.items():
+        folder = home / "hub" / f"models--tiny--{family}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(**sizes)
+        network = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config)
+        for part in (network, letters()):
+            part.save_pretrained(folder / "snapshots" / ("0" * 40))
+    return home
+
+
+@pytest.fixture(scope="module")
+def server(hub):
+    """The socket of a process that runs the server's code."""
+    if not find_spec("ndif"):
+        pytest.skip("the server's wheel is not installed: pip install --no-deps --ignore-requires-python ndif")
+    script, path = Path(__file__).with_name("ndif_server.py"), str(hub / "socket")
+    environment = os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([sys.executable, script, path], env=environment)
+    while not Path(path).exists():
+        assert process.poll() is None, "the server did not start"
+        time.sleep(0.05)
+    yield path
+    with Client(path, "AF_UNIX") as client:
+        client.send(("stop", "", b"", False))
+    process.wait(20)
+
+
+@pytest.fixture(params=["trusted", "sandboxed"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def jobs(server, kind, monkeypatch):
+    """What was sent, a payload for each job; `remote=True` goes to the server."""
+    sent = []
+
+    class ToServer(RemoteBackend):
+        def request(self, request, tracer):
+            blob = self._serialize(tracer)
+            sent.append(blob)
+            with Client(server, "AF_UNIX") as client:
+                client.send((kind, self.model_key, blob, self.compress))
+                answer = client.recv()
+            if isinstance(answer, str):
+                raise RemoteError(answer)
+            return torch.load(io.BytesIO(answer), weights_only=False)
+
+    def backend(self, remote, *options):
+        return ToServer(self.to_model_key(), env=self._remoteable_get_env())
+
+    monkeypatch.setattr(Remotable, "_remote_backend", backend)
+    return sent
+
+
+@pytest.fixture
+def far(hub, monkeypatch):
+    """far(family) → the model without weights."""
+
+    def load(family="llama", **options):
+        monkeypatch.setitem(huggingface._ID_CACHE, f"tiny/{family}", f"tiny/{family}")
+        return CausalLM(f"tiny/{family}", remote=True, cache_dir=str(hub / "hub"), **options)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def near(hub):
+    """near(family) → the same with its weights."""
+    return lambda family="llama": CausalLM(f"tiny/{family}", cache_dir=str(hub / "hub"), dispatch=True)
+
+
+def strings(blob):
+    """All strings of a payload, in one."""
+    opcodes = pickletools.genops(zstandard.ZstdDecompressor().decompress(blob))
+    return "\n".join(part for _, part, _ in opcodes if isinstance(part, str))
+
+
+def test_it_is_the_servers_model(hub, far):
+    model = far()
+    own = TransformersModel("tiny/llama", task="text-generation", tokenizer=model.tokenizer, cache_dir=str(hub / "hub"))
+    assert model.to_model_key() == own.to_model_key() and not model.dispatched
+    assert all(part.is_meta for part in model.parameters()) and model.lengths(FEW).tolist() == [9, 15, 7]
+    with pytest.raises(ValueError, match="'tiny/llama' has no weights here; write remote=True, or load it without"):
+        model.dispatch()
+
+
+def test_what_has_no_name_is_refused(near, tmp_path):
+    (tmp_path / "x.gguf").write_text("")
+    for source in (tmp_path, tmp_path / "x.gguf", near().network):
+        with pytest.raises(ValueError, match="has no name that a server knows; give a Hub id, OWNER/NAME"):
+            CausalLM(source, tokenizer=letters(), remote=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capture_and_patch_in_a_block(jobs, far, near, family):
+    model, local = far(family), near(family)
+    vector = TaskVectors.collect(local, {"x": FEW}, progress=False)["x"]
+    units, secret = PatchSet.random(PatchSpace(local), 5), SECRET
+    with local.trace(FEW):
+        expected = capture(local, layers=[0, 2])
+        patch(local, vector, units)
+        after = capture(local, sites=["heads", "mlp"])
+        logits = save(local.output.logits)
+    with model.trace(FEW, remote=True):
+        there = capture(model, layers=[0, 2])
+        patch(model, vector, units)
+        patched = capture(model, sites=["heads", "mlp"])
+        said = save(model.output.logits)
+    assert torch.equal(said, logits)
+    for ours, theirs in ((expected, there), (after, patched)):
+        assert ours.values.keys() == theirs.values.keys()
+        for key, values in ours.values.items():
+            torch.testing.assert_close(theirs.values[key], values, rtol=0, atol=0, equal_nan=True)
+    assert len(jobs) == 1 and len(jobs[0]) < 200_000
+    assert secret not in strings(jobs[0]) and str(Path(__file__)) in strings(jobs[0])  # nnsight's own doing

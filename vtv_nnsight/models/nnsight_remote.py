@@ -1,0 +1,88 @@
+"""How a block travels to where a model runs without this package, an NDIF server: for `nnsight_compat`.
+
+nnsight sends a block's source and what it names. Of ours, models and tracers travel as nnsight's own classes, what
+`PLAIN` names as plain tensors, dicts and functions of `inside_trace`, and that module by its source.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from nnsight import register
+from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.serialization import CustomCloudPickler
+from nnsight.tracing.backend import Backend
+from nnsight.tracing.tracer import Tracer
+from nnsight.tracing.util import push
+
+from vtv_nnsight.models import inside_trace
+from vtv_nnsight.models.interface import ByStage, Place
+
+PACKAGE = __name__.partition(".")[0]
+PLAIN: dict[Any, Callable[[Any], Any]] = {}
+"""A class or a function of ours → what an object of it, or the function, is there."""
+OURS: dict[str, Callable[[Any, Any], Any]] = {}
+"""The first key of a dict that came back → what becomes of it, called with the model and the dict."""
+
+PLAIN[Place] = tuple
+PLAIN[ByStage] = lambda values: {key.site: value for key, value in values.items()}
+register(inside_trace.__name__)
+_reduce = CustomCloudPickler.reducer_override
+
+
+def nnsight_class(kind: type) -> type:
+    """The class of nnsight's own that one of ours extends; others as they are."""
+    own = (base for base in kind.__mro__ if base.__module__.partition(".")[0] != PACKAGE)
+    return next(own) if issubclass(kind, (Envoy, Tracer)) else kind
+
+
+def _travels(kind: type) -> bool:
+    """Whether something of this class has a form there."""
+    return kind.__module__.partition(".")[0] != PACKAGE or kind in PLAIN or nnsight_class(kind) is not kind
+
+
+def _travel(self: Any, value: Any) -> Any:
+    """How nnsight's pickler reduces a value."""
+    kind = type(value)
+    if isinstance(value, type):
+        if (other := nnsight_class(value)) is not value:
+            return copy.copy, (other,)
+    elif (plain := PLAIN.get(value if kind is type(_travel) else kind)) is not None:
+        return copy.copy, (plain(value),)
+    elif (other := nnsight_class(kind)) is not kind:
+        _, _, state, *_ = value.__reduce_ex__(2)
+        return object.__new__, (other,), {name: part for name, part in state.items() if _travels(type(part))}
+    return _reduce(self, value)
+
+
+CustomCloudPickler.reducer_override = _travel
+
+
+class Fetching(Backend):
+    """Another backend, whose plain results become ours in the frame around the block.
+
+    Args:
+        backend: nnsight's, which sends the block.
+        model: The model whose block it is.
+    """
+
+    def __init__(self, backend: Backend, model: Any) -> None:
+        self.backend, self.model = backend, model
+
+    def ours(self, value: Any) -> Any:
+        """What becomes of a result."""
+        if isinstance(value, list) and value and self.ours(value[0]) is not value[0]:
+            return [self.ours(part) for part in value]
+        kind = next(iter(value), None) if isinstance(value, dict) else None
+        return OURS[kind](self.model, value) if isinstance(kind, str) and kind in OURS else value
+
+    def __call__(self, tracer: Any = None) -> Any:
+        """Run the block there."""
+        result = self.backend(tracer)
+        if tracer is not None:
+            values = dict(tracer.info.frame.f_locals)
+            changed = {name: new for name, value in values.items() if (new := self.ours(value)) is not value}
+            push(tracer.info.frame, changed)
+        return result
