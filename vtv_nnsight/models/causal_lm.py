@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vtv_nnsight.models.canvas import drop_none
-from vtv_nnsight.models.inside_trace import first, followed, read
+from vtv_nnsight.models.inside_trace import NONE, answer_loss, differ, first, first_tokens, followed, read
 from vtv_nnsight.models.interface import GRANULARITIES, HEADS, InContextModel, Loss, Place, Stage
 from vtv_nnsight.models.nnsight_compat import TraceableTexts, attention_envoy
 from vtv_nnsight.models.sites import place_of
@@ -40,8 +40,6 @@ from vtv_nnsight.text_prompts import TextLayout, TextPrompts
 
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 """Names of an attention's output projection, in the families of transformers."""
-NONE = -100
-"""In the place of a token where a row has none."""
 
 
 class CausalLM(TraceableTexts, InContextModel):
@@ -154,7 +152,7 @@ class CausalLM(TraceableTexts, InContextModel):
     def losses(self) -> tuple[Loss, ...]:
         """ "tokens": the mean cross-entropy of the answer's tokens; where prompts have wrong answers, too, how much
         likelier these are: the difference of their log-probabilities, at the first token where they differ."""
-        return (Loss("tokens", _answer_loss),)
+        return (Loss("tokens", lambda output, _, truth: answer_loss(output.logits, truth)),)
 
     def attention(self, stage: str, layer: int) -> Any:
         """The attention of a layer."""
@@ -224,8 +222,8 @@ class CausalLM(TraceableTexts, InContextModel):
         wrong = self.tokens(prompts.texts, prompts.wrong_answers) if prompts.wrong_answers else [[] for _ in right]
         padded = pad_sequence([torch.tensor(ids) for ids in (*right, *wrong)], batch_first=True, padding_value=NONE)
         truth = torch.stack(padded.long().chunk(2), dim=-1)
-        if prompts.wrong_answers and not (differ := _differ(truth).any(1)).all():
-            row = prompts[int(differ.int().argmin())]
+        if prompts.wrong_answers and not (decided := differ(truth).any(1)).all():
+            row = prompts[int(decided.int().argmin())]
             raise ValueError(f"of {row.answers} and {row.wrong_answers} one begins with the other; give others.")
         return truth
 
@@ -238,13 +236,13 @@ class CausalLM(TraceableTexts, InContextModel):
         truth = self.truth(prompts)
         if task is not None and task.metric.reads == "text":
             return self.say(prompts, truth.shape[1], edit), prompts.answers
-        return _first_tokens(output, truth)
+        return first_tokens(output.logits, truth)
 
     def task_losses(self, task: Any) -> tuple[Loss, ...]:
         """The task's own, of the name of its metric, where that reads logits."""
         if task.metric.reads != "logits":
             return ()
-        return (Loss(task.metric.name, lambda output, _, truth: task.loss(*_first_tokens(output, truth)), False),)
+        return (Loss(task.metric.name, lambda output, _, truth: task.loss(*first_tokens(output.logits, truth)), False),)
 
     def show(self, answers: Any) -> list[str]:
         """Answers for people: of logits, the likeliest token."""
@@ -387,43 +385,3 @@ def _from_end(tokens: int, padding: torch.Tensor) -> torch.Tensor:
     with unset_fake_temporarily():
         seen = torch.arange(tokens - 1, -1, -1)
         return torch.where(seen < tokens - padding[:, None], seen, -1) if padding.any() else seen
-
-
-def _width(truth: torch.Tensor) -> int:
-    """Tokens of the longest of the true answers."""
-    return int((truth[..., 0] != NONE).sum(1).max())
-
-
-def _first_tokens(output: Any, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [batch, vocabulary] where right and wrong answers first differ, and the tokens there [batch, 1 or 2]."""
-    logits = output.logits[:, -_width(truth) :]
-    at, ids = _deciding(truth.to(logits.device))
-    return logits[torch.arange(len(logits), device=logits.device), at], ids
-
-
-def _differ(truth: torch.Tensor) -> torch.Tensor:
-    """Where right and wrong answers have tokens that are not the same, [row, token]."""
-    return (truth[..., 0] != truth[..., 1]) & (truth != NONE).all(-1)
-
-
-def _deciding(truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a right and a wrong answer first differ, [row], and the tokens of both there, [row, 2]; where there is no
-    wrong one, the first token of the right one, [row, 1]."""
-    if (truth[:, 0, 1] == NONE).all():
-        return torch.zeros_like(truth[:, 0, 0]), truth[:, 0, :1]
-    at = _differ(truth).int().argmax(1)
-    return at, truth[torch.arange(len(truth), device=truth.device), at]
-
-
-def _answer_loss(output: Any, prompts: TextPrompts, truth: torch.Tensor) -> torch.Tensor:
-    """Losses [batch] of logits against tokens of the answers [batch, token, 2]: see `CausalLM.losses`."""
-    width = _width(truth)
-    log = output.logits[:, -width:].float().log_softmax(-1)
-    if prompts.wrong_answers:
-        at, ids = _deciding(truth)
-        right, wrong = log[torch.arange(len(log), device=log.device), at].gather(1, ids).unbind(1)
-        return wrong - right
-    ids = truth[:, :width, 0]
-    each = -log.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
-    there = ids != NONE
-    return (each * there).sum(1) / there.sum(1)

@@ -212,3 +212,47 @@ def beside(model: Any, function: Callable[[int], None], steps: str) -> None:
     interleaver.mediators.insert(interleaver.mediators.index(caller), worker)
     worker.start(interleaver)
     interleaver.reindex()
+
+
+NONE = -100
+"""In the place of a token where a row has none."""
+
+
+def width_of(truth: torch.Tensor) -> int:
+    """Tokens of the longest of the true answers [row, token, 2]."""
+    return int((truth[..., 0] != NONE).sum(1).max())
+
+
+def first_tokens(logits: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [batch, vocabulary] where right and wrong answers first differ, and the tokens there [batch, 1 or 2]."""
+    logits = logits[:, -width_of(truth) :]
+    at, ids = deciding(truth.to(logits.device))
+    return logits[torch.arange(len(logits), device=logits.device), at], ids
+
+
+def differ(truth: torch.Tensor) -> torch.Tensor:
+    """Where right and wrong answers have tokens that are not the same, [row, token]."""
+    return (truth[..., 0] != truth[..., 1]) & (truth != NONE).all(-1)
+
+
+def deciding(truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a right and a wrong answer first differ, [row], and the tokens of both there, [row, 2]; where there is no
+    wrong one, the first token of the right one, [row, 1]."""
+    if (truth[:, 0, 1] == NONE).all():
+        return torch.zeros_like(truth[:, 0, 0]), truth[:, 0, :1]
+    at = differ(truth).int().argmax(1)
+    return at, truth[torch.arange(len(truth), device=truth.device), at]
+
+
+def answer_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Losses [batch] of logits against tokens of the answers [batch, token, 2]: see `CausalLM.losses`."""
+    width, truth = width_of(truth), truth.to(logits.device)
+    log = logits[:, -width:].float().log_softmax(-1)
+    if (truth[:, 0, 1] != NONE).any():
+        at, ids = deciding(truth)
+        right, wrong = log[torch.arange(len(log), device=log.device), at].gather(1, ids).unbind(1)
+        return wrong - right
+    ids = truth[:, :width, 0]
+    each = -log.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
+    there = ids != NONE
+    return (each * there).sum(1) / there.sum(1)

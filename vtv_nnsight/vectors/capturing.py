@@ -22,7 +22,7 @@ from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import Layers, list_layers, read_layers, running_layout
 from vtv_nnsight.vectors.collecting import put_rows
 from vtv_nnsight.vectors.compatibility import fingerprint
-from vtv_nnsight.vectors.values import Activations
+from vtv_nnsight.vectors.values import Activations, TaskVector, TaskVectors
 
 
 def capture(
@@ -86,5 +86,7 @@ def _fetched(model: Any, captured: Mapping[str, Any]) -> Activations:
     return Activations(values, fingerprint(model, model.sent and model.sent.layout, cached=True))
 
 
+PLAIN[TaskVector] = PLAIN[Activations] = lambda vector: PLAIN[ByStage](vector.values)
+PLAIN[TaskVectors] = dict
 PLAIN[capture] = lambda _: inside_trace.capture
 OURS[inside_trace.CAPTURED] = _fetched

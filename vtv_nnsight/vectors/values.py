@@ -34,7 +34,6 @@ from vtv_nnsight import maps
 from vtv_nnsight.finite import check_finite
 from vtv_nnsight.models.inside_trace import put
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, StageSite
-from vtv_nnsight.models.nnsight_remote import PLAIN
 from vtv_nnsight.prompts import Prompts, as_rows
 from vtv_nnsight.text import quoted
 from vtv_nnsight.vectors.collecting import collect_moments, collect_rows
@@ -448,7 +447,3 @@ class TaskVectors(Mapping[str, TaskVector]):
         """
         content, owner = read_vectors(path)
         return cls({name: TaskVector(name, *fields, owner) for name, fields in content.items()})
-
-
-PLAIN[TaskVector] = PLAIN[Activations] = lambda vector: PLAIN[ByStage](vector.values)
-PLAIN[TaskVectors] = dict
