@@ -4,7 +4,7 @@
     python benchmarks/ablations.py --model mae-vqgan --data pascal:VOCdevkit     # over the four folds of Pascal-5i
 
 The base patches units of both stages by quadrant, is searched for on 100 prompts, uses a vector averaged over 100, and
-has a set of units a task. Each variation changes one thing and is searched for anew, with the same budget and seed:
+has a set of units a task. Each variation changes one thing and has its own search, with the same budget and seed:
 
 - stages: the encoder only, the decoder only, both.
 - granularity: units that are whole heads, quadrants, or single tokens (of which there are many more).
@@ -14,9 +14,9 @@ has a set of units a task. Each variation changes one thing and is searched for 
 - masks: one set for all of VTV's tasks, which one search with the budget of them all looks for, against one each; as
   many units as the base has, drawn at random; and no search at all: everything patched, at all positions at once.
 
-Each seed draws prompts of its own to average and to train on; the test prompts are the same for all, of scenes that
+Each seed draws its own prompts to average and to train on; the test prompts are the same for all, of scenes that
 nothing else has seen. Other data (`--data`, as for `vtv run`) are divided likewise: a fifth of the pictures to learn
-from is for the held-out prompts. Of "pascal:ROOT" each fold is searched for anew, and values are means over the folds.
+from is for the held-out prompts. Of "pascal:ROOT" each fold has its own search, and values are means over the folds.
 Values are means over the seeds and 95 % bootstrap intervals over the test prompts; a difference
 to the base is paired. Every search's own held-out loss must be what `evaluate` finds for the same prompts.
 """

@@ -18,7 +18,7 @@ of. Intervals are 95 % over prompts, what they share, and seeds (bootstrap). Ran
 random units stand beside them. The folder circuits/ holds the curves of every direction and measure (`Curves.load`),
 and the heads as MIB's nodes, in a graph that EAP-IG reads.
 
-The last table is of models whose circuit is known by construction, another one for each seed: the chance that a ranking
+The last table is of models with a circuit known by construction, another one for each seed: the chance that a ranking
 puts a head of the circuit before another head (AUROC), direction "out, counterfactual", at the same budget.
 """
 
@@ -123,7 +123,7 @@ class Bench:
 
 
 def known_circuits(args: argparse.Namespace) -> list[dict]:
-    """Every ranking's AUROC on models whose circuit is known: a value for each seed."""
+    """Every ranking's AUROC on models with a known circuit: a value for each seed."""
     rows = [{"ranking": name, "signed": [], "absolute": []} for name in args.rankings if name in BLIND]
     images = data.scenes("train", n=100, seed=0)
     for seed in progress_bar(range(args.seed, args.seed + args.seeds), desc="known circuits"):

@@ -39,7 +39,7 @@ from vtv_nnsight.training.stream import training_prompts
 from vtv_nnsight.training.tokenizer import load_tokenizer, train_tokenizer
 
 JUDGED = 8
-"""Steps whose canvases a model is judged on."""
+"""Steps with canvases that a model is judged on."""
 CONDITIONS = {"one-shot": Condition("one"), "zero-shot": Condition("zero")}
 
 

@@ -5,7 +5,7 @@
 The embedded model was trained on prompts of VTV's five tasks and of others; inpainting + lowlight, segmentation +
 inpainting, masks of yellow on purple, and pictures upside down were held out (`training.curriculum.HELD_OUT`). Each is
 given a vector, a search and an evaluation, as `vtv run` gives them: one-shot, zero-shot, the task vector, the
-tokenizer's own picture of the truth. A seed is a run of its own, and all seeds make one table.
+tokenizer's own picture of the truth. Each seed is a separate run, and all seeds make one table.
 """
 
 from __future__ import annotations

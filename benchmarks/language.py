@@ -16,7 +16,7 @@ function vector's layer, and its k of 10, 20 and 40 heads, are the best on 16 tr
 top); its heads are ranked by the task's own effects, or, as in the paper, by the mean over tasks
 (`studies.function_vectors`). Hendel's vector is the mean residual stream, at the best layer, chosen likewise. Controls:
 16 draws of as many random units as `reinforce` found, all units, the vectors of all other tasks at its units, and
-another task's vector at units that are searched for it anew. "frequent" always says the first token that is most
+another task's vector at units that are searched for it. "frequent" always says the first token that is most
 frequent among the training answers.
 
 Means are over tasks and seeds, intervals 95 % over seeds and words within tasks (`evaluation.resampling`), paired where

@@ -8,7 +8,7 @@ SETS are patch sets (.json) or search results (.safetensors). A file named after
 given as TASK=FILE is measured on that task, any other on all of --tasks. Files in a run's folder are measured as their
 run was: model, data, queries, seed and vectors are those of its run.json, unless an option says otherwise, and the line
 above the table warns where they are not. With neither SETS nor --algorithms every algorithm is run. An
-algorithm's numbers are means over its seeds, each with training prompts of its own; intervals are 95 %, bootstrapped
+algorithm's numbers are means over its seeds, each with its own training prompts; intervals are 95 %, bootstrapped
 over prompts and what they share. Costs are differences in the model's own loss on the same prompts, the token loss
 (nats per patch) of MAE-VQGAN. The columns:
 

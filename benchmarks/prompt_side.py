@@ -108,7 +108,7 @@ def main() -> None:
     parser = options(__file__, __doc__, "segmentation alone, few prompts, steps and evaluations")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--tasks", nargs="+", default=["segmentation", "lowlight"], metavar="TASK")
-    parser.add_argument("--data", default="scenes", help="as for `vtv run`; other data have files of their own name")
+    parser.add_argument("--data", default="scenes", help="as for `vtv run`; other data have files named after them")
     parser.add_argument("--images", type=int, default=400, help="pictures of each split")
     parser.add_argument("--examples", type=int, default=3, help="of the rows with several")
     parser.add_argument("--budget", type=int, default=2000, help="evaluations of the search for units")

@@ -2,8 +2,8 @@
 
     python benchmarks/specificity.py [--quick] [--data pictures] [--budget 800] [--seeds 5] [--runs FOLDER]
 
-Each seed is a `vtv run` with its matrix: prompts, searches and queries of its own. *Transfer at fixed units* is every
-vector at the units that were found for a task; *searched anew* is every vector at units searched for it, the
+Each seed is a `vtv run` with its matrix: its own prompts, searches and queries. *Transfer at fixed units* is every
+vector at the units that were found for a task; *searched for each pair* is every vector at units searched for it, the
 task's own too, with `--budget` evaluations each (gates, or reinforce where the loss has no gradient). A task is
 specific in a seed where its vector's paired difference to each other, at units searched for that one, leaves out zero
 (Holm over the others). `--runs` reads the seeds of a `vtv run --seeds N --matrix` that is there, or keeps them there.
@@ -24,7 +24,7 @@ from vtv_nnsight.report.reading import load_run
 from vtv_nnsight.report.verdicts import specific_tasks, vector_pairs
 from vtv_nnsight.runs import QUICK, Settings
 
-WAYS = {"fixed": "transfer at fixed units", "anew": "units searched anew for each pair"}
+WAYS = {"fixed": "transfer at fixed units", "anew": "units searched for each pair"}
 
 
 def main() -> None:

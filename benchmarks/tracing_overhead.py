@@ -30,7 +30,7 @@ HEAD = 1
 
 
 def attentions(model) -> list:
-    return [block.attn for stack in (model.encoder, model.decoder) for block in stack.blocks]
+    return [block.attn for stage in (model.encoder, model.decoder) for block in stage.blocks]
 
 
 def make_sides(module: MAEVQGANModel, prompt: VisualPrompt) -> dict[str, Callable]:

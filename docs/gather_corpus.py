@@ -120,7 +120,7 @@ def gather(
         _add_packages(out, packages if packages is not None else listed(), fetch)
     rows = [row for file in sorted((out / READ).glob("*.csv")) for row in _rows(file)]
     if not rows:
-        raise ValueError(f"no picture could be had for {out}: see the warnings above, or give a folder of your own.")
+        raise ValueError(f"no picture was found for {out}: see the warnings above, or give a folder of your own.")
     _write_rows(out / "manifest.csv", COLUMNS, rows)
     return out / "manifest.csv"
 

@@ -156,7 +156,7 @@ def test_what_was_read_is_not_read_again(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_nothing_at_all_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no picture could be had"):
+    with pytest.raises(ValueError, match="no picture was found"):
         gather(tmp_path, packages=PACKAGES[2:], fetch=fetch_local)
 
 

@@ -201,7 +201,7 @@ def test_tasks_are_scored_by_other_metrics(monkeypatch):
     assert other.score(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)).item() == 0.25
     assert tasks.lowlight.metric == metrics.MSE and tasks.scored_by(tasks.identity, "mse") is tasks.identity
     assert tasks.scored_by(tasks.colorization, "lpips").name == "colorization(lpips)"
-    with pytest.raises(ValueError, match="'segmentation' is scored by mIoU ↑ in a way of its own, not by mse"):
+    with pytest.raises(ValueError, match="'segmentation' is scored by mIoU ↑ in its own way, not by mse"):
         tasks.scored_by(tasks.segmentation, "mse")
 
 

@@ -180,7 +180,7 @@ def _models(tables: Mapping[str, Table]) -> str:
 
 
 def _patches(path: Path) -> PatchSet:
-    """The patch set in a file of its own, or in a search result."""
+    """The patch set in a separate file, or in a search result."""
     check_files(path.parent, path.name, recorded=False)
     return PatchSet.load(path) if path.suffix != ".safetensors" else SearchResult.load(path).patches
 

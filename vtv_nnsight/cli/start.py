@@ -144,7 +144,7 @@ FoldDraws = Annotated[
     bool,
     typer.Option(
         "--fold-draws",
-        help="With --published on pascal:ROOT, draw the units anew for each fold from the search's probabilities, as "
+        help="With --published on pascal:ROOT, draw other units for each fold from the search's probabilities, as "
         "the released code does.",
     ),
 ]

@@ -46,7 +46,7 @@ class Settings:
         budget: Evaluations (one mask on one prompt each) that a search may spend; None leaves it to the algorithm.
         sparsity: The price of all units, as `search.reinforce` and "published" have it: the released code's
             `regularization_strength`.
-        fold_draws: With the published protocol on "pascal:ROOT", draw the units anew for each fold from the
+        fold_draws: With the published protocol on "pascal:ROOT", draw other units for each fold from the
             probabilities of the search's best sample, as the released code does; else the sample serves all folds.
         test_prompts: Prompts per task to evaluate on, of pictures that were neither collected nor searched on.
         draws: Times that random units are drawn to compare with: uniform, and matched by stage and region.

@@ -261,7 +261,7 @@ def scored_by(task: Scored, metric: metrics.Metric | str) -> Scored:
         field.name == "metric"
         for field in fields(task)  # type: ignore[arg-type]  # all tasks are dataclasses
     ):
-        raise ValueError(f"{task.name!r} is scored by {task.metric.label} in a way of its own, not by {metric.name}.")
+        raise ValueError(f"{task.name!r} is scored by {task.metric.label} in its own way, not by {metric.name}.")
     other = copy(task)
     object.__setattr__(other, "metric", metric)
     return other

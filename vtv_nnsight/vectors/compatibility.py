@@ -104,7 +104,7 @@ def check_layout(what: str, facts: Mapping[str, Any], layout: Any) -> None:
     if layout and (differ := differences(facts, asdict(layout))):
         raise ValueError(
             f"{what} does not fit these prompts: it has {'; '.join(differ)}; make the prompts in its layout, or "
-            "collect and search anew."
+            "collect and search again."
         )
 
 

@@ -1,4 +1,4 @@
-"""A small MAE-VQGAN whose circuit is known by construction, to tell what a search is worth."""
+"""A small MAE-VQGAN with a circuit known by construction, to tell what a search is worth."""
 
 from __future__ import annotations
 
