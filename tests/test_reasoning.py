@@ -245,5 +245,5 @@ def test_the_benchmark_asks_the_studys_layout(model):
 
 
 def test_a_task_with_a_way_of_its_own_takes_no_other_metric():
-    with pytest.raises(ValueError, match="'segmentation' is scored by mIoU ↑ in a way of its own"):
+    with pytest.raises(ValueError, match="'segmentation' is scored by mIoU ↑ in its own way"):
         tasks.scored_by(tasks.segmentation, "mse")
