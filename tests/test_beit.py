@@ -35,7 +35,7 @@ def test_the_tokenizers_files_are_read_without_running_them(dalle_parts, zipped,
     """Of torch's formats since 1.6 and before."""
     for name, part in dalle_parts.items():
         torch.save(part, tmp_path / f"{name}.pkl", _use_new_zipfile_serialization=zipped)
-        found = {key: value.read() for key, value in read_tensors(tmp_path / f"{name}.pkl").items()}
+        found = {key: value for key, value in read_tensors(tmp_path / f"{name}.pkl").items()}
         assert found.keys() == part.state_dict().keys()
         assert all(torch.equal(value, found[key]) for key, value in part.state_dict().items())
     tokenizer = load_tokenizer(tmp_path / "decoder.pkl")

@@ -189,9 +189,9 @@ print(peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_stays_under_1_3_times_the_file(checkpoint, state, save, dtype):
-    """Peak resident memory of a load after which every page of every weight was read."""
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1.3), ("bfloat16", 1.7)])
+def test_memory_stays_near_the_size_of_the_file(checkpoint, state, save, dtype, most):
+    """Peak resident memory of a load after which every page of every weight was read: those of the file, and a cast."""
     wide = dict(state)
     for name, value in state.items():
         if name.startswith(("blocks.", "decoder_blocks.")) and ".mlp.fc" in name and "fc2.bias" not in name:
@@ -202,7 +202,7 @@ def test_memory_stays_under_1_3_times_the_file(checkpoint, state, save, dtype):
     assert size > 80e6
     code = [sys.executable, "-c", MEASURE, str(checkpoint), str(path), dtype]
     grown = int(subprocess.run(code, capture_output=True, text=True, check=True).stdout)
-    assert 0.3 * size < grown < 1.3 * size
+    assert 0.3 * size < grown < most * size
 
 
 class Loaded:
@@ -318,6 +318,7 @@ def hostile_pickles():
 def test_pickles_that_stand_for_something_enormous_are_refused_at_once(tmp_path, name, content):
     with zipfile.ZipFile(tmp_path / "some.pth", "w") as archive:
         archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
     began = time.process_time()
     refused(r"some.pth was refused: it.* (parts|deep|instructions)\. Nothing of it was run", tmp_path / "some.pth")
     assert time.process_time() - began < 30
@@ -358,6 +359,7 @@ def hostile_sources(folder, small_config):
         packed = zipfile.ZIP_DEFLATED if name == "zeros" else zipfile.ZIP_STORED
         with zipfile.ZipFile(folder / f"{name}.pth", "w", packed) as archive:
             archive.writestr("archive/data.pkl", content)
+            archive.writestr("archive/version", "3\n")
         legacy = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
         if name != "zeros":
             (folder / f"{name}_legacy.pth").write_bytes(legacy + content)

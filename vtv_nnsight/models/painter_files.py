@@ -6,12 +6,11 @@ Nothing of them is run (see `torch_files`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from transformers import SegGptConfig, SegGptForImageSegmentation
 
-from vtv_nnsight.models.torch_files import StoredTensor, StrPath, check_ranks, check_tensors
+from vtv_nnsight.models.torch_files import StrPath, Tensors, cast, check_ranks, check_tensors
 
 TYPE_TOKENS = ("type_token_cls", "type_token_ins")
 """SegGPT's tokens for "semantic" and "instance", as released; Painter has none."""
@@ -58,7 +57,7 @@ _SIZES = {
 """The tensors that sizes are read off, and their ranks."""
 
 
-def config_of(tensors: Mapping[str, StoredTensor], source: StrPath) -> SegGptConfig:
+def config_of(tensors: Tensors, source: StrPath) -> SegGptConfig:
     """The sizes of a released file, read off the shapes of its tensors (by released name).
 
     The layer after which the streams merge is the released code's (2), and so are the layers whose features the decoder
@@ -93,7 +92,7 @@ def config_of(tensors: Mapping[str, StoredTensor], source: StrPath) -> SegGptCon
 
 
 def read_weights(
-    tensors: Mapping[str, StoredTensor], source: StrPath, config: SegGptConfig, model: str, dtype: torch.dtype | None
+    tensors: Tensors, source: StrPath, config: SegGptConfig, model: str, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """The weights in a released file under transformers' names, with zeros for the type tokens that a Painter lacks.
 
@@ -113,6 +112,6 @@ def read_weights(
     lacking = () if any(name in tensors for name in TYPE_TOKENS) else TYPE_TOKENS
     shapes = {released: expected[name].shape for released, name in names.items() if released not in lacking}
     check_tensors(shapes, tensors, source, model)
-    weights = {names[released]: tensor.read(dtype) for released, tensor in tensors.items()}
+    weights = {names[released]: cast(tensor, dtype) for released, tensor in tensors.items()}
     blank = weights[names["segment_token_x"]]
     return weights | {names[token]: torch.zeros_like(blank) for token in lacking}

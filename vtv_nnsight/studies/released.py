@@ -27,7 +27,7 @@ from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import QUERY_ONLY, ByStage
 from vtv_nnsight.models.restricted_pickle import Refused, RestrictedUnpickler, refusing
-from vtv_nnsight.models.torch_files import StrPath, read_legacy
+from vtv_nnsight.models.torch_files import PICKLES, StrPath
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import fingerprint
@@ -199,9 +199,8 @@ class _Array:
 def _storage(data: bytes) -> torch.Tensor:
     """The numbers of a storage that torch pickled: a small file in torch's old format."""
     try:
-        (key, dtype), starts = read_legacy(io.BytesIO(data))
-        values = bytearray(data[starts[key] :])
-        return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+        storage = torch.load(io.BytesIO(data), "cpu", PICKLES, weights_only=False)  # type: ignore[arg-type]
+        return torch.empty(0, dtype=storage.dtype).set_(storage)
     except Exception as error:
         raise Refused("it holds a storage that is damaged, or is more than numbers") from error
 

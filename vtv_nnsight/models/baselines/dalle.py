@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vtv_nnsight.models.mae_vqgan.published import count_modules
-from vtv_nnsight.models.torch_files import check_ranks, check_tensors, read_tensors
+from vtv_nnsight.models.torch_files import cast, check_ranks, check_tensors, read_tensors
 
 DECODER, ENCODER = "decoder.pkl", "encoder.pkl"
 """Names of the published files."""
@@ -191,7 +191,7 @@ def load_tokenizer(source: Tokenizer | str | os.PathLike, *, weights: bool = Tru
         shapes = {_published(name): value.shape for name, value in expected.items()}
         check_tensors(shapes, tensors[part], file, "DALL-E's tokenizer")
         if weights:
-            state |= {f"{part}.{name}": tensors[part][_published(name)].read(torch.float32) for name in expected}
+            state |= {f"{part}.{name}": cast(tensors[part][_published(name)], torch.float32) for name in expected}
     if weights:
         tokenizer.load_state_dict(state, assign=True)
     return tokenizer.eval().requires_grad_(False)

@@ -33,7 +33,7 @@ from vtv_nnsight.models.interface import Loss, Stage
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.published import code_size, count_modules, tokenizer_sizes
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
-from vtv_nnsight.models.torch_files import StrPath, check_ranks, check_tensors, read_tensors
+from vtv_nnsight.models.torch_files import StrPath, cast, check_ranks, check_tensors, read_tensors
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.text import join_names
 
@@ -292,7 +292,7 @@ def load_checkpoint(
     used = {name: value for name, value in tensors.items() if not _is_for_training(name)}
     check_tensors(shapes, used, path, "VQGAN's transformer")
     if weights:
-        network.load_state_dict({name: tensors[published[name]].read(config.dtype) for name in published}, assign=True)
+        network.load_state_dict({name: cast(tensors[published[name]], config.dtype) for name in published}, assign=True)
     return network.eval()
 
 

@@ -22,8 +22,9 @@ from vtv_nnsight.files import check_folder
 from vtv_nnsight.models.mae_vqgan.config import MAX_LAYERS, MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.transformer import MAEVQGANModel
 from vtv_nnsight.models.torch_files import (
-    StoredTensor,
     StrPath,
+    Tensors,
+    cast,
     check_ranks,
     check_tensors,
     floating_dtype,
@@ -87,7 +88,7 @@ def load_checkpoint(
         check_tensors(wanted, held, file, "MAE-VQGAN")
     dtype = floating_dtype(dtype)
     state = {
-        name: tensors[_published(name)].read(dtype).reshape(value.shape) for name, value in model.state_dict().items()
+        name: cast(tensors[_published(name)], dtype).reshape(value.shape) for name, value in model.state_dict().items()
     }
     model.load_state_dict(state, assign=True)
     config.dtype = model.dtype
@@ -160,7 +161,7 @@ def under(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
 
 def _describe(
     path: StrPath, vqgan: StrPath | None, heads: int, decoder_heads: int
-) -> tuple[MAEVQGANConfig, dict[str, StoredTensor]]:
+) -> tuple[MAEVQGANConfig, dict[str, torch.Tensor]]:
     """Sizes, and tensors by published name."""
     tensors = read_tensors(path)
     check_ranks(_SIZES, tensors, path, "not a MAE-VQGAN checkpoint")
@@ -181,12 +182,7 @@ def _describe(
 
 
 def _config(
-    tensors: Mapping[str, StoredTensor],
-    tokenizer: dict[str, Any],
-    path: StrPath,
-    vqgan: StrPath,
-    heads: int,
-    decoder_heads: int,
+    tensors: Tensors, tokenizer: dict[str, Any], path: StrPath, vqgan: StrPath, heads: int, decoder_heads: int
 ) -> MAEVQGANConfig:
     """The sizes of a model, by the shapes of its tensors, with those of its tokenizer."""
     _, num_positions, width = tensors["pos_embed"].shape
@@ -232,7 +228,7 @@ def _config(
         raise ValueError(f"{path}: {error}") from error
 
 
-def tokenizer_sizes(tensors: Mapping[str, StoredTensor], file: StrPath, kind: str, prefix: str = "") -> dict[str, Any]:
+def tokenizer_sizes(tensors: Tensors, file: StrPath, kind: str, prefix: str = "") -> dict[str, Any]:
     """What a `MAEVQGANConfig` says of a tokenizer, by the shapes of its tensors.
 
     Args:
@@ -275,7 +271,7 @@ def code_size(tokenizer: Mapping[str, Any]) -> int:
     return tokenizer["vqgan_fold"] * 2 ** (len(tokenizer["vqgan_channel_multipliers"]) - 1)
 
 
-def count_modules(prefix: str, tensors: Mapping[str, StoredTensor], file: StrPath, most: int = MAX_LAYERS) -> int:
+def count_modules(prefix: str, tensors: Tensors, file: StrPath, most: int = MAX_LAYERS) -> int:
     """How many modules of a list there are, by the names of their tensors.
 
     Raises:
