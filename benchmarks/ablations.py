@@ -158,8 +158,11 @@ def pictures(spec: str, n: int) -> dict[str, tuple[Dataset, Dataset, Dataset]]:
         return {"": (data.scenes("train", 500, 0), data.scenes("validation", 200, 0), data.scenes("test", 500, 0))}
     specs, parts = {"": spec}, {}
     if spec.startswith("pascal:"):
-        root, fold, lists = data.pascal_argument(spec.removeprefix("pascal:"))
-        specs = {f"fold{f}": f"pascal:{root}:{f}:{lists}" for f in (range(4) if fold is None else (fold,))}
+        root, fold, published = data.pascal_argument(spec.removeprefix("pascal:"))
+        specs = {
+            f"fold{f}": f"pascal:{root}:{f}" + ":masks" * (not published)
+            for f in (range(4) if fold is None else (fold,))
+        }
     for name, source in specs.items():
         train, test = data.split_data(source, None, 4 * n)
         keys = np.array(data.identities(train))

@@ -46,7 +46,6 @@ REFERENCE = {
         "split_data": "data.sources.split_data",
         "scenes": "data.drawn_scenes.scenes",
         "pictures": "data.embedded_pictures.pictures",
-        "photographs": "data.package_photographs.photographs",
         "folder": "data.folders.folder",
         "pairs": "data.folders.pairs",
         "pascal": "data.pascal_voc.pascal",

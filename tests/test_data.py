@@ -2,7 +2,6 @@
 
 import colorsys
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from PIL import Image
 
 from vtv_nnsight import data
 from vtv_nnsight.data.drawn_scenes import GROUNDS, HUES, NAMES, SHAPES, SPLITS, TEXTURES, render
-from vtv_nnsight.data.package_photographs import PHOTOGRAPHS
 from vtv_nnsight.images import open_picture, read_picture
 
 ALL_FOLDS = (0, 1, 2, 3)
@@ -119,37 +117,6 @@ def test_what_render_refuses():
             render("train", indices)
 
 
-def test_photographs_are_read_from_the_installed_wheels(monkeypatch):
-    pytest.importorskip("skimage")
-    pytest.importorskip("sklearn")
-    monkeypatch.setattr("socket.socket.connect", None)
-    everything, train, test = (data.photographs(split) for split in (None, "train", "test"))
-    assert sorted(everything["name"]) == sorted(PHOTOGRAPHS)
-    assert not set(train["name"]) & set(test["name"]) and len(train) + len(test) == len(everything)
-    for row in everything:
-        assert row["image"].mode == "RGB" and min(row["image"].size) >= 300
-        assert PHOTOGRAPHS[row["name"]].licence in row["source"]
-
-
-def test_photographs_without_colour_can_be_left_out():
-    pytest.importorskip("skimage")
-    pytest.importorskip("sklearn")
-    for row in data.photographs(grey=False):
-        assert np.ptp(np.asarray(row["image"], int), axis=-1).mean() > 1
-    assert len(data.photographs("train")) > len(data.photographs("train", grey=False))
-
-
-def test_an_unknown_split_of_photographs_is_refused():
-    with pytest.raises(ValueError, match="split='validation'"):
-        data.photographs("validation")
-
-
-def test_photographs_say_which_extra_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(ImportError, match=r"scikit-image.*pip install vtv-nnsight\[pretraining\]"):
-        data.photographs()
-
-
 def test_a_folder_of_mixed_pictures_with_broken_ones(tmp_path):
     picture = Image.fromarray(render("train", [0], size=96).images[0])
     (tmp_path / "deeper").mkdir()
@@ -240,7 +207,6 @@ def specs(voc_root, tmp_path, monkeypatch):
     return {
         "pictures": ["pictures"],
         "scenes": ["scenes"],
-        "photographs": ["photographs"],
         "pascal": [f"pascal:{voc_root}:masks", f"pascal:{voc_root}:0:masks"],
         "detection": [f"detection:{voc_root}"],
         "hub": [
@@ -261,8 +227,6 @@ def specs(voc_root, tmp_path, monkeypatch):
 def test_what_is_tested_on_was_never_learned_from(specs, name):
     """Of every source, and whatever the seeds, no picture of "train" is in another split."""
     assert set(specs) == set(data.SOURCES)
-    if name == "photographs":
-        pytest.importorskip("skimage"), pytest.importorskip("sklearn")
     for spec in specs[name]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # classes of a single picture
@@ -273,7 +237,7 @@ def test_what_is_tested_on_was_never_learned_from(specs, name):
                     assert held and not held & train, (spec, split)
 
 
-@pytest.mark.parametrize("name", [name for name in data.SOURCES if name not in ("photographs", "detection")])
+@pytest.mark.parametrize("name", [name for name in data.SOURCES if name != "detection"])
 def test_split_data(specs, name):
     for spec in specs[name]:
         with warnings.catch_warnings():
@@ -334,7 +298,7 @@ def test_what_load_refuses(specs, tmp_path):
     with pytest.raises(ValueError, match="few holds 2 different pictures .* give 4 or more"):
         data.load(str(few), "test")
     assert len(data.load(str(few))) == 6
-    for spec in ("scenes", "photographs", specs["folder"][0], f"{specs['hub'][0]}:train"):
+    for spec in ("scenes", "pictures", specs["folder"][0], f"{specs['hub'][0]}:train"):
         with pytest.raises(ValueError, match="split='trian'"):
             data.load(spec, "trian")
     assert all(source.usage.startswith(name) and source.help for name, source in data.SOURCES.items())

@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 
 pytest.importorskip("skimage")
 
+import data_size
+
 from vtv_nnsight import MAEVQGAN, Layout, tasks
 from vtv_nnsight.cli import app
-from vtv_nnsight.training import figures, pretrain
+from vtv_nnsight.training import pretrain
 from vtv_nnsight.training.corpus import CUTOUT, PHOTO, Corpus, Picture
 from vtv_nnsight.training.curriculum import HELD_OUT
-from vtv_nnsight.training.figures import KINDS, compose_figure, composed, cropped, fitted, listed
+from vtv_nnsight.training.figures import cropped, fitted, listed
 from vtv_nnsight.training.mae import HIDDEN, random_mask
 
 
@@ -36,7 +38,7 @@ def corpus():
     return Corpus(pictures)
 
 
-@pytest.mark.parametrize("draw", [composed, cropped])
+@pytest.mark.parametrize("draw", [data_size.composed, cropped])
 def test_canvases_depend_on_seed_and_step_alone(draw, corpus):
     first = draw(3, 5, 40, 0, corpus)
     assert first.shape == (5, 3, 40, 40) and first.dtype == torch.float32 and first.min() >= 0 and first.max() <= 1
@@ -45,12 +47,12 @@ def test_canvases_depend_on_seed_and_step_alone(draw, corpus):
         assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", data_size.FIGURES)
 def test_figures_are_grids_on_white(kind, corpus):
     """All are near the size asked for, and most have white rows or columns from side to side."""
     generator, separated = np.random.default_rng(0), 0
     for _ in range(20):
-        figure = compose_figure(corpus, 160, generator, kind)
+        figure = data_size.compose_figure(corpus, 160, generator, kind)
         assert figure.mode == "RGB" and 0.65 * 160 <= max(figure.size) <= 1.4 * 160
         white = (np.asarray(figure) == 255).all(-1)
         separated += white.all(0).any() or white.all(1).any()
@@ -59,8 +61,8 @@ def test_figures_are_grids_on_white(kind, corpus):
 
 def test_a_row_of_changes_shows_one_picture(corpus, monkeypatch):
     """With tasks that leave the picture as it is, all of a row's pictures are the same, and rows differ."""
-    monkeypatch.setattr(figures, "draw_task", lambda generator, masks: tasks.identity + tasks.identity)
-    grid = figures._changed(corpus, 3, 4, 24, np.random.default_rng(1))
+    monkeypatch.setattr(data_size, "draw_task", lambda generator, masks: tasks.identity + tasks.identity)
+    grid = data_size._changed(corpus, 3, 4, 24, np.random.default_rng(1))
     assert [len(line) for line in grid] == [4, 4, 4]
     first = [np.asarray(line[0]) for line in grid]
     for line in grid:
@@ -70,14 +72,14 @@ def test_a_row_of_changes_shows_one_picture(corpus, monkeypatch):
 
 def test_no_figure_holds_the_parts_of_a_task_that_is_held_out(corpus, monkeypatch):
     drawn = []
-    own = figures.draw_task
-    monkeypatch.setattr(figures, "draw_task", lambda *a: drawn.append(own(*a)) or drawn[-1])
+    own = data_size.draw_task
+    monkeypatch.setattr(data_size, "draw_task", lambda *a: drawn.append(own(*a)) or drawn[-1])
     refused = []
-    whether = figures.is_held_out
-    monkeypatch.setattr(figures, "is_held_out", lambda task: refused.append((task, whether(task))) or refused[-1][1])
+    whether = data_size.is_held_out
+    monkeypatch.setattr(data_size, "is_held_out", lambda task: refused.append((task, whether(task))) or refused[-1][1])
     generator = np.random.default_rng(0)
     for _ in range(60):
-        figures._changed(corpus, 1, 4, 16, generator)
+        data_size._changed(corpus, 1, 4, 16, generator)
     assert any(held for _, held in refused)  # such figures were drawn, and drawn again
     kept = [set(task.parts) for task, held in refused if not held]
     assert not any(parts >= set(getattr(held, "parts", (held,))) for parts in kept for held in HELD_OUT)
@@ -142,14 +144,14 @@ def test_lists_of_figures_that_cannot_serve_are_told(cvf):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:1 of the 3 figures")
-def test_a_model_is_trained_on_composed_figures_and_on_ones_own(tmp_path, cvf):
+def test_a_model_is_trained_on_figures_of_ones_own(tmp_path, cvf):
     mine = tmp_path / "mine"
     mine.mkdir()
     for i in range(3):
         Image.effect_noise((90, 60), 60 + i).save(mine / f"{i}.png")
     pretrain("tokenizer", "smoke", tmp_path / "run", steps=3)
     logs = []
-    for name, data in {"composed": "figures", "own": str(mine), "vp": f"cvf:{cvf}"}.items():
+    for name, data in {"own": str(mine), "vp": f"cvf:{cvf}"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer").symlink_to(tmp_path / "run" / "tokenizer")
         given = ["pretrain", "mae", "--config", "smoke", "--steps", "3", "--data", data, "--out", str(tmp_path / name)]
@@ -157,12 +159,12 @@ def test_a_model_is_trained_on_composed_figures_and_on_ones_own(tmp_path, cvf):
         assert done.exit_code == 0, done.output
         logs.append(json.loads((tmp_path / name / "mae" / "log.jsonl").read_text())["loss"])
         assert MAEVQGAN(tmp_path / name / "mae" / "model").config.image_size == 56
-    assert len(set(logs)) == 3
+    assert len(set(logs)) == 2
 
 
 def test_data_that_cannot_be_trained_on_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'figures' is for the stage 'mae'; the tokenizer"):
-        pretrain("tokenizer", "smoke", tmp_path, data="figures")
+    with pytest.raises(ValueError, match="'mine' is for the stage 'mae'; the tokenizer"):
+        pretrain("tokenizer", "smoke", tmp_path, data="mine")
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         pretrain("mae", "smoke", tmp_path, data="nowhere")
     with pytest.raises(ValueError, match="no picture"):

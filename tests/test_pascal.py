@@ -20,7 +20,7 @@ from vtv_nnsight.evaluation import Table
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.report import page as report
 from vtv_nnsight.report import reading
-from vtv_nnsight.runs import Settings, folds, protocol, steps
+from vtv_nnsight.runs import Settings, protocol, steps
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.vectors import TaskVectors
 
@@ -34,11 +34,9 @@ def voc(voc_root):
 
 
 @pytest.fixture
-def load(voc_root, tmp_path):
+def load(voc_root):
     """Of lists made of the masks, unless told otherwise."""
-    return lambda *args, **kwargs: pascal(
-        voc_root, *args, **{"splits": "masks", "cache_dir": tmp_path / "cache"} | kwargs
-    )
+    return lambda *args, **kwargs: pascal(voc_root, *args, **{"published": False} | kwargs)
 
 
 def names(images):
@@ -90,48 +88,6 @@ def test_episodes_pair_other_pictures_of_the_class(load):
     assert torch.equal(prompts.canvas, tasks.segmentation.prompts(images, n=30, seed=1).canvas)
 
 
-def test_lists_are_remembered_until_the_masks_change(load, voc, monkeypatch):
-    first = names(load(0, "trn"))
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[pascal.__module__], "_label_map", lambda path: pytest.fail("read again"))
-        assert names(load(0, "trn")) == first
-    label_map((2, 2, 2, 20, 20), (3, 30, 2, 40, 20)).save(voc / "SegmentationClassAug" / "a1.png")
-    with pytest.warns(UserWarning, match="aeroplane|bird"):
-        assert names(load(0, "trn"))[:2] == [("a1", 2), ("a1", 3)]
-
-
-@pytest.fixture
-def splits(voc_root):
-    folder = voc_root / "splits"
-    for split in ("trn", "val"):
-        (folder / split).mkdir(parents=True)
-        for fold in range(4):
-            (folder / split / f"fold{fold}.txt").write_text("")
-    return folder
-
-
-def test_lists_of_ones_own_are_taken_where_they_are(load, splits, voc_root):
-    (splits / "trn" / "fold0.txt").write_text("a2__02\na3__02\n")
-    assert names(load(0, "trn", splits="splits")) == [("a2", 2), ("a3", 2)]
-    splits.rename(voc_root / "elsewhere")
-    assert len(load(0, "trn")) == 4
-    assert names(load(0, "trn", splits=voc_root / "elsewhere")) == [("a2", 2), ("a3", 2)]
-
-
-@pytest.mark.filterwarnings("ignore:.*it has no example")
-def test_lists_beside_the_pictures_are_in_the_root_that_was_given(splits, voc_root, tmp_path, monkeypatch):
-    """With ~ for the home, and in `VOCdevkit` itself, by a source's name and in a run."""
-    (splits / "trn" / "fold0.txt").write_text("a2__02\na3__02\n")
-    (splits / "val" / "fold0.txt").write_text("b1__01\nb2__01\n")
-    monkeypatch.setenv("HOME", str(voc_root))
-    for own, into in (("~", splits), ("~/VOCdevkit", voc_root / "VOCdevkit" / "splits")):
-        splits = splits.rename(into)
-        spec = f"pascal:{own}:0:splits"
-        ((fold,), _) = folds.load_folds(tmp_path / "run", Settings(data=spec))
-        assert names(fold.train) == names(data.load(spec, "train")) == [("a2", 2), ("a3", 2)]
-        assert names(fold.test) == names(data.load(spec, "test")) == [("b1", 1), ("b2", 1)]
-
-
 def test_published_lists_are_the_default(load, voc_root, monkeypatch):
     """Those of OSLSM, by way of HSNet, as both papers' code has them."""
     lists = {(split, fold): published_list(split, fold) for split in ("trn", "val") for fold in range(4)}
@@ -140,8 +96,9 @@ def test_published_lists_are_the_default(load, voc_root, monkeypatch):
     assert all({entry.label for entry in rows} == {5 * fold + i for i in range(5)} for (_, fold), rows in lists.items())
     pictures = {half: {e.name for f in range(4) for e in lists[half, f]} for half in ("trn", "val")}
     assert not pictures["trn"] & pictures["val"]
-    assert [str(lists["trn", 0][i]) for i in (0, -1)] == ["2007_000032__01", "2011_003262__05"]
-    digest = hashlib.sha256("".join(f"{e}\n" for rows in lists.values() for e in rows).encode()).hexdigest()
+    assert [lists["trn", 0][i] for i in (0, -1)] == [("2007_000032", 0), ("2011_003262", 4)]
+    lines = "".join(f"{name}__{label + 1:02d}\n" for rows in lists.values() for name, label in rows)
+    digest = hashlib.sha256(lines.encode()).hexdigest()
     assert digest == DIGEST
     with pytest.raises(ValueError, match="the published list .*:masks lists what is there.* names 2279 pictures"):
         pascal(voc_root, 0, "trn")
@@ -150,27 +107,6 @@ def test_published_lists_are_the_default(load, voc_root, monkeypatch):
     monkeypatch.setattr(module, "_published_lists", lambda: {f: [module.Entry(*e) for e in v] for f, v in own.items()})
     with pytest.warns(UserWarning, match="one picture"):
         assert names(pascal(voc_root / "VOCdevkit", (1, 2), "trn")) == [("a3", 7), ("a1", 8), ("a2", 12)]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("a1__01\nx1__01\nx2__02\n", r"fold0.txt names 2 pictures that have no .jpg in .*JPEGImages: x1, x2"),
-        ("a1__01\na1_1\n", "line 2: 'a1_1' cannot be read"),
-        ("a1__21\n", "from 1 to 20"),
-        ("", "trn of fold 0 is empty"),
-    ],
-)
-def test_bad_lists_are_refused(load, splits, text, words):
-    (splits / "trn" / "fold0.txt").write_text(text)
-    with pytest.raises(ValueError, match=words):
-        load(0, "trn", splits="splits")
-
-
-def test_a_missing_list_is_named(load, splits):
-    (splits / "val" / "fold2.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="val/fold2.txt"):
-        load(2, "val", splits="splits")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +132,7 @@ def test_what_is_no_fold_or_split_or_mask_is_refused(load, voc):
         load(3, "val")
     Image.new("L", VOC_SIZE, 60).save(voc / "SegmentationClassAug" / "a1.png")
     with pytest.raises(ValueError, match="mask a1.png holds the value 60"):
-        load(0, "val")
+        load(0, "trn")
     (voc / "JPEGImages" / "a2.jpg").unlink()
     label_map((1, 0, 0, 9, 9)).save(voc / "SegmentationClassAug" / "a1.png")
     with pytest.raises(ValueError, match="names 1 pictures that have no .jpg in .*: a2"):
@@ -274,12 +210,7 @@ def test_detection_without_pictures_is_refused(voc_root, voc):
         detection(voc_root, "test")
 
 
-@pytest.fixture
-def cached(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def test_data_by_name(voc_root, cached):
+def test_data_by_name(voc_root):
     assert names(data.load(f"pascal:{voc_root}:0:masks", "train")) == [("a1", 1), ("a2", 1), ("a2", 2), ("a3", 2)]
     assert names(data.load(f"pascal:{voc_root}:0:masks", "test")) == names(
         data.load(f"pascal:{voc_root}:0:masks", "val")
@@ -451,7 +382,7 @@ def test_both_papers_tables_from_files_of_their_form(published, voc_root, voc, s
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
 
 
-def test_task_vectors_of_a_voc_tree(voc_root, cached, small_config, tmp_path, monkeypatch):
+def test_task_vectors_of_a_voc_tree(voc_root, small_config, tmp_path, monkeypatch):
     MAEVQGANModel(small_config()).save_pretrained(tmp_path / "model")
     out = tmp_path / "vectors.safetensors"
     options = (

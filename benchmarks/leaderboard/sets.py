@@ -155,8 +155,9 @@ def settings_of_runs(files: Sequence[str]) -> list[dict[str, Any]]:
         if known and vectors.is_file():
             known["vectors"] = vectors
         if known.get("data", "").startswith("pascal:") and vectors.parent.name.startswith("fold"):
-            root, _, lists = data.pascal_argument(known["data"].removeprefix("pascal:"))
-            known["data"] = f"pascal:{root}:{vectors.parent.name.removeprefix('fold')}:{lists}"
+            root, _, published = data.pascal_argument(known["data"].removeprefix("pascal:"))
+            fold = vectors.parent.name.removeprefix("fold")
+            known["data"] = f"pascal:{root}:{fold}" + ":masks" * (not published)
         if known not in runs:
             runs.append(known)
     return runs

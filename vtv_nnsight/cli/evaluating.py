@@ -192,6 +192,6 @@ def _folds(settings: Settings, split: str, max_images: int | None) -> list[tuple
     if not is_published_pascal(settings):
         most = max_images or (None if settings.data == "words" else 2 * settings.test_prompts)
         return [(0, sources.load(settings.data, split, most, settings.seed))]
-    root, fold, lists = sources.pascal_argument(settings.data.removeprefix("pascal:"))
+    root, fold, published = sources.pascal_argument(settings.data.removeprefix("pascal:"))
     half = "trn" if split == "train" else "val"
-    return [(f, sources.pascal(root, f, half, splits=lists)) for f in (range(4) if fold is None else (fold,))]
+    return [(f, sources.pascal(root, f, half, published=published)) for f in (range(4) if fold is None else (fold,))]

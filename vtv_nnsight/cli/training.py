@@ -16,7 +16,7 @@ from vtv_nnsight.training import pretrain as train
 
 @app.command(
     epilog="Examples: vtv pretrain tokenizer --config tiny --out runs/tiny\n\n"
-    "vtv pretrain mae --config tiny --out runs/tiny --resume\n\nvtv pretrain mae --data figures --out runs/tiny"
+    "vtv pretrain mae --config tiny --out runs/tiny --resume\n\nvtv pretrain mae --data my-figures --out runs/tiny"
 )
 def pretrain(
     stage: Annotated[
@@ -38,14 +38,13 @@ def pretrain(
     data: Annotated[
         str | None,
         typer.Option(
-            help='For mae: "figures", composed of --images as papers show them, a folder of your own figures, or '
-            "cvf:ROOT, VP's by their list; parts are hidden at random, as in VP.",
+            help="For mae: a folder of your own figures, or cvf:ROOT, VP's by their list, in which parts are hidden at "
+            "random.",
             show_default="prompts",
         ),
     ] = None,
     start: Annotated[
-        str | None,
-        typer.Option(help="For mae: a model to begin with, by its name or folder, of the same size or smaller."),
+        str | None, typer.Option(help="For mae: a model of the same size to begin with, by its name or folder.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps to do.", show_default="the config's")

@@ -23,7 +23,6 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,6 @@ from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
 from vtv_nnsight.data.checks import check_split
-from vtv_nnsight.files import write_text
 from vtv_nnsight.text import join_names
 
 CLASSES = (
@@ -46,8 +44,6 @@ FOLDS = (0, 1, 2, 3)
 PER_FOLD = len(CLASSES) // len(FOLDS)
 SPLITS = ("trn", "val")
 DrawMask = Callable[..., Image.Image]
-LISTS = ("published", "masks", "splits")
-"""Where the lists of a fold are: in the package; made of the masks; in ROOT/splits."""
 VOC = "VOCtrainval_11-May-2012.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/)"
 SBD = (
     "SegmentationClassAug, VOC2012's masks with SBD's (see the data preparation of Volumetric-Aggregation-Transformer)"
@@ -58,34 +54,14 @@ DOWNLOADS |= dict.fromkeys(("JPEGImages", "ImageSets/Segmentation", "ImageSets/M
 
 
 class Entry(NamedTuple):
-    """A line of a split file: a picture, and one of the classes that it shows, from 0."""
+    """A line of a list: a picture, and one of the classes that it shows, from 0."""
 
     name: str
     label: int
 
-    def __str__(self) -> str:
-        return f"{self.name}__{self.label + 1:02d}"
-
-    @classmethod
-    def read(cls, line: str) -> Entry:
-        """The entry of such a line.
-
-        Raises:
-            ValueError: when it is no picture and class from 1 to 20, joined by two underscores.
-        """
-        name, separator, number = line.strip().rpartition("__")
-        if not (name and separator and number.isdecimal() and 1 <= int(number) <= len(CLASSES)):
-            raise ValueError(f"expected a picture and a class from 1 to {len(CLASSES)}, as in 2008_000009__10")
-        return cls(name, int(number) - 1)
-
 
 def pascal(
-    root: str | os.PathLike[str],
-    fold: int | Sequence[int] | None = 0,
-    split: str = "val",
-    *,
-    splits: str | os.PathLike[str] = "published",
-    cache_dir: str | os.PathLike[str] | None = None,
+    root: str | os.PathLike[str], fold: int | Sequence[int] | None = 0, split: str = "val", *, published: bool = True
 ) -> Dataset:
     """One fold of Pascal-5i: columns image, mask ("L", 0 or 255, of the row's class) and label.
 
@@ -95,15 +71,12 @@ def pascal(
         root: The folder that holds `VOCdevkit/VOC2012`, with `JPEGImages` and `SegmentationClassAug`.
         fold: 0 to 3, for classes 5 fold to 5 fold + 4; several, one after the other; None for all twenty.
         split: "trn", where VTV collects and searches, or "val", where both papers report.
-        splits: "published", the lists in the package. "masks": every picture with every class in its mask, where "val"
-            is VOC's (`ImageSets/Segmentation/val.txt`) and all other masks are "trn". "splits", or the path of
-            another folder: `ROOT/splits/{split}/fold{fold}.txt` with lines such as `2008_000009__10`.
-        cache_dir: Where that list is kept; the datasets library's cache by default.
+        published: The lists in the package. Else every picture with every class in its mask, where "val" is VOC's
+            (`ImageSets/Segmentation/val.txt`) and all other masks are "trn".
 
     Raises:
         FileNotFoundError: when a folder is missing, naming it and what to download.
-        ValueError: when fold or split is unknown, a list names pictures that are not there or lines that cannot be
-            read, or the fold is empty.
+        ValueError: when fold or split is unknown, a list names pictures that are not there, or the fold is empty.
 
     Warns:
         UserWarning: when a class has a single picture, which can have no example.
@@ -113,15 +86,12 @@ def pascal(
         raise ValueError(f"fold={fold!r} is not a fold of Pascal-5i; choose 0, 1, 2, 3, or None for all classes.")
     check_split(split, SPLITS)
     voc = _voc(root, "JPEGImages", "SegmentationClassAug")
-    if splits == "masks":
-        entries = [entry for entry in _computed(voc, split, cache_dir) if entry.label // PER_FOLD in folds]
-    elif splits == "published":
+    if published:
         entries = [entry for f in folds for entry in published_list(split, f)]
         source = "the published list (the source pascal:ROOT:FOLD:masks lists what is there)"
         _check_files(source, [entry.name for entry in entries], voc, JPEGImages=".jpg", SegmentationClassAug=".png")
     else:
-        folder = Path(root, "splits") if splits == "splits" else Path(splits)
-        entries = [entry for f in folds for entry in _listed(folder.expanduser() / split / f"fold{f}.txt", voc)]
+        entries = [entry for entry in _entries_of_masks(voc, split) if entry.label // PER_FOLD in folds]
     where = f"{split} of fold {fold}" if fold is not None else split
     if not entries:
         raise ValueError(f"{where} is empty: {voc} has no picture with a mask of these classes; check the files.")
@@ -142,7 +112,8 @@ def _published_lists() -> dict[str, list[Entry]]:
         if line.endswith(".txt"):
             entries = lists.setdefault(line, [])
         else:
-            entries.append(Entry.read(line))
+            name, _, number = line.rpartition("__")
+            entries.append(Entry(name, int(number) - 1))
     return lists
 
 
@@ -240,42 +211,23 @@ def _voc(root: str | os.PathLike[str], *needed: str) -> Path:
     return voc
 
 
-def _listed(file: Path, voc: Path) -> list[Entry]:
-    entries = []
-    for number, line in enumerate(_lines(file), 1):
-        try:
-            entries.append(Entry.read(line))
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {line!r} cannot be read; {error}.") from error
-    _check_files(file, [entry.name for entry in entries], voc, JPEGImages=".jpg", SegmentationClassAug=".png")
-    return entries
-
-
-def _computed(voc: Path, split: str, cache_dir: str | os.PathLike[str] | None) -> list[Entry]:
-    """Every picture of a split with every class in its mask; remembered until the masks change."""
+def _entries_of_masks(voc: Path, split: str) -> list[Entry]:
+    """Every picture of a split with every class in its mask."""
     masks = sorted((voc / "SegmentationClassAug").glob("*.png"))
     if not masks:
         raise ValueError(f"{voc / 'SegmentationClassAug'} has no masks (.png); download {SBD}.")
     _voc(voc.parent, "ImageSets/Segmentation")
     held_out = set(_lines(voc / "ImageSets" / "Segmentation" / "val.txt"))
-    stats = [(path, path.stat()) for path in masks]
-    stamp = datasets.fingerprint.Hasher.hash([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats])
-    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "vtv_nnsight" / f"pascal-{stamp}.txt"
-    if cache.is_file():
-        entries = [Entry.read(line) for line in _lines(cache)]
-    else:
-        with ThreadPoolExecutor() as pool:
-            contents = pool.map(lambda path: np.unique(_label_map(path)), masks)
-            labelled = [(mask.stem, int(value)) for mask, values in zip(masks, contents) for value in values]
-        entries = [Entry(name, value - 1) for name, value in labelled if value not in (0, 255)]
-        if strange := [entry for entry in entries if entry.label >= len(CLASSES)]:
-            name, label = strange[0]
-            raise ValueError(
-                f"the mask {name}.png holds the value {label + 1}; expected classes 1 to {len(CLASSES)}, 0 and 255."
-            )
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_text(cache, "".join(f"{entry}\n" for entry in entries))
-    entries = [entry for entry in entries if (entry.name in held_out) == (split == "val")]
+    entries = []
+    for mask in masks:
+        if (mask.stem in held_out) == (split == "val"):
+            values = np.unique(_label_map(mask)).tolist()
+            entries += [Entry(mask.stem, value - 1) for value in values if value not in (0, 255)]
+    if strange := [entry for entry in entries if entry.label >= len(CLASSES)]:
+        name, label = strange[0]
+        raise ValueError(
+            f"the mask {name}.png holds the value {label + 1}; expected classes 1 to {len(CLASSES)}, 0 and 255."
+        )
     _check_files(voc / "SegmentationClassAug", {entry.name for entry in entries}, voc, JPEGImages=".jpg")
     return entries
 

@@ -22,8 +22,7 @@ from vtv_nnsight.data.drawn_scenes import scenes
 from vtv_nnsight.data.embedded_pictures import pictures
 from vtv_nnsight.data.folders import folder, pairs
 from vtv_nnsight.data.hub_datasets import hub
-from vtv_nnsight.data.package_photographs import photographs
-from vtv_nnsight.data.pascal_voc import LISTS, detection, pascal
+from vtv_nnsight.data.pascal_voc import detection, pascal
 from vtv_nnsight.digests import bytes_digest, json_digest
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.text import check_kind, quoted
@@ -84,18 +83,12 @@ def _pictures(_: str, split: str | None, n: int, seed: int) -> Dataset:
     return pictures(_half(split, "train", "test"))
 
 
-@_source("photographs")
-def _photographs(_: str, split: str | None, n: int, seed: int) -> Dataset:
-    """sixteen photographs of the 'pretraining' extra"""
-    return photographs(split and _half(split, "train", "test"))
-
-
-@_source("pascal", "ROOT[:FOLD][:LISTS]")
+@_source("pascal", "ROOT[:FOLD][:masks]")
 def _pascal(argument: str, split: str | None, n: int, seed: int) -> Dataset:
-    """Pascal VOC with masks, all classes or one fold of Pascal-5i; LISTS says which pictures make it: published (in the
-    package, the default), masks (made of them) or splits (ROOT/splits)"""
-    root, fold, splits = pascal_argument(argument)
-    return pascal(root, fold, _half(split, "trn", "val"), splits=splits)
+    """Pascal VOC with masks, all classes or one fold of Pascal-5i; of the published lists, or with :masks at its end of
+    all masks that are there"""
+    root, fold, published = pascal_argument(argument)
+    return pascal(root, fold, _half(split, "trn", "val"), published=published)
 
 
 @_source("detection", "ROOT[:LARGEST]")
@@ -155,12 +148,12 @@ def detection_argument(argument: str) -> tuple[str, float]:
     return (root, float(share)) if root and share.replace(".", "", 1).isdecimal() else (argument, 0.5)
 
 
-def pascal_argument(argument: str) -> tuple[str, int | None, str]:
-    """Root, fold (None for all) and lists of "ROOT[:FOLD][:LISTS]"."""
-    rest, colon, last = argument.rpartition(":")
-    argument, splits = (rest, last) if colon and last in LISTS else (argument, "published")
-    root, _, fold = argument.rpartition(":")
-    return (root, int(fold), splits) if root and fold.isdecimal() else (argument, None, splits)
+def pascal_argument(argument: str) -> tuple[str, int | None, bool]:
+    """Root, fold (None for all), and whether the lists are the published ones, of "ROOT[:FOLD][:masks]"."""
+    place = argument.removesuffix(":masks")
+    root, _, fold = place.rpartition(":")
+    numbered = root and fold.isdecimal()
+    return root if numbered else place, int(fold) if numbered else None, place == argument
 
 
 def load(spec: str, split: str | None = None, n: int | None = None, seed: int = 0) -> Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,11 +44,11 @@ def load_folds(out: Path, settings: Settings) -> tuple[list[Fold], list[str]]:
     """The data of every fold, pictures to learn from and to test on apart; and what loading them had to say."""
     names, test = {"": settings.data}, None if is_published_detection(settings) else 2 * settings.test_prompts
     if settings.data.startswith("pascal:"):
-        root, fold, lists = data.pascal_argument(settings.data.removeprefix("pascal:"))
+        root, fold, published = data.pascal_argument(settings.data.removeprefix("pascal:"))
         numbers = settings.folds or (range(4) if fold is None else (fold,))
         if is_published_pascal(settings):
-            return published_folds(out, settings, root, lists, numbers), [FOLD_DRAWS] * settings.fold_draws
-        names = {f"fold{fold}": f"pascal:{root}:{fold}" + f":{lists}" * (lists != "published") for fold in numbers}
+            return published_folds(out, settings, root, published, numbers), [FOLD_DRAWS] * settings.fold_draws
+        names = {f"fold{fold}": f"pascal:{root}:{fold}" + ":masks" * (not published) for fold in numbers}
     elif settings.folds:
         raise ValueError(f"{settings.data!r} has no folds; they go with data='pascal:ROOT'.")
     folds: list[Fold] = []
@@ -79,18 +80,15 @@ def is_published_pascal(settings: Settings) -> bool:
     return settings.protocol == "published" and settings.data.startswith("pascal:")
 
 
-def published_folds(out: Path, settings: Settings, root: str, lists: str, numbers: Sequence[int]) -> list[Fold]:
+def published_folds(out: Path, settings: Settings, root: str, published: bool, numbers: Sequence[int]) -> list[Fold]:
     """The folds of the released protocol: each is tested on, the first finds vectors and sets for all of them."""
-    train = data.pascal(root, VECTOR_FOLDS, "trn", splits=lists)
-    search = data.pascal(root, settings.search_fold, "trn", splits=lists)
+    read = partial(data.pascal, root, published=published)
+    train, search = read(VECTOR_FOLDS, "trn"), read(settings.search_fold, "trn")
     first = out / f"fold{numbers[0]}"
     return [
-        Fold(
-            f"fold{number}", out / f"fold{number}", number, train, data.pascal(root, number, "val", splits=lists),
-            search, first if number != numbers[0] else None,
-        )
-        for number in numbers
-    ]  # fmt: skip
+        Fold(f"fold{n}", out / f"fold{n}", n, train, read(n, "val"), search, first if n != numbers[0] else None)
+        for n in numbers
+    ]
 
 
 def selects(settings: Settings, rows: Dataset) -> bool:

@@ -6,14 +6,13 @@
     >>> model = MAEVQGAN("runs/tiny/mae/model")
 
 The embedded model's card, weights/tiny/README.md, says how it was trained. VP's way, figures with random masks in the
-place of prompts, is `pretrain("mae", …, data="figures")`, data="my/figures" for a folder of yours, or
-data="cvf:ROOT" for VP's own Computer Vision Figures (`figures.listed`).
+place of prompts, is `pretrain("mae", …, data="my/figures")`, or data="cvf:ROOT" for VP's own Computer Vision Figures
+(`figures.listed`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ import torch
 from vtv_nnsight.models.mae_vqgan.traced import MAEVQGAN
 from vtv_nnsight.training import recipes
 from vtv_nnsight.training.corpus import PHOTO, Corpus
-from vtv_nnsight.training.figures import composed, cropped, listed
+from vtv_nnsight.training.figures import ListedFigures, cropped, listed
 from vtv_nnsight.training.mae import random_mask, train_mae
 from vtv_nnsight.training.tokenizer import WEIGHTS, load_tokenizer, train_decoder, train_tokenizer
 
 STAGES = ("tokenizer", "decoder", "mae")
-FIGURES, CVF = "figures", "cvf:"
+CVF = "cvf:"
 
 __all__ = ["STAGES", "pretrain", "recipes", "train_decoder", "train_mae", "train_tokenizer"]
 
@@ -53,11 +52,10 @@ def pretrain(
     Args:
         images: A corpus (as `docs/gather_corpus.py` writes it) or a folder of pictures to train on beside the scenes;
             without it, the photographs that scikit-image and scikit-learn carry.
-        data: For "mae", what is learned from, with random masks, in the place of prompts: "figures" that are composed
-            of `images` (`figures.composed`), a folder of figures or pictures ("./figures" where it has that name), or
-            "cvf:ROOT", the Computer Vision Figures that the released list says to train on (`figures.listed`).
-        start: A model, by its name or folder, to begin the transformer with: of the same size or
-            smaller (`growth.widen`), whatever its codes.
+        data: For "mae", what is learned from, with random masks, in the place of prompts: a folder of figures or
+            pictures, or "cvf:ROOT", the Computer Vision Figures that the released list says to train on
+            (`figures.listed`).
+        start: A model of the same size, by its name or folder, to begin the transformer with, whatever its codes.
         steps: Optimiser steps in place of the recipe's; a resumed run may change them.
         decay: Last steps, over which the rates fall to zero, in place of the recipe's. To end a long run early, resume
             it with fewer `steps` and some of them as `decay`.
@@ -93,7 +91,9 @@ def pretrain(
     if stage == "tokenizer":
         return train_tokenizer(sizes.config, recipe, out / stage, **options)
     if data is not None:
-        options |= {"canvases": _figures(data, options["corpus"], sizes.config.image_size, seed), "mask": random_mask}
+        figures = _figures(data)
+        options["canvases"] = lambda step, n: cropped(step, n, sizes.config.image_size, seed, figures)
+        options["mask"] = random_mask
     polished = stage == "mae" and (out / "decoder" / WEIGHTS).is_file()
     vqgan = load_tokenizer(sizes.config, out / ("decoder" if polished else "tokenizer"))
     if stage == "decoder":
@@ -102,17 +102,14 @@ def pretrain(
     return train_mae(sizes.config, vqgan, recipe, out / stage, start=known, **options)
 
 
-def _figures(data: str | os.PathLike[str], corpus: Corpus, size: int, seed: int) -> Callable[[int, int], torch.Tensor]:
-    """The canvases of a step: figures composed of a corpus, or those of a folder."""
-    if data == FIGURES:
-        return lambda step, n: composed(step, n, size, seed, corpus)
+def _figures(data: str | os.PathLike[str]) -> Corpus | ListedFigures:
+    """Those of a folder, or of VP's list."""
     if str(data).startswith(CVF):
-        published = listed(str(data).removeprefix(CVF))
-        return lambda step, n: cropped(step, n, size, seed, published)
+        return listed(str(data).removeprefix(CVF))
     figures = Corpus.read(data)
     if not figures.has(PHOTO):
-        raise ValueError(f"{data} lists no photographs; give a folder of figures or pictures, or 'figures'.")
-    return lambda step, n: cropped(step, n, size, seed, figures)
+        raise ValueError(f"{data} lists no photographs; give a folder of figures or pictures.")
+    return figures
 
 
 def _validation(images: str | os.PathLike[str] | None) -> Corpus | None:

@@ -12,8 +12,9 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -29,6 +30,20 @@ SHORTEST = {PHOTO: 200, TEXTURE: 160, CUTOUT: 160}
 EMPHASIS = {"tuxpaint-stamps-default": 3.0, "scratch": 3.0, "gcompris-qt-data": 3.0}
 """Packages with cut-outs of photographs, among many that are drawn."""
 MANIFEST = "manifest.csv"
+PACKAGED = {
+    ("skimage", "scikit-image"): [
+        "data/astronaut.png",  # public domain (NASA)
+        "data/hubble_deep_field.jpg",  # public domain (NASA)
+        "data/ihc.png",  # no known restrictions (CMMI)
+        "data/retina.jpg",  # CC0 (Mikael Häggström)
+        "data/rocket.jpg",  # public domain (SpaceX)
+    ],
+    ("sklearn", "scikit-learn"): [
+        "datasets/images/china.jpg",  # CC BY 2.0 (danielbuechele, Flickr)
+        "datasets/images/flower.jpg",  # CC BY 2.0 (vultilion, Flickr)
+    ],
+}
+"""Photographs inside the wheels of other packages: (module, package) → files."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ class Corpus:
         if split != "train" and not listed:
             raise ValueError(f"{folder or 'the photographs'} has no {MANIFEST}, and so no split {split!r}.")
         if path is None:
-            return cls(_photographs(row["image"] for row in data.photographs("train", grey=False)))
+            return cls(_photographs(_packaged()))
         if not listed:
             return cls(_photographs(row["image"] for row in data.folder(path)))
         with open(path / MANIFEST, newline="") as file:
@@ -98,6 +113,17 @@ class Corpus:
         if not len(corpus):
             raise ValueError(f"{path / MANIFEST} lists no picture of split {split!r} that can be read.")
         return corpus
+
+
+def _packaged() -> Iterator[Image.Image]:
+    """The photographs of `PACKAGED`."""
+    for (module, package), files in PACKAGED.items():
+        spec = find_spec(module)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ImportError(f"The photographs need {package}: pip install vtv-nnsight[pretraining]")
+        for file in files:
+            with Image.open(Path(spec.submodule_search_locations[0], file)) as image:
+                yield image
 
 
 def _photographs(images: Iterable[Image.Image]) -> list[Picture]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from vtv_nnsight import tasks
@@ -20,7 +21,6 @@ from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.prompts import VisualPrompt, crop
 from vtv_nnsight.training.corpus import Corpus
-from vtv_nnsight.training.growth import recode, widen
 from vtv_nnsight.training.loop import CHECKPOINT, LossValue, train
 from vtv_nnsight.training.recipes import Recipe
 from vtv_nnsight.training.stream import SAMPLED_FROM, training_prompts, validation_prompts
@@ -91,13 +91,15 @@ def train_mae(
     model as a folder for `from_pretrained`; its path is returned.
 
     Args:
-        start: A model to begin with (`widen`).
+        start: A model of the same size to begin with, whatever its codes.
         canvases: A step and n → canvases, pixels [n, 3, height, width] in [0, 1]; by default the prompts of the
             training stream.
         mask: What they hide, as `draw_mask` says it.
     """
     torch.manual_seed(seed)
-    model = MAEVQGANModel(config) if start is None else widen(start, config)
+    model = MAEVQGANModel(config)
+    if start is not None:
+        _take_over(model, start)
     model.vqgan.load_state_dict(vqgan.state_dict())
     model.vqgan.requires_grad_(False)
     _start_head(model)
@@ -144,6 +146,32 @@ def train_mae(
     if processes().is_main_process:
         save_whole(average.cpu(), out / "model")
     return out / "model"
+
+
+def _take_over(model: MAEVQGANModel, start: MAEVQGANModel) -> None:
+    """Give a model the weights of another but for the head and the tokenizer, whose codes may differ."""
+    known = {n: p for n, p in start.state_dict().items() if not n.startswith(("vqgan.", "decoder.head."))}
+    ours = model.state_dict()
+    if differ := [n for n, p in known.items() if n not in ours or p.shape != ours[n].shape]:
+        raise ValueError(f"the model to start from is of another size than this one: {differ[0]} differs.")
+    model.load_state_dict(known, strict=False)
+
+
+@torch.no_grad()
+def recode(old_head: nn.Linear, head: nn.Linear, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Give `head` the rows that fit other codes: each the mean of the rows of `old_head` for the patches it now has.
+
+    Args:
+        old_head, head: Linear maps to the old and to the new codes; `head` may read more channels.
+        old, new: The codes of the same patches before and after, of one shape.
+    """
+    together = torch.zeros(head.out_features, old_head.out_features)
+    together.index_put_((new.flatten(), old.flatten()), torch.ones(()), accumulate=True)
+    before, now = together.sum(0), together.sum(1)
+    together += before / before.sum()  # a code that was never seen has the mean row
+    shares = together / together.sum(1, keepdim=True)
+    head.weight[:, : old_head.in_features] = shares @ old_head.weight
+    head.bias.copy_(shares @ old_head.bias + ((now + 1) / (shares @ before + 1)).log())
 
 
 @torch.no_grad()
