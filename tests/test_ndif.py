@@ -21,7 +21,7 @@ from nnsight.modeling import huggingface
 from nnsight.modeling.mixins.remotable import Remotable
 from nnsight.modeling.transformers import TransformersModel
 
-from vtv_nnsight import CausalLM, PatchSet, PatchSpace, TaskVectors, TextPrompts, capture, patch
+from vtv_nnsight import CausalLM, PatchSet, PatchSpace, TaskVectors, TextPrompts, capture, patch, search, tasks
 
 SIZES = dict(vocab_size=110, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
 GROUPED = SIZES | dict(num_key_value_heads=2, intermediate_size=48)
@@ -114,6 +114,15 @@ def strings(blob):
     return "\n".join(part for _, part, _ in opcodes if isinstance(part, str))
 
 
+def same(ours, theirs):
+    """Whether two searches found the same, to the bit."""
+    assert list(ours.patches) == list(theirs.patches) and torch.equal(ours.scores, theirs.scores)
+    assert ours.held_out_loss == theirs.held_out_loss and ours.evaluations == theirs.evaluations
+    assert [(s.evaluations, s.held_out_loss) for s in ours.history] == [
+        (s.evaluations, s.held_out_loss) for s in theirs.history
+    ]
+
+
 def test_it_is_the_servers_model(hub, far):
     model = far()
     own = TransformersModel("tiny/llama", task="text-generation", tokenizer=model.tokenizer, cache_dir=str(hub / "hub"))
@@ -153,3 +162,21 @@ def test_capture_and_patch_in_a_block(jobs, far, near, family):
             torch.testing.assert_close(theirs.values[key], values, rtol=0, atol=0, equal_nan=True)
     assert len(jobs) == 1 and len(jobs[0]) < 200_000
     assert secret not in strings(jobs[0]) and str(Path(__file__)) in strings(jobs[0])  # nnsight's own doing
+
+
+WORDS = tasks.Words("upper", {word: word.upper() for word in ("hot", "big", "sun", "cat", "tree", "red", "cup", "ink")})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_search_there_is_the_search_here(jobs, kind, far, near, family, tmp_path):
+    local, model = near(family), far(family)
+    prompts = WORDS.prompts(WORDS.rows, n=8, shots=2, seed=0)
+    vector = TaskVectors.collect(local, {"upper": prompts}, progress=False)["upper"]
+    shared = dict(budget=200, seed=3, progress=False)
+    given = (vector, WORDS, prompts.query_only())
+    ours = search.reinforce(local, *given, PatchSpace(local), **shared)
+    theirs = search.reinforce(model, *given, PatchSpace(model), remote_evaluations=60, **shared)
+    same(ours, theirs)
+    print(kind, family, len(jobs), "jobs of", [len(job) for job in jobs], "bytes")
+    assert all(len(job) < 200_000 for job in jobs)

@@ -25,7 +25,8 @@ from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSet, PatchSpace, patch
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.search.budget import GRADIENT_COST, Search
-from vtv_nnsight.search.score_function import PUBLISHED, _prune, gradient, sample
+from vtv_nnsight.search.loops import gradient, sample
+from vtv_nnsight.search.score_function import PUBLISHED, _prune
 from vtv_nnsight.vectors import TaskVectors
 
 ROOT = Path(__file__).parents[1]

@@ -54,8 +54,22 @@ def check_device_map(device_map: Any) -> None:
         resolve_device(device_map)
 
 
-def device_of(model: Any) -> torch.device:
-    """Where prompts must go. Loads the weights if they are not loaded yet."""
+def remote_of(model: Any, remote: bool | str | None = None) -> bool | str:
+    """Where a model runs, if not here: what the caller says, else what it was made with.
+
+    Raises:
+        ValueError: for a model that does not travel.
+    """
+    remote = getattr(model, "remote", False) if remote is None else remote
+    if remote and not hasattr(model, "places"):
+        raise ValueError(f"a {type(model).__name__} does not travel; its server must have this package (see the docs).")
+    return remote
+
+
+def device_of(model: Any, remote: bool | str = False) -> torch.device:
+    """Where prompts must go. Loads the weights if they are not loaded yet; of a model that runs elsewhere, the CPU."""
+    if (remote or getattr(model, "remote", False)) not in (False, "local"):
+        return torch.device("cpu")
     if hasattr(model, "dispatch"):
         model.dispatch()
     return model.device

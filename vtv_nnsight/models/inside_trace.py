@@ -161,32 +161,45 @@ def patch(
     """What `patching.patch` is there, of values and masks by site."""
     pairs = list(zip(vector, patches)) if isinstance(vector, list) else [(vector, patches)]
     replaces = mode == "replace" and isinstance(scale, (int, float)) and scale == 1
-    scale = scale[:, None, None] if isinstance(scale, torch.Tensor) and scale.ndim else scale
+    scale = scale[:, None, None, None] if isinstance(scale, torch.Tensor) and scale.ndim else scale
+    writes = [
+        (site, values[site], mask if replaces and mask.dtype == torch.bool else mask * scale, mode)
+        for values, masks in pairs
+        for site, mask in masks.items()
+    ]
+    beside(model, lambda step: write(model, writes, model.after if step == 0 else 0), steps)
 
-    def put_there(step: int) -> None:
-        for layer in range(len(model.places["heads"])):
-            for site, places in model.places.items():
-                for vectors, masks in pairs:
-                    mask = masks[site].select(-3, layer) if site in masks else torch.zeros(0)
-                    if not mask.any() and not mask.requires_grad:
-                        continue
-                    values, after = vectors[site], model.after if step == 0 else 0
+
+def write(model: Any, writes: Any, after: int = 0) -> None:
+    """Put other values in their place, layer by layer: (site, values, mask, mode) with values [layer, position, head,
+    head_dim] and a mask [layer, position, head], or with a batch in front, as for `patched`."""
+    for layer in range(len(model.places["heads"])):
+        for site, places in model.places.items():
+            here = []
+            for _, values, mask, mode in [part for part in writes if part[0] == site]:
+                mask = mask.select(-3, layer)
+                if mask.any() or mask.requires_grad:
                     values = values[layer] if isinstance(values, dict) else values.select(-4, layer)
-                    mask = mask if replaces and mask.dtype == torch.bool else mask * scale
-                    write(places[layer], values, mask, mode, after)
+                    here.append((values, mask, mode, after))
+            if here:
+                write_layer(places[layer], here)
 
-    beside(model, put_there, steps)
+
+def write_layer(place: Place, writes: Any) -> None:
+    """Put the values of one place there, one after the other: arguments of `patched`."""
+
+    def edit(z: torch.Tensor) -> torch.Tensor:
+        for part in writes:
+            z = patched(z, *part)
+        return z
+
+    change(place, edit)
 
 
 def followed(texts: list[list[int]], answers: list[list[int]], width: int) -> list[list[int]]:
     """Tokens of texts, each with all tokens of its answer but the last, as many for all rows: what follows a row's own
     answer is seen by none of its tokens."""
     return [text + answer[:-1] + [0] * (width - len(answer)) for text, answer in zip(texts, answers)]
-
-
-def write(place: Place, values: torch.Tensor, mask: torch.Tensor, mode: str = "replace", after: int = 0) -> None:
-    """Put other values in their place, as `patched` does."""
-    change(place, lambda z: patched(z, values, mask, mode, after))
 
 
 def beside(model: Any, function: Callable[[int], None], steps: str) -> None:
@@ -256,3 +269,75 @@ def answer_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     each = -log.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
     there = ids != NONE
     return (each * there).sum(1) / there.sum(1)
+
+
+def forward(model: Any, inputs: dict[str, Any], writes: Any, after: int) -> Any:
+    """Logits [row, token, vocabulary] of one forward, with other values in their place."""
+    with model.trace(**inputs):
+        write(model, writes, after)
+        logits = model.output.logits
+    return logits
+
+
+def readings(model: Any, inputs: dict[str, Any], sites: Any) -> dict[str, list[torch.Tensor]]:
+    """The activations of every layer, [batch, token, head, head_dim], by site."""
+    values: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
+    with model.trace(**inputs) as tracer:
+        for layer in range(len(model.places["heads"])):
+            for site, places in model.places.items():
+                if site in values:
+                    values[site].append(split(places[layer], first(read(places[layer]))).clone())
+        tracer.stop()
+    return values
+
+
+def moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over a batch [token, head, head_dim], and the sums of squared distances to it, averaged over the head's
+    dimensions [token, head]."""
+    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    mean = z.mean(0)
+    return mean, (z - mean).square().sum(0).mean(-1)
+
+
+def merge(
+    n: int, mean: torch.Tensor, spread: torch.Tensor, m: int, other: torch.Tensor, others: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The moments of `n` prompts and of `m` others together."""
+    step = other - mean
+    return mean + step * (m / (n + m)), spread + others + step.square().mean(-1) * (n * m / (n + m))
+
+
+def collect_moments(model: Any, batches: Any, sites: Any, positions: int) -> Any:
+    """By site, the moments of the last tokens of batches of prompts: [layer, position, …], positions from the end."""
+    total: dict[str, Any] = {}
+    count = 0
+    with torch.no_grad():
+        for ids in batches:
+            for site, layers in readings(model, {"input_ids": ids}, sites).items():
+                new = [torch.stack(part).cpu().flip(1) for part in zip(*[moments(z[:, -positions:]) for z in layers])]
+                total[site] = merge(count, *total[site], len(ids), *new) if count else new
+            count += len(ids)
+    return total
+
+
+def collect_rows(model: Any, batches: Any, sites: Any) -> Any:
+    """Of each batch of prompts, by site, the activations [layer, row, token, head, head_dim]."""
+    with torch.no_grad():
+        parts = [readings(model, {"input_ids": ids}, sites) for ids in batches]
+    return [{site: torch.stack(layers).cpu() for site, layers in part.items()} for part in parts]
+
+
+def answer(model: Any, asks: Any) -> Any:
+    """Losses [row], and logits [row, vocabulary] where the answer begins or the tokens that were said, for each ask."""
+    answers = []
+    with torch.no_grad():
+        for ask in asks:
+            logits = forward(model, ask["inputs"], ask["writes"], ask["after"])
+            said = first_tokens(logits, ask["truth"])[0].cpu()
+            loss = answer_loss(logits, ask["truth"]).cpu()
+            if ask["say"]:
+                with model.generate(**ask["say"]) as tracer:
+                    write(model, ask["writes"])
+                    said = tracer.result
+            answers.append((loss, said.cpu()))
+    return answers

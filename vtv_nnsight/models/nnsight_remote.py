@@ -10,7 +10,9 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from nnsight import register
+from httpx import HTTPError
+from nnsight import register, save
+from nnsight.intervention.backends.remote import RemoteError
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.serialization import CustomCloudPickler
 from nnsight.tracing.backend import Backend
@@ -29,6 +31,7 @@ OURS: dict[str, Callable[[Any, Any], Any]] = {}
 PLAIN[Place] = tuple
 PLAIN[ByStage] = lambda values: {key.site: value for key, value in values.items()}
 register(inside_trace.__name__)
+register(f"{PACKAGE}.search.loops")
 _reduce = CustomCloudPickler.reducer_override
 
 
@@ -86,3 +89,28 @@ class Fetching(Backend):
             changed = {name: new for name, value in values.items() if (new := self.ours(value)) is not value}
             push(tracer.info.frame, changed)
         return result
+
+
+class RemoteFailure(RuntimeError):
+    """A job that a server refused or did not end."""
+
+
+def there(model: Any, remote: bool | str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of `inside_trace`, called with the model, gives where the model runs: one job.
+
+    Args:
+        model: The model.
+        remote: As for nnsight's `trace`.
+        function: It imports torch alone, or other such functions.
+        *arguments: Tensors, numbers, strings, and lists and dicts of them.
+
+    Raises:
+        RemoteFailure: when the job fails there, or the way there does.
+    """
+    try:
+        with model.session(remote=remote):
+            result = save(function(model, *arguments))
+    except (RemoteError, OSError, HTTPError) as error:
+        last = str(error).strip().rpartition("\n")[2]
+        raise RemoteFailure(f"the server did not do this job: {last} What was done before it is kept.") from error
+    return result

@@ -19,6 +19,8 @@ Arguments that all of them share:
   be given to every one.
 - resume: A file that keeps what the search has learnt. When it exists the search goes on where it was interrupted, and
   ends as it would have.
+- remote, remote_evaluations: Where the model runs, as for nnsight's `trace`, by default where it was made to; and the
+  evaluations of one job there, about.
 - progress: Show a progress bar with the held-out loss.
 
 An algorithm proposes masks and reads losses and nothing else: `search.reinforce.on(objective, budget=…)` runs it on any

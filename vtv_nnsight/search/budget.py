@@ -18,6 +18,7 @@ this folder is all that a new one takes:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,6 +128,7 @@ class Search:
         self.evaluations, self.step, self._next_prompt = 0, 0, 0
         self.history: list[Step] = []
         self.trajectory: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._heard: list[torch.Tensor] = []
         self._held_out_losses: dict[str, float] = {}
         self._journal = self._open(resume)
         self._bar = progress_bar(
@@ -167,6 +169,21 @@ class Search:
         index = (self._next_prompt + torch.arange(count)) % len(self.train)
         self._next_prompt += count
         return self.train[index]
+
+    def follow(self, loop: Callable[..., None], settings: dict[str, Any], **more: Any) -> None:
+        """Run a loop of `loops`, which asks for losses. An objective elsewhere runs it there, too, ahead of us."""
+
+        def ask(choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            losses = self.losses(choices, rows)
+            self.step += 1
+            return losses
+
+        self._heard = []
+        if hasattr(self.objective, "ahead"):
+            self.objective.ahead(loop, {name: deepcopy(value) for name, value in settings.items()}, self._heard)
+        loop(ask, **settings, **more)
+        if hasattr(self.objective, "ahead"):
+            self.objective.ahead()
 
     def losses(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The loss of every set on its prompts.
@@ -321,6 +338,7 @@ class Search:
             size = min(count - start, self._journal.next_rows or stride)
             self.evaluations += cost * size
             answers.append(self._journal.answer(questions(slice(start, start + size)), checked))
+            self._heard.append(answers[-1])
             self._bar.update(cost * size)
             start += size
         return torch.cat(answers)

@@ -10,7 +10,7 @@ loss compares with, the prompts and the vector on the model's device. Unless los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from vtv_nnsight.patching.forward import Edit, find_loss, give_like, losses, res
 from vtv_nnsight.patching.patching import as_vectors
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.search.holdout import hold_out
+from vtv_nnsight.search.loops import batches_of
 from vtv_nnsight.search.prefixes import Prefixes, Start
 from vtv_nnsight.tasks import AnyTask
 from vtv_nnsight.vectors import Activations, TaskVector
@@ -74,6 +75,9 @@ class Objective:
             train or hold out, or activations are not one for each prompt.
     """
 
+    remote: bool | str = False
+    """Where the model runs, if not here."""
+
     def __init__(
         self,
         model: InContextModel,
@@ -94,7 +98,7 @@ class Objective:
             counts = ", ".join(f"{len(values)} {name}" for name, values in given.items())
             raise ValueError(f"{counts} were given; give one of each, or as many of each.")
         self.tasks: list[AnyTask] = given["tasks"]
-        device = device_of(model)
+        device = device_of(model, self.remote)
         self.model = model
         self.space: Any = space
         self._loss_of = [find_loss(model, loss, task) for task in self.tasks]
@@ -217,19 +221,13 @@ class Objective:
         """`function` of batches of row numbers → [row, width], each batch done by one of the processes."""
         state = processes()
         values = torch.zeros(len(rows), width, dtype=torch.float64)
-        for batch in list(self._batches(rows))[state.process_index :: state.num_processes]:
+        batches = batches_of(self.group[rows], self.batch_size, len(self.tasks))
+        for batch in batches[state.process_index :: state.num_processes]:
             values[batch] = self._fitting(function, batch).cpu()
         self.evaluations += len(rows)
         if state.num_processes > 1:
             values = reduce(values.to(state.device), "sum").cpu()
         return values
-
-    def _batches(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Row numbers of at most `batch_size` rows of one task, the same however many processes share them."""
-        for part in torch.arange(len(rows)).split(self.batch_size * len(self.tasks)):
-            groups = self.group[rows[part]]
-            for group in groups.unique():
-                yield from part[groups == group].split(self.batch_size)
 
     def _fitting(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         """`function` of a batch, in parts that fit into memory."""

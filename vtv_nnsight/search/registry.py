@@ -13,11 +13,13 @@ import torch
 
 from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.finite import check_finite
+from vtv_nnsight.models.devices import remote_of
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.objective import Objective
+from vtv_nnsight.search.remote import REMOTE_EVALUATIONS, RemoteObjective
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import AnyTask
 from vtv_nnsight.text import join_names
@@ -80,14 +82,23 @@ class Algorithm(Generic[Options]):
         vectors: TaskVectors | None = None,
         resume: str | Path | None = None,
         progress: bool = True,
+        remote: bool | str | None = None,
+        remote_evaluations: int = REMOTE_EVALUATIONS,
         *more: Options.args,
         **options: Options.kwargs,
     ) -> SearchResult:
         """Search units of a model; the arguments are those that `vtv_nnsight.search` describes."""
         self._check_options(*more, **options)
-        objective = Objective(
-            model, vector, task, prompts, space, loss=loss, batch_size=batch_size, held_out=held_out, seed=seed
-        )
+        shared: Any = {"loss": loss, "batch_size": batch_size, "held_out": held_out, "seed": seed}
+        given = (model, vector, task, prompts, space)
+        if remote := remote_of(model, remote):
+            if self.function.__module__.partition(".")[0] != __name__.partition(".")[0]:
+                raise ValueError(f"{self.name} is your own and runs here alone; take one of the package, as reinforce.")
+            objective: Objective = RemoteObjective(
+                *given, **shared, remote=remote, remote_evaluations=remote_evaluations
+            )
+        else:
+            objective = Objective(*given, **shared)
         return self.on(objective, budget, seed, vectors, resume, progress, *more, **options)
 
     def on(

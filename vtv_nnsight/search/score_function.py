@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vtv_nnsight.search.budget import Search
+from vtv_nnsight.search.loops import climb, sample
 from vtv_nnsight.search.registry import algorithm
 
 MIN_PROMPTS = 4
@@ -83,28 +84,25 @@ def reinforce(
     lr, images = 0.3 if lr is None else lr, 2 if images is None else images
     search.settings |= {"lr": lr, "images": images}
     logits = torch.full((search.units,), init, dtype=torch.float64)
-    adam = torch.optim.Adam([logits], lr)
     cost, held_out = images * masks, len(search.held_out)
     reserve = (search.budget // 3 if prune else 0) + held_out
-    every = max(1, search.budget // 12 // cost)
     search.require(reserve + cost + held_out, "one step and the end")
     best, best_loss = logits.sigmoid(), float("inf")
-    for step in search.steps(steps):
-        if search.left < reserve + cost + held_out:
-            break
-        spent = search.evaluations / (search.budget - reserve)
-        rows, probabilities = search.next_prompts(images), _chances(search, logits, spent < last_stage)
-        choices = sample(probabilities, (images, masks), search.generator)
-        losses = search.losses(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None]).view(images, masks)
-        advantage = (losses - losses.mean(1, keepdim=True)) * masks / (masks - 1)  # against the prompt's other masks
-        advantage = advantage / _scale(advantage, search.objective.group[rows])
-        adam.param_groups[0]["lr"] = lr * (1 - decay * spent)
-        logits.grad = gradient(choices, advantage, probabilities) + sparsity * probabilities * (1 - probabilities)
-        adam.step()
-        if step % every == every - 1:
-            loss = search.mean(search.validate(logits > 0, losses.mean()), search.held_out).item()
-            if loss < best_loss:
-                best, best_loss = logits.sigmoid(), loss
+
+    def judged(choices: torch.Tensor, train_loss: torch.Tensor) -> torch.Tensor:
+        nonlocal best, best_loss
+        losses = search.validate(choices, train_loss)
+        if (loss := search.mean(losses, search.held_out).item()) < best_loss:
+            best, best_loss = logits.sigmoid(), loss
+        return losses
+
+    late, most = getattr(search.objective, "late", None), search.budget if steps is None else steps
+    every, spend = max(1, search.budget // 12 // cost), search.budget - reserve
+    settings = {"seed": search.seed, "logits": logits, "late": late, "steps": most, "every": every, "spend": spend}
+    settings |= {"train": search.train, "held_out": search.held_out, "groups": search.objective.group}
+    settings |= {"images": images, "masks": masks, "lr": lr, "decay": decay}
+    settings |= {"sparsity": sparsity, "last_stage": last_stage}
+    search.follow(climb, settings, judge=judged)
     if not search.history:  # too few steps to be judged on the way
         best = logits.sigmoid()
     if not prune:
@@ -178,38 +176,6 @@ def _published_options(settings: dict[str, Any]) -> Recipe:
         raise ValueError(f"recipe='published' takes no {', '.join(given)}; leave that out, or the recipe.")
     names = ("init", "lr", "steps", "images", "sparsity", "judge")
     return PUBLISHED._replace(**{name: settings[name] for name in names if settings[name] is not None})
-
-
-def sample(probabilities: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Masks from independent Bernoullis: bool [*shape, unit]."""
-    return torch.rand(*shape, len(probabilities), dtype=torch.float64, generator=generator) < probabilities
-
-
-def gradient(choices: torch.Tensor, advantage: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Gradient of the expected loss in the logits: [unit].
-
-    Args:
-        choices: [prompt, mask, unit].
-        advantage: [prompt, mask].
-        probabilities: [unit], which the choices were drawn from.
-    """
-    score = choices.double() - probabilities
-    return torch.einsum("pm,pmu->u", advantage, score) / advantage.numel()
-
-
-def _chances(search: Search, logits: torch.Tensor, last_stage: bool) -> torch.Tensor:
-    """The probabilities that units are chosen with [unit], those of stages before the last being 0 on demand."""
-    late = getattr(search.objective, "late", None)
-    return logits.sigmoid() * late if last_stage and late is not None else logits.sigmoid()
-
-
-def _scale(advantage: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Root mean square of the advantages of each prompt's task: [prompt, 1]."""
-    scale = torch.ones(len(advantage), 1, dtype=advantage.dtype)
-    for group in groups.unique():
-        rows = groups == group
-        scale[rows] = advantage[rows].square().mean().sqrt().clamp(min=1e-12)
-    return scale
 
 
 def _standardised(losses: torch.Tensor, epsilon: float) -> torch.Tensor:

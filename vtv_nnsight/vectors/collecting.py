@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.inside_trace import last_tokens, put
+from vtv_nnsight.models.inside_trace import last_tokens, merge, moments, put
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage, batch_size_of
 from vtv_nnsight.models.sites import list_layers, module_path, read_layers, validate_sites
 from vtv_nnsight.progress import progress_bar
@@ -131,7 +131,7 @@ def measure(model: InContextModel, prompts: Prompts, sites: Sequence[str] = (HEA
 
     def keep(step: int, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
         tokens, at[stage.key] = last_tokens(seen, positions)
-        layers.setdefault(stage, []).append(_moments(z[:, tokens]))
+        layers.setdefault(stage, []).append(moments(z[:, tokens]))
 
     with torch.no_grad(), model.trace(prompts):
         read_layers(model, list_layers(model, sites), keep, stop=True)
@@ -152,19 +152,13 @@ def measure(model: InContextModel, prompts: Prompts, sites: Sequence[str] = (HEA
     return Moments(len(prompts), means, spreads)
 
 
-def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    z = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
-    mean = z.mean(0)
-    return mean, (z - mean).square().sum(0).mean(-1)
-
-
 def _merge(a: Moments, b: Moments) -> Moments:
     """The moments of both sets of prompts together."""
-    n, m = a.prompts, b.prompts
-    step = b.mean.map(torch.sub, a.mean)
-    mean = a.mean.map(lambda mean, step: mean + step * (m / (n + m)), step)
-    spread = a.spread.map(lambda x, y, step: x + y + step.square().mean(-1) * (n * m / (n + m)), b.spread, step)
-    return Moments(n + m, mean, spread)
+    merged = {
+        key: merge(a.prompts, a.mean[key], a.spread[key], b.prompts, b.mean[key], b.spread[key]) for key in a.mean
+    }
+    means, spreads = (ByStage({key: parts[i] for key, parts in merged.items()}) for i in (0, 1))
+    return Moments(a.prompts + b.prompts, means, spreads)
 
 
 def _shared_layout(prompts: Mapping[str, Prompts]) -> Any:
