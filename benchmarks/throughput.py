@@ -38,6 +38,7 @@ from torch.nn import functional as F
 from vtv_nnsight import MAEVQGAN, VisualPrompt, search, tasks
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight.models.painting import paint_canvas
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import crop
@@ -76,7 +77,7 @@ class Released:
         logits = module(prompt.canvas, prompt.visible, prompt.decoded).logits
         for hook in hooks:
             hook.remove()
-        drawn = module.paint(logits.argmax(-1), prompt.canvas, prompt.visible, prompt.decoded)
+        drawn = paint_canvas(module.vqgan.decode, logits.argmax(-1), prompt, layout, paste=True)
         pixels = TASK.loss(crop(drawn, "output", layout), crop(prompt.canvas, "output", layout))
         at = layout.index(prompt.decoded, output.to(prompt.device)) - 1
         return F.cross_entropy(logits[0, at], codes[0]).item(), pixels.item()

@@ -154,8 +154,8 @@ def test_a_runs_model_is_read_with_its_tokenizer(hub, bundle, split_checkpoint, 
     path, vqgan = map(str, split_checkpoint)
     replace(bundle, model=path, vqgan=vqgan).save(tmp_path)
     found = bundles.load(tmp_path)
-    assert "vqgan" in found.load_model().parts
-    assert "vqgan" in found.load_model(str(checkpoint)).parts  # which has its own
+    assert "vqgan" in found.load_model().network._modules
+    assert "vqgan" in found.load_model(str(checkpoint)).network._modules  # which has its own
     with pytest.raises(ValueError, match="has no tokenizer"):
         found.load_model(path)
     found.push_to_hub("me/vectors", token="hf_mine")

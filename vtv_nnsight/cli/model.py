@@ -31,10 +31,12 @@ def info(source: options.Source, vqgan: options.VQGAN = None) -> None:
     table.add_column("part")
     table.add_column("what it is")
     table.add_column("parameters", justify="right")
-    for name, text in model.parts.items():
-        table.add_row(name, text, f"{_parameters(getattr(model, name)):,}")
+    parts = dict(model.network.named_children())
+    stages = {s.name: f"{s.layers} layers of width {s.width}, {s.heads} heads" for s in model.stages}
+    for name in {**parts, **stages}:
+        table.add_row(name, stages.get(name, ""), f"{_parameters(parts[name]):,}" if name in parts else "")
     table.add_section()
-    origin = f"tokenizer from {escape(str(vqgan or source))}" if "vqgan" in model.parts else ""
+    origin = f"tokenizer from {escape(str(vqgan or source))}" if "vqgan" in parts else ""
     table.add_row("all", origin, f"{_parameters(model):,}")
     table.add_section()
     table.add_row("losses", ", ".join([*(loss.name for loss in model.losses), PIXELS]))

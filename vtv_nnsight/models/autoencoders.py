@@ -36,11 +36,6 @@ class MaskedAutoencoder(TraceableCanvas):
         }
         return tuple(Stage(name, layers, heads, width // heads) for name, (layers, heads, width) in sizes.items())
 
-    @property
-    def parts(self) -> dict[str, str]:
-        """What it is made of, for `vtv info`: name → words."""
-        return {s.name: f"{s.layers} blocks of width {s.width}, {s.heads} heads" for s in self.stages}
-
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """CLS, then the patches that the stage sees, in the prompt's order: LongTensor [token]."""
         if prompts is None:

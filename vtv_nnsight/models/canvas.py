@@ -19,12 +19,12 @@ from transformers.utils import logging
 
 from vtv_nnsight.finite import check_output
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.devices import check_device_map, resolve_device
+from vtv_nnsight.models.devices import check_device_map, floating_dtype, resolve_device
 from vtv_nnsight.models.interface import CanvasModel
 from vtv_nnsight.models.nnsight_compat import Envoy, TraceableModel, traceable
 from vtv_nnsight.models.painting import Inputs, paint_canvas
 from vtv_nnsight.models.sources import HUB_OPTIONS, locate, read_model_type, read_shapes
-from vtv_nnsight.models.torch_files import StrPath, floating_dtype, refuse_differences
+from vtv_nnsight.models.torch_files import StrPath, refuse_differences
 from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import Canvases, VisualPrompt
 

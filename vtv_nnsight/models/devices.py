@@ -1,4 +1,4 @@
-"""Which devices there are."""
+"""Which devices and dtypes there are."""
 
 from __future__ import annotations
 
@@ -73,3 +73,17 @@ def device_of(model: Any, remote: bool | str = False) -> torch.device:
     if hasattr(model, "dispatch"):
         model.dispatch()
     return model.device
+
+
+def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by its name, such as "bfloat16"; None for None and "auto", which keep the file's.
+
+    Raises:
+        ValueError: when there is no such floating-point dtype.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype={quoted(dtype)} is unknown; give a floating-point one, such as float32 or bfloat16.")
+    return named

@@ -27,6 +27,7 @@ from vtv_nnsight.finite import check_output
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, positions
 from vtv_nnsight.models.canvas import TraceableCanvas, drop_none
+from vtv_nnsight.models.devices import floating_dtype
 from vtv_nnsight.models.interface import Loss, Stage, group_positions
 from vtv_nnsight.models.nnsight_compat import (
     PATTERN_AXES,
@@ -43,7 +44,7 @@ from vtv_nnsight.models.painter_files import TYPE_TOKENS, config_of, read_weight
 from vtv_nnsight.models.painter_network import PainterNetwork
 from vtv_nnsight.models.painting import Inputs
 from vtv_nnsight.models.sources import HUB_OPTIONS, fetch_released, locate
-from vtv_nnsight.models.torch_files import StrPath, floating_dtype, read_tensors
+from vtv_nnsight.models.torch_files import StrPath, read_tensors
 from vtv_nnsight.prompts import VisualPrompt, crop
 
 EMBEDDING_TYPES = ("semantic", "instance")
@@ -176,18 +177,6 @@ class Painter(TraceableCanvas):
     def losses(self) -> tuple[Loss, ...]:
         """The smooth L1 distance of the masked half, as trained."""
         return (Loss("smooth_l1", self._smooth_l1),)
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """What it is made of, for `vtv info`: name → words."""
-        config, (streams, _) = self.network.config, self.stages
-        features = len(config.intermediate_hidden_state_indices)
-        return {
-            "embeddings": f"patches of {config.patch_size}x{config.patch_size} to width {config.hidden_size}",
-            "encoder": f"{config.num_hidden_layers} layers of width {config.hidden_size}, {streams.heads} heads; the "
-            f"first {streams.layers} see image and target as two streams",
-            "decoder": f"width {config.decoder_hidden_size}, of what {features} of the layers give",
-        }
 
     def layer(self, stage: str, layer: int) -> Envoy:
         """The envoy of a layer: `encoder.layers[layer]` for "streams"; "merged" goes on counting."""

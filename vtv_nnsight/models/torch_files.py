@@ -30,7 +30,7 @@ from torch.serialization import SourceChangeWarning
 from vtv_nnsight.files import check_file
 from vtv_nnsight.models.nnsight_compat import real_tensors
 from vtv_nnsight.models.restricted_pickle import MAX_PICKLED, Refused, RestrictedUnpickler, refusing
-from vtv_nnsight.text import join_names, quoted
+from vtv_nnsight.text import join_names
 
 StrPath = str | os.PathLike[str]
 Tensors = Mapping[str, torch.Tensor]
@@ -172,20 +172,6 @@ def refuse_differences(
         raise ValueError(f"{source}: {join_names(names)} unknown to {model}; it is of another model.")
     for name, shape, expected in misshapen:
         raise ValueError(f"{source}: {name} of shape {list(shape)}; {wanted_by} ask for {list(expected)}.")
-
-
-def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype by its name, such as "bfloat16"; None for None and "auto", which keep the file's.
-
-    Raises:
-        ValueError: when there is no such floating-point dtype.
-    """
-    if dtype is None or dtype == "auto":
-        return None
-    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise ValueError(f"dtype={quoted(dtype)} is unknown; give a floating-point one, such as float32 or bfloat16.")
-    return named
 
 
 class _Inert:

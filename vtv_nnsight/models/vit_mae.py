@@ -14,15 +14,14 @@ here the prompt says what is seen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, ViTMAEDecoder, ViTMAEModel
-from transformers.utils.generic import ModelOutput
 
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, decoder_sources, index_of, positions, take
@@ -31,18 +30,6 @@ from vtv_nnsight.models.canvas import AdaptedNetwork
 from vtv_nnsight.models.interface import Loss
 from vtv_nnsight.models.nnsight_compat import StageEnvoy, attention_envoy
 from vtv_nnsight.prompts import VisualPrompt
-
-
-@dataclass
-class ViTMAEOutput(ModelOutput):
-    """What `ViTMAENetwork` gives.
-
-    Args:
-        logits: Pixels of the decoded patches, row by row, red, green and blue beside each other, less ImageNet's mean
-            and over its deviation: [batch, decoded patch, patch_size² * 3].
-    """
-
-    logits: Any = None
 
 
 class Encoder(nn.Module):
@@ -101,7 +88,7 @@ class ViTMAENetwork(AdaptedNetwork):
         """The canvas with one example."""
         return Layout(canvas_size=self.config.image_size, patch_size=self.config.patch_size)
 
-    def forward(self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor) -> ViTMAEOutput:
+    def forward(self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor) -> MaskedLMOutput:
         """Predict the decoded patches.
 
         Args:
@@ -112,7 +99,7 @@ class ViTMAENetwork(AdaptedNetwork):
         """
         visible, decoded = visible.to(canvas.device), decoded.to(canvas.device)
         encoded = self.encoder(normalise(canvas).to(self.dtype), visible)
-        return ViTMAEOutput(logits=self.decoder(encoded, visible, decoded))
+        return MaskedLMOutput(logits=self.decoder(encoded, visible, decoded))
 
 
 def check_config(config: ViTMAEConfig, source: str) -> None:

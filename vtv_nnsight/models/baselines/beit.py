@@ -13,7 +13,6 @@ pixels, sees and paints 112×112. The weights and the modules are transformers' 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from transformers import BeitConfig, BeitForMaskedImageModeling
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.beit.modeling_beit import BeitAttention
-from transformers.utils.generic import ModelOutput
 
 from vtv_nnsight.layouts import Layout, positions, take
 from vtv_nnsight.models.autoencoders import CodeModel, autoencoder_groups, keep_output
@@ -34,17 +33,6 @@ from vtv_nnsight.models.interface import Loss, Stage
 from vtv_nnsight.models.nnsight_compat import StageEnvoy
 from vtv_nnsight.models.vit_mae import AttentionEnvoy
 from vtv_nnsight.prompts import VisualPrompt
-
-
-@dataclass
-class BEiTOutput(ModelOutput):
-    """What `BEiTNetwork` gives.
-
-    Args:
-        logits: Scores of the tokenizer's codes, [batch, decoded patch, code].
-    """
-
-    logits: Any = None
 
 
 class Encoder(nn.Module):
@@ -111,7 +99,7 @@ class BEiTNetwork(AdaptedNetwork):
         """The canvas with one example."""
         return _layout(self.config)
 
-    def forward(self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor) -> BEiTOutput:
+    def forward(self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor) -> MaskedLMOutput:
         """Predict the codes of the decoded patches.
 
         Args:
@@ -121,7 +109,7 @@ class BEiTNetwork(AdaptedNetwork):
         """
         visible, decoded = visible.to(canvas.device), decoded.to(canvas.device)
         pixels = (2 * canvas - 1).to(self.dtype)  # mean and standard deviation of BEiT's pictures are 0.5
-        return BEiTOutput(logits=self.encoder(pixels, visible, decoded))
+        return MaskedLMOutput(logits=self.encoder(pixels, visible, decoded))
 
 
 def _resize(pixels: torch.Tensor, side: int) -> torch.Tensor:
@@ -198,13 +186,6 @@ class BEiT(CodeModel):
         """ "tokens": the mean cross-entropy of the output's logits against the tokenizer's codes of the truth; none
         without its encoder."""
         return super().losses if can_encode(self.network.tokenizer) else ()
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """What it is made of, for `vtv info`: name → words."""
-        (stage,) = self.stages
-        words = f"{stage.layers} blocks of width {stage.width}, {stage.heads} heads; {self.network.config.vocab_size}"
-        return {"encoder": f"{words} codes"}
 
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """CLS, then the decoded patches, in the prompt's order: LongTensor [token]."""

@@ -347,16 +347,6 @@ class Net2Net(CodeModel):
         """None: see above."""
         return ()
 
-    @property
-    def parts(self) -> dict[str, str]:
-        """What it is made of, for `vtv info`: name → words."""
-        gpt, book = self.network.transformer, self.network.vqgan.codebook
-        heads = gpt.blocks[0].attn.num_heads
-        return {
-            "transformer": f"{len(gpt.blocks)} blocks of width {gpt.pos_emb.shape[-1]}, {heads} heads",
-            "vqgan": f"{book.num_embeddings} codes of width {book.embedding_dim}",
-        }
-
     def attention(self, stage: str, layer: int) -> NoReturn:
         """None: see above."""
         _has_none(stage)

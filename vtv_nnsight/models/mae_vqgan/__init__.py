@@ -1,6 +1,6 @@
 """MAE-VQGAN in plain torch: a transformers model that nnsight, or anybody else, can wrap."""
 
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
-from vtv_nnsight.models.mae_vqgan.transformer import MAEVQGANModel, MAEVQGANOutput
+from vtv_nnsight.models.mae_vqgan.transformer import MAEVQGANModel
 
-__all__ = ["MAEVQGANConfig", "MAEVQGANModel", "MAEVQGANOutput"]
+__all__ = ["MAEVQGANConfig", "MAEVQGANModel"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from vtv_nnsight.images import IMAGENET_MEAN, IMAGENET_STD
 from vtv_nnsight.layouts import Layout
+from vtv_nnsight.models.devices import floating_dtype
+from vtv_nnsight.text import quoted
 
 MAX_LAYERS = 256
 MAX_WIDTH = 2**20
@@ -72,33 +72,22 @@ class MAEVQGANConfig(PretrainedConfig):
         for name in ("vqgan_channel_multipliers", "vqgan_attention_levels", "image_mean", "image_std"):
             if isinstance(values := getattr(self, name), tuple):
                 setattr(self, name, list(values))
-        self._check_kinds(self.dtype if self.dtype is not None else kwargs.get("torch_dtype"))
+        self._check_kinds()
+        floating_dtype(self.dtype if self.dtype is not None else kwargs.get("torch_dtype"))
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self._check_sizes()
 
-    def _check_kinds(self, dtype: Any) -> None:
-        """That every setting is a number, or numbers, of a size that a model can have."""
-        for name in (name for name, kind in MAEVQGANConfig.__annotations__.items() if kind == "int"):
-            if not _is_whole(getattr(self, name), 1, most := _most(name)):
-                raise _wrong(name, getattr(self, name), f"a whole number from 1 to {most}")
-        levels, attending = self.vqgan_channel_multipliers, self.vqgan_attention_levels
-        if not isinstance(levels, list) or not 1 <= len(levels) <= 12 or not all(_is_whole(n, 1, 1024) for n in levels):
-            raise _wrong("vqgan_channel_multipliers", levels, "1 to 12 whole numbers from 1 to 1024")
-        if not isinstance(attending, list) or not all(_is_whole(n, 0, len(levels) - 1) for n in attending):
-            raise _wrong("vqgan_attention_levels", attending, f"numbers of levels, from 0 to {len(levels) - 1}")
-        for name in ("image_mean", "image_std"):
-            value = getattr(self, name)
-            if not isinstance(value, list) or len(value) != 3 or not all(map(_is_real, value)):
-                raise _wrong(name, value, "3 numbers")
-        if min(self.image_std) <= 0:
-            raise _wrong("image_std", self.image_std, "3 numbers above 0")
-        for name in ("mlp_ratio", "layer_norm_eps"):
-            value = getattr(self, name)
-            if not _is_real(value) or not 0 < value <= 1024:
-                raise _wrong(name, value, "a number above 0, and at most 1024")
-        named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-        if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
-            raise _wrong("dtype", dtype, "a floating-point one, such as float32 or bfloat16")
+    def _check_kinds(self) -> None:
+        """That every setting is a number, or a list of numbers, of a size that a model can have."""
+        for name, kind in MAEVQGANConfig.__annotations__.items():
+            whole, value = "int" in kind, getattr(self, name)
+            least, most = 0 if name == "vqgan_attention_levels" else 1 if whole else 1e-12, _most(name)
+            numbers = value if "Sequence" in kind else [value]
+            for number in numbers if isinstance(numbers, list) else [None]:
+                is_number = isinstance(number, Integral if whole else Real) and not isinstance(number, bool)
+                if not is_number or not least <= number <= most:
+                    words = f"whole numbers from {least} to {most}" if whole else "numbers above 0"
+                    raise ValueError(f"{name}={quoted(value)} in the model's config; expected {words}.")
 
     def _check_sizes(self) -> None:
         """That the settings go with each other."""
@@ -111,10 +100,7 @@ class MAEVQGANConfig(PretrainedConfig):
                 raise ValueError(f"{name}={width} is not a multiple of 4, as 2-D sin-cos positions need.")
         reduction = self.vqgan_fold * 2 ** (len(self.vqgan_channel_multipliers) - 1)
         if reduction != self.patch_size:
-            raise ValueError(
-                f"the VQGAN reduces {reduction}x but patch_size={self.patch_size}; a patch must be one code: change "
-                "vqgan_fold or the number of vqgan_channel_multipliers."
-            )
+            raise ValueError(f"the VQGAN reduces {reduction}x but patch_size={self.patch_size}; a patch is one code.")
 
     @property
     def layout(self) -> Layout:
@@ -127,16 +113,3 @@ def _most(name: str) -> int:
     if name in ("image_size", "patch_size", "vqgan_fold"):
         return MAX_PIXELS
     return MAX_LAYERS if name.endswith(("_layers", "_blocks")) else MAX_WIDTH
-
-
-def _is_whole(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _wrong(name: str, value: Any, expected: str) -> ValueError:
-    text = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    return ValueError(f"{name}={text} in the model's config; expected {expected}.")

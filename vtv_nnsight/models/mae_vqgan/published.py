@@ -19,18 +19,10 @@ from typing import Any, TypeVar
 import torch
 
 from vtv_nnsight.files import check_folder
+from vtv_nnsight.models.devices import floating_dtype
 from vtv_nnsight.models.mae_vqgan.config import MAX_LAYERS, MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.transformer import MAEVQGANModel
-from vtv_nnsight.models.torch_files import (
-    StrPath,
-    Tensors,
-    cast,
-    check_ranks,
-    check_tensors,
-    floating_dtype,
-    read_tensors,
-)
-from vtv_nnsight.text import join_names
+from vtv_nnsight.models.torch_files import StrPath, Tensors, cast, check_ranks, check_tensors, read_tensors
 
 T = TypeVar("T")
 
@@ -173,10 +165,7 @@ def _describe(
     elif under(TOKENIZER, tensors):
         sizes = tokenizer_sizes(tensors, path, "not a VQGAN checkpoint", TOKENIZER)
     else:
-        raise ValueError(
-            f"{path} has no tokenizer (no tensors under {TOKENIZER!r}); give vqgan= the last.ckpt of "
-            "vqgan_imagenet_f16_1024 from taming-transformers."
-        )
+        raise ValueError(f"{path} has no tokenizer; give vqgan= the last.ckpt of vqgan_imagenet_f16_1024.")
     tensors = {name: value for name, value in tensors.items() if not name.startswith(f"{TOKENIZER}loss.")}
     return _config(tensors, sizes, path, vqgan or path, heads, decoder_heads), tensors
 
@@ -191,26 +180,9 @@ def _config(
     grid = math.isqrt(max(num_positions - 1, 0))
     if grid**2 != num_positions - 1 or grid < 2:
         raise ValueError(f"{path}: pos_embed has {num_positions} positions; expected CLS and a square grid of patches.")
-    for blocks, size, number, option in (
-        ("blocks", width, heads, "num_attention_heads"),
-        ("decoder_blocks", decoder_width, decoder_heads, "decoder_num_attention_heads"),
-    ):
-        if number < 1 or size % number:
-            raise ValueError(f"{path}: {blocks} of width {size} cannot have {number} heads; give {option}=.")
-
-    advice = "give vqgan= the checkpoint of the VQGAN that the model was trained with."
     num_codes, classes = tokenizer["num_codes"], tensors["decoder_pred.weight"].shape[0]
     if num_codes != classes:
-        raise ValueError(
-            f"the tokenizer of {vqgan} has {num_codes} codes (quantize.embedding.weight) but {path} predicts {classes} "
-            f"(decoder_pred.weight); {advice}"
-        )
-    if (reduction := code_size(tokenizer)) != patch:
-        raise ValueError(
-            f"the tokenizer of {vqgan} makes one code of {reduction}x{reduction} pixels "
-            f"({len(tokenizer['vqgan_channel_multipliers'])} levels in encoder.down) but {path} has patches of "
-            f"{patch}x{patch} (patch_embed.proj.weight); {advice}"
-        )
+        raise ValueError(f"the tokenizer of {vqgan} has {num_codes} codes but {path} predicts {classes}; give its own.")
     try:
         return MAEVQGANConfig(
             image_size=grid * patch,
@@ -244,14 +216,10 @@ def tokenizer_sizes(tensors: Tensors, file: StrPath, kind: str, prefix: str = ""
     channels, inputs = tensors[f"{prefix}encoder.conv_in.weight"].shape[:2]
     levels = [f"{prefix}encoder.down.{i}" for i in range(count_modules(f"{prefix}encoder.down.", tensors, file))]
     ends = [f"{level}.block.0.conv2.weight" for level in levels]
-    if missing := [name for name in ends if name not in tensors]:
-        raise ValueError(f"{file}: {join_names(missing)} missing; the file is incomplete.")
+    check_ranks(dict.fromkeys(ends, 4), tensors, file, kind)
     widths = [tensors[name].shape[0] for name in ends]
     if odd := [size for size in (channels, *widths) if size % 32 or size % channels]:
-        raise ValueError(
-            f"the tokenizer of {file} has a level of {odd[0]} channels (encoder.down); expected multiples of 32 and of "
-            f"the first convolution's {channels}."
-        )
+        raise ValueError(f"the tokenizer of {file} has a level of {odd[0]} channels; expected multiples of {channels}.")
     num_codes, code_dim = tensors[f"{prefix}quantize.embedding.weight"].shape
     attending = (i for i, level in enumerate(levels) if count_modules(f"{level}.attn.", tensors, file))
     return {

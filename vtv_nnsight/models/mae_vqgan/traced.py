@@ -114,14 +114,6 @@ class MAEVQGAN(CodeModel, MaskedAutoencoder):
     def __init__(self, source: StrPath | MAEVQGANModel = EMBEDDED, **kwargs: Any) -> None:
         super().__init__(source, **kwargs)
 
-    @property
-    def parts(self) -> dict[str, str]:
-        """What it is made of, for `vtv info`: name → words."""
-        config = self.network.config
-        levels = ", ".join(str(config.vqgan_channels * m) for m in config.vqgan_channel_multipliers)
-        codes = f"{config.num_codes} codes of width {config.code_dim}; levels of {levels} channels"
-        return super().parts | {"vqgan": codes}
-
     def layer(self, stage: str, layer: int) -> Any:
         """The envoy of a block, `encoder.blocks[layer]` or `decoder.blocks[layer]`."""
         return getattr(self, stage).blocks[layer]

@@ -8,32 +8,18 @@ a VQGAN's codes at the hidden patches of a canvas.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import MaskedLMOutput
 
 from vtv_nnsight.layouts import Layout, decoder_sources, positions, take
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.models.painting import Inputs, paint_canvas
-
-
-@dataclass
-class MAEVQGANOutput(ModelOutput):
-    """What `MAEVQGANModel` gives.
-
-    Args:
-        logits: Scores of the codebook's entries, [batch, decoded patch, code].
-    """
-
-    logits: Any = None
 
 
 class PatchEmbed(nn.Module):
@@ -222,7 +208,7 @@ class MAEVQGANModel(PreTrainedModel):
 
     def forward(
         self, canvas: torch.Tensor, visible: torch.Tensor, decoded: torch.Tensor, logits_to_keep: int = 0
-    ) -> MAEVQGANOutput:
+    ) -> MaskedLMOutput:
         """Run the transformer.
 
         Args:
@@ -239,7 +225,7 @@ class MAEVQGANModel(PreTrainedModel):
         pixels = ((canvas - mean) / std).to(self.encoder.patch_embed.proj.weight.dtype)
         visible, decoded = visible.to(canvas.device), decoded.to(canvas.device)
         encoded = self.encoder(pixels, visible)
-        return MAEVQGANOutput(logits=self.decoder(encoded, visible, decoded, logits_to_keep=logits_to_keep))
+        return MaskedLMOutput(logits=self.decoder(encoded, visible, decoded, logits_to_keep=logits_to_keep))
 
     @torch.no_grad()
     def generate(
@@ -261,18 +247,6 @@ class MAEVQGANModel(PreTrainedModel):
             [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated, as published).
         """
         codes = self.forward(canvas, visible, decoded).logits.argmax(-1)
-        return self.paint(codes, canvas, visible, decoded, paste)
-
-    @torch.no_grad()
-    def paint(
-        self,
-        codes: torch.Tensor,
-        canvas: torch.Tensor,
-        visible: torch.Tensor,
-        decoded: torch.Tensor,
-        paste: bool = True,
-    ) -> torch.Tensor:
-        """The canvas with its hidden patches drawn from codes [batch, decoded patch]; the second half of `generate`."""
         return paint_canvas(self.vqgan.decode, codes, Inputs(canvas, visible, decoded), self.layout, paste)
 
 
