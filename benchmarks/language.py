@@ -19,6 +19,9 @@ top); its heads are ranked by the task's own effects, or, as in the paper, by th
 another task's vector at units that are searched for it. "frequent" always says the first token that is most
 frequent among the training answers.
 
+`--speed` prints in their place how many evaluations a second the searches make of a zero-shot prompt: at its last
+tokens alone, as they do, and of all tokens, and how far the losses differ.
+
 Means are over tasks and seeds, intervals 95 % over seeds and words within tasks (`evaluation.resampling`), paired where
 they are differences.
 """
@@ -260,6 +263,38 @@ def run(name: str, args: argparse.Namespace) -> tuple[list[Cell], dict[str, Any]
     return cells, {"loading_seconds": loading, "peak_memory_MiB": peak}
 
 
+def speed(name: str, args: argparse.Namespace) -> None:
+    """Print the evaluations a second of both sides, which take turns: the best of some rounds."""
+    model, _ = located(name, args)
+    sides = {"last tokens": model, "all tokens": CausalLM(model.network, tokenizer=model.tokenizer)}
+    sides["all tokens"].cached = lambda prompts: None
+    rows = []
+    for task in map(tasks.words, args.tasks):
+        words = task.split(args.seed)[0]
+        few, asked = task.prompts(words, args.collected, shots=args.shots), task.prompts(words, len(words), shots=0)
+        vector, space = TaskVectors.collect(model, {task.name: few}, progress=False)[task.name], PatchSpace(model)
+        objectives = {side: search.Objective(one, vector, task, asked, space) for side, one in sides.items()}
+        choices = torch.rand(256, len(space), generator=torch.Generator().manual_seed(args.seed)) < 0.4
+        for what, count in (
+            ("256 rows", 256),
+            ("16 rows, as in a step of reinforce", 16),
+            ("gradients of 16 rows", 16),
+        ):
+            at, seconds, values = torch.arange(count) // 8 % len(asked), dict.fromkeys(sides, np.inf), {}
+            for side, objective in list(objectives.items()) * (2 if args.quick else 4):  # the first round fills caches
+                start = time.perf_counter()
+                if what.startswith("gradients"):
+                    values[side], _ = objective.gradient(choices[:count].float(), at)
+                else:
+                    values[side] = objective(choices[:count], at)
+                seconds[side] = min(seconds[side], time.perf_counter() - start)
+            ours, whole = (count / spent for spent in seconds.values())
+            difference = (values["last tokens"] - values["all tokens"]).abs().max()
+            rows.append([task.name, what, ours, whole, ours / whole, f"{difference:.1e}"])
+    print(f"\n## {name}: evaluations a second\n")
+    print(table(["task", "", *sides, "ratio", "largest difference of losses"], rows))
+
+
 def summary(cells: Sequence[Cell]) -> dict[str, Any]:
     """By task and method the mean over seeds; of each method the mean over tasks, its interval, and differences."""
     names = [n for n, r in cells[0].records.items() if "scores" in r and all(n in cell.records for cell in cells)]
@@ -339,6 +374,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(tasks.WORDS), choices=tasks.WORDS)
     parser.add_argument("--seeds", type=int, default=5, help="how many, from --seed on")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--speed", action="store_true", help="how fast searches are, and nothing else")
     parser.add_argument("--work", type=Path, default=Path("bench/language"), help="for models and results")
     args = parser.parse_args()
     numbers = dict(budget=BUDGET, published=PUBLISHED, collected=COLLECTED, choice=CHOICE, shots=8)
@@ -347,6 +383,10 @@ def main() -> None:
         numbers = dict(budget=150, published=700, collected=4, choice=2, shots=2)
         args.work = args.out / "language"
     vars(args).update(numbers)
+    if args.speed:
+        for name in args.model:
+            speed(name, args)
+        return
     found = {}
     for name in args.model:
         cells, facts = run(name, args)

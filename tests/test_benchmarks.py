@@ -213,6 +213,8 @@ def test_language(tmp_path):
     assert methods["reinforce"]["evaluations"] <= 150 and methods["frequent"]["mean"][0] == 1  # a space
     again, _ = quick("language", tmp_path)
     assert again["models"]["random"]["methods"] == methods  # of the files that are there
+    _, printed = quick("language", tmp_path, "--speed")
+    assert "random: evaluations a second" in printed and "| plural  | gradients of 16 rows" in printed
 
 
 @pytest.mark.nightly

@@ -13,6 +13,7 @@ import torch
 import transformers
 from helpers import letters
 from nnsight import save
+from pandas.testing import assert_frame_equal
 from torch.nn import functional as F
 
 from vtv_nnsight import (
@@ -33,10 +34,11 @@ from vtv_nnsight import (
     search,
     tasks,
 )
-from vtv_nnsight.evaluation import comparison, controls
+from vtv_nnsight.evaluation import Condition, comparison, controls
 from vtv_nnsight.files import read_tensors
 from vtv_nnsight.models import load_model
-from vtv_nnsight.patching.forward import find_loss, forward, losses
+from vtv_nnsight.models.nnsight_verbs import projection_of
+from vtv_nnsight.patching.forward import find_loss, forward, losses, remember
 from vtv_nnsight.report import load_run
 from vtv_nnsight.runs.outputs import read_prompts
 from vtv_nnsight.studies import circuits
@@ -51,7 +53,7 @@ FAMILIES = {
     "gpt2": ("GPT2", SIZES),
     "gpt_neox": ("GPTNeoX", SIZES | {"intermediate_size": 48}),
     "gemma": ("Gemma", GROUPED | {"head_dim": 16}),
-    "gemma3_text": ("Gemma3", GROUPED | {"head_dim": 16}),
+    "gemma3_text": ("Gemma3", GROUPED | {"head_dim": 16, "sliding_window": 5}),
     "opt": ("OPT", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
 }
 """Kind → the beginning of its classes' names, and the config of a small one."""
@@ -154,6 +156,56 @@ def test_patches_and_their_gradients_are_those_of_hooks(any_model):
 def test_it_does_what_models_promise(family):
     any_model = CausalLM(module_of(family), tokenizer=letters())
     check_model(any_model, TextPrompts(("Q: hot\nA:", "Q: big\nA:", "Q: abc\nA:"), (" cold", " tiny", " boom")))
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_searches_run_what_patches_can_change(any_model, positions):
+    """Losses, gradients and tables are those of whole runs, at the last tokens of padded prompts alone."""
+    task = tasks.Words("mine", {"a": "b", "cc": "ddd", "eee": "fg", "hhhh": "i"})
+    prompts = task.prompts(task.rows, 4, shots=1, positions=positions)
+    vector = TaskVectors.collect(any_model, {"mine": prompts}, progress=False)["mine"] * 3
+    space, seen = PatchSpace(any_model, prompts.layout), []
+    objective = partial(search.Objective, any_model, vector, task, space=space, batch_size=3)
+    for asked in (prompts.query_only(), prompts):
+        last, whole = objective(asked), objective(asked)
+        whole._cached = None
+        assert [x.shape[2] for x in last._cached] == [max(0, n - positions) for n in any_model.lengths(last.prompts)]
+        before = torch.cat([x.flatten() for x in last._cached]).clone()
+        choices = torch.rand(12, len(space), generator=torch.Generator().manual_seed(0)) < 0.4
+        rows = torch.arange(12) % 4
+        for _ in range(2):
+            torch.testing.assert_close(last(choices, rows), whole(choices, rows), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(last(choices[:1], rows[:1]), last(choices[1:2], rows[:1]))
+        gates = torch.rand(4, len(space), generator=torch.Generator().manual_seed(1))
+        for ours, expected in zip(last.gradient(gates, rows[:4]), whole.gradient(gates, rows[:4])):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(torch.cat([x.flatten() for x in last._cached]), before)
+    linear = projection_of(any_model.attention("layers", 0))._module
+    hook = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    last(choices, rows)
+    hook.remove()
+    assert sorted(set(seen)) == [positions + n for n in (1, 2, 3)]  # after a space, answers have one to three letters
+
+
+def test_what_does_not_change_is_computed_once_for_all_conditions(model, vectors, monkeypatch):
+    """Tables are those of whole runs; what takes too much memory, or is edited, is run whole."""
+    task = tasks.words("plural")
+    prompts, space = task.prompts(task.rows, 5, shots=2), PatchSpace(model)
+    sets = [Condition("zero", vectors["upper"], PatchSet.random(space, 5, seed)) for seed in range(3)]
+    conditions = {"few-shot": None, "zero-shot": "zero-shot", "random": sets, "both": replace(sets[0], shot="one")}
+    conditions["first"] = replace(sets[0], prompts=2)
+    table, asked = partial(evaluate, model, task, prompts, conditions, progress=False), []
+    cached = CausalLM.cached
+    monkeypatch.setattr(CausalLM, "cached", lambda self, rows: asked.append(rows.layout.shots) or cached(self, rows))
+    ours = table().frame
+    assert sorted(asked) == [0, 2]
+    monkeypatch.setattr("vtv_nnsight.patching.forward.MEMORY", 1000)
+    assert remember(model, prompts, 2) is None
+    whole = table().frame
+    assert_frame_equal(ours, whole, rtol=1e-5, atol=1e-5)
+    with model.edit() as (_, edited):
+        patch(edited, vectors["upper"], sets[0].patches)
+    assert cached(edited, prompts) is None and len(cached(model, prompts)) == 5
 
 
 def test_losses_are_of_the_answers_tokens(model):

@@ -127,6 +127,11 @@ class Condition:
         return replace(self, vectors=vectors, ablation=ablation)
 
     @property
+    def patches_alone(self) -> bool:
+        """Whether the model is asked the evaluated prompts, under nothing but patches."""
+        return self.shot in ("one", "zero") and self.run is None and self.prompts_override is None
+
+    @property
     def _overrides(self) -> list[Prompts]:
         override = self.prompts_override if self.prompts_override is not None else []
         return [override] if isinstance(override, Prompts) else list(override)

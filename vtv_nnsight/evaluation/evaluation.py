@@ -10,6 +10,7 @@ loss, the mean cross-entropy of the output's logits against the tokenizer's code
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, ZERO_SHO
 from vtv_nnsight.evaluation.table import Table
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, Loss, batch_size_of
-from vtv_nnsight.patching.forward import forward
+from vtv_nnsight.patching.forward import forward, remember
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.tasks.base import AnyTask
@@ -84,6 +85,7 @@ def evaluate(
             batch = batch.to(device).one_shot()
             truth = model.truth(batch) if loss else None
             cells = batch.shown()
+            cached = _cached(model, batch, list(plans.values()))
             for (name, draw), condition in plans.items():
                 count = min(len(batch), counts[name, draw] - start)
                 if count <= 0:
@@ -92,7 +94,7 @@ def evaluate(
                 parts = condition.prompts_for(batch if count == len(batch) else batch[:count], start, device)
                 override = condition.prompts_override is not None
                 aims = [model.truth(rows) if loss else None for rows in parts] if override else [truth]
-                asked = (_answer(model, rows, task, condition, loss, aim) for rows, aim in zip(parts, aims))
+                asked = (_answer(model, rows, task, condition, loss, aim, cached) for rows, aim in zip(parts, aims))
                 answers, truths, losses = zip(*asked)
                 if answers[0] is not None:
                     answer = answers[0] if len(answers) == 1 else torch.stack(answers).mean(0)
@@ -120,6 +122,13 @@ def _plans(
     return {key: condition.to(device) for key, condition in plans.items()}
 
 
+def _cached(model: InContextModel, batch: Prompts, plans: Sequence[Condition]) -> dict[str, list[Any] | None]:
+    """What does not change of a batch where several conditions patch it, with an example ("one") or without."""
+    patched = Counter(condition.shot for condition in plans if condition.patches_alone)
+    forms = {"one": batch, "zero": batch.query_only()}
+    return {shot: remember(model, forms[shot], len(batch)) for shot, count in patched.items() if count > 1}
+
+
 def _answer(
     model: InContextModel,
     prompts: Prompts,
@@ -127,6 +136,7 @@ def _answer(
     condition: Condition,
     loss: Loss | None,
     truth: torch.Tensor | None,
+    cached: Mapping[str, Any],
 ) -> tuple[Any, Any, torch.Tensor]:
     """The answers to one-shot prompts, or None for a bound that there is not; the true ones; and the losses [batch],
     NaN where the model was not asked or has none."""
@@ -134,7 +144,8 @@ def _answer(
     if condition.shot in ("copy", "ceiling"):
         return *(model.bound(condition.shot, prompts) or (None, None)), losses
     prompts = prompts.query_only() if condition.shot == "zero" else prompts
-    output, _ = forward(model, prompts, condition.apply)
+    known = cached.get(condition.shot) if condition.patches_alone else None
+    output, _ = forward(model, prompts, condition.apply, cached=known and known[: len(prompts)])
     if loss is not None and truth is not None:
         losses = loss.value(output, prompts, truth[: len(prompts)])
     return *model.answers(output, prompts, task, condition.apply), losses

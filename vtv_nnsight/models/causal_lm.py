@@ -26,7 +26,14 @@ from nnsight import save
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.utils.rnn import pad_sequence
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+)
 
 from vtv_nnsight.models.canvas import drop_none
 from vtv_nnsight.models.inside_trace import NONE, answer_loss, differ, first, first_tokens, followed, read
@@ -40,6 +47,8 @@ from vtv_nnsight.text_prompts import TextLayout, TextPrompts
 
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 """Names of an attention's output projection, in the families of transformers."""
+CACHES = ("cache", "past_key_values")
+"""Names of a forward's argument for the keys and values of earlier tokens, in the releases of transformers."""
 
 
 class CausalLM(TraceableTexts, InContextModel):
@@ -190,6 +199,11 @@ class CausalLM(TraceableTexts, InContextModel):
         """The tokens of each prompt, without its answer: LongTensor [batch]."""
         return torch.tensor([1] if prompts is None else [len(ids) for ids in self.tokens(_texts(prompts))])
 
+    def answer_lengths(self, prompts: TextPrompts) -> torch.Tensor:
+        """The tokens of each true answer: LongTensor [batch]."""
+        prompts.check_truth()
+        return torch.tensor([len(ids) for ids in self.tokens(prompts.texts, prompts.answers)])
+
     def tokens(self, texts: Sequence[str], answers: Sequence[str] | None = None) -> list[list[int]]:
         """The tokens of texts, as prompts have them: with what the tokenizer or the chat template puts around them. Of
         answers that follow the texts, those of the answers.
@@ -282,7 +296,7 @@ class CausalLM(TraceableTexts, InContextModel):
         self._width = max((len(ids) for part in follow for ids in part), default=1)
         rows: list[tuple[Any, dict[str, Any]]] = []
         for number, (inputs, options) in enumerate(invokes):
-            options = {name: value for name, value in options.items() if name != "answers"}
+            options = {name: value for name, value in options.items() if name not in ("answers", "cached")}
             if inputs and isinstance(inputs[0], TextPrompts):
                 ids = self.tokens(inputs[0].texts)
                 if answered[number]:
@@ -309,7 +323,37 @@ class CausalLM(TraceableTexts, InContextModel):
                 raise ValueError(f"a text has {longest} tokens with its answer; this model takes 1 to {most}.")
             self._padding = torch.zeros(1, dtype=torch.long) if mask is None else mask.int().argmax(1).cpu()
             self._tokens = 0 if mask is None else mask.shape[1] - self._width + 1
+        for _, given in invokes:
+            if "cached" in given:
+                options |= self._going_on(options, given["cached"], invokes[0][0][0].layout.positions)
         return arguments, options
+
+    @torch.no_grad()
+    def cached(self, prompts: TextPrompts) -> list[torch.Tensor] | None:
+        """The keys and values of each prompt's tokens but the last ones, those that vectors and sets hold: [layer * 2,
+        head, token, head_dim]. None where layers differ in shape, and of a model that is edited or not here."""
+        if self.is_edited or self.remote:
+            return None
+        self(prompts, cached=(past := DynamicCache()))  # which keeps all tokens, whatever the window of a layer
+        values = [value for layer in past.layers for value in (layer.keys, layer.values)]
+        if len(past.layers) != self._stage.layers or len({value.shape for value in values}) > 1:
+            return None
+        lengths, end = self.lengths(prompts).tolist(), -prompts.layout.positions
+        return [torch.stack([value[row, :, -n:][:, :end] for value in values]) for row, n in enumerate(lengths)]
+
+    def _going_on(self, options: dict[str, Any], known: Any, positions: int) -> dict[str, Any]:
+        """Arguments of a forward that keeps keys and values, `known` being an empty cache; or goes on from those that
+        `cached` gave of each row, and is given no tokens but the others."""
+        name = next(name for name in CACHES if name in inspect.signature(type(self.network).forward).parameters)
+        if isinstance(known, DynamicCache):
+            return self.scored(1) | {name: known, "use_cache": True}
+        before = max(0, self._tokens - positions)
+        past = known[0].new_zeros(len(known[0]), len(known), known[0].shape[1], before, known[0].shape[3])
+        for row, values in enumerate(known):
+            past[:, row, :, before - values.shape[2] :] = values  # padded on the left, as the tokens are
+        self._padding, self._tokens = (self._padding - before).clamp(min=0), self._tokens - before
+        tokens = {key: options[key][:, before:] for key in ("input_ids", "position_ids") if key in options}
+        return tokens | {name: DynamicCache(list(zip(past[0::2], past[1::2])))}
 
     def say(self, prompts: TextPrompts, most: int = 12, edit: Callable[[Any], None] | None = None) -> list[str]:
         """What the model says after prompts, up to what ends an answer, in a few tokens more than `most`; `edit` is

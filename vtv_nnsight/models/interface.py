@@ -220,6 +220,12 @@ class InContextModel(ABC):
         they patch. None, where a model says nothing: they run all of it."""
         return None
 
+    def cached(self, prompts: Any) -> Sequence[torch.Tensor] | None:
+        """What no patch at the positions of these prompts' layout can change, such as the keys and values of the tokens
+        before them: a tensor for each prompt. A trace of these or some of these prompts with the option `cached`, a
+        list of theirs, goes on from there. None, where a model says nothing: it is always run whole."""
+        return None
+
     def name_of(self, module: Any) -> str:
         """The name of a module as users type it, such as "encoder.blocks.3.attn"."""
         return str(module.path).removeprefix("model.")
@@ -269,6 +275,11 @@ class InContextModel(ABC):
     @abstractmethod
     def lengths(self, prompts: Any = None) -> torch.Tensor:
         """The tokens of each prompt, LongTensor [batch], or [1] where all have as many: what bounds a batch."""
+
+    def answer_lengths(self, prompts: Any) -> torch.Tensor:
+        """The tokens of each true answer, LongTensor [batch], or [1] where all have as many: prompts of equal numbers
+        are fastest together."""
+        return torch.ones(1, dtype=torch.long)
 
     @abstractmethod
     def truth(self, prompts: Any) -> torch.Tensor:
@@ -409,9 +420,9 @@ PAPERS_PATCHES = 14 * 14
 
 
 def default_batch_size(model: InContextModel, rows: int = 32, prompts: Any = None) -> int:
-    """Prompts per forward, where a user does not say: `rows` where prompts have no more tokens than the papers' canvas
-    has patches, 14×14, and fewer where the longest has more, such as Painter's canvas of 56×56."""
-    return max(1, rows * PAPERS_PATCHES // max(PAPERS_PATCHES, int(model.lengths(prompts).max())))
+    """Prompts per forward, where a user does not say: `rows` of as many tokens as the papers' canvas has patches,
+    14×14; fewer of longer ones, such as Painter's canvas of 56×56, and up to four times as many of shorter ones."""
+    return max(1, rows * PAPERS_PATCHES // max(PAPERS_PATCHES // 4, int(model.lengths(prompts).max())))
 
 
 def batch_size_of(model: InContextModel, given: int | None, rows: int = 32, prompts: Any = None) -> int:

@@ -280,6 +280,11 @@ class Traceable:
         """The torch module that is traced."""
         return network_of(self)
 
+    @property
+    def is_edited(self: Any) -> bool:
+        """Whether `edit` has stored a block that its traces replay."""
+        return bool(self._edits)
+
     def __call__(self: Any, *inputs: Any, **kwargs: Any) -> Any:
         """Run the network once, untraced: the output that `model.trace(...)` calls `model.output`."""
         return self.trace(*inputs, trace=False, **kwargs)

@@ -30,9 +30,17 @@ from vtv_nnsight.vectors import TaskVector
 Edit = Callable[[InContextModel], None]
 """What is done to a model inside a trace, such as `partial(patch, vector=vector, patches=patches)`."""
 
+MEMORY = 512 * 2**20
+"""Bytes of what is remembered of prompts at most."""
+
 
 def forward(
-    model: InContextModel, prompts: Prompts, edit: Edit | None = None, *, restrict: bool = False
+    model: InContextModel,
+    prompts: Prompts,
+    edit: Edit | None = None,
+    *,
+    restrict: bool = False,
+    cached: Sequence[Any] | None = None,
 ) -> tuple[Any, Any]:
     """The network's output on prompts, and the prompts that it answers.
 
@@ -42,15 +50,29 @@ def forward(
         edit: Called with the model inside the trace.
         restrict: Compute only the part of the output that the model's losses read
             (`InContextModel.restrict_to_output`).
+        cached: What `remember` gave of each of these prompts; the edit is then one that patches.
     """
     answered = prompts
-    with model.trace(prompts, **model.scoring):
+    with model.trace(prompts, **model.scoring, **({} if cached is None else {"cached": cached})):
         if edit is not None:
             edit(model)
         if restrict:
             answered = save(model.restrict_to_output(prompts))
         output = save(model.output)
     return output, answered
+
+
+def remember(model: InContextModel, prompts: Prompts, batch_size: int) -> list[Any] | None:
+    """What `InContextModel.cached` gives of each of many prompts that are to be run under many patches; None where that
+    is nothing, or would be more than `MEMORY` of all of them."""
+    kept: list[Any] = []
+    for batch in prompts.split(batch_size):
+        if (values := model.cached(batch)) is None:
+            return None
+        kept += values
+        if sum(value.nbytes for value in kept) / len(kept) * len(prompts) > MEMORY:
+            return None
+    return kept
 
 
 def layers_of(model: InContextModel) -> list[Place]:
@@ -84,19 +106,24 @@ def start_from(model: InContextModel, left: Mapping[int, Any]) -> None:
 
 
 def losses(
-    model: InContextModel, prompts: Prompts, loss: Loss, truth: torch.Tensor, edit: Edit | None = None
+    model: InContextModel,
+    prompts: Prompts,
+    loss: Loss,
+    truth: torch.Tensor,
+    edit: Edit | None = None,
+    cached: Sequence[Any] | None = None,
 ) -> torch.Tensor:
     """A loss of the answers to prompts, [batch].
 
     Args:
-        model, prompts, edit: As for `forward`.
+        model, prompts, edit, cached: As for `forward`.
         loss: What `find_loss` gives.
         truth: What the loss compares with: `loss.truth(prompts)` where it has one, else `model.truth(prompts)`.
 
     Raises:
         ValueError: when a loss is not finite.
     """
-    output, answered = forward(model, prompts, edit, restrict=loss.truth is None)
+    output, answered = forward(model, prompts, edit, restrict=loss.truth is None, cached=cached)
     values = loss.value(output, answered, truth)
     check_finite(values, f"the loss {loss.name!r}", WHERE)
     return values

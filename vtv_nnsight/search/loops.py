@@ -11,7 +11,7 @@ from vtv_nnsight.models.inside_trace import answer_loss, followed, forward
 
 
 def batches_of(groups: torch.Tensor, size: int, tasks: int) -> list[torch.Tensor]:
-    """Row numbers of at most `size` rows of one task, of the tasks of all rows [row]."""
+    """Row numbers of at most `size` rows of one group, such as a task, of the groups of all rows [row]."""
     batches: list[torch.Tensor] = []
     for part in torch.arange(len(groups)).split(size * tasks):
         for group in groups[part].unique():

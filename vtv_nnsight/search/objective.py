@@ -11,7 +11,7 @@ loss compares with, the prompts and the vector on the model's device. Unless los
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from vtv_nnsight.models.interface import InContextModel, batch_size_of
 from vtv_nnsight.models.sites import stop_gradient
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace, patch
-from vtv_nnsight.patching.forward import Edit, find_loss, give_like, losses, residuals, start_from
+from vtv_nnsight.patching.forward import Edit, find_loss, give_like, losses, remember, residuals, start_from
 from vtv_nnsight.patching.patching import as_vectors
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.search.holdout import hold_out
@@ -131,6 +131,8 @@ class Objective:
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
         self.evaluations = 0
         self.prompts.check_truth()
+        kinds = torch.stack([self.group, model.answer_lengths(self.prompts).expand(len(self.prompts))])
+        self._kinds = kinds.unique(dim=1, return_inverse=True)[1]  # which run together: of one task, as long answers
         with torch.no_grad():
             self._truth = (self._loss_of[0].truth or model.truth)(self.prompts)
 
@@ -221,7 +223,7 @@ class Objective:
         """`function` of batches of row numbers → [row, width], each batch done by one of the processes."""
         state = processes()
         values = torch.zeros(len(rows), width, dtype=torch.float64)
-        batches = batches_of(self.group[rows], self.batch_size, len(self.tasks))
+        batches = batches_of(self._kinds[rows], self.batch_size, len(self.tasks))
         for batch in batches[state.process_index :: state.num_processes]:
             values[batch] = self._fitting(function, batch).cpu()
         self.evaluations += len(rows)
@@ -262,7 +264,13 @@ class Objective:
                 start_from(model, left)
 
         task, rows = int(self.group[rows[0]]), rows.to(self._truth.device)
-        return losses(model, self.prompts[rows], self._loss_of[task], self._truth[rows], edit)
+        cached = self._cached and [self._cached[row] for row in rows.tolist()]
+        return losses(model, self.prompts[rows], self._loss_of[task], self._truth[rows], edit, cached)
+
+    @cached_property
+    def _cached(self) -> list[Any] | None:
+        """Of each prompt, what no set can change."""
+        return remember(self.model, self.prompts, self._fits)
 
     def _left(self, layers: list[int], units: torch.Tensor, rows: torch.Tensor) -> list[Any]:
         """What layers leave of prompts of one task, under a set [unit]."""

@@ -181,9 +181,10 @@ def check_painting(model: CanvasModel, prompts: VisualPrompt) -> Promises:
 
 
 def check_losses(model: InContextModel, prompts: Prompts) -> Promises:
-    """`restrict_to_output` leaves the losses as they are."""
+    """`restrict_to_output` and `cached` leave the losses as they are."""
     output, _ = forward(model, prompts)
     restricted, answered = forward(model, prompts, restrict=True)
+    cached, _ = forward(model, prompts, cached=model.cached(prompts))
     truth = model.truth(prompts)
     for loss in model.losses:
         value, again = loss.value(output, prompts, truth), loss.value(restricted, answered, truth)
@@ -191,6 +192,8 @@ def check_losses(model: InContextModel, prompts: Prompts) -> Promises:
         is_number = shape == [len(prompts)] and value.isfinite().all()
         yield is_number, f"{name} is not a finite number for each prompt: its shape is {shape}."
         yield close(again, value), f"{name} differs when restrict_to_output leaves out what losses do not read."
+        went_on = close(loss.value(cached, prompts, truth), value)
+        yield went_on, f"{name} differs when the model goes on from what `cached` gives of the prompts."
 
 
 def check_gradients(model: InContextModel, prompts: Prompts) -> Promises:
