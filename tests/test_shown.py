@@ -158,13 +158,11 @@ def test_attention_is_laid_over_the_prompt(model, shown):
     table = play.shares(shown, layout).set_index("attention of")
     assert list(table.index) == shown.looks and list(table) == ["cls", *layout.disjoint_regions]
     np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-5)
-    kept = []
-    said = play.attention_pictures(shown, layout, lambda name, content: kept.append(name))
+    said = play.attention_pictures(shown, layout)
     assert [own["share"] for own in said["maps"]] == table.max(axis=1).tolist()
     assert {own["most"] for own in said["maps"]} <= {
         "CLS", "the example", "the example's answer", "the query", "the answer itself",
     }  # fmt: skip
-    assert kept == ["segmentation-attention.csv", "segmentation-attention.png"]
 
 
 def test_models_without_patterns_show_none(model, prompts, vectors, found, monkeypatch):
@@ -172,7 +170,7 @@ def test_models_without_patterns_show_none(model, prompts, vectors, found, monke
     assert attention_maps(model, prompts["segmentation"]) == {}
     scores = np.arange(5) / 5
     plain = demonstrate(model, tasks.segmentation, prompts["segmentation"], scores, vectors, found)
-    assert plain.looks == [] and play.attention_pictures(plain, model.layout, None) is None
+    assert plain.looks == [] and play.attention_pictures(plain, model.layout) is None
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])

@@ -1,9 +1,8 @@
 """The report of a run, and the comparison of several.
 
 `explorer` looks closely at one query while a run is under way, and `attention` at where its answer looks. `reading`
-fetches what a run left, `numbers` makes the tables behind the figures, `figures` and `pictures` draw, `play` and `hero`
-make what one query shows, `page` and `comparison` put it together, and `rendering` knows the templates; `labels` has
-the words.
+fetches what a run left, `figures` and `pictures` draw, `play` and `hero` make what one query shows, `page` and
+`comparison` put it together, and `rendering` knows the templates; `labels` has the words.
 """
 
 from vtv_nnsight.report.comparison import compare

@@ -2,8 +2,7 @@
 
     >>> report.write("runs/scenes")                                   # runs/scenes/report.html
 
-Beside report.html stand the same numbers (table.csv, table.md), a picture of some answers (answers.png), and in
-figures/ each figure as PNG and SVG with its numbers as CSV, which the page links to.
+Beside report.html stand the same numbers (table.csv, table.md) and a picture of some answers (answers.png).
 """
 
 from __future__ import annotations
@@ -15,14 +14,12 @@ from operator import and_
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
 from vtv_nnsight.evaluation.table import ENOUGH
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
-from vtv_nnsight.report import numbers, plots
-from vtv_nnsight.report.figures import Drawn, Keep, all_searches, draw, keep_file
+from vtv_nnsight.report import plots
+from vtv_nnsight.report.figures import Drawn, all_searches, draw
 from vtv_nnsight.report.labels import SITES, legend, plain_label
 from vtv_nnsight.report.pictures import first_pictures, overview, prompt_cells
 from vtv_nnsight.report.play import attention_pictures, moving_and_still, playground
@@ -46,20 +43,20 @@ SUMMARY = (BASELINE, ZERO_SHOT, PATCHED, RANDOM, CEILING, FLOOR)
 
 
 def write(run: str | os.PathLike) -> Path:
-    """Write report.html, table.csv, table.md, answers.png and figures/ in a run's folder."""
+    """Write report.html, table.csv, table.md and answers.png in a run's folder."""
     folder, results = Path(run), load_run(run)
     results.table.to_csv(folder / "table.csv")
     write_text(folder / "table.md", "\n\n".join([results.table.markdown(), *verdicts(results.table)]) + "\n")
     if not results.of_texts:
         write_picture(folder / "answers.png", overview(results).savefig, dpi=150)
-    write_text(folder / "report.html", render("run.html", **_content(results, partial(keep_file, folder))) + "\n")
+    write_text(folder / "report.html", render("run.html", **_content(results)) + "\n")
     return folder / "report.html"
 
 
-def _content(run: RunResults, keep: Keep) -> dict[str, Any]:
+def _content(run: RunResults) -> dict[str, Any]:
     lines, space = run.lines(), run.space
     nearest = sorted(run.tasks, key=lambda task: _left(lines[task.name]))
-    tasks = [_task(run, task, lines[task.name], keep) for task in nearest]
+    tasks = [_task(run, task, lines[task.name]) for task in nearest]
     groups = dict.fromkeys(name for groups in space.groups.values() for name in groups)
     return {
         "title": f"{'Task vectors' if run.of_texts else 'Visual task vectors'}: {run.name}",
@@ -73,17 +70,17 @@ def _content(run: RunResults, keep: Keep) -> dict[str, Any]:
         "summary": [name for name in SUMMARY if any(name in task["scores"] for task in tasks)],
         "words": legend(condition for task in lines.values() for condition in task["score"]),
         "tasks": tasks,
-        "scores": [_scores(run, fold, keep) for fold in run.scores],
-        "searches": _searches(run, lines, keep),
-        "matrix": _matrix(run, keep),
-        "overlap": _overlap(run, keep),
+        "scores": [_scores(run, fold) for fold in run.scores],
+        "searches": _searches(run, lines),
+        "matrix": _matrix(run),
+        "overlap": _overlap(run),
         "shared": list(reduce(and_, run.sets.values())),
         "hero": _hero(run, nearest),
         "verdict": _verdict(run, tasks),
     }
 
 
-def _task(run: RunResults, task: Task, lines: Lines, keep: Keep) -> dict[str, Any]:
+def _task(run: RunResults, task: Task, lines: Lines) -> dict[str, Any]:
     scores, explorer = lines["score"], run.explorers.get(task.name)
     patched = scores[PATCHED]
     differs = patched.difference_low > 0 or patched.difference_high < 0
@@ -101,13 +98,13 @@ def _task(run: RunResults, task: Task, lines: Lines, keep: Keep) -> dict[str, An
         "badges": _badges(run, task, verdict) if enough else [f"{patched.asked}: too few for a verdict"],
         "controls": task_verdict(run.table, task.name)[enough:],
         "pictures": first_pictures(run, task),
-        "figures": _units(run, task, keep),
-        "play": playground(explorer, task, run.space, keep) if explorer else None,
-        "looks": attention_pictures(explorer, run.layout, keep) if explorer else None,
+        "figures": _units(run, task),
+        "play": playground(explorer, task, run.space) if explorer else None,
+        "looks": attention_pictures(explorer, run.layout) if explorer else None,
     }
 
 
-def _units(run: RunResults, task: Task, keep: Keep) -> list[Drawn]:
+def _units(run: RunResults, task: Task) -> list[Drawn]:
     """Which units were found for a task, in each fold."""
     if run.space.granularity == "token":
         return []
@@ -117,22 +114,19 @@ def _units(run: RunResults, task: Task, keep: Keep) -> list[Drawn]:
             f"{'Probability' if result.probabilistic else 'Score'} of every unit{f', {fold}' if fold else ''}: each "
             f"cell is {_unit(run)}, each panel a place. The ringed units are patched."
         )
-        name, units = f"{task.name}-units-{fold}".rstrip("-"), numbers.of_units(result)
-        figures.append(draw(partial(plots.score_maps, result), caption, keep=keep, name=name, numbers=units))
+        figures.append(draw(partial(plots.score_maps, result), caption))
     return figures
 
 
-def _scores(run: RunResults, fold: str, keep: Keep) -> Drawn:
+def _scores(run: RunResults, fold: str) -> Drawn:
     """Which places tell the tasks apart."""
-    scores = run.scores[fold]
     caption = (
         f"{fold or f'Each cell is {_unit(run)}'}: the variance between tasks over that within a task, at each place."
     )
-    name, table = f"scores-{fold}".rstrip("-"), numbers.of_scores(scores, run.layout)
-    return draw(partial(plots.score_map, scores, run.layout), caption, keep=keep, name=name, numbers=table)
+    return draw(partial(plots.score_map, run.scores[fold], run.layout), caption)
 
 
-def _searches(run: RunResults, lines: dict[str, Lines], keep: Keep) -> Drawn:
+def _searches(run: RunResults, lines: dict[str, Lines]) -> Drawn:
     """The searches of all tasks. Lines of other conditions stand beside them where they are of the same loss."""
     results = {name: list(folds.values()) for name, folds in run.results.items()}
     loss = f"{str(run.settings.get('loss')).removesuffix('s').replace('_', ' ')} loss"
@@ -144,11 +138,10 @@ def _searches(run: RunResults, lines: dict[str, Lines], keep: Keep) -> Drawn:
     algorithm = next(iter(results.values()))[0].algorithm
     beside = " Lines: the loss without a vector, on the test prompts." if same else ""
     caption = f"The searches ({algorithm}): best held-out loss so far; lower is better.{beside}"
-    figure = partial(all_searches, results, bounds)
-    return draw(figure, caption, keep=keep, name="searches", numbers=numbers.of_searches(results))
+    return draw(partial(all_searches, results, bounds), caption)
 
 
-def _matrix(run: RunResults, keep: Keep) -> dict[str, Any]:
+def _matrix(run: RunResults) -> dict[str, Any]:
     """Every task's vector at every task's units."""
     if not run.table.frame.condition.str.startswith(OTHER).any():
         return {}
@@ -158,25 +151,24 @@ def _matrix(run: RunResults, keep: Keep) -> dict[str, Any]:
         "star marks the best of another task where the own is not surely better."
     )
     best: Any = best_others(pairs).itertuples()
-    titled, numbers_of = {"transfer at fixed units": pairs}, pairs.assign(units="fixed")
+    titled = {"transfer at fixed units": pairs}
     if run.anew is not None:
         titled["units searched anew for each pair"] = anew = vector_pairs(run.anew)
-        numbers_of = pd.concat([numbers_of, anew.assign(units="searched anew")])
     return {
         "anew": specificity_sentences(anew) if run.anew is not None else [],
-        "figure": draw(partial(plots.matrix, titled), caption, keep=keep, name="matrix", numbers=numbers_of),
+        "figure": draw(partial(plots.matrix, titled), caption),
         "best": {row.task: transfer_sentence(row) for row in best if row.pictures >= ENOUGH},
     }
 
 
-def _overlap(run: RunResults, keep: Keep) -> list[Drawn]:
+def _overlap(run: RunResults) -> list[Drawn]:
     """How alike the tasks' sets are."""
     sets = run.sets
     if len(sets) < 2 or run.space.granularity == "token":
         return []
     caption = "How alike the tasks' sets are (Jaccard similarity), and how many tasks patch each unit."
     figure = partial(plots.overlap, {plain_label(name): patches for name, patches in sets.items()})
-    return [draw(figure, caption, keep=keep, name="overlap", numbers=numbers.of_sets(sets))]
+    return [draw(figure, caption)]
 
 
 def _hero(run: RunResults, tasks: Sequence[Task]) -> dict[str, Any] | None:

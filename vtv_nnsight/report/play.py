@@ -9,14 +9,12 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from vtv_nnsight.images import luma, png_of, strip
+from vtv_nnsight.images import luma
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.patching import PatchSpace
-from vtv_nnsight.report.explorer import SIDE, QueryExplorer
-from vtv_nnsight.report.figures import Keep
+from vtv_nnsight.report.explorer import QueryExplorer
 from vtv_nnsight.report.hero import animation, save_animation
 from vtv_nnsight.report.labels import cell_in_words
-from vtv_nnsight.report.numbers import of_playground
 from vtv_nnsight.report.pictures import data_uri, sprite
 from vtv_nnsight.tasks import Task
 
@@ -35,13 +33,9 @@ def moving_and_still(explorer: QueryExplorer) -> dict[str, str]:
     return {"moving": data_uri(moving.getvalue(), "webp"), "still": data_uri(still.getvalue(), "webp")}
 
 
-def playground(explorer: QueryExplorer, task: Task, space: PatchSpace, keep: Keep) -> dict[str, Any]:
+def playground(explorer: QueryExplorer, task: Task, space: PatchSpace) -> dict[str, Any]:
     """What the templates show of one query's answers."""
-    tenths = zip(explorer.scales[::2], explorer.pictures["scale"][::2])
-    sheet = strip({f"{scale:.1f}": pixels.float() / 255 for scale, pixels in tenths}, side=SIDE)
-    name = f"{explorer.task}-answers"
-    links = {"CSV": keep(f"{name}.csv", of_playground(explorer)), "PNG": keep(f"{name}.png", png_of(sheet))}
-    return {"explorer": explorer, "maps": _loss_maps(explorer, task, space), "links": links}
+    return {"explorer": explorer, "maps": _loss_maps(explorer, task, space)}
 
 
 def unit_maps(space: PatchSpace) -> dict[str, list[list[str]]]:
@@ -74,20 +68,17 @@ def shares(explorer: QueryExplorer, layout: Layout) -> pd.DataFrame:
     return pd.DataFrame({"attention of": explorer.looks} | columns)
 
 
-def attention_pictures(explorer: QueryExplorer, layout: Layout, keep: Keep) -> dict[str, Any] | None:
+def attention_pictures(explorer: QueryExplorer, layout: Layout) -> dict[str, Any] | None:
     """What the templates show: a picture for each of `explorer.looks`, and the cell that it looks at most. None without
     any."""
     if not explorer.looks:
         return None
     table, pictures = shares(explorer, layout), overlays(explorer, layout)
-    sheet = strip({name: pixels.float() / 255 for name, pixels in zip(explorer.looks, pictures)}, side=336)
-    name = f"{explorer.task}-attention"
-    links = {"CSV": keep(f"{name}.csv", table), "PNG": keep(f"{name}.png", png_of(sheet))}
     maps = [
         {"name": name, "uri": sprite(pixels[None]), "most": cell_in_words(str(row.idxmax())), "share": float(row.max())}
         for pixels, (name, row) in zip(pictures, table.set_index("attention of").iterrows())
     ]
-    return {"explorer": explorer, "maps": maps, "links": links}
+    return {"explorer": explorer, "maps": maps}
 
 
 def _loss_maps(explorer: QueryExplorer, task: Task, space: PatchSpace) -> list[dict[str, Any]]:
