@@ -525,7 +525,7 @@ def test_a_run_of_words_from_end_to_end(model, tmp_path, vtv, monkeypatch):
     command = ("run", "--model", tmp_path / "model", *asked, "--jobs", 1, "--out", run)
     assert vtv(*command)[0] == 0
     page, before = (run / "report.html").read_text("utf-8"), (run / "run.json").read_bytes()
-    prompts = read_prompts(run / "prompts.safetensors", None)["antonym"]
+    prompts = read_prompts(run / "prompts" / "antonym.safetensors", None)
     assert (prompts.layout.shots, len(prompts), prompts.layout.stop) == (8, 32, "\n\n")
     answers, facts = read_tensors(run / "evaluation/antonym.safetensors", "answers")
     texts = facts["texts"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,27 @@ from vtv_nnsight.runs.folds import Fold
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.text_prompts import TextPrompts
+from vtv_nnsight.vectors import TaskVectors
 from vtv_nnsight.vectors.compatibility import fingerprint
 
 SIXTEENTH = 255 * 128
 """Prompts are kept as 16-bit numbers: pixels of 8 bits, and those darkened to a half, are kept exactly."""
 
 
-def write_prompts(path: Path, prompts: Mapping[str, Any]) -> None:
-    """The canvases of every task's prompts, of any layout, or their texts, as a safetensors file."""
-    texts = {name: rows.facts for name, rows in prompts.items() if isinstance(rows, TextPrompts)}
-    tensors = {
-        name: rows.identifiers if name in texts else rows.canvas.mul(SIXTEENTH).round().short().cpu()
-        for name, rows in prompts.items()
-    }
-    write_tensors(path, "prompts", tensors, {"tasks": list(prompts)} | ({"texts": texts} if texts else {}))
+def write_prompts(path: Path, prompts: Any) -> None:
+    """The canvases of prompts, of any layout, or their texts, as a safetensors file."""
+    if isinstance(prompts, TextPrompts):
+        write_tensors(path, "prompts", {"identifiers": prompts.identifiers}, prompts.facts)
+    else:
+        write_tensors(path, "prompts", {"canvas": prompts.canvas.mul(SIXTEENTH).round().short().cpu()}, {})
 
 
-def read_prompts(path: Path, layout: Any) -> dict[str, Any]:
-    """Task → the prompts that `write_prompts` wrote, in the layout that they had; texts have their own."""
-    tensors, metadata = read_tensors(path, "prompts")
-    if texts := metadata.get("texts"):
-        return {name: TextPrompts.of(texts[name], tensors[name]) for name in metadata["tasks"]}
-    return {name: VisualPrompt.from_canvas(tensors[name].float() / SIXTEENTH, layout) for name in metadata["tasks"]}
+def read_prompts(path: Path, layout: Any) -> Any:
+    """What `write_prompts` wrote, in the layout that canvases had; texts have their own."""
+    tensors, facts = read_tensors(path, "prompts")
+    if facts:
+        return TextPrompts.of(facts, tensors["identifiers"])
+    return VisualPrompt.from_canvas(tensors["canvas"].float() / SIXTEENTH, layout)
 
 
 def write_pictures(path: Path, table: Table, task: Task) -> None:
@@ -55,8 +54,9 @@ def write_pictures(path: Path, table: Table, task: Task) -> None:
     write_tensors(path, "answers", pictures, {"names": list(answers)} | ({"texts": texts} if texts else {}))
 
 
-def write_scores(path: Path, scores: torch.Tensor, space: PatchSpace) -> None:
-    """Units and their scores [unit], the highest first, as CSV."""
+def write_scores(path: Path, vectors: TaskVectors, space: PatchSpace) -> None:
+    """Units and how well each tells the tasks apart (ECCV 2024, §4.2), the highest first, as CSV."""
+    scores = space.average(vectors.score())
     order = scores.nan_to_num(-1).argsort(descending=True).tolist()
     table = pd.DataFrame({"unit": [space.names[i] for i in order], "score": scores[order].numpy()})
     write_text(path, table.to_csv(index=False, float_format="%.6g", na_rep="nan", lineterminator="\n"))

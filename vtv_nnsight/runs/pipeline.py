@@ -7,7 +7,7 @@ as `vtv run --budget 20000` does, with what `vtv_nnsight.report` has for the las
 The folder, and what is written in it:
 
     run.json                     settings, seeds, versions, the machine, seconds per step, digests of the steps' files
-    prompts.safetensors          prompts that the model does well one-shot, of every task
+    prompts/TASK.safetensors     prompts that the model does well one-shot
     vectors.safetensors          the task vectors of these prompts (`TaskVectors`)
     scores.csv                   how well each unit tells the tasks apart
     search/TASK.safetensors      the units to patch (`SearchResult`)
@@ -26,33 +26,33 @@ are those of one process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vtv_nnsight import tasks as registry
 from vtv_nnsight.evaluation import Table
 from vtv_nnsight.evaluation.conditions import PATCHED
+from vtv_nnsight.files import replacing
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.parallel import Workers, processes
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.progress import numbered_steps, quiet
-from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.folds import Fold, load_folds
 from vtv_nnsight.runs.outputs import identity, read_prompts, write_pictures, write_prompts, write_scores
 from vtv_nnsight.runs.protocol import fold_draw, search_prompts
-from vtv_nnsight.runs.resuming import STEPS, RunRecord, StepFiles, begin_step
+from vtv_nnsight.runs.resuming import STEPS, RunRecord
 from vtv_nnsight.runs.settings import Settings
 from vtv_nnsight.runs.trial import check
 from vtv_nnsight.search import SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
 
-SHARED = ("select", "collect", "search")
+SHARED = ("select", "collect", "score", "search")
 """The steps whose files the folds of the published protocol share."""
 
 
@@ -104,32 +104,35 @@ def run(
         tasks = steps.servable(settings, folds[0].train)
         space = PatchSpace(setup.model, setup.layout, settings.granularity, sites=settings.sites)
         check(settings, folds, tasks, space, setup.model)
-        record = None
+        record = RunRecord(out, [fold.folder for fold in folds])
         if state.is_main_process:
             facts = identity(settings, setup.model, folds, tasks)
-            record = RunRecord.open(out, facts, [fold.folder for fold in folds], notes, device_of(setup.model), redo)
+            record = RunRecord.open(out, facts, record.folders, notes, device_of(setup.model), redo)
         state.wait_for_everyone()
         total = (len(STEPS) - (explore is None) - (not settings.matrix)) * len(folds) + (report is not None)
+        total -= (len(SHARED) - 1) * sum(fold.shares is not None for fold in folds)
         step = numbered_steps(total, disable=not (progress and state.is_main_process))
         given = settings, device, batch_size, out, explore
         jobs = min(jobs, len(tasks)) if jobs and state.num_processes == 1 else None
         with Workers(jobs, _Bench(setup, folds, space, explore), _prepare, *given) as workers:
             for number, fold in enumerate(folds):
                 work = _Work(setup, tasks, space, record, step, number, fold, workers)
-                vectors = work.collect(work.select())
-                work.score(vectors)
-                work.search()
+                if fold.shares is None:
+                    work.select()
+                    work.collect()
+                    work.search()
+                else:
+                    work.share(fold.shares)
                 work.evaluate()
                 if explore is not None:
                     work.demonstrate()
                 if settings.matrix:
                     work.search_anew()
         if report is not None:
-            with begin_step(record, out, "report", step("report")) as files:
+            with record.step("report", step("report")) as working_on:
                 if state.is_main_process:
-                    files.working_on("")
+                    working_on("")
                     report(out)
-                files.wait()
     return out
 
 
@@ -154,18 +157,13 @@ def _prepare(
 
 def _select(bench: _Bench, fold: int, task: str) -> None:
     prompts = steps.select(bench.setup, registry.get(task), bench.folds[fold].train)
-    write_prompts(_part(bench.folds[fold], task), {task: prompts})
-
-
-def _part(fold: Fold, task: str) -> Path:
-    """Where the prompts of one task are until those of all are there."""
-    return fold.folder / f"prompts.{task}.part"
+    write_prompts(bench.folds[fold].folder / f"prompts/{task}.safetensors", prompts)
 
 
 def _search(bench: _Bench, fold: int, task: str) -> None:
     """One task's search, in all processes that `torchrun` started."""
     folder, setup, search = bench.folds[fold].folder, bench.setup, bench.folds[fold].search
-    prompts = read_prompts(folder / "prompts.safetensors", setup.layout)[task]
+    prompts = read_prompts(folder / f"prompts/{task}.safetensors", setup.layout)
     options: dict[str, Any] = {"resume": folder / f"search/{task}.journal"}
     if search is not None:
         prompts, held_out = search_prompts(registry.get(task), search, setup.layout, setup.settings.seed)
@@ -207,7 +205,7 @@ def _demonstrate(bench: _Bench, fold: int, task: str) -> None:
 def _search_anew(bench: _Bench, fold: int, task: str) -> None:
     """One task's row of the matrix, in all processes that `torchrun` started."""
     part, setup = bench.folds[fold], bench.setup
-    prompts = read_prompts(part.folder / "prompts.safetensors", setup.layout)[task]
+    prompts = read_prompts(part.folder / f"prompts/{task}.safetensors", setup.layout)
     given = (prompts, part.test, TaskVectors.load(part.folder / "vectors.safetensors"), bench.space, part.number)
     table = steps.search_anew(setup, registry.get(task), *given, part.folder / "matrix")
     if processes().is_main_process:
@@ -221,54 +219,47 @@ class _Work:
     setup: steps.Setup
     tasks: Sequence[Task]
     space: PatchSpace
-    record: RunRecord | None
+    record: RunRecord
     step: Callable[[str], AbstractContextManager[Callable[[str], None]]]
     number: int
     fold: Fold
     workers: Workers
 
-    def begin(self, name: str) -> AbstractContextManager[StepFiles]:
-        shares = self.fold.shares if name in SHARED else None
-        return begin_step(self.record, self.fold.folder, name, self.step(f"{name} {self.fold.name}".strip()), shares)
+    def begin(self, name: str) -> AbstractContextManager[Callable[[str], None]]:
+        return self.record.step(name, self.step(f"{name} {self.fold.name}".strip()), self.fold.folder)
 
-    def select(self) -> dict[str, VisualPrompt]:
-        with self.begin("select") as files:
-            if files.lacks("prompts.safetensors"):
-                for _ in self.workers.each(_select, self._calls(self.tasks), files.working_on):
-                    pass
+    def select(self) -> None:
+        self._make("select", _select, "prompts/{}.safetensors")
+
+    def collect(self) -> None:
+        folder = self.fold.folder
+        vectors, scores = folder / "vectors.safetensors", folder / "scores.csv"
+        with self.begin("collect") as working_on:
+            if self.record.lacking([vectors]):
+                working_on("")
                 prompts = {
-                    task.name: read_prompts(_part(self.fold, task.name), self.setup.layout)[task.name]
+                    task.name: read_prompts(folder / f"prompts/{task.name}.safetensors", self.setup.layout)
                     for task in self.tasks
                 }
-                files.save("prompts.safetensors", partial(write_prompts, prompts=prompts))
-                for task in self.tasks:
-                    _part(self.fold, task.name).unlink()
-            return read_prompts(files.path("prompts.safetensors"), self.setup.layout)
-
-    def collect(self, prompts: Mapping[str, VisualPrompt]) -> TaskVectors:
-        with self.begin("collect") as files:
-            if files.lacks("vectors.safetensors"):
-                files.working_on("")
-                vectors = steps.collect(self.setup, prompts, self.fold.folder / "vectors.state")
-                files.save("vectors.safetensors", vectors.save)
-                files.remove("vectors.state")
-            return TaskVectors.load(files.path("vectors.safetensors"))
-
-    def score(self, vectors: TaskVectors) -> None:
-        with self.begin("score") as files:
-            scores = steps.score(vectors, self.space)
-            if scores is not None and files.lacks("scores.csv"):
-                files.working_on("")
-                files.save("scores.csv", partial(write_scores, scores=scores, space=self.space))
+                steps.collect(self.setup, prompts, folder / "vectors.state").save(vectors)
+                self.record.made(vectors)
+        with self.begin("score") as working_on:
+            if len(self.tasks) > 1 and self.record.lacking([scores]):
+                working_on("")
+                write_scores(scores, TaskVectors.load(vectors), self.space)
+                self.record.made(scores)
 
     def search(self) -> None:
-        with self.begin("search") as files:
-            lacking = [task for task in self.tasks if files.everyone_lacks(f"search/{task.name}.safetensors")]
-            for _, name in self.workers.each(_search, self._calls(lacking), files.working_on):
-                files.made(f"search/{name}.safetensors")
-                files.remove(f"search/{name}.journal")
-                self.workers.begin(_evaluate, self.number, name)
-            files.wait()
+        self._make("search", _search, "search/{}.safetensors", together=True, then=_evaluate)
+
+    def share(self, folder: Path) -> None:
+        """Take the files of `SHARED` from another fold."""
+        with self.begin("search"):
+            for pattern in (pattern for step in SHARED for pattern in STEPS[step].writes):
+                for source in folder.glob(pattern) if processes().is_main_process else ():
+                    path = self.fold.folder / source.relative_to(folder)
+                    replace_by_link(source, path)
+                    self.record.made(path)
 
     def evaluate(self) -> None:
         self._make("evaluate", _evaluate, "evaluation/{}.safetensors", "evaluation/{}.parquet")
@@ -276,23 +267,34 @@ class _Work:
     def demonstrate(self) -> None:
         self._make("demonstrate", _demonstrate, "shown/{}.safetensors")
 
-    def _make(self, step: str, function: Callable[..., None], *names: str) -> None:
-        """The files of a step that the first process alone does, task by task."""
-        with self.begin(step) as files:
-            lacking = [task for task in self.tasks if any([files.lacks(name.format(task.name)) for name in names])]
-            for _, task in self.workers.each(function, self._calls(lacking), files.working_on):
-                for name in names:
-                    files.made(name.format(task))
-            files.wait()
-
     def search_anew(self) -> None:
-        with self.begin("matrix") as files:
-            lacking = [task for task in self.tasks if files.everyone_lacks(f"matrix/{task.name}.parquet")]
-            for _, name in self.workers.each(_search_anew, self._calls(lacking), files.working_on):
-                files.made(f"matrix/{name}.parquet")
-                for other in self.tasks:
-                    files.remove(f"matrix/{name}-{other.name}.journal")
-            files.wait()
+        self._make("matrix", _search_anew, "matrix/{}.parquet", together=True)
 
-    def _calls(self, tasks: Sequence[Task]) -> list[tuple[int, str]]:
-        return [(self.number, task.name) for task in tasks]
+    def _make(
+        self,
+        step: str,
+        function: Callable[[_Bench, int, str], None],
+        *names: str,
+        together: bool = False,
+        then: Callable[[_Bench, int, str], None] | None = None,
+    ) -> None:
+        """The files of a step, task by task: by all processes that `torchrun` started together, or by the first alone.
+        `then` is what a worker may begin with when a task is done."""
+        with self.begin(step) as working_on:
+            files = {task.name: [self.fold.folder / name.format(task.name) for name in names] for task in self.tasks}
+            lacking = self.record.lacking([path for paths in files.values() for path in paths], together)
+            calls = [(self.number, task) for task, paths in files.items() if not set(paths).isdisjoint(lacking)]
+            for _, task in self.workers.each(function, calls, working_on):
+                self.record.made(*files[task])
+                if then is not None:
+                    self.workers.begin(then, self.number, task)
+
+
+def replace_by_link(source: Path, path: Path) -> None:
+    """One file under a second path, in the place of what is there; a copy where the system cannot."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:
+        with replacing(path) as temporary:
+            shutil.copyfile(source, temporary)

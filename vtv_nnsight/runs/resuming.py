@@ -1,7 +1,7 @@
 """run.json: what a run was begun with, the digest of every file that it wrote, and how long its steps took.
 
 A run goes on only with files that are as it wrote them. One that was changed, or put there by somebody else, is named,
-and what it spoils is done again if the user says so (`--redo`).
+and done again if the user says so (`--redo`); what was made of it is done again if it comes out otherwise.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 import warnings
@@ -18,54 +17,55 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
 
 from vtv_nnsight.digests import file_digest
-from vtv_nnsight.files import make_folder, read_json, replacing, write_json
+from vtv_nnsight.files import make_folder, read_json, write_json
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.text import in_words
 
 RECORD, BUNDLE_RECORD = "run.json", "bundle.json"
 
+
+class Step(NamedTuple):
+    """A step of a run, which reads what the steps before it wrote.
+
+    Args:
+        settings: Those that matter from here on.
+        writes: Patterns of its files, in the folder of a fold.
+        keeps: Of those that keep its state until it is done.
+    """
+
+    settings: tuple[str, ...]
+    writes: tuple[str, ...]
+    keeps: tuple[str, ...] = ()
+
+
 STEPS = {
-    "select": ("model", "vqgan", "embedding_type", "dtype", "weights", "data", "folds", "pictures", "tasks", "order")
-    + ("max_images", "prompts", "candidates", "seed", "version", "protocol"),
-    "collect": ("sites",),
-    "score": ("granularity",),
-    "search": ("search", "loss", "budget", "sparsity", "search_fold", "search pictures"),
-    "evaluate": ("test_prompts", "test pictures", "draws", "control_prompts", "fold_draws"),
-    "demonstrate": (),
-    "matrix": ("matrix",),
+    "select": Step(
+        ("model", "vqgan", "embedding_type", "dtype", "weights", "data", "folds", "pictures", "tasks", "order")
+        + ("max_images", "prompts", "candidates", "seed", "version", "protocol"),
+        ("prompts/*.safetensors",),
+    ),
+    "collect": Step(("sites",), ("vectors.safetensors",), ("vectors.state",)),
+    "score": Step(("granularity",), ("scores.csv",)),
+    "search": Step(
+        ("search", "loss", "budget", "sparsity", "search_fold", "search pictures"),
+        ("search/*.safetensors",),
+        ("search/*.journal",),
+    ),
+    "evaluate": Step(
+        ("test_prompts", "test pictures", "draws", "control_prompts", "fold_draws"),
+        ("evaluation/*.parquet", "evaluation/*.safetensors"),
+    ),
+    "demonstrate": Step((), ("shown/*.safetensors",)),
+    "matrix": Step(("matrix",), ("matrix/*.parquet",), ("matrix/*.journal",)),
 }
-"""Step → the settings that matter from there on."""
-
-FILES = {
-    "select": ("prompts.safetensors",),
-    "collect": ("vectors.safetensors", "vectors.state"),
-    "score": ("scores.csv",),
-    "search": ("search/*.safetensors", "search/*.journal"),
-    "evaluate": ("evaluation/*.parquet", "evaluation/*.safetensors"),
-    "demonstrate": ("shown/*.safetensors",),
-    "matrix": ("matrix/*.parquet", "matrix/*.journal"),
-}
-"""Step → what it writes."""
-
-READERS = {
-    "select": ("collect", "score", "search", "evaluate", "demonstrate", "matrix"),
-    "collect": ("score", "search", "evaluate", "demonstrate", "matrix"),
-    "score": (),
-    "search": ("evaluate", "demonstrate"),
-    "evaluate": ("demonstrate",),
-    "demonstrate": (),
-    "matrix": (),
-}
-"""Step → the steps that depend on what it wrote."""
 
 
 def read_record(run: str | os.PathLike[str]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def read_record(run: str | os.PathLike[str]) -> dict[str, Any]:
 def step_of(name: str) -> str | None:
     """The step that writes a file of this name, relative to the run's folder; None where none does."""
     inside = Path(name).relative_to(fold_of(name))
-    for step, patterns in FILES.items():
+    for step, (_, patterns, _) in STEPS.items():
         if any(len(inside.parts) == len(Path(p).parts) and fnmatch(str(inside), p) for p in patterns):
             return step
     return None
@@ -127,41 +127,38 @@ def check_files(folder: str | os.PathLike[str], *names: str, recorded: bool = Tr
     files = {name: digest for name, digest in files.items() if name.startswith(names)}
     if missing := [name for name in files if not (folder / name).exists()]:
         raise FileNotFoundError(f"{folder / missing[0]} is missing; do it again with the same `vtv run`.")
-    paths = {folder / name: digest for name, digest in files.items()}
-    if changed := [path for path, digest in paths.items() if not path.is_file() or file_digest(path) != digest]:
+    if changed := changed_files(folder, files):
         raise ValueError(
-            f"{', '.join(map(str, changed))}: not as it was written, by {path}; put it back, or do it again with the "
-            "same `vtv run` and --redo."
+            f"{', '.join(str(folder / name) for name in changed)}: not as it was written, by {path}; put it back, or "
+            "do it again with the same `vtv run` and --redo."
         )
     return record, list(files)
 
 
-def changed_files(run: str | os.PathLike[str], record: dict[str, Any]) -> list[str]:
-    """Files, relative to the run's folder, that are there and not as the run wrote them.
+def changed_files(folder: Path, files: dict[str, str]) -> list[str]:
+    """Files in a folder that are there and have another digest than is noted.
 
     Raises:
         ValueError: when one of them is a folder.
     """
-    changed = []
-    for name, digest in record["files"].items():
-        path = Path(run) / name
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder where a run keeps a file; remove the folder.")
-        if path.exists() and file_digest(path) != digest:
-            changed.append(name)
-    return changed
+    there = [name for name in files if (folder / name).exists()]
+    if places := [name for name in there if not (folder / name).is_file()]:
+        raise ValueError(f"{folder / places[0]} is a folder where a run keeps a file; remove the folder.")
+    return [name for name in there if file_digest(folder / name) != files[name]]
 
 
 @dataclass
 class RunRecord:
-    """run.json of a run under way.
+    """run.json of a run under way, in one process or one of several, of which the first alone writes.
 
     Args:
         out: The run's folder.
-        content: What is written; `content["files"]` has the digests.
+        folders: Where its steps write: `out` itself, or a folder for each fold.
+        content: What is written; `content["files"]` has the digests. None but in the first process.
     """
 
     out: Path
+    folders: list[Path]
     content: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -173,7 +170,6 @@ class RunRecord:
 
         Args:
             settings: What its numbers depend on, as `STEPS` names them.
-            folders: Where its steps write: `out` itself, or a folder for each fold.
             notes: What the report is to say.
             redo: Remove what differing settings or changed files have spoilt, instead of refusing.
 
@@ -187,8 +183,7 @@ class RunRecord:
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not empty and holds no run; name a new folder.")
         packages = ("torch", "nnsight", "transformers", "datasets", "numpy")
-        self = cls(out)
-        self.content = {
+        content = {
             "kind": "vtv run",
             "settings": settings,
             "notes": list(dict.fromkeys([*notes, *earlier.get("notes", [])])),
@@ -201,71 +196,28 @@ class RunRecord:
             "seconds": earlier.get("seconds", {}),
             "files": earlier.get("files", {}),
         }
+        self = cls(out, list(folders), content)
         if earlier:
-            spoilt = self._spoilt_by_settings(earlier["settings"], redo)
-            changed = [name for name in changed_files(out, earlier) if step_of(name) not in spoilt]
-            if changed and not redo:
-                writers = {step_of(name) or "" for name in changed}
-                steps = writers.union(*(READERS[step] for step in writers))
-                raise ValueError(
-                    f"{', '.join(str(out / name) for name in changed)}: not as this run wrote it; put it back, or do "
-                    f"{', '.join(step for step in STEPS if step in steps)} again with redo (--redo)."
-                )
+            differ = [name for name in settings if earlier["settings"].get(name) != settings[name]]
+            spoilt = self._check_settings(differ, earlier["settings"], redo)
+            self._check_changed(spoilt, redo)
+            self._remove(spoilt, self.folders)
             if spoilt:
-                self.content["notes"] = notes
-            for step in spoilt:
-                self.content["seconds"].pop(step, None)
-                for folder in folders:
-                    self._remove(folder, step)
-            for name in changed:
-                (out / name).unlink()
-                del self.content["files"][name]
-                self._forget_readers(name)
-        make_folder(out)
-        for folder in folders:
-            for pattern in (pattern for patterns in FILES.values() for pattern in patterns):
+                content["notes"] = notes
+                content["seconds"] = {name: s for name, s in content["seconds"].items() if name not in spoilt}
+        for folder in (out, *self.folders):
+            make_folder(folder)
+        for folder in self.folders:
+            for pattern in (pattern for step in STEPS.values() for pattern in step.writes):
                 make_folder((folder / pattern).parent)
         self.write()
         return self
 
-    def has(self, path: Path) -> bool:
-        """Whether a file is there, as this run wrote it."""
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder where a run keeps a file; remove the folder.")
-        return path.is_file() and str(path.relative_to(self.out)) in self.content["files"]
-
-    def wrote(self, path: Path) -> None:
-        """Note a file that was written. What was made of an earlier one that differs is removed."""
-        name, digest = str(path.relative_to(self.out)), file_digest(path)
-        before = self.content["files"].get(name)
-        self.content["files"][name] = digest
-        if before not in (None, digest):
-            self._forget_readers(name)
-        self.write()
-
-    def note(self, texts: Iterable[str]) -> None:
-        """Keep what the report is to say, once."""
-        self.content["notes"] = list(dict.fromkeys([*self.content["notes"], *texts]))
-
-    def spent(self, step: str, seconds: float) -> None:
-        """Add to the seconds that a step took in earlier attempts."""
-        self.content["seconds"][step] = round(self.content["seconds"].get(step, 0) + seconds, 2)
-        self.write()
-
-    def write(self) -> None:
-        """Write run.json as it stands."""
-        self.content["peak memory (MiB)"] = peak_memory()
-        write_json(self.out / RECORD, self.content)
-
-    def _spoilt_by_settings(self, earlier: dict[str, Any], redo: bool) -> list[str]:
-        """The steps that depend on settings that differ from the earlier ones."""
-        settings = self.content["settings"]
-        differ = [name for name in settings if earlier.get(name) != settings[name]]
-        first = next((i for i, names in enumerate(STEPS.values()) if set(names) & set(differ)), None)
-        if first is None:
-            return []
-        steps = list(STEPS)[first:]
-        if not redo:
+    def _check_settings(self, differ: list[str], earlier: dict[str, Any], redo: bool) -> list[str]:
+        """The steps that depend on settings that differ from the earlier ones, which `redo` does again."""
+        first = next((i for i, step in enumerate(STEPS.values()) if set(step.settings) & set(differ)), len(STEPS))
+        steps, settings = list(STEPS)[first:], self.content["settings"]
+        if steps and not redo:
             changes = ", ".join(f"{n} was {in_words(earlier.get(n))} and is {in_words(settings[n])}" for n in differ)
             raise ValueError(
                 f"{self.out} was begun with other settings: {changes}. Name another folder, or do {', '.join(steps)} "
@@ -273,110 +225,82 @@ class RunRecord:
             )
         return steps
 
-    def _forget_readers(self, name: str) -> None:
-        """Remove what was made of a file."""
-        for reader in READERS[step_of(name) or ""]:
-            self._remove(self.out / fold_of(name), reader)
+    def _check_changed(self, spoilt: list[str], redo: bool) -> None:
+        """Remove files that are not as this run wrote them: they are made again. Without `redo`, refuse them."""
+        changed = [name for name in changed_files(self.out, self.content["files"]) if step_of(name) not in spoilt]
+        if changed and not redo:
+            raise ValueError(
+                f"{', '.join(str(self.out / name) for name in changed)}: not as this run wrote it; put it back, or do "
+                f"{', '.join(dict.fromkeys(str(step_of(name)) for name in changed))} again with redo (--redo)."
+            )
+        for name in changed:
+            (self.out / name).unlink()
 
-    def _remove(self, folder: Path, step: str) -> None:
-        for file in (file for pattern in FILES[step] for file in folder.glob(pattern)):
-            self.content["files"].pop(str(file.relative_to(self.out)), None)
-            file.unlink()
+    def lacking(self, paths: Iterable[Path], together: bool = False) -> list[Path]:
+        """Those of a step's files that are to be made: by the first process alone, or by all of them together."""
+        files = self.content.get("files", {})
+        lacking = [[p for p in paths if self.content and not (p.is_file() and str(p.relative_to(self.out)) in files)]]
+        if together and processes().num_processes > 1:
+            broadcast_object_list(lacking)
+        return lacking[0]
 
+    def made(self, *paths: Path) -> None:
+        """Note files that were written. What later steps made of an earlier one that differs is removed."""
+        for path in paths if self.content else ():
+            name, digest = str(path.relative_to(self.out)), file_digest(path)
+            if self.content["files"].get(name, digest) != digest:
+                later = list(STEPS).index(step_of(name) or "") + 1
+                self._remove(list(STEPS)[later:], [self.out / fold_of(name)])
+            self.content["files"][name] = digest
+            self.write()
 
-@dataclass
-class StepFiles:
-    """What a step reads and writes, in one process or one of several, of which the first alone writes.
+    @contextmanager
+    def step(
+        self, name: str, progress: AbstractContextManager[Callable[[str], None]], folder: Path | None = None
+    ) -> Iterator[Callable[[str], None]]:
+        """A step, shown by its line of `numbered_steps`, which yields what says what is being done; its time and its
+        warnings go into the record, and what kept its state in the folder of a fold is removed when it is done."""
+        began, worked = time.perf_counter(), []
+        with progress as show:
 
-    Args:
-        record: In the first process.
-        folder: Where the step writes.
-        show: Called with what is being done.
-        shares: Another folder of the run, whose files of this step are this one's, too.
-    """
+            def working_on(what: str) -> None:
+                worked.append(what)
+                show(what)
 
-    record: RunRecord | None
-    folder: Path
-    show: Callable[[str], None]
-    shares: Path | None = None
-    worked: bool = False
+            try:
+                with warnings.catch_warnings(record=True) as heard:
+                    warnings.simplefilter("always", UserWarning)
+                    yield working_on
+                if folder and self.content:
+                    remove(STEPS[name].keeps, folder)
+                processes().wait_for_everyone()
+            finally:
+                if worked and self.content:
+                    notes = [str(warning.message) for warning in heard if warning.category is UserWarning]
+                    self.content["notes"] = list(dict.fromkeys([*self.content["notes"], *notes]))
+                    spent = self.content["seconds"].get(name, 0) + time.perf_counter() - began
+                    self.content["seconds"][name] = round(spent, 2)
+                    self.write()
 
-    def lacks(self, name: str) -> bool:
-        """Whether the first process, which this is, has to make a file; one that `shares` has is taken from there."""
-        if self.record is None or self.record.has(self.folder / name):
-            return False
-        if self.shares:
-            self.save(name, partial(replace_by_link, self.shares / name))
-        return self.shares is None
+    def write(self) -> None:
+        """Write run.json as it stands."""
+        self.content["peak memory (MiB)"] = peak_memory()
+        write_json(self.out / RECORD, self.content)
 
-    def everyone_lacks(self, name: str) -> bool:
-        """The same in all processes, which make it together."""
-        answer = [self.lacks(name)]
-        if processes().num_processes > 1:
-            broadcast_object_list(answer)
-        return answer[0]
-
-    def working_on(self, what: str) -> None:
-        """Say what is being done; a step that never does was done before."""
-        self.worked = True
-        self.show(what)
-
-    def save(self, name: str, write: Callable[[Path], Any]) -> None:
-        """Write a file, in the first process, and note its digest; `write` is called with its path."""
-        if self.record is not None:
-            write(self.folder / name)
-            self.made(name)
-
-    def made(self, name: str) -> None:
-        """Note the digest of a file that was written, in the first process."""
-        if self.record is not None:
-            self.record.wrote(self.folder / name)
-
-    def remove(self, name: str) -> None:
-        """Remove what kept the state of a long job."""
-        if self.record is not None:
-            (self.folder / name).unlink(missing_ok=True)
-
-    def wait(self) -> None:
-        """Wait for the other processes."""
-        processes().wait_for_everyone()
-
-    def path(self, name: str) -> Path:
-        """The path of a file, when the first process has written it."""
-        self.wait()
-        return self.folder / name
+    def _remove(self, steps: Iterable[str], folders: Iterable[Path]) -> None:
+        """Remove the files of steps, and what kept their state."""
+        for folder in folders:
+            for step in steps:
+                for file in remove(STEPS[step].writes + STEPS[step].keeps, folder):
+                    self.content["files"].pop(str(file.relative_to(self.out)), None)
 
 
-def replace_by_link(source: Path, path: Path) -> None:
-    """One file under a second path, in the place of what is there; a copy where the system cannot."""
-    path.unlink(missing_ok=True)
-    try:
-        os.link(source, path)
-    except OSError:
-        with replacing(path) as temporary:
-            shutil.copyfile(source, temporary)
-
-
-@contextmanager
-def begin_step(
-    record: RunRecord | None,
-    folder: Path,
-    name: str,
-    progress: AbstractContextManager[Callable[[str], None]],
-    shares: Path | None = None,
-) -> Iterator[StepFiles]:
-    """A step, shown by its line of `numbered_steps`; its time and its warnings go into the record."""
-    began = time.perf_counter()
-    with progress as show:
-        step = StepFiles(record, folder, show, shares)
-        try:
-            with warnings.catch_warnings(record=True) as heard:
-                warnings.simplefilter("always", UserWarning)
-                yield step
-        finally:
-            if step.worked and record is not None:
-                record.note(str(warning.message) for warning in heard if warning.category is UserWarning)
-                record.spent(name, time.perf_counter() - began)
+def remove(patterns: Iterable[str], folder: Path) -> list[Path]:
+    """Remove the files of some patterns in a folder; those that there were."""
+    files = [file for pattern in patterns for file in folder.glob(pattern)]
+    for file in files:
+        file.unlink()
+    return files
 
 
 def peak_memory() -> int | None:

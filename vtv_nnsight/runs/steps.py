@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from vtv_nnsight import models
@@ -119,11 +118,6 @@ def collect(setup: Setup, prompts: Mapping[str, VisualPrompt], resume: str | Pat
     """The mean activation of every head (ECCV 2024, §4.1), or at other sites of the layers, by task."""
     sites = setup.settings.sites
     return TaskVectors.collect(setup.model, prompts, sites=sites, batch_size=setup.batch_size, resume=resume)
-
-
-def score(vectors: TaskVectors, space: PatchSpace) -> torch.Tensor | None:
-    """How well each unit tells the tasks apart, [unit] (ECCV 2024, §4.2); None of a single task."""
-    return space.average(vectors.score()) if len(vectors) > 1 else None
 
 
 def search(
