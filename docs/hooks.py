@@ -94,7 +94,6 @@ REFERENCE = {
         "Circuits": "studies.circuits",
         "Learned vectors": "studies.learning",
         "Function vectors": "studies.function_vectors",
-        "Banks of vectors": "studies.bank",
         "Clusters": "studies.clusters",
         "Retrieved examples": "studies.prompting.retrieval",
         "Learned borders": "studies.prompting.border",

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import random_module, random_prompts
+from search_efficiency import BankObjective, cluster_vectors
 
 from vtv_nnsight import MAEVQGAN, Condition, PatchSet, PatchSpace, patch, search, tasks
-from vtv_nnsight.studies.bank import BankObjective, cluster_vectors
 from vtv_nnsight.vectors import Activations
 
 

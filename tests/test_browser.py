@@ -255,21 +255,6 @@ def test_the_share_of_a_mixture_is_what_is_patched(demo, player, visit, tmp_path
         torch.testing.assert_close(written.mean[stage], mean, equal_nan=True)
 
 
-def test_as_many_units_at_random(demo, visit):
-    page = visit(demo)
-    says(page, "8 of 22 units")
-    on = page.locator(".units input:checked")
-    playwright.expect(on).to_have_count(8, timeout=WAIT)
-    checked = "[...document.querySelectorAll('.units input')].map((box) => box.checked).join()"
-    before = page.evaluate(checked)
-    page.get_by_role("button", name="As many at random").click()
-    page.wait_for_function(f"before => {checked} != before", arg=before)
-    playwright.expect(on).to_have_count(8, timeout=WAIT)
-    says(page, "8 of 22 units")
-    page.get_by_role("button", name="Those that were found").click()
-    page.wait_for_function(f"before => {checked} == before", arg=before)
-
-
 def test_an_example_is_picked(demo, player, visit):
     page = visit(demo)
     says(page, "8 of 22 units")
@@ -321,28 +306,6 @@ def test_uploads_whole_and_broken(demo, visit, tmp_path):
     broken.write_bytes((DATA / "query_image.png").read_bytes()[:200])
     upload.set_input_files(broken)
     playwright.expect(page.get_by_text("cannot be read as a picture")).to_be_visible(timeout=WAIT)
-
-
-def test_a_mask_is_drawn(demo, visit):
-    page = visit(demo)
-    says(page, "8 of 22 units")
-    page.get_by_role("button", name="Draw a mask for an example").click()
-    shown = page.locator("#example-answer img")
-    before = shown.get_attribute("src")
-    canvas = page.locator("#editor canvas").first
-    canvas.scroll_into_view_if_needed()
-    playwright.expect(canvas).to_be_visible(timeout=WAIT)
-    page.wait_for_timeout(2000)  # the editor fits its picture, and says nothing when it has
-    page.get_by_role("button", name="Use this mask").click()
-    playwright.expect(page.get_by_text("nothing is painted yet")).to_be_visible(timeout=WAIT)
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 30, y)
-    page.mouse.down()
-    page.mouse.move(x + 30, y + 20, steps=8)
-    page.mouse.up()
-    page.get_by_role("button", name="Use this mask").click()
-    playwright.expect(shown).not_to_have_attribute("src", before, timeout=WAIT)
 
 
 def test_a_search_on_ones_own_pictures(demo, visit, tmp_path):

@@ -161,8 +161,6 @@ def test_a_model_paints_the_output(vtv, tmp_path, checkpoint):
         (["prompt", "--vectors", "tiny", "--query", QUERY, "--scale", "nan"], "--scale is nan; give a number"),
         (["prompt", "--example", SUPPORT, "--query", QUERY, "--mask", QUERY], "--mask has no use for identity"),
         (["prompt", "--vectors", "tiny", "--query", QUERY, "--order", "vertical"], "--order has no use with --vectors"),
-        (["search", "tiny", "-o", "x", "--vectors", "v", "--size", 3], "--size has no use for reinforce"),
-        (["search", "tiny", "-o", "x", "--vectors", "v", "--recipe", "published", "--search", "gates"], "--recipe has"),
         (["report", "run", "-o", "page.html"], "--output has no use for a single run"),
         (["report", "one", "other", "-o", "."], "is a folder and a file was to be written there"),
         (["report", "one", "other", "-o", "deeper/page.html"], "there is no folder"),
@@ -293,13 +291,13 @@ def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
     sites = [f"{stage}.{site}" for stage in stages for site in ("mlp", "residual")]
     assert list(map(str, loaded["lowlight"].mean)) == sites and loaded["lowlight"].mean["encoder", "mlp"].shape[2] == 1
 
-    search = ("search", model, "--tasks", "lowlight", *own[2:], "--vectors", vectors, "--algorithm", "ranking")
-    search += ("--size", 3, "-o", units)
+    search = ("search", model, "--tasks", "lowlight", *own[2:], "--vectors", vectors, "--algorithm", "random")
+    search += ("--budget", 40, "-o", units)
     assert vtv(*search)[0] == 0
     assert PatchSet.load(units).space.sites == ("mlp", "residual")  # all that the vectors have
-    assert vtv(*search, "--sites", "mlp", "--stages", "decoder")[0] == 0
+    assert vtv(*search, "--sites", "mlp")[0] == 0
     chosen = PatchSet.load(units)
-    assert chosen.space.sites == ("mlp",) and len(chosen) == 3 and all("decoder" in n and ".mlp @" in n for n in chosen)
+    assert chosen.space.sites == ("mlp",) and all(".mlp @" in name for name in chosen)
     code, out, complaint = vtv(*search, "--sites", "heads,mlp")
     assert code == 1 and complaint == (
         f"Error: {vectors} has vectors of mlp, residual and none of heads; collect with sites heads,mlp,residual.\n"
@@ -312,21 +310,6 @@ def test_other_sites_of_the_layers(vtv, tmp_path, small_config):
     code, _, complaint = vtv(*evaluate, "--vectors", vectors, "--patches", units)
     expected = f"Error: {vectors} has vectors of heads and none of mlp; collect with sites heads,mlp.\n"
     assert (code, complaint) == (1, expected)
-
-
-@pytest.mark.slow
-def test_task_vectors_are_scored_by_another_metric(vtv, tmp_path, small_config):
-    """Which the name of a task tells, while vectors have the name that they were collected by."""
-    model, vectors, units = tmp_path / "model", tmp_path / "vectors.safetensors", tmp_path / "units.json"
-    MAEVQGANModel(small_config()).save_pretrained(model)
-    own = ("--prompts", 4, "--max-images", 10)
-    assert vtv("collect", model, "--tasks", "colorization,lowlight", *own, "-o", vectors)[0] == 0
-    PatchSet.random(PatchSpace(MAEVQGAN(str(model))), 3).save(units)
-    args = ("evaluate", model, "--tasks", "colorization", "--prompts", 6, "--vectors", vectors, "--patches", units)
-    code, out, complaint = vtv(*args, "--metric", "iou", "-o", tmp_path / "out")
-    assert code == 0 and (tmp_path / "out" / "colorization(iou).png").is_file(), complaint
-    assert "colorization(iou), 6 images" in out and "task vector" in out
-    assert "lowlight" in out and "of colorization" not in out  # the vectors of other tasks, of which this is none
 
 
 def test_an_error_that_nobody_thought_of_is_one_sentence(vtv, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the page of `vtv demo` computes: prompts, answers, uploads, masks, the map of units. The page itself is in
+"""What the page of `vtv demo` computes: prompts, answers, uploads, the map of units. The page itself is in
 test_browser.py."""
 
 import io
@@ -67,17 +67,6 @@ def test_an_upload_is_checked_and_left_to_other_visitors(tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(ValueError, match="holiday was removed, as uploads are after 10 minutes; upload it again"):
         playing.upload(path, "holiday")
-
-
-def test_what_is_painted_is_the_mask():
-    image, layer = Image.new("RGB", (40, 30)), Image.new("RGBA", (40, 30))
-    layer.paste((255, 255, 255, 255), (5, 6, 15, 26))
-    mask = playing.drawn_mask(image, [Image.new("RGBA", (40, 30)), layer])
-    assert mask.getbbox() == (5, 6, 15, 26) and np.unique(mask).tolist() == [0, 255]
-    row = {"image": image, "mask": mask}
-    assert tasks.segmentation.cells(row, 32)[1].max() == 1
-    with pytest.raises(ValueError, match="nothing is painted yet"):
-        playing.drawn_mask(image, [Image.new("RGBA", (40, 30))])
 
 
 def test_the_map_has_every_unit_once(player):

@@ -100,9 +100,9 @@ def test_the_steps_one_by_one(runs, folders, tmp_path):
     assert list(again) == list(first) == TASKS.split(",")
     vtv(
         "search", model, *SIZES[2:], "--tasks", "segmentation", "--vectors", vectors, "--algorithm", "random",
-        "--budget", 40, "--stages", "merged", "-o", units,
+        "--budget", 40, "-o", units,
     )  # fmt: skip
-    assert all("query+output" in name for name in PatchSet.load(units))
+    assert len(PatchSet.load(units).space) > 0
     vtv(
         "evaluate", model, "--tasks", "segmentation", "--vectors", vectors, "--patches", units, "--prompts", 4,
         "-o", out,

@@ -805,17 +805,16 @@ def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, cap
             cli.main()
         return end.value.code, *capsys.readouterr()
 
-    found, plot = tmp_path / "found.safetensors", tmp_path / "plot"
-    code, out, error = vtv("--task", "identity", "--algorithm", "ranking", "--size", 5, "-o", found, "--plot", plot)
+    found = tmp_path / "found.safetensors"
+    code, out, error = vtv("--task", "identity", "--algorithm", "random", "--budget", 60, "-o", found)
     assert code == 0, error
-    assert "5 of 36 units" in out and f"wrote {found}" in out
-    assert len(search.SearchResult.load(found).patches) == 5
-    assert {path.name for path in plot.iterdir()} == {"curve.png", "units.png"}
+    units = len(search.SearchResult.load(found).patches)
+    assert f"{units} of 36 units" in out and f"wrote {found}" in out
 
-    both = ["--task", "identity,segmentation", "--algorithm", "random", "--budget", 60, "--stages", "decoder"]
+    both = ["--task", "identity,segmentation", "--algorithm", "random", "--budget", 60]
     code, _, error = vtv(*both, "-o", tmp_path / "both.json")
     assert code == 0, error
-    assert PatchSet.load(tmp_path / "both.json").space.fingerprint["patched_stages"] == ["decoder"]
+    assert len(PatchSet.load(tmp_path / "both.json").space) == 36
 
     code, _, error = vtv("--algorithm", "annealing", "-o", found)
     assert code == 1 and "'annealing' is not an algorithm; choose from attribution, consistent" in error

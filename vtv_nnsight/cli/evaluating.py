@@ -26,8 +26,7 @@ from vtv_nnsight.runs.folds import is_published_detection, is_published_pascal
 from vtv_nnsight.runs.resuming import check_files
 from vtv_nnsight.runs.settings import PUBLISHED, Settings
 from vtv_nnsight.search.result import SearchResult
-from vtv_nnsight.tasks import Task, scored_by
-from vtv_nnsight.vectors import TaskVectors
+from vtv_nnsight.tasks import Task
 
 PatchesFile = Annotated[
     Path | None, typer.Option(help="Where to patch: a patch set (.json) or a search result (.safetensors).")
@@ -52,13 +51,6 @@ Beside = Annotated[
         metavar="SOURCE",
         help="Another model, on the same prompts, as many times as there are models: of another kind, too, such as "
         "facebook/vit-mae-large.",
-    ),
-]
-Metric = Annotated[
-    str | None,
-    typer.Option(
-        help="Score answers by another metric: mse, or lpips (with the extra of that name).",
-        show_default="each task's own",
     ),
 ]
 Published = Annotated[
@@ -89,7 +81,6 @@ def evaluate(
     max_images: MaxImages = None,
     test_prompts: TestPrompts = None,
     beside: Beside = None,
-    metric: Metric = None,
     published: Published = False,
     order: options.Order = Settings.order,
     seed: options.Seed = Settings.seed,
@@ -116,12 +107,7 @@ def evaluate(
     sites = () if units is None else getattr(units.space, "sites", ())  # of a space that is no model's there are none
     by_task = options.read_vectors(vectors, settings.tasks, sites) if vectors else None
     folds = _folds(settings, split, max_images)
-    unscored = steps.servable(settings, folds[0][1], by_task)
-    to_evaluate = [scored_by(task, metric) if metric else task for task in unscored]
-    if by_task and metric:  # they are named as the tasks were without it
-        names = {task.name: scored.name for task, scored in zip(unscored, to_evaluate)}
-        renamed = [replace(vector, task=names.get(name, name)) for name, vector in by_task.items()]
-        by_task = TaskVectors({vector.task: vector for vector in renamed})
+    to_evaluate = steps.servable(settings, folds[0][1], by_task)
     tables = {}
     for name in dict.fromkeys([source, *(beside or [])]):
         other = replace(settings, model=name, vqgan=None, embedding_type=None)

@@ -11,12 +11,10 @@ from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.data import load
-from vtv_nnsight.files import make_folder, write_picture
 from vtv_nnsight.patching import PatchSpace
-from vtv_nnsight.report import plots
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.settings import Settings
-from vtv_nnsight.search import ALGORITHMS, SearchResult
+from vtv_nnsight.search import ALGORITHMS
 
 ResultFile = Annotated[
     Path,
@@ -35,15 +33,6 @@ Budget = Annotated[
         help="Evaluations to spend, one mask on one prompt each.",
         show_default=f"{Settings.budget}; the paper's with published",
     ),
-]
-Size = Annotated[
-    int | None,
-    typer.Option(
-        min=0, help="Units in the set, for attribution, mediation, ranking and random.", show_default="searched for"
-    ),
-]
-Stages = Annotated[
-    str | None, typer.Option(help="Stages to patch, with commas between them.", show_default="all of the model's")
 ]
 CollectedSites = Annotated[
     str | None,
@@ -70,7 +59,6 @@ def search(
     output: ResultFile,
     algorithm: AlgorithmName = Settings.search,
     tasks: options.OneTask = None,
-    recipe: Annotated[str | None, typer.Option(help='"published" makes reinforce the paper\'s.')] = None,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -81,10 +69,8 @@ def search(
     ] = None,
     sparsity: options.Sparsity = Settings.sparsity,
     budget: Budget = None,
-    size: Size = None,
     loss: options.Loss = Settings.loss,
     granularity: options.Granularity = Settings.granularity,
-    stages: Stages = None,
     sites: CollectedSites = None,
     data: options.Data = Settings.data,
     images: options.Images = None,
@@ -96,10 +82,6 @@ def search(
     seed: options.Seed = Settings.seed,
     batch_size: options.BatchSize = None,
     resume: options.Resume = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="A folder for pictures of the search and its set.", callback=options.place_for_folder),
-    ] = None,
     vqgan: options.VQGAN = None,
     embedding_type: options.EmbeddingType = None,
     dtype: options.DType = None,
@@ -108,34 +90,16 @@ def search(
     """Search for the units to patch so that the model does a task with no examples; one set for several tasks."""
     if algorithm not in (*ALGORITHMS, "published"):
         raise ValueError(f"{algorithm!r} is not an algorithm; choose from {', '.join(ALGORITHMS)}, or published.")
-    if algorithm != "reinforce":
-        options.refuse_unused(ctx, "but for reinforce", "recipe")
-    if algorithm not in ("attribution", "mediation", "ranking", "random"):
-        options.refuse_unused(ctx, f"for {algorithm}", "size")
-    preset = {"budget": None} if "published" in (algorithm, recipe) else {}
+    preset = {"budget": None} if algorithm == "published" else {}
     settings = options.settings_of(ctx, preset | {"most_tasks": 1}, model=source, search=algorithm)
     by_task = options.read_vectors(vectors, settings.tasks, settings.sites if sites else ())
     setup = steps.set_up(settings, device, batch_size, dtype)
     rows = load(settings.data, split, max_images, seed)
     to_serve = steps.servable(settings, rows, by_task)
     patched = settings.sites if sites else by_task.sites
-    space = PatchSpace(setup.model, setup.layout, granularity, options.listed(stages) if stages else None, patched)
+    space = PatchSpace(setup.model, setup.layout, granularity, sites=patched)
     to_search = [steps.select(setup, task, rows) for task in to_serve]
-    keywords = options.given(recipe=recipe, judge=judge, size=size)
-    result = steps.search(setup, by_task, to_serve, to_search, space, resume=resume, **keywords)
+    result = steps.search(setup, by_task, to_serve, to_search, space, resume=resume, **options.given(judge=judge))
     say(str(result))
     (result.patches if output.suffix == ".json" else result).save(output)
     wrote(output)
-    if plot:
-        _draw(plot, algorithm, result)
-
-
-def _draw(folder: Path, algorithm: str, result: SearchResult) -> None:
-    """Write the curve of a search, and the scores of its units where they are few enough to show."""
-    make_folder(folder)
-    figures = {"curve.png": plots.curves({algorithm: result})}
-    if result.patches.space.granularity != "token":
-        figures["units.png"] = plots.score_maps(result)
-    for name, figure in figures.items():
-        write_picture(folder / name, figure.savefig, dpi=150)
-        wrote(folder / name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +14,7 @@ import gradio as gr
 import torch
 
 from vtv_nnsight import tasks
-from vtv_nnsight.demo.playing import (
-    MODES,
-    ONE_SHOT,
-    VECTOR,
-    ZERO_SHOT,
-    Player,
-    Row,
-    drawn_mask,
-    enlarged,
-    panels,
-    upload,
-)
+from vtv_nnsight.demo.playing import MODES, ONE_SHOT, VECTOR, ZERO_SHOT, Player, Row, enlarged, panels, upload
 from vtv_nnsight.images import enlarge, to_pil
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.report import photographs
@@ -145,10 +133,6 @@ class Callbacks:
         """The units that were found for a task and the other that is mixed in."""
         return self._ticks((visitor or self.player).found(task, None if other == NONE else other))
 
-    def random_units(self, *ticked: list[str]) -> list[list[str]]:
-        """As many units, drawn at random."""
-        return self._ticks(PatchSet.random(self.player.space, sum(map(len, ticked)), random.randrange(2**31)))
-
     def pick(self, event: gr.SelectData) -> Row:
         """The row of a picture that was clicked at."""
         return self.row(event.index)
@@ -166,14 +150,6 @@ class Callbacks:
     def upload_answer(self, path: str, row: Row) -> Row:
         """The example with an uploaded answer."""
         return {"image": row["image"], "answer": upload(path)}
-
-    @show_errors
-    def paint_mask(self, drawn: dict[str, Any] | None) -> Row:
-        """What was drawn over a picture, as a row with a mask."""
-        if not drawn or drawn.get("background") is None:
-            raise ValueError("there is no picture to paint on; upload one, or pick an example.")
-        image = drawn["background"].convert("RGB")
-        return {"image": image, "mask": drawn_mask(image, drawn["layers"])}
 
     @show_errors
     def search(self, task: str, files: list[str] | None, visitor: Player | None, progress: Any = gr.Progress()):  # noqa: B008

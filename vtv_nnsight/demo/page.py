@@ -27,7 +27,7 @@ except ImportError as error:
     raise ImportError("vtv demo needs gradio; install it with pip install 'vtv-nnsight[demo]'.") from error
 
 from vtv_nnsight.demo.callbacks import NONE, SHOWN, Callbacks
-from vtv_nnsight.demo.playing import KEPT_SECONDS, MAX_BYTES, VECTOR, Player, Row
+from vtv_nnsight.demo.playing import KEPT_SECONDS, MAX_BYTES, VECTOR, Player
 from vtv_nnsight.models.nnsight_compat import without_save
 
 STATE_SECONDS = 3600
@@ -61,8 +61,6 @@ def make_page(player: Player) -> gr.Blocks:
         _question_panel(page, list(player.bundle))
         with gr.Accordion("Pictures", open=True), gr.Row():
             _pictures_panel(page, pictures)
-        with gr.Accordion("Draw a mask for an example", open=False):
-            _mask_panel(page, pictures[0])
         if page.calls.panels:
             with gr.Accordion("Units: rows are layers, columns are heads", open=True):
                 _units_panel(page)
@@ -124,22 +122,11 @@ def _pictures_panel(page: Any, pictures: list[Any]) -> None:
         ]
 
 
-def _mask_panel(page: Any, picture: Any) -> None:
-    """A picture to paint over."""
-    page.editor = gr.ImageEditor(
-        label="Paint over the thing", type="pil", sources=["upload"], layers=False, transforms=[], buttons=[],
-        brush=gr.Brush(colors=["#ffffff"], default_size=30), elem_id="editor", value=_on_easel({"image": picture}),
-        height=380,
-    )  # fmt: skip
-    page.use_mask = gr.Button("Use this mask")
-
-
 def _units_panel(page: Any) -> None:
     """A box to tick for every unit, and buttons for many."""
     with gr.Row():
         page.all_found = gr.Button("Those that were found", size="sm", min_width=120)
         page.all_off = gr.Button("None", size="sm", min_width=120)
-        page.at_random = gr.Button("As many at random", size="sm", min_width=120, elem_id="random")
     with gr.Row():
         for title, labels in page.calls.panels.items():
             boxes = [(label, name) for name, label in labels.items()]
@@ -190,11 +177,9 @@ def _wire_pictures(page: Any) -> None:
     picked = page.examples.select(calls.pick, None, page.example, **QUIET)
     uploaded = page.new_input.upload(calls.upload_picture, page.new_input, page.example, **QUIET)
     for event in (picked, uploaded):
-        _show_example(page, event.then).then(_on_easel, page.example, page.editor, **QUIET)
-    paired = page.new_answer.upload(calls.upload_answer, [page.new_answer, page.example], page.example, **QUIET)
-    masked = page.use_mask.click(calls.paint_mask, page.editor, page.example, **QUIET)
-    for event in (paired, masked):
         _show_example(page, event.then)
+    paired = page.new_answer.upload(calls.upload_answer, [page.new_answer, page.example], page.example, **QUIET)
+    _show_example(page, paired.then)
     picked = page.queries.select(calls.pick, None, page.query, **QUIET)
     uploaded = page.new_query.upload(calls.upload_picture, page.new_query, page.query, **QUIET)
     for event in (picked, uploaded):
@@ -207,7 +192,6 @@ def _wire_units(page: Any, blocks: gr.Blocks) -> None:
         bind(calls.heat, [page.task, page.visitor], page.heat, **QUIET)
     _answer(page, _tick_found(page, page.all_found.click))
     _answer(page, page.all_off.click(lambda: [[] for _ in units], None, units, **QUIET).then)
-    _answer(page, page.at_random.click(calls.random_units, units, units, **QUIET).then)
     inputs, outputs = [page.task, page.files, page.visitor], [page.visitor, *units, page.search_caption]
     _answer(page, page.search.click(calls.search, inputs, outputs, **ONE_AT_A_TIME).then)
 
@@ -239,11 +223,6 @@ def _answer(page: Any, bind: Callable, **options: Any) -> Any:
     """Answer when an event happens: visitors one after the other."""
     outputs = [*page.pictures, page.caption, page.code]
     return bind(page.calls.respond, page.controls, outputs, **ONE_AT_A_TIME, **QUIET, queue=True, **options)
-
-
-def _on_easel(row: Row) -> Any:
-    """A row's picture to paint over."""
-    return {"background": row["image"], "layers": [], "composite": None}
 
 
 class SameOrigin:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -231,21 +231,6 @@ def upload(path: str | os.PathLike, name: str = "the upload") -> Image.Image:
     image = as_rgb(read_picture(io.BytesIO(path.read_bytes()), name))
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
-
-
-def drawn_mask(image: Image.Image, layers: Iterable[Image.Image]) -> Image.Image:
-    """What was painted over a picture, as its mask: PIL "L", 0 or 255.
-
-    Raises:
-        ValueError: when nothing was.
-    """
-    mask = Image.new("L", image.size, 0)
-    for layer in layers:
-        painted = layer.convert("RGBA").getchannel("A").resize(image.size, Image.Resampling.NEAREST)
-        mask.paste(255, mask=painted.point(lambda alpha: 255 * (alpha > 127)))
-    if mask.getbbox() is None:
-        raise ValueError("nothing is painted yet; paint over the thing, then use the mask.")
-    return mask
 
 
 def enlarged(pixels: torch.Tensor, side: int = 336) -> Image.Image:

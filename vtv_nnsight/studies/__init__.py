@@ -1,1 +1,1 @@
-"""Studies with the core: circuits, prompting, clusters, learned vectors, banks of vectors, released files."""
+"""Studies with the core: circuits, prompting, clusters, learned vectors, function vectors, released files."""
