@@ -106,14 +106,11 @@ def damages(file: Path, others: list[Path], generator: random.Random) -> Iterato
 
 
 def interrupted(folder: Path) -> dict[Path, Readers]:
-    """Files that keep the state of a collection and a search → what goes on with them."""
+    """A file that keeps the state of a search → what goes on with it."""
     model: Any = models.load_model("tiny", dispatch=True)
     rows = data.scenes("train", 12)
     prompts = {name: tasks.get(name).prompts(rows, 4, 0, model.layout) for name in TASKS[:2]}
     vectors = TaskVectors.collect(model, prompts, progress=False)
-
-    def collect(path: Path) -> Any:
-        return TaskVectors.collect(model, prompts, resume=path / "state", progress=False)
 
     def search(path: Path) -> Any:
         name, space = TASKS[1], PatchSpace(model)
@@ -123,12 +120,9 @@ def interrupted(folder: Path) -> dict[Path, Readers]:
         )  # fmt: skip
         return result.patches, result.scores, [moment._replace(seconds=0.0) for moment in result.history]
 
-    jobs: dict[Path, Readers] = {}
-    for name, job in {"collection": collect, "search": search}.items():
-        (folder / name).mkdir()
-        job(folder / name)
-        jobs[folder / name] = {name: job}
-    return jobs
+    (folder / "search").mkdir()
+    search(folder / "search")
+    return {folder / "search": {"search": search}}
 
 
 def examine(folder: Path, readers: Readers, cases: list[tuple[Path, str, bytes | None]], ends: Counter[str]) -> int:

@@ -226,7 +226,7 @@ def test_gradients_after_a_plain_backward(model, prompts, inside):
         if inside:
             loss.backward()
     if not inside:
-        with pytest.raises(ValueError, match="no gradient came to these activations; capture them with gradients on"):
+        with pytest.raises(ValueError, match="no gradient came to these activations"):
             run.grad  # noqa: B018
         loss.backward()
     assert_holds(run.grad, hooked(model, prompts, backward=True), prompts, **CLOSE)
@@ -267,7 +267,7 @@ def test_gradients_where_things_are_edited_and_where_nothing_depends(model, prom
     assert before.isnan().any()
     with torch.no_grad(), model.trace(prompts):
         without = capture(model)
-    with pytest.raises(ValueError, match="with gradients on"):
+    with pytest.raises(ValueError, match="no gradient came"):
         without.grad  # noqa: B018
 
 
@@ -800,10 +800,7 @@ def test_names_of_units_of_one_space_in_any_order(model, others, vector):
 def test_a_stage_that_was_not_captured_is_named(model, prompts, others):
     with model.trace(prompts):
         activations = capture(model, stages="encoder")
-    with (
-        pytest.raises(ValueError, match="there is nothing of the decoder, only of the encoder; capture it too"),
-        model.trace(others),
-    ):
+    with pytest.raises(ValueError, match="there is nothing of the decoder, only of the encoder"), model.trace(others):
         patch(model, activations, ["decoder.blocks.0.attn.heads[0] @ query"])
     with (
         pytest.raises(ValueError, match="layers= names decoder, which stages=encoder leaves out"),

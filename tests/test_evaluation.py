@@ -679,7 +679,7 @@ def test_selected_prompts_are_the_best_that_share_no_image(model, images):
             best.append(i)
             used |= set(pairs[i])
     assert torch.equal(selected.canvas, candidates.canvas[best])
-    with pytest.raises(ValueError, match="share no image and 20 were asked"):
+    with pytest.raises(ValueError, match="share no image; give more for 20"):
         select_prompts(model, tasks.segmentation, images, 20, candidates=25, progress=False)
 
 

@@ -60,9 +60,9 @@ def test_other_models_are_refused(tmp_path):
 
 def test_arguments_of_another_family_are_refused(tmp_path):
     vit_mae().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="embedding_type='semantic' is for SegGPT, and .* is a ViTMAE; leave it out"):
+    with pytest.raises(ValueError, match="embedding_type='semantic' is for SegGPT, not ViTMAE"):
         load_model(tmp_path, embedding_type="semantic")
-    with pytest.raises(ValueError, match="vqgan='x.ckpt' is for MAEVQGAN, and .* is a ViTMAE; leave it out"):
+    with pytest.raises(ValueError, match="vqgan='x.ckpt' is for MAEVQGAN, not ViTMAE"):
         load_model(tmp_path, vqgan="x.ckpt")
 
 

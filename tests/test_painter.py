@@ -605,13 +605,13 @@ def test_prompts_that_do_not_fit(model, prompts):
         replace(LAYOUT, order="horizontal"),
         replace(LAYOUT, examples=3),
     ):
-        with pytest.raises(ValueError, match=r"a prompt of Layout\(.*does not fit a (Painter|SegGPT) of Layout"):
+        with pytest.raises(ValueError, match=r"a prompt of Layout\(.*does not fit Layout"):
             predict(model, VisualPrompt.from_canvas(canvas, layout))
     assert predict(model, VisualPrompt.from_canvas(canvas, replace(LAYOUT, background="black"))).shape == (1, 3, 64, 64)
     strange = replace(prompts, visible=prompts.visible[1:])
     with pytest.raises(ValueError, match="shows 191 of 256 patches is neither one-shot nor query only"):
         predict(model, strange)
-    with pytest.raises(TypeError, match="embedding_type='semantic' belongs to the model"):
+    with pytest.raises(TypeError, match="embedding_type= belongs to the model"):
         predict(model, prompts, embedding_type="semantic")
     with pytest.raises(ValueError, match="cannot share a batch"), model.trace() as tracer:
         with tracer.invoke(prompts):
@@ -621,7 +621,7 @@ def test_prompts_that_do_not_fit(model, prompts):
 
 
 def test_ensembles_that_do_not_fit(models, prompts, of_one_query):
-    with pytest.raises(ValueError, match="of one query, and this batch has 3 queries"):
+    with pytest.raises(ValueError, match="this batch has 3 queries"):
         predict(models["seggpt"], prompts, feature_ensemble=True)
     with pytest.raises(ValueError, match="query-only prompts show none"):
         predict(models["seggpt"], of_one_query.query_only(), feature_ensemble=True)
@@ -643,7 +643,7 @@ def test_sources_of_another_kind(models, released, checkpoint, tmp_path):
         SegGPT(checkpoint)
     with pytest.raises(ValueError, match="it has no decoder_pred.weight"):
         MAEVQGAN(released["seggpt"])
-    with pytest.raises(TypeError, match="int is not a source of SegGPT"):
+    with pytest.raises(TypeError, match="int is no source of SegGPT"):
         SegGPT(3)
     with pytest.raises(ValueError, match="embedding_type='class' is unknown; choose from semantic, instance"):
         SegGPT(released["seggpt"], embedding_type="class")

@@ -386,7 +386,7 @@ def test_what_does_not_belong_together_is_refused(model, prompts, vectors):
     horizontal = PatchSet.random(PatchSpace(model, Layout(112, 8, order="horizontal")), 10)
     with pytest.raises(ValueError, match="patch set does not fit .* order 'horizontal', not 'vertical'"):
         logits(model, zero_shot, vectors["b"], horizontal)
-    with pytest.raises(ValueError, match=r"a mask of shape \[36\] does not fit the encoder"):
+    with pytest.raises(ValueError, match=r"a mask of shape \[36\] does not fit encoder"):
         logits(model, zero_shot, vectors["b"], {"encoder": chosen.choices, "decoder": chosen.choices})
 
 
@@ -419,7 +419,7 @@ def test_what_may_be_patched_and_what_is_refused_in_a_sentence(model, prompts, v
         (vector.mean, units, TypeError, "a ByStage as its vector"),
         (None, units, TypeError, "a NoneType as its vector"),
         (vector, vector, TypeError, "a TaskVector as its patches"),
-        (vector, units.choices, TypeError, "a Tensor as its patches; .*PatchSet.space, choices. makes one"),
+        (vector, units.choices, TypeError, "a Tensor as its patches; give a PatchSet"),
         (vector, space, TypeError, "a PatchSpace as its patches"),
         (vector, None, TypeError, "a NoneType as its patches"),
         (vector, [0, 1], TypeError, "a int as its patches"),
@@ -560,9 +560,7 @@ def test_what_would_broadcast_or_be_cut_is_refused(model, prompts, vectors):
     flat = replace(vector, mean=vector.mean.map(lambda mean: mean.mean(-1, keepdim=True)))
     few = replace(vector, mean=vector.mean.map(lambda mean: mean[:1]))
     for wrong in (flat, few):
-        with pytest.raises(
-            ValueError, match=r"'b' has shape .* at the encoder; expected \[layer, position, head, head_"
-        ):
+        with pytest.raises(ValueError, match=r"'b' has shape .* at encoder; expected \["):
             logits(model, prompts, wrong, units)
     for cut in (lambda: vector.to(torch.int64), lambda: replace(vector, mean=vector.mean.map(torch.Tensor.long))):
         with pytest.raises(TypeError, match="'b' is torch.int64 at the encoder, which drops fractions"):
@@ -602,7 +600,7 @@ def test_another_layout_than_that_of_the_prompts_is_refused(model, vectors, fact
     layout, task = LAYOUTS[fact], tasks.Segmentation()
     others, space = random_prompts(4, layout=layout).query_only(), PatchSpace(model, granularity="head")
     theirs, units = TaskVectors.collect(model, {"a": others}, progress=False)["a"], PatchSet.random(space, 9)
-    words = f"does not fit these prompts: it has .*{fact} .*; make the prompts in its layout"
+    words = f"does not fit these prompts, which are to be made in its layout: it has .*{fact} "
     with model.trace(random_prompts(4)):
         run = capture(model)
     names, vector = list(units), vectors["b"]
@@ -688,7 +686,7 @@ def test_sets_that_are_not_whole_are_refused_in_one_sentence(tmp_path, content):
     path = tmp_path / "patches.json"
     for text in (json.dumps({"kind": "patch set"} | content), "[" * 10**6):
         path.write_text(text)
-        with pytest.raises(ValueError, match="^[^ ]*patches.json is (not a complete|no whole) patch set"):
+        with pytest.raises(ValueError, match="^[^ ]*patches.json is no whole patch set"):
             PatchSet.load(path)
 
 
@@ -735,7 +733,7 @@ def test_sets_save_and_load(model, tmp_path):
     assert loaded == chosen and loaded.space.layout.order == "horizontal" and list(tmp_path.iterdir()) == [path]
     assert all(map(torch.equal, loaded.mask.values(), chosen.mask.values()))
     path.write_text(path.read_text()[:200])
-    with pytest.raises(ValueError, match="not a complete patch set"):
+    with pytest.raises(ValueError, match="is no whole patch set"):
         PatchSet.load(path)
     path.write_text(json.dumps({"kind": "other"}))
     with pytest.raises(ValueError, match="not a patch set"):

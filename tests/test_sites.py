@@ -249,14 +249,9 @@ def test_files(model, vectors, tmp_path):
     loaded = PatchSet.load(tmp_path / "set.json")
     assert loaded == chosen and loaded.space.names == chosen.space.names
     prompts = {name: random_prompts(4, seed) for seed, name in enumerate("ab", 1)}
-    for _ in range(2):  # the second goes on from the first's state
-        collected = TaskVectors.collect(
-            model, prompts, sites=("heads", "mlp"), resume=tmp_path / "state", progress=False
-        )
-        mean = vectors["a"].mean["decoder", "mlp"]
-        torch.testing.assert_close(collected["a"].mean["decoder", "mlp"], mean, equal_nan=True)
-    with pytest.raises(ValueError, match="is of other sites"):
-        TaskVectors.collect(model, prompts, resume=tmp_path / "state", progress=False)
+    collected = TaskVectors.collect(model, prompts, sites=("heads", "mlp"), progress=False)
+    mean = vectors["a"].mean["decoder", "mlp"]
+    torch.testing.assert_close(collected["a"].mean["decoder", "mlp"], mean, equal_nan=True)
 
 
 def test_odd_sites_and_modes_are_told(model, prompts, vectors):
@@ -267,7 +262,7 @@ def test_odd_sites_and_modes_are_told(model, prompts, vectors):
         TaskVectors.collect(model, {"a": prompts}, sites=["mpl"], progress=False)
     heads = TaskVectors.collect(model, {"a": prompts}, progress=False)["a"]
     chosen = PatchSet.random(PatchSpace(model, sites="mlp"), 3)
-    with pytest.raises(ValueError, match="there is no mlp of the encoder, only heads; collect with sites="):
+    with pytest.raises(ValueError, match="no mlp of the encoder, only heads"):
         logits(model, prompts, heads, PatchSet(chosen.space, torch.ones(len(chosen.space))))
     with pytest.raises(ValueError, match="mode='above' is unknown; choose one of replace, add"):
         logits(model, prompts, vectors["a"], chosen, mode="above")

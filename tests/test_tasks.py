@@ -423,7 +423,7 @@ def test_pictures_and_paths_are_rows(tmp_path):
         ValueError, match=r"no 'mask'; give a row with one: \{'image': …, 'mask': …\} \(PIL 'L', 0 or 255\)"
     ):
         tasks.segmentation.prompt(photo(), photo())
-    with pytest.raises(FileNotFoundError, match="no picture .*nowhere.png"):
+    with pytest.raises(FileNotFoundError, match="there is no file .*nowhere.png"):
         tasks.lowlight.prompt(tmp_path / "nowhere.png", photo())
     (tmp_path / "b.png").write_text("no picture")
     with pytest.raises(ValueError, match="b.png cannot be read as a picture"):
@@ -560,7 +560,7 @@ def test_floats_are_from_0_to_1_or_refused(tmp_path):
         (unit * 1e6, "1e"),
     ):
         Image.fromarray(spoilt.astype(np.float32)).save(path)
-        with pytest.raises(ValueError, match=f"has numbers from .*{words}.*cannot be told what is white"):
+        with pytest.raises(ValueError, match=f"the image holds .*{words}.*cannot be told what is white"):
             as_rgb(path)
 
 

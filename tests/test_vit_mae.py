@@ -179,15 +179,15 @@ def test_it_loads_what_transformers_saved(module, model, prompts, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(model, prompts, tmp_path):
-    with pytest.raises(ValueError, match="does not fit a model"):
+    with pytest.raises(ValueError, match="does not fit Layout"):
         model.generate(tasks.identity.prompts(data.scenes("train", n=30, seed=0), n=1))
     normalised = ViTMAEForPreTraining(vit_mae_config(norm_pix_loss=True))
-    with pytest.raises(ValueError, match="trained with norm_pix_loss: .* only the hidden truth has"):
+    with pytest.raises(ValueError, match="trained with norm_pix_loss: its answers have no picture"):
         ViTMAE(normalised)
     normalised.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="trained with norm_pix_loss"):
         ViTMAE(tmp_path)
-    with pytest.raises(TypeError, match="Linear is not a source of ViTMAE"):
+    with pytest.raises(TypeError, match="Linear is no source of ViTMAE"):
         ViTMAE(torch.nn.Linear(1, 1))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="is a bert model; expected vit_mae"):

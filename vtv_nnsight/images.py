@@ -27,26 +27,17 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def open_picture(image: Image.Image | str | os.PathLike[str]) -> Image.Image:
-    """A PIL image as it is, or the picture in a file.
+    """A PIL image as it is, or the picture in a file (see `read_picture`).
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError, ValueError: as `read_picture`.
         TypeError: when it is neither a PIL image nor a path.
-        ValueError: when the file is not a picture.
     """
-    if isinstance(image, Image.Image):
-        return image
-    if not isinstance(image, (str, os.PathLike)):
-        raise TypeError(
-            f"an image of type {type(image).__name__} was given; expected a PIL image or the path of a picture "
-            "(PIL.Image.fromarray makes an image of an array, images.to_pil of a tensor)."
-        )
-    try:
-        return Image.open(check_file(os.path.expanduser(image)))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no picture {os.fspath(image)}.") from error
-    except OSError as error:
-        raise ValueError(f"{os.fspath(image)} cannot be read as a picture: {error}") from error
+    if isinstance(image, (str, os.PathLike)):
+        return read_picture(os.path.expanduser(image))
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"an image of type {type(image).__name__} was given; expected a PIL image or a picture's path.")
+    return image
 
 
 def read_picture(file: str | os.PathLike[str] | BinaryIO, name: str = "") -> Image.Image:
@@ -57,20 +48,17 @@ def read_picture(file: str | os.PathLike[str] | BinaryIO, name: str = "") -> Ima
         name: What it is called in messages; its path by default.
 
     Raises:
-        ValueError: in one sentence that names the file.
+        FileNotFoundError, ValueError: in one sentence that names the file.
     """
     name = name or str(file)
+    file = check_file(file) if isinstance(file, (str, os.PathLike)) else file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(check_file(file) if isinstance(file, (str, os.PathLike)) else file)
+            image = Image.open(file)
             _load(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {name}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, and is not opened; make it smaller."
-        ) from error
+        raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {str(error).rstrip('.')}.") from error
     return image
@@ -127,9 +115,7 @@ def _as_bytes(values: np.ndarray, mode: str) -> np.ndarray:
     white = 1 if mode == "F" and top <= 1 else 255 if top <= 255 and not mode.startswith("I;16") else 65535
     is_untold = (white == 255 and mode == "F" and top < 32) or (white == 65535 and 0 < top < 2**15)
     if not (low >= 0 and top <= 65535) or is_untold:
-        raise ValueError(
-            f"the image has numbers from {low:g} to {top:g}, {_UNTOLD.format(1 if mode == 'F' else 65535)}."
-        )
+        raise ValueError(f"the image holds {low:g} to {top:g}, {_UNTOLD.format(1 if mode == 'F' else 65535)}.")
     return (values * (255 / white)).round().astype(np.uint8)
 
 

@@ -70,25 +70,15 @@ class Layout:
         if self.examples < 1:
             raise ValueError(f"examples={self.examples} leaves nothing to learn from; a layout needs 1 or more.")
         if self.patch_size < 1 or self.canvas_size < 1 or self.canvas_size % self.patch_size:
-            raise ValueError(
-                f"canvas_size={self.canvas_size} is not a multiple of patch_size={self.patch_size}; "
-                "choose a patch size that tiles the canvas."
-            )
+            raise ValueError(f"canvas_size={self.canvas_size} is not a multiple of patch_size={self.patch_size}.")
         for gap in self.gutters:
             check_whole(gap=gap)
         if min(self.gutters) < 0:
             raise ValueError(f"gap={self.gap} is negative; give the pixels between cells, 0 or more.")
         if self.cell_size < self.patch_size:
-            raise ValueError(
-                f"examples={self.examples} with {self.gutter} pixels between cells leaves cells of {self.cell_size} "
-                f"pixels, smaller than a patch of {self.patch_size}; use fewer examples, a smaller gap or a larger "
-                "canvas."
-            )
+            raise ValueError(f"examples={self.examples} leaves cells of {self.cell_size} pixels, smaller than a patch.")
         if (left := self._columns[0]) < 0:
-            raise ValueError(
-                f"gap={self.gap} puts inputs {-left} pixels beyond the canvas's edge; give fewer pixels between an "
-                "input and its output."
-            )
+            raise ValueError(f"gap={self.gap} puts inputs {-left} pixels beyond the canvas's edge; give fewer pixels.")
         ImageColor.getrgb(self.background)
 
     @property
@@ -287,10 +277,7 @@ def tile(decoded: torch.Tensor, grid: int) -> torch.Tensor:
     """
     rows, columns = torch.unique(decoded // grid), torch.unique(decoded % grid)
     if len(rows) * len(columns) != len(decoded) or len(torch.unique(decoded)) != len(decoded):
-        raise ValueError(
-            f"the {len(decoded)} decoded patches do not fill a block of {len(rows)} rows and {len(columns)} columns; "
-            "decode whole rows or columns of the canvas to generate an image."
-        )
+        raise ValueError(f"the {len(decoded)} decoded patches do not fill a block; decode whole rows or columns.")
     index = torch.empty(grid * grid, dtype=torch.long, device=decoded.device)
     index[decoded] = torch.arange(len(decoded), device=decoded.device)
     every = torch.arange(grid, device=decoded.device)

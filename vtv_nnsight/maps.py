@@ -51,26 +51,15 @@ def score_map(
     for row, stage in zip(panels, scores):
         for panel, region in zip(row, regions):
             if (stage, region) in means:
-                picture = _draw(panel, means[stage, region], f"{stage} @ {region}", norm=norm)
+                picture = draw_map(panel, means[stage, region], f"{stage} @ {region}", norm=norm)
             else:
                 panel.set_axis_off()
     figure.colorbar(picture, ax=panels, label=title)
     return figure
 
 
-def head_map(values: Mapping[Any, torch.Tensor | None], title: str = "silhouette by task, −1 to 1") -> Figure:
-    """Layer × head heat maps of one value a head: by stage, [layer, head] (or None), such as `clusters.silhouettes`."""
-    present = {stage: value for stage, value in values.items() if value is not None}
-    every = torch.cat([value.flatten() for value in present.values()])
-    figure = Figure(figsize=(1.6 * PANEL * len(present) + 1, 1.4 * PANEL), layout="constrained")
-    panels = figure.subplots(1, len(present), squeeze=False)
-    for panel, (stage, value) in zip(panels[0], present.items()):
-        picture = _draw(panel, value, str(stage), vmin=float(every.min()), vmax=float(every.max()))
-    figure.colorbar(picture, ax=panels, label=title)
-    return figure
-
-
-def _draw(panel: Any, values: torch.Tensor, title: str, **colours: Any) -> Any:
+def draw_map(panel: Any, values: torch.Tensor, title: str, **colours: Any) -> Any:
+    """One map [layer, head] in a panel; gives the picture, for its bar of colours."""
     picture = panel.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colours)
     panel.set_title(title, fontsize=9)
     panel.set(xlabel="head", ylabel="layer")

@@ -185,16 +185,8 @@ def _lpips_network(device: torch.device) -> Any:
     try:
         from lpips import LPIPS
     except ImportError as error:
-        raise ImportError(
-            "LPIPS needs the package lpips, which is not installed; pip install 'vtv-nnsight[lpips]'."
-        ) from error
-    try:
-        return LPIPS(net="alex", verbose=False).eval().to(device)
-    except OSError as error:
-        raise OSError(
-            f"LPIPS needs AlexNet's weights, which torchvision could not fetch ({error}); put its file into "
-            f"{torch.hub.get_dir()}/checkpoints, or choose another metric."
-        ) from error
+        raise ImportError("LPIPS needs the package lpips; pip install 'vtv-nnsight[lpips]'.") from error
+    return LPIPS(net="alex", verbose=False).eval().to(device)
 
 
 def nearest(pixels: torch.Tensor, palette: Sequence[Colour]) -> torch.Tensor:
@@ -230,20 +222,4 @@ def _check_pair(prediction: torch.Tensor, target: torch.Tensor) -> None:
         if pixels.numel() and pixels.abs().max() > MOST:
             raise ValueError(f"{name} holds {pixels.abs().max():.3g}; score pictures, whose pixels are from 0 to 1.")
     if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
-        raise ValueError(
-            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must both be "
-            "[batch, 3, height, width]; crop both to the same cell."
-        )
-
-
-def silhouette(points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean silhouette of labelled points [..., point, dim] by Euclidean distance: [...]. A cluster's only point counts
-    0, as in scikit-learn."""
-    points = points.double()
-    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    members = F.one_hot(labels).double()
-    sums, sizes = distances @ members, members.sum(0)
-    own = sums.gather(-1, labels[:, None].expand(*sums.shape[:-1], 1))[..., 0] / (sizes[labels] - 1).clamp(min=1)
-    others = (sums / sizes).masked_fill(members.bool(), torch.inf).amin(-1)
-    widths = (others - own) / torch.maximum(others, own).clamp(min=torch.finfo(torch.float64).tiny)
-    return widths.masked_fill(sizes[labels] == 1, 0.0).mean(-1)
+        raise ValueError(f"{[*prediction.shape]} and {[*target.shape]} must both be [batch, 3, height, width].")

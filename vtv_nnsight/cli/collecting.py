@@ -30,7 +30,6 @@ def collect(
     order: options.Order = Settings.order,
     seed: options.Seed = Settings.seed,
     batch_size: options.BatchSize = None,
-    resume: options.Resume = None,
     vqgan: options.VQGAN = None,
     embedding_type: options.EmbeddingType = None,
     dtype: options.DType = None,
@@ -41,5 +40,5 @@ def collect(
     setup = steps.set_up(settings, device, batch_size, dtype)
     rows = load(settings.data, split, max_images, seed)
     prompts_by_task = {task.name: steps.select(setup, task, rows) for task in steps.servable(settings, rows)}
-    steps.collect(setup, prompts_by_task, resume).save(output)
+    steps.collect(setup, prompts_by_task).save(output)
     wrote(output)

@@ -38,7 +38,6 @@ COMMANDS = {
 
 GO_ON = {
     "run": "The same command goes on where it stopped.",
-    "collect": "With --resume FILE, the same command would go on where it stops.",
     "search": "With --resume FILE, the same command would go on where it stops.",
     "pretrain": "The same command with --resume goes on where it last saved.",
 }

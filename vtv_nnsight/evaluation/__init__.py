@@ -9,19 +9,6 @@ from vtv_nnsight.evaluation.selection import select_prompts
 from vtv_nnsight.evaluation.table import Line, Table
 
 __all__ = [
-    "BASELINE",
-    "CONTROL",
-    "Condition",
-    "Line",
-    "Table",
-    "bootstrap",
-    "comparison",
-    "controls",
-    "each_vector",
-    "evaluate",
-    "noise_vector",
-    "random_units",
-    "search_each",
-    "select_prompts",
-    "with_other_examples",
-]
+    "BASELINE", "CONTROL", "Condition", "Line", "Table", "bootstrap", "comparison", "controls", "each_vector",
+    "evaluate", "noise_vector", "random_units", "search_each", "select_prompts", "with_other_examples",
+]  # fmt: skip

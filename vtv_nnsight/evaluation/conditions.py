@@ -114,9 +114,7 @@ class Condition:
             vectors, patches, shot = (*value, ZERO_SHOT)[:3]
         allowed = list(SHORT) if vectors is None else [BASELINE, ZERO_SHOT]
         if not isinstance(shot, str) or shot not in allowed:
-            raise ValueError(
-                f"condition {quoted(name)} is {quoted(shot)}; choose one of {', '.join(allowed)}, or give a Condition."
-            )
+            raise ValueError(f"condition {quoted(name)} is {quoted(shot)}; choose one of {', '.join(allowed)}.")
         return cls(SHORT[shot], vectors, patches)
 
     def to(self, device: torch.device) -> Condition:
@@ -144,16 +142,11 @@ class Condition:
         """
         for override in self._overrides:
             if len(override) != len(prompts):
-                raise ValueError(
-                    f"condition {name!r} shows {len(override)} prompts for {len(prompts)} queries; give one for each."
-                )
+                raise ValueError(f"condition {name!r} shows {len(override)} prompts for {len(prompts)} queries.")
             if override.layout != self._overrides[0].layout:
                 raise ValueError(f"condition {name!r} shows prompts of several layouts; their answers have no mean.")
             if not override.same_queries(prompts):
-                raise ValueError(
-                    f"condition {name!r} shows prompts of other queries or truths than those that are evaluated; give "
-                    "the same ones, row for row."
-                )
+                raise ValueError(f"condition {name!r} shows prompts of other queries or truths than are evaluated.")
 
     def prompts_for(self, batch: Prompts, start: int, device: torch.device) -> list[Prompts]:
         """The one-shot prompts to ask for a batch of the evaluated ones, its first row being row `start`."""

@@ -73,8 +73,7 @@ def select_prompts(
     left = _apart(loss, drawn.rows) if duplicates == "apart" else _published(loss, drawn.rows, task.higher_is_better)
     if len(left) < n:
         raise ValueError(
-            f"{candidates} candidates of {task.name!r} hold {len(left)} prompts that share no image and {n} were asked "
-            "for; give more images or more candidates, or ask for fewer."
+            f"{candidates} candidates of {task.name!r} hold {len(left)} that share no image; give more for {n}."
         )
     return task.compose(images, drawn[left[:n]], layout)
 

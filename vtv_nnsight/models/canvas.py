@@ -74,10 +74,7 @@ class TraceableCanvas(TraceableModel, CanvasModel):
         if isinstance(source, os.PathLike):
             source = os.fspath(source)
         if not isinstance(source, (str, self.module_class)):
-            raise TypeError(
-                f"{type(source).__name__} is not a source of {type(self).__name__}; give {self.source_kinds} or a "
-                f"{self.module_class.__name__}."
-            )
+            raise TypeError(f"{type(source).__name__} is no source of {type(self).__name__}; give {self.source_kinds}.")
         if isinstance(source, str) and locate(source).kind == "hub":
             source = locate(source).path
         check_device_map(kwargs.get("device_map"))
@@ -280,10 +277,7 @@ class TraceableCanvas(TraceableModel, CanvasModel):
         if len(inputs) == 1 and isinstance(inputs[0], VisualPrompt):
             prompt, layout = inputs[0], self.layout
             if (prompt.layout.canvas_size, prompt.layout.patch_size) != (layout.canvas_size, layout.patch_size):
-                raise ValueError(
-                    f"a prompt of {prompt.layout} does not fit a model of {layout}; make it with "
-                    "layout=model.layout (canvas_size and patch_size must agree; order and examples are free)."
-                )
+                raise ValueError(f"a prompt of {prompt.layout} does not fit {layout}; give layout=model.layout.")
             return prompt, kwargs
         given = dict(zip(Inputs._fields, inputs)) | drop_none(kwargs, *Inputs._fields)
         if len(inputs) > len(Inputs._fields) or set(given) != set(Inputs._fields):

@@ -407,10 +407,7 @@ def _find_layers(module: PreTrainedModel) -> tuple[str, str, str]:
                 alike = all(type(getattr(layer, name, None)) is type(attention) for layer in layers)
                 if type(attention).__name__.endswith("Attention") and projection and alike:
                     return path, name, projection
-    raise ValueError(
-        f"{type(module).__name__} has no decoder layers that all have an attention with an output projection "
-        f"({', '.join(PROJECTIONS)})."
-    )
+    raise ValueError(f"{type(module).__name__} has no decoder layers with an output projection that is known.")
 
 
 def _texts(prompts: Prompts) -> tuple[str, ...]:

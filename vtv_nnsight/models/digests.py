@@ -1,6 +1,6 @@
 """The weights of a model, told from others by digests, for `vectors.compatibility.fingerprint`.
 
-A digest is taken of all that the weights hold, so that no change escapes it, in one pass over the modules and one over
+A digest is taken of all that the weights hold, so that no change escapes it, in one pass over
 the memory. Rounding comes after, once for the same numbers.
 """
 
@@ -21,8 +21,8 @@ from vtv_nnsight.models.nnsight_compat import network_of
 ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes that weights are rounded to before they are told apart."""
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[_Touched, dict[str, str]]] = weakref.WeakKeyDictionary()
-"""A model → its weights as they were when its digests were taken, and the digests."""
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, dict[str, str]]] = weakref.WeakKeyDictionary()
+"""A model → its weights, how they were when its digests were taken (see `_touched`), and the digests."""
 
 
 def weight_digests(model: Any, *, cached: bool = False) -> dict[str, str] | None:
@@ -36,11 +36,11 @@ def weight_digests(model: Any, *, cached: bool = False) -> dict[str, str] | None
             and NumPy's views, and tensors that others stand in for while they are kept elsewhere.
     """
     module = network_of(model)
-    if cached and module in _known and _known[module][0].is_as_it_was():
-        return _known[module][1]
+    weights, touched, digests = _known.get(module, ((), None, {}))
+    if cached and touched is not None and _touched(weights) == touched:
+        return digests
     first = next(module.parameters(), None)
-    tensors: dict[str, torch.Tensor] = {}
-    _gather(module, "", tensors)
+    tensors: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
     if first is None or any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors.values()):
         return None
     with torch.no_grad(), unset_fake_temporarily():
@@ -49,40 +49,17 @@ def weight_digests(model: Any, *, cached: bool = False) -> dict[str, str] | None
             held = module.state_dict()
             _rounded[exact] = {name: _digest(held, dtype) for name, dtype in ROUNDED.items()}
     digests = {"dtype": str(first.dtype).removeprefix("torch."), **_rounded[exact]}
-    _known[module] = _Touched(list(tensors.values())), digests
+    weights = [weakref.ref(tensor) for tensor in tensors.values()]
+    _known[module] = weights, _touched(weights), digests
     return digests
 
 
-class _Touched:
-    """What PyTorch knows of tensors: where they lie, and how often they were written to."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.tensors = [weakref.ref(tensor) for tensor in tensors]
-        # Inference tensors have no count.
-        self.counted = [weakref.ref(tensor) for tensor in tensors if not tensor.is_inference()]
-        self.state = self._state()
-
-    def is_as_it_was(self) -> bool:
-        return self._state() == self.state
-
-    def _state(self) -> tuple[list[int], list[int]] | None:
-        """None when one of them is gone."""
-        try:
-            places = [tensor().data_ptr() for tensor in self.tensors]  # type: ignore[union-attr]
-            return places, [tensor()._version for tensor in self.counted]  # type: ignore[union-attr]
-        except AttributeError:  # of None, which a reference to a dead tensor gives
-            return None
-
-
-def _gather(module: nn.Module, path: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Parameters and buffers by name, as `state_dict` finds them and without what makes it four times slower."""
-    for held in (module._parameters, module._buffers):
-        for name, tensor in held.items():
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                tensors[path + name] = tensor
-    for name, child in module._modules.items():
-        if child is not None:
-            _gather(child, f"{path}{name}.", tensors)
+def _touched(tensors: Sequence[weakref.ref[torch.Tensor]]) -> list[Any] | None:
+    """What PyTorch knows of tensors: where they lie, and how often they were written to; None when one is gone.
+    Inference tensors have no count."""
+    held = [tensor() for tensor in tensors]
+    gone = any(tensor is None for tensor in held)
+    return None if gone else [(t.data_ptr(), None if t.is_inference() else t._version) for t in held if t is not None]
 
 
 def _read(tensors: Mapping[str, torch.Tensor]) -> str:

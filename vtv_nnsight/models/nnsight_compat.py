@@ -170,20 +170,6 @@ class SourceProperty(CheckedProperty):
         install_source(attention)
 
 
-@contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
-    """Let a model compute its attention eagerly for a while, so that there are patterns to read."""
-    configs = {id(module.config): module.config for module in network_of(model).modules() if hasattr(module, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-
-
 class StageEnvoy(Envoy):
     """The encoder or the decoder, which knows where its tokens lie. The last input of its module is the patches that it
     sees."""
@@ -200,10 +186,7 @@ class StageEnvoy(Envoy):
 
     @positions.postprocess  # type: ignore[no-redef]
     def positions(self, value: Any) -> Any:
-        raise ValueError(
-            f"{self.path}.positions can only be read: they follow from the patches that the prompt shows; trace a "
-            "prompt with other `visible` and `decoded` patches."
-        )
+        raise ValueError(f"{self.path}.positions can only be read: they follow from the patches that the prompt shows.")
 
 
 _running: weakref.WeakSet[Any] = weakref.WeakSet()

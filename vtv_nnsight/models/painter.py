@@ -256,7 +256,8 @@ class Painter(TraceableCanvas):
 
     def _check_type(self, typed: bool, source: str) -> None:
         if typed != self.typed:
-            raise ValueError(f"{source} {_TYPED[typed]}")
+            kind, why = ("SegGPT", "type tokens") if typed else ("Painter", "no type tokens")
+            raise ValueError(f"{source} is a {kind} (it has {why}); load it with {kind}.")
 
     def check_inputs(self, *inputs: Any, **kwargs: Any) -> tuple[VisualPrompt | Inputs, dict[str, Any]]:
         """One input set: a prompt in this model's layout that is one-shot or query only; and the options."""
@@ -264,10 +265,7 @@ class Painter(TraceableCanvas):
         if isinstance(prompt, VisualPrompt):
             self._check_layout(prompt.layout, "a prompt")
         if "embedding_type" in kwargs:
-            raise TypeError(
-                f"embedding_type={kwargs['embedding_type']!r} belongs to the model, whose vectors are of one type; "
-                "give it as SegGPT(…, embedding_type=…)."
-            )
+            raise TypeError("embedding_type= belongs to the model; give it as SegGPT(…, embedding_type=…).")
         if kwargs.get("feature_ensemble") and not self.typed:
             raise TypeError(f"{type(self).__name__} has no feature ensemble; SegGPT has.")
         given, options = super().check_inputs(*inputs, **kwargs)
@@ -275,10 +273,7 @@ class Painter(TraceableCanvas):
         forms = (layout.visible, layout.all_patches), (layout.regions["query"], layout.query_band)
         if not any(all(map(torch.equal, patches, form)) for form in forms):
             counts = " of ".join(str(ids.shape[-1]) for ids in patches)
-            raise ValueError(
-                f"a prompt that shows {counts} patches is neither one-shot nor query only; {type(self).__name__} knows "
-                "those two (VisualPrompt.from_canvas makes the one, query_only() the other)."
-            )
+            raise ValueError(f"a prompt that shows {counts} patches is neither one-shot nor query only.")
         return given, options | {"embedding_type": self.embedding_type}
 
     def join_inputs(self, invokes: list[Any], method: Any) -> tuple[Inputs, dict[str, Any]]:
@@ -289,10 +284,7 @@ class Painter(TraceableCanvas):
                 raise ValueError("a feature ensemble is over examples, and query-only prompts show none.")
             queries = len(crop(inputs.canvas, "query", self.layout).flatten(1).unique(dim=0))
             if queries > 1:
-                raise ValueError(
-                    f"a feature ensemble is over several examples of one query, and this batch has {queries} queries; "
-                    "run it once for each query."
-                )
+                raise ValueError(f"a feature ensemble is over one query's examples; this batch has {queries} queries.")
         return inputs, options
 
     def _smooth_l1(self, output: Any, prompts: VisualPrompt, truth: torch.Tensor) -> torch.Tensor:
@@ -306,10 +298,7 @@ class Painter(TraceableCanvas):
     def _check_layout(self, layout: Layout, what: str) -> None:
         """Refuse a layout with other cells than the network's two pictures have."""
         if (layout.cells, layout.patch_size) != (self.layout.cells, self.layout.patch_size):
-            raise ValueError(
-                f"{what} of {layout} does not fit a {type(self).__name__} of {self.layout}; make it with "
-                "layout=model.layout."
-            )
+            raise ValueError(f"{what} of {layout} does not fit {self.layout}; make it with layout=model.layout.")
 
 
 class SegGPT(Painter):
@@ -359,8 +348,3 @@ _PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "merged": (("query+output",), ("example_input+example_output", "query+output")),
 }
 """Stage → the names of a query-only prompt's places, and of a one-shot prompt's."""
-
-_TYPED = {
-    True: "is a SegGPT (its type tokens are not zero); load it with SegGPT.",
-    False: "is a Painter (it has no type tokens, or zeros); load it with Painter.",
-}

@@ -74,10 +74,7 @@ def config_of(tensors: Tensors, source: StrPath) -> SegGptConfig:
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     features = shapes["decoder_embed.weight"][1] // width
     if width % head_dim or not features or depth % features:
-        raise ValueError(
-            f"{source}: a width of {width}, heads of {head_dim}, {depth} layers and a decoder_embed of "
-            f"{shapes['decoder_embed.weight'][1]} inputs do not go together; the file is damaged, or of another model."
-        )
+        raise ValueError(f"{source}: a width of {width}, heads of {head_dim} and {depth} layers do not go together.")
     return SegGptConfig(
         hidden_size=width,
         num_hidden_layers=depth,

@@ -133,8 +133,5 @@ def _layout(config: Any) -> Layout:
     size, patch = config.image_size, config.patch_size
     height, width = (size, size) if isinstance(size, int) else size
     if height != 2 * width:
-        raise ValueError(
-            f"image_size={height}x{width} is not two square cells, one upon the other; expected a height of twice the "
-            "width."
-        )
+        raise ValueError(f"image_size={height}x{width} is not two square cells; expected a height of twice the width.")
     return Layout(canvas_size=height, patch_size=patch, gap=0)

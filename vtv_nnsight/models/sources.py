@@ -116,10 +116,7 @@ def load_model(source: StrPath = EMBEDDED, **kwargs: Any) -> InContextModel:
     module, name = FAMILIES[family]
     for argument, owner in FAMILY_ARGUMENTS.items():
         if argument in kwargs and owner != family:
-            raise ValueError(
-                f"{argument}={str(kwargs[argument])!r} is for {FAMILIES[owner][1]}, and {source!r} is a {name}; leave "
-                "it out."
-            )
+            raise ValueError(f"{argument}={str(kwargs[argument])!r} is for {FAMILIES[owner][1]}, not {name}.")
     return getattr(import_module(f"vtv_nnsight.models.{module}"), name)(source, **kwargs)
 
 

@@ -79,7 +79,6 @@ class ViTMAENetwork(AdaptedNetwork):
     """
 
     def __init__(self, model: ViTMAEForPreTraining) -> None:
-        check_config(model.config, f"this {type(model).__name__}")
         super().__init__(model)
         self.encoder, self.decoder = Encoder(model.vit), Decoder(model.decoder)
 
@@ -105,15 +104,9 @@ class ViTMAENetwork(AdaptedNetwork):
 def check_config(config: ViTMAEConfig, source: str) -> None:
     """Refuse what cannot paint a prompt's canvas."""
     if config.norm_pix_loss:
-        raise ValueError(
-            f"{source} was trained with norm_pix_loss: it predicts every patch less its own mean and over its own "
-            "deviation, which only the hidden truth has, so that its answers have no picture; give a checkpoint that "
-            "predicts pixels as they are."
-        )
+        raise ValueError(f"{source} was trained with norm_pix_loss: its answers have no picture; give one without it.")
     if not isinstance(config.image_size, int) or config.num_channels != 3:
-        raise ValueError(
-            f"{source} sees {config.num_channels} channels of image_size={config.image_size!r}; expected 3 of a square."
-        )
+        raise ValueError(f"{source} sees no square of 3 channels (image_size={config.image_size!r}).")
 
 
 AttentionEnvoy = attention_envoy("o_proj", "num_attention_heads")
@@ -187,17 +180,8 @@ class ViTMAE(MaskedAutoencoder):
 
     def adapt(self, module: ViTMAEForPreTraining, source: str) -> ViTMAENetwork:
         """The network of a ViTMAEForPreTraining, in eval mode."""
+        check_config(module.config, source)
         return ViTMAENetwork(module.eval())
-
-    def read_config(self, source: str, **options: Any) -> ViTMAEConfig:
-        """The config of a folder or a Hub id.
-
-        Raises:
-            ValueError, OSError: when it is of another kind of model, cannot paint, or cannot be read.
-        """
-        config = super().read_config(source, **options)
-        check_config(config, repr(source))
-        return config
 
 
 def _squared_error(output: Any, prompts: VisualPrompt, truth: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -27,19 +28,10 @@ from vtv_nnsight.patching.sets import PatchSet
 from vtv_nnsight.patching.spaces import PatchSpace
 from vtv_nnsight.text import join_names, quoted
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors, zero_vector
-from vtv_nnsight.vectors.compatibility import check_compatible, check_layout, fingerprint
+from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
 
-
-class HasPatches(Protocol):
-    """What has a set of units, as a search's result has."""
-
-    @property
-    def patches(self) -> PatchSet:
-        """The set."""
-
-
-Patches = PatchSet | HasPatches | Mapping[Any, torch.Tensor] | str | Iterable[str]
-"""Where to patch: a set, a search's result, masks by stage and site, or names of units."""
+Patches = Any
+"""Where to patch: a PatchSet, a search's result, masks by stage and site, or names of units."""
 MODES = ("replace", "add")
 """What `patch` can do with a vector."""
 
@@ -47,7 +39,7 @@ MODES = ("replace", "add")
 def patch(
     model: InContextModel,
     vector: TaskVector | Activations | Sequence[TaskVector | Activations],
-    patches: Patches | Sequence[Patches],
+    patches: Patches,
     *,
     scale: float | torch.Tensor = 1.0,
     mode: str = "replace",
@@ -134,10 +126,7 @@ def as_vectors(vector: Any) -> list[TaskVector | Activations]:
     vectors = list(vector) if isinstance(vector, (list, tuple)) else [vector]
     for one in vectors:
         if not isinstance(one, (TaskVector, Activations)):
-            raise TypeError(
-                f"patch was given a {type(one).__name__} as its vector; write patch(model, vector, patches) with a "
-                'TaskVector, such as vectors["segmentation"], Activations, or a list of them.'
-            )
+            raise TypeError(f"patch was given a {type(one).__name__} as its vector; give a TaskVector or Activations.")
     return vectors
 
 
@@ -160,10 +149,7 @@ def _as_sets(model: InContextModel, patches: Any, layout: Any) -> list[PatchSet 
             raise ValueError("patches={} holds no mask; give one by stage, or PatchSet.random(space, 0) for no unit.")
         return [patches]
     if is_bundle or not isinstance(patches, Iterable) or isinstance(patches, torch.Tensor):
-        raise TypeError(
-            f"patch was given a {type(patches).__name__} as its patches; give a PatchSet (PatchSet(space, choices) "
-            "makes one), a SearchResult, masks by stage, or names of units."
-        )
+        raise TypeError(f"patch was given a {type(patches).__name__} as its patches; give a PatchSet, masks or names.")
     patches = [patches] if isinstance(patches, str) else list(patches)
     if not patches:
         raise ValueError("patches=[] names no unit; give names, or PatchSet.random(space, 0) for a set without any.")
@@ -196,7 +182,8 @@ def _edits(
         facts = getattr(units, "fingerprint", None) or {}
         for what, of_it in ((vector.label, vector.fingerprint), ("the patch set", facts)):
             check_compatible(what, of_it, "this model", owner)
-            check_layout(what, of_it, layout)
+            if layout:
+                check_compatible(what, of_it, "these prompts, which are to be made in its layout", asdict(layout))
         check_compatible("the patch set", facts, vector.label, vector.fingerprint)
     masks = [ByStage(units.mask if isinstance(units, PatchSet) else units) for units in sets]
     known = {(stage.name, site): stage for stage in model.stages for site in SITES}
@@ -256,15 +243,9 @@ class _Edit:
         if values is not None:
             expected = [stage.layers, values.shape[-3], stage.heads]
             if list(values.shape[-4:]) != [*expected, stage.head_dim]:
-                raise ValueError(
-                    f"{vector.label} has shape {list(values.shape)} at the {stage.key}; expected [layer, position, "
-                    f"head, head_dim] = {[*expected, stage.head_dim]}, of activations with rows in front."
-                )
+                raise ValueError(f"{vector.label} has shape {list(values.shape)} at {stage.key}; expected {expected}.")
             if mask.ndim not in (3, 4) or list(mask.shape[-3:]) != expected:
-                raise ValueError(
-                    f"a mask of shape {list(mask.shape)} does not fit the {stage.key}; expected [layer, position, "
-                    f"head] = {expected}, with or without a batch in front."
-                )
+                raise ValueError(f"a mask of shape {list(mask.shape)} does not fit {stage.key}; expected {expected}.")
         if isinstance(scale, torch.Tensor) and scale.ndim and mask.ndim == 4 and len(mask) != len(scale):
             raise ValueError(f"scale has {len(scale)} numbers for masks of {len(mask)} rows; give one for each row.")
         units = mask if mask.dtype == torch.bool else mask.detach() != 0
@@ -284,14 +265,9 @@ class _Edit:
             raise ValueError(f"{label} are there after their block; patch with them in a later block.")
         if not sites:
             stages = ", ".join(dict.fromkeys(key.stage for key in self.vector.values))
-            raise ValueError(
-                f"{label}: there is nothing of the {self.stage.name}, only of the {stages}; capture it too."
-            )
+            raise ValueError(f"{label}: there is nothing of the {self.stage.name}, only of the {stages}.")
         if self.values is None:
-            raise ValueError(
-                f"{label}: there is no {self.stage.site} of the {self.stage.name}, only {', '.join(sites)}; collect "
-                f"with sites={[*sites, self.stage.site]}."
-            )
+            raise ValueError(f"{label}: no {self.stage.site} of the {self.stage.name}, only {', '.join(sites)}.")
         if self.values.is_meta:
             raise ValueError(f"{label} are of a scan, shapes alone; capture them in a trace.")
         if isinstance(self.vector, Activations) and (
@@ -319,9 +295,7 @@ class _Edit:
             (place,) = self.model.layout.place_names(position[at])
             unit = f".heads[{head[at].item()}]" * (self.stage.site == HEADS)
             path = module_path(self.model, self.stage, int(layer[at])) + unit
-            raise ValueError(
-                f"{self.vector.label} is not finite at {path}, {place}; look for NaN and infinity where it was made."
-            )
+            raise ValueError(f"{self.vector.label} is not finite at {path}, {place}; look for NaN and infinity in it.")
 
     def begin(self, seen: torch.Tensor) -> None:
         """Get ready for a forward that has the stage's first tokens at the positions `seen`, [token] or [batch,

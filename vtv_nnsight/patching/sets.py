@@ -54,10 +54,7 @@ class PatchSet:
         if choices.shape != (len(self.space),):
             raise ValueError(f"choices of shape {list(choices.shape)} are not one for each of {len(self.space)} units.")
         if len(others := choices[(choices != 0) & (choices != 1)]):
-            raise ValueError(
-                f"choices hold {others[0].item():.3g} and a unit is in a set or not; give True and False, such as "
-                "probabilities > 0.5, or patch with the gates of space.mask(probabilities)."
-            )
+            raise ValueError(f"choices hold {others[0].item():.3g} and a unit is in a set or not; give True and False.")
         object.__setattr__(self, "choices", choices.bool())
 
     @classmethod
@@ -139,17 +136,12 @@ class PatchSet:
         """
         try:
             content = json.loads(check_file(path).read_text())
-        except (RecursionError, ValueError) as error:
-            raise ValueError(f"{path} is not a complete patch set ({error}); make it again.") from error
-        if not isinstance(content, dict) or content.get("kind") != KIND:
-            raise ValueError(f"{path} is not a patch set; expected what PatchSet.save writes.")
-        space, names = content.get("space"), content.get("patches")
-        if not isinstance(space, dict) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise ValueError(f"{path} is not a complete patch set (it lacks its space or its patches); make it again.")
-        try:
+            kind, space, names = (content.get(name) for name in ("kind", "space", "patches"))
+            if kind != KIND:
+                raise ValueError(f"its kind is {quoted(kind)}.")
             return cls.named(PatchSpace.from_metadata(space), names)
-        except ValueError as error:
-            raise ValueError(f"{path} is no whole patch set: {error} Make it again.") from error
+        except (AttributeError, RecursionError, TypeError, UnicodeDecodeError, ValueError) as error:
+            raise ValueError(f"{path} is no whole patch set: {str(error).rstrip('.')}; make it again.") from error
 
     def _repr_png_(self) -> bytes | None:
         """Its maps, in a notebook; none of single tokens, which are too many to draw."""

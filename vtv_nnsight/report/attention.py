@@ -6,13 +6,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from nnsight import save
 
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel, Stage
-from vtv_nnsight.models.nnsight_compat import eager_attention
+from vtv_nnsight.models.nnsight_compat import network_of
 from vtv_nnsight.prompts import VisualPrompt
 
 
@@ -73,3 +77,17 @@ def _spread(pattern: torch.Tensor, askers: list[tuple[torch.Tensor, torch.Tensor
     for tokens, places in askers:
         looked[:, places] = pattern[:, :, tokens].float().mean((0, 2))
     return looked
+
+
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Let a model compute its attention eagerly for a while, so that there are patterns to read."""
+    configs = {id(module.config): module.config for module in network_of(model).modules() if hasattr(module, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch.nn import functional as F
 
-from vtv_nnsight.maps import PANEL, head_map, score_map, unit_maps
-from vtv_nnsight.metrics import silhouette
+from vtv_nnsight.maps import PANEL, draw_map, score_map, unit_maps
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.report.verdicts import best_others
@@ -219,3 +219,28 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     for (row, column), value in np.ndenumerate(similarity):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
     return figure
+
+
+def head_map(values: Mapping[Any, torch.Tensor | None], title: str = "silhouette by task, −1 to 1") -> Figure:
+    """Layer × head heat maps of one value a head: by stage, [layer, head] (or None), such as `clusters.silhouettes`."""
+    present = {stage: value for stage, value in values.items() if value is not None}
+    every = torch.cat([value.flatten() for value in present.values()])
+    figure = Figure(figsize=(1.6 * PANEL * len(present) + 1, 1.4 * PANEL), layout="constrained")
+    panels = figure.subplots(1, len(present), squeeze=False)
+    for panel, (stage, value) in zip(panels[0], present.items()):
+        picture = draw_map(panel, value, str(stage), vmin=float(every.min()), vmax=float(every.max()))
+    figure.colorbar(picture, ax=panels, label=title)
+    return figure
+
+
+def silhouette(points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean silhouette of labelled points [..., point, dim] by Euclidean distance: [...]. A cluster's only point counts
+    0, as in scikit-learn."""
+    points = points.double()
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    members = F.one_hot(labels).double()
+    sums, sizes = distances @ members, members.sum(0)
+    own = sums.gather(-1, labels[:, None].expand(*sums.shape[:-1], 1))[..., 0] / (sizes[labels] - 1).clamp(min=1)
+    others = (sums / sizes).masked_fill(members.bool(), torch.inf).amin(-1)
+    widths = (others - own) / torch.maximum(others, own).clamp(min=torch.finfo(torch.float64).tiny)
+    return widths.masked_fill(sizes[labels] == 1, 0.0).mean(-1)

@@ -241,7 +241,7 @@ class _Work:
                     task.name: read_prompts(folder / f"prompts/{task.name}.safetensors", self.setup.layout)
                     for task in self.tasks
                 }
-                steps.collect(self.setup, prompts, folder / "vectors.state").save(vectors)
+                steps.collect(self.setup, prompts).save(vectors)
                 self.record.made(vectors)
         with self.begin("score") as working_on:
             if len(self.tasks) > 1 and self.record.lacking([scores]):

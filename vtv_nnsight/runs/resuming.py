@@ -52,7 +52,7 @@ STEPS = {
         + ("max_images", "prompts", "candidates", "seed", "version", "protocol"),
         ("prompts/*.safetensors",),
     ),
-    "collect": Step(("sites",), ("vectors.safetensors",), ("vectors.state",)),
+    "collect": Step(("sites",), ("vectors.safetensors",)),
     "score": Step(("granularity",), ("scores.csv",)),
     "search": Step(
         ("search", "loss", "budget", "sparsity", "search_fold", "search pictures"),

@@ -114,10 +114,10 @@ def select(setup: Setup, task: Task, rows: Dataset) -> VisualPrompt:
     return select_prompts(setup.model, task, rows, settings.prompts, batch_size=setup.batch_size, **options)
 
 
-def collect(setup: Setup, prompts: Mapping[str, VisualPrompt], resume: str | Path | None = None) -> TaskVectors:
+def collect(setup: Setup, prompts: Mapping[str, VisualPrompt]) -> TaskVectors:
     """The mean activation of every head (ECCV 2024, §4.1), or at other sites of the layers, by task."""
     sites = setup.settings.sites
-    return TaskVectors.collect(setup.model, prompts, sites=sites, batch_size=setup.batch_size, resume=resume)
+    return TaskVectors.collect(setup.model, prompts, sites=sites, batch_size=setup.batch_size)
 
 
 def search(

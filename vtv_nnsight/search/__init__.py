@@ -48,21 +48,6 @@ globals().update(ALGORITHMS)
 
 
 __all__ = [
-    "attribution",
-    "consistent_attribution",
-    "gates",
-    "greedy",
-    "mediation",
-    "random",
-    "ranking",
-    "reinforce",
-    "ALGORITHMS",
-    "PIXELS",
-    "Algorithm",
-    "NamedUnits",
-    "Objective",
-    "Search",
-    "SearchObjective",
-    "SearchResult",
-    "Step",
-]
+    "ALGORITHMS", "PIXELS", "Algorithm", "NamedUnits", "Objective", "Search", "SearchObjective", "SearchResult", "Step",
+    "attribution", "consistent_attribution", "gates", "greedy", "mediation", "random", "ranking", "reinforce",
+]  # fmt: skip

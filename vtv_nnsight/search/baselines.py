@@ -150,9 +150,7 @@ def ranking(
     """
     if scores is None:
         if search.vectors is None:
-            raise TypeError(
-                "ranking needs scores, or the vectors of two tasks or more (vectors=…) to compute them from."
-            )
+            raise TypeError("ranking needs scores, or vectors= of two tasks or more to compute them from.")
         scores = search.vectors.score()
     by_unit: torch.Tensor = scores if isinstance(scores, torch.Tensor) else search.objective.space.average(scores)
     if by_unit.shape != (search.units,):

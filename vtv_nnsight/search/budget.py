@@ -117,7 +117,6 @@ class Search:
             raise ValueError(f"budget={budget} pays for nothing; give the evaluations that the search may spend.")
         if images is not None and images < 1:
             raise ValueError(f"images={images} asks no prompt; give the prompts that each set is tried on, 1 or more.")
-        _check_objective(objective)
         self.name, self.objective, self.seed = name, objective, seed
         self.settings, self.vectors = settings or {}, vectors
         self.limited = budget is not None
@@ -153,10 +152,8 @@ class Search:
     def require(self, evaluations: int, what: str) -> None:
         """Refuse a budget that does not pay for `what`."""
         if self.left < evaluations:
-            raise ValueError(
-                f"budget={self.budget} is too small for {self.name}: {what} takes {evaluations} evaluations and "
-                f"{self.left} are left; give more, or fewer prompts."
-            )
+            words = f"{what} takes {evaluations} evaluations and {self.left} are left"
+            raise ValueError(f"budget={self.budget} is too small for {self.name}: {words}; give more.")
 
     def steps(self, count: int | None = None) -> Iterator[int]:
         """Count the steps of a loop, up to `count`."""
@@ -216,15 +213,9 @@ class Search:
         Raises:
             TypeError: when the objective has no gradient.
         """
-        gradient = getattr(self.objective, "gradient", None)
-        if gradient is None:
-            raise TypeError(
-                f"{self.name} reads gradients and {type(self.objective).__name__} has no gradient(gates, rows); "
-                "take an algorithm that reads losses alone, such as reinforce."
-            )
         options, layer = ({}, ()) if drop is None else ({"drop": drop}, (torch.tensor(drop),))
         values = self._answers(
-            lambda gates, rows, *_: torch.column_stack(gradient(gates, rows, **options)),
+            lambda gates, rows, *_: torch.column_stack(self.objective.gradient(gates, rows, **options)),
             lambda piece: (gates[piece], rows[piece], *layer),
             len(rows),
             width=1 + self.units,
@@ -345,19 +336,11 @@ class Search:
 
     def _checked(self, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         """What an objective gave, as float64 [row, width] on the CPU."""
-        if values.numel() != shape[0] * shape[1] or len(values) != shape[0]:
-            expected = "[row]" if shape[1] == 1 else "[row] and gradients [row, unit]"
-            raise ValueError(
-                f"{type(self.objective).__name__} gave values of shape {list(values.shape)} for {shape[0]} rows; "
-                f"expected losses {expected}."
-            )
         values = values.detach().cpu().double()
         if not values.isfinite().all():
             value = values[~values.isfinite()][0].item()
-            raise ValueError(
-                f"step {self.step} of {self.name}, after {self.evaluations} evaluations: a loss is {value}; look for "
-                f"{value} in the vector, or try dtype=torch.float32."
-            )
+            where = f"step {self.step} of {self.name}, after {self.evaluations} evaluations"
+            raise ValueError(f"{where}: a loss is {value}; look for it in the vector, or try dtype=torch.float32.")
         return values.view(shape)
 
     def _weights(self, rows: torch.Tensor) -> torch.Tensor:
@@ -379,16 +362,6 @@ class Search:
         if error is not None:
             raise error
         return journal
-
-
-def _check_objective(objective: Any) -> None:
-    missing = [name for name in ("space", "train", "held_out", "group") if not hasattr(objective, name)]
-    missing += [] if callable(objective) else ["a call with (choices, rows)"]
-    if missing:
-        raise TypeError(
-            f"{type(objective).__name__} is no objective of a search: it lacks {', '.join(missing)}; "
-            "see vtv_nnsight.search.SearchObjective."
-        )
 
 
 def sizes(low: int, high: int, count: int = 16) -> list[int]:

@@ -101,11 +101,8 @@ class Journal:
             return values
         known = self.answers[self._next]
         if (known.query, known.rows) != (query, rows):
-            raise ValueError(
-                f"{self.path} answers other questions than this search asks, from answer {self._next + 1} on; it was "
-                "written for other scores, or with another version of the library or of torch: start afresh with "
-                "another file."
-            )
+            number = self._next + 1
+            raise ValueError(f"{self.path} answers other questions than this search asks, from answer {number} on.")
         self._next += 1
         self._started = time.perf_counter() - known.seconds
         return known.values.view(rows, -1)
@@ -128,9 +125,7 @@ class Journal:
                 else:
                     written = json.loads(line)["vtv search"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"{path} is damaged at line {number}; remove it to search from the start, or cut it there."
-                ) from error
+                raise ValueError(f"{path} is damaged at line {number}; remove it, or cut it there.") from error
             if number == 1:
                 _compare(written, settings, path)
         return len(whole)
@@ -156,7 +151,4 @@ def _compare(written: Mapping[str, Any], expected: Mapping[str, Any], path: Path
         if isinstance(ours, dict) and isinstance(theirs, dict):
             _compare(theirs, ours, path, f"{within}{name} ")
         elif ours != theirs:
-            raise ValueError(
-                f"{path} is of another search: its {within}{name} is {theirs!r}, this one's {ours!r}; "
-                "give another file, or the settings it was begun with."
-            )
+            raise ValueError(f"{path} is of another search: its {within}{name} is {theirs!r}, this one's {ours!r}.")

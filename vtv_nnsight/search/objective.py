@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import reduce
+from accelerate.utils.memory import should_reduce_batch_size
 
 from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.finite import check_whole
@@ -117,12 +118,8 @@ class Objective:
         self._first = sizes.sum(1).cumsum(0) - sizes.sum(1)
         for values, count in zip(self.vectors, sizes.sum(1).tolist()):
             if isinstance(values, Activations) and (len(values) != count or share is not None):
-                raise ValueError(
-                    f"activations of {len(values)} prompts were given for {count} of which held_out={share} are drawn; "
-                    "collect them of the prompts and then of the held-out prompts, and give held_out as prompts."
-                    if share is not None
-                    else f"activations of {len(values)} prompts were given for {count}, the held-out ones included."
-                )
+                held = f"give held_out= as prompts, not {share}" if share is not None else "those held out included"
+                raise ValueError(f"activations of {len(values)} prompts were given for {count}; {held}.")
         numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
         chunks = [chunk for part in numbers for chunk in part.split(self.batch_size)]
         self._prefixes = Prefixes(model, space, self._left, chunks)
@@ -236,8 +233,8 @@ class Objective:
         while True:
             try:
                 return torch.cat([function(part) for part in batch.split(self._fits)])
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error) or self._fits == 1:
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or self._fits == 1:
                     raise
                 self._fits = max(1, min(self._fits, len(batch)) // 2)
             if torch.cuda.is_available():
@@ -297,8 +294,3 @@ def _in_turn(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
     """The numbers of several tasks, one of each in turn as far as they go."""
     longest = max(map(len, numbers))
     return torch.cat([part[place : place + 1] for place in range(longest) for part in numbers])
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    sentences = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(sentence in str(error).lower() for sentence in sentences)

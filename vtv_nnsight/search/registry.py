@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec
@@ -22,7 +22,6 @@ from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.search.remote import REMOTE_EVALUATIONS, RemoteObjective
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import AnyTask
-from vtv_nnsight.text import join_names
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 
 ALGORITHMS: dict[str, Algorithm[...]] = {}
@@ -88,7 +87,7 @@ class Algorithm(Generic[Options]):
         **options: Options.kwargs,
     ) -> SearchResult:
         """Search units of a model; the arguments are those that `vtv_nnsight.search` describes."""
-        self._check_options(*more, **options)
+        self._check_options(options)
         shared: Any = {"loss": loss, "batch_size": batch_size, "held_out": held_out, "seed": seed}
         given = (model, vector, task, prompts, space)
         if remote := remote_of(model, remote):
@@ -113,7 +112,7 @@ class Algorithm(Generic[Options]):
         **options: Options.kwargs,
     ) -> SearchResult:
         """Run it on any objective: see `SearchObjective`."""
-        self._check_options(*more, **options)
+        self._check_options(options)
         settings = {name: _plain(options.get(name, default)) for name, default in self.options.items()}
         search = Search(self.name, objective, budget, seed, settings, vectors, resume, progress)
         try:
@@ -124,16 +123,7 @@ class Algorithm(Generic[Options]):
     def __repr__(self) -> str:
         return f"search.{self.name}: {self.description}"
 
-    def _check_options(self, *more: Any, **options: Any) -> None:
-        if more:
-            raise TypeError(f"{self.name} takes its own options by name: {', '.join(self.options)}.")
-        if unknown := sorted(options.keys() - self.options.keys()):
-            raise TypeError(
-                f"{self.name} has no option {join_names(unknown)}; its own are: {', '.join(self.options) or 'none'}."
-            )
-        required = {name for name, default in self.options.items() if default is inspect.Parameter.empty}
-        if missing := sorted(required - options.keys()):
-            raise TypeError(f"{self.name} needs {', '.join(missing)}; see its docstring.")
+    def _check_options(self, options: Mapping[str, Any]) -> None:
         for name, value in options.items():
             if isinstance(value, Real):
                 check_finite(float(value), f"{name} of {self.name}", "give a finite number")

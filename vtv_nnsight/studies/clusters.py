@@ -14,12 +14,12 @@ from collections.abc import Mapping
 import torch
 
 from vtv_nnsight.layouts import Layout, named_positions
-from vtv_nnsight.metrics import silhouette
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import ByStage, InContextModel, Stage, batch_size_of
 from vtv_nnsight.models.sites import list_layers, read_layers
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.report.plots import silhouette
 
 
 def activations(

@@ -1,18 +1,15 @@
 """Prompts run through a model batch by batch, and what is kept of their activations: their moments, for task vectors,
-or all of them. A collection can be stopped and resumed."""
+or all of them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.inside_trace import last_tokens, merge, moments, put
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage, batch_size_of
@@ -20,11 +17,8 @@ from vtv_nnsight.models.sites import list_layers, module_path, read_layers, vali
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.text import check_kind
-from vtv_nnsight.vectors.compatibility import check_compatible, differences, fingerprint, stages_of
-from vtv_nnsight.vectors.files import read_sites, scatter
-
-SAVE_EVERY = 10.0
-"""Seconds between two writes of a resumable run's state."""
+from vtv_nnsight.vectors.compatibility import differences, fingerprint
+from vtv_nnsight.vectors.files import scatter
 
 
 class Moments(NamedTuple):
@@ -51,32 +45,24 @@ def collect_moments(
     sites: str | Sequence[str] = HEADS,
     *,
     batch_size: int | None = None,
-    resume: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Moments], dict[str, Any]]:
     """Moments of each task's activations, and the fingerprint of what they belong to: see `TaskVectors.collect`."""
     check_kind(prompts, Mapping, "prompts of tasks", "{task.name: prompts}")
     layout, sites, device = _shared_layout(prompts), validate_sites(model, sites), device_of(model)
     owner = fingerprint(model, layout)
-    moments = _read_state(resume, owner, prompts, sites) if resume else {}
-    saved = time.monotonic()
-    total, done = sum(map(len, prompts.values())), sum(part.prompts for part in moments.values())
-    with progress_bar(total=total, initial=done, desc="collecting", unit="prompt", disable=not progress) as bar:
+    moments: dict[str, Moments] = {}
+    total = sum(map(len, prompts.values()))
+    with progress_bar(total=total, desc="collecting", unit="prompt", disable=not progress) as bar:
         for task, rows in prompts.items():
             bar.set_postfix_str(task)
             lengths = model.lengths(rows)
             rows = rows[lengths.argsort(stable=True)] if len(lengths) > 1 else rows
-            rows = rows[moments[task].prompts :] if task in moments else rows
             for batch in rows.split(batch_size_of(model, batch_size, prompts=rows)):
                 new = measure(model, batch.to(device), sites)
                 moments[task] = _merge(moments[task], new) if task in moments else new
                 bar.update(len(batch))
-                if resume and time.monotonic() - saved > SAVE_EVERY:
-                    _write_state(resume, moments, owner, prompts)
-                    saved = time.monotonic()
-    if resume:
-        _write_state(resume, moments, owner, prompts)
-    return {task: moments[task] for task in prompts}, owner
+    return moments, owner
 
 
 def collect_rows(
@@ -141,10 +127,7 @@ def measure(model: InContextModel, prompts: Prompts, sites: Sequence[str] = (HEA
         if bad.any():
             layer, head = bad.nonzero()[0].tolist()
             unit = f"{module_path(model, stage, layer)}.{f'heads[{head}]' if stage.site == HEADS else 'output'}"
-            raise ValueError(
-                f"{unit} is not finite (NaN or infinite) on these prompts; check the "
-                "weights, or load the model in another dtype."
-            )
+            raise ValueError(f"{unit} is not finite (NaN or infinite) on these prompts; check weights and dtype.")
         seen = at[stage.key].cpu()
         if seen.ndim == 2:
             raise ValueError(f"a vector of {positions} tokens was asked for, and one of these prompts has fewer.")
@@ -172,52 +155,5 @@ def _shared_layout(prompts: Mapping[str, Prompts]) -> Any:
     (first, rows), *others = prompts.items()
     for task, other in others:
         if differences(asdict(other.layout), asdict(rows.layout)):
-            raise ValueError(
-                f"the prompts of {first!r} are in {rows.layout} and those of {task!r} in {other.layout}; collect one "
-                "layout at a time."
-            )
+            raise ValueError(f"{first!r} has prompts in {rows.layout}, {task!r} in {other.layout}; collect each.")
     return rows.layout
-
-
-def _write_state(
-    path: str | Path, moments: Mapping[str, Moments], owner: dict[str, Any], prompts: Mapping[str, Prompts]
-) -> None:
-    tensors = {
-        f"{task}/{field}/{key}": values
-        for task, part in moments.items()
-        for field in ("mean", "spread")
-        for key, values in getattr(part, field).items()
-    }
-    metadata = {
-        "counts": {task: part.prompts for task, part in moments.items()},
-        "prompts": _digests(prompts),
-        "fingerprint": owner,
-        "sites": list(next(iter(moments.values())).mean.sites),
-    }
-    write_tensors(path, "collection", tensors, metadata)
-
-
-def _read_state(
-    path: str | Path, owner: dict[str, Any], prompts: Mapping[str, Prompts], sites: tuple[str, ...]
-) -> dict[str, Moments]:
-    if not Path(path).exists():
-        return {}
-    tensors, metadata = read_tensors(path, "collection")
-    check_compatible(f"the state in {path}", metadata["fingerprint"], "this model and layout", owner)
-    if metadata["prompts"] != _digests(prompts):
-        raise ValueError(f"the state in {path} is of other prompts; remove it, or name another file.")
-    if read_sites(metadata) != sites:
-        raise ValueError(f"the state in {path} is of other sites; remove it, or name another file.")
-    keys = [stage.at(site).key for stage in stages_of(owner) for site in sites]
-
-    def by_stage(task: str, field: str) -> ByStage:
-        return ByStage({key: tensors[f"{task}/{field}/{key}"] for key in keys})
-
-    return {
-        task: Moments(count, by_stage(task, "mean"), by_stage(task, "spread"))
-        for task, count in metadata["counts"].items()
-    }
-
-
-def _digests(prompts: Mapping[str, Prompts]) -> dict[str, str]:
-    return {task: rows.digest for task, rows in prompts.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from vtv_nnsight.layouts import Layout
@@ -97,15 +97,6 @@ def check_compatible(what: str, facts: Mapping[str, Any], owner: str, expected: 
     """Raise a ValueError that names the differences of two fingerprints, where there are any."""
     if differ := differences(facts, expected):
         raise ValueError(f"{what} does not fit {owner}: it has {'; '.join(differ)}.")
-
-
-def check_layout(what: str, facts: Mapping[str, Any], layout: Any) -> None:
-    """Raise a ValueError where a fingerprint is of prompts of another layout; None, of raw tensors, fits all."""
-    if layout and (differ := differences(facts, asdict(layout))):
-        raise ValueError(
-            f"{what} does not fit these prompts: it has {'; '.join(differ)}; make the prompts in its layout, or "
-            "collect and search again."
-        )
 
 
 def _agree(name: str, facts: Any, expected: Any) -> bool:

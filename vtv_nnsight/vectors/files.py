@@ -35,10 +35,7 @@ def write_vectors(path: str | Path, vectors: Content, fingerprint: dict[str, Any
                 if values:
                     kept = values[key][:, present].to(dtype)
                     if not kept.isfinite().all():
-                        raise ValueError(
-                            f"the {field} of {name!r} is not finite in {dtype}; look for NaN, or save it as "
-                            "torch.float32."
-                        )
+                        raise ValueError(f"the {field} of {name!r} is not finite in {dtype}; save it as float32.")
                     tensors[f"{name}/{key}/{field}"] = kept
     counts = {name: count for name, (_, _, count) in vectors.items()}
     sites = list(next(iter(vectors.values()))[0].sites)

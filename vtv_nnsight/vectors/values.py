@@ -238,10 +238,7 @@ class Activations(Linear):
             ValueError: when no gradient came.
         """
         if not self._gradients:
-            raise ValueError(
-                "no gradient came to these activations; capture them with gradients on, and call backward() on a loss "
-                "of the same run."
-            )
+            raise ValueError("no gradient came to these activations; call backward() on a loss of the same run.")
         return self.values.map(
             lambda values, slopes: slopes.masked_fill(values.isnan(), torch.nan),
             {key: self._gradients.get(key, torch.zeros_like(values)) for key, values in self.values.items()},
@@ -355,7 +352,6 @@ class TaskVectors(Mapping[str, TaskVector]):
         *,
         sites: str | Sequence[str] = HEADS,
         batch_size: int | None = None,
-        resume: str | Path | None = None,
         progress: bool = True,
     ) -> TaskVectors:
         """Run prompts through the model and average what every head says (ECCV 2024, §4.1).
@@ -368,14 +364,13 @@ class TaskVectors(Mapping[str, TaskVector]):
             prompts: Task name → prompts, one or more of each and all of one layout.
             sites: What to average: "heads", "attn", "mlp", "residual", or several of them (see `models.sites`).
             batch_size: Rows a trace; None is `models.interface.default_batch_size`, 32 for MAE-VQGAN.
-            resume: A file for the state, written every few seconds; a run that finds it goes on where it stopped.
             progress: Show a progress bar.
 
         Raises:
             ValueError: when a task has no prompts, layouts differ, the model has no such site, an activation is not
-                finite (naming layer and head), or `resume` is of other prompts, other sites or another model.
+                finite (naming layer and head).
         """
-        moments, owner = collect_moments(model, prompts, sites, batch_size=batch_size, resume=resume, progress=progress)
+        moments, owner = collect_moments(model, prompts, sites, batch_size=batch_size, progress=progress)
         return cls(
             {
                 task: TaskVector(task, part.mean.map(torch.Tensor.float), part.variance(), part.prompts, owner)

@@ -87,10 +87,7 @@ class BEiTNetwork(AdaptedNetwork):
         super().__init__(model)
         codes = getattr(tokenizer, "num_codes", model.config.vocab_size)
         if codes != model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {codes} codes, and the model predicts {model.config.vocab_size} (vocab_size); give "
-                "tokenizer= the one that it was trained with."
-            )
+            raise ValueError(f"the tokenizer has {codes} codes, the model {model.config.vocab_size}; give its own.")
         self.encoder = Encoder(model)
         self.tokenizer = tokenizer
 
@@ -126,20 +123,11 @@ def _layout(config: Any) -> Layout:
 def check_config(config: BeitConfig, source: str) -> None:
     """Refuse what cannot complete a prompt's canvas."""
     if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int) or config.num_channels != 3:
-        raise ValueError(
-            f"{source} sees {config.num_channels} channels of image_size={config.image_size!r} and "
-            f"patch_size={config.patch_size!r}; expected 3 of a square."
-        )
+        raise ValueError(f"{source} sees no square of 3 channels (image_size={config.image_size!r}).")
     if not config.use_mask_token:
-        raise ValueError(
-            f"{source} has no mask token (use_mask_token): it was not trained, or trained further, to complete "
-            "pictures; give one that was, such as microsoft/beit-base-patch16-224-pt22k."
-        )
+        raise ValueError(f"{source} has no mask token (use_mask_token); give a BEiT that completes pictures.")
     if config.use_relative_position_bias:
-        raise ValueError(
-            f"{source} has relative positions of its own in every layer (use_relative_position_bias), as only BEiTs "
-            "that classify have; give one whose layers share them (use_shared_relative_position_bias)."
-        )
+        raise ValueError(f"{source} has relative positions in every layer (use_relative_position_bias); share them.")
 
 
 class BEiT(CodeModel):
@@ -215,10 +203,7 @@ class BEiT(CodeModel):
 
     def _tokenizer(self) -> Any:
         if self.network.tokenizer is None:
-            raise ValueError(
-                f"this BEiT has no tokenizer, and its codes no picture; give tokenizer= the path of DALL-E's {DECODER} "
-                "(an encoder.pkl beside it gives losses and a ceiling), or anything with decode(codes)."
-            )
+            raise ValueError(f"this BEiT has no tokenizer, its codes no picture; give tokenizer= DALL-E's {DECODER}.")
         return self.network.tokenizer
 
     def restrict_to_output(self, prompts: VisualPrompt) -> VisualPrompt:
@@ -251,10 +236,7 @@ class BEiT(CodeModel):
         config = super().read_config(source, **options)
         check_config(config, repr(source))
         if not config.use_mean_pooling:
-            raise ValueError(
-                f"{source!r} has two norms after its last layer (use_mean_pooling=False), each of which transformers "
-                "loads into the other's place; give a BEiT that has one, or a ready module."
-            )
+            raise ValueError(f"{source!r} has two norms after its last layer (use_mean_pooling=False); give another.")
         return config
 
 

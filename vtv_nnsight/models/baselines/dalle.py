@@ -163,10 +163,7 @@ def load_tokenizer(source: Tokenizer | str | os.PathLike, *, weights: bool = Tru
     """
     if not isinstance(source, (str, os.PathLike)):
         if not isinstance(source, Tokenizer):
-            raise TypeError(
-                f"{type(source).__name__} is not a tokenizer: it has no decode(codes); give one that has, or the path "
-                f"of DALL-E's {DECODER}."
-            )
+            raise TypeError(f"{type(source).__name__} is not a tokenizer: it has no decode(codes); give {DECODER}.")
         return source
     path = Path(source)
     path = path / DECODER if path.is_dir() else path

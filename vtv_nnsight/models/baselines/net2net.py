@@ -35,7 +35,6 @@ from vtv_nnsight.models.mae_vqgan.published import code_size, count_modules, tok
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.models.torch_files import StrPath, cast, check_ranks, check_tensors, read_tensors
 from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.text import join_names
 
 FIRST_STAGE = "first_stage_model."
 """What the names of the VQGAN's tensors begin with in a published file."""
@@ -164,10 +163,7 @@ class Net2NetNetwork(nn.Module):
         if vocabulary < vqgan.num_codes:
             raise ValueError(f"the transformer knows {vocabulary} codes, and its VQGAN has {vqgan.num_codes}.")
         if (needed := len(self.condition) + self.layout.num_patches - 1) > length:
-            raise ValueError(
-                f"the transformer has {length} places, and {self.layout.num_patches} codes after a condition of "
-                f"{len(self.condition)} need {needed}; give a smaller image_size."
-            )
+            raise ValueError(f"the transformer has {length} places, and the codes need {needed}; lower image_size.")
         if width % num_heads:
             raise ValueError(f"width {width} cannot have {num_heads} heads; give num_attention_heads=.")
         self.transformer = GPT(vocabulary, length, layers, width, num_heads)
@@ -269,10 +265,7 @@ def load_checkpoint(
     tensors = read_tensors(path)
     check_ranks(_SIZES, tensors, path, "not a checkpoint of a VQGAN's transformer (Net2NetTransformer)")
     if conditions := [name for name in tensors if name.startswith("cond_stage_model.")]:
-        raise ValueError(
-            f"{path} was trained on conditions that are pictures ({join_names(conditions, 1)}), such as segmentations "
-            "or depth, which a visual prompt has none of; give one without conditions, or of classes."
-        )
+        raise ValueError(f"{path} was trained on conditions that are pictures ({conditions[0]}); give one without.")
     sizes = tokenizer_sizes(tensors, path, "not a checkpoint with its VQGAN", FIRST_STAGE)
     patch = code_size(sizes)
     vocabulary, width = tensors["transformer.tok_emb.weight"].shape
@@ -386,14 +379,9 @@ class Net2Net(CodeModel):
         return module.eval()
 
 
-_TAKEN = ("num_attention_heads", "image_size", "dtype", "condition", "temperature", "top_k", "seed")
-
-
 def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:
     kwargs = drop_none(kwargs, *kwargs)
     kwargs.pop("device_map", None)
-    if unknown := [name for name in kwargs if name not in _TAKEN]:
-        raise ValueError(f"Net2Net does not know {', '.join(unknown)}; it takes {', '.join(_TAKEN)} and device_map.")
     return kwargs
 
 
@@ -405,6 +393,4 @@ def _place(device_map: Any) -> torch.device:
 
 
 def _has_none(stage: str) -> NoReturn:
-    raise ValueError(
-        f"there is no stage {stage!r}: VQGAN's transformer samples code by code, and its heads cannot be patched."
-    )
+    raise ValueError(f"there is no stage {stage!r}: this model samples code by code, and its heads cannot be patched.")
