@@ -736,7 +736,7 @@ def test_sets_save_and_load(model, tmp_path):
     with pytest.raises(ValueError, match="is no whole patch set"):
         PatchSet.load(path)
     path.write_text(json.dumps({"kind": "other"}))
-    with pytest.raises(ValueError, match="not a patch set"):
+    with pytest.raises(ValueError, match="is no whole patch set: its kind is .other."):
         PatchSet.load(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         PatchSet.load(tmp_path / "nothing.json")
