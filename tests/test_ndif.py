@@ -6,10 +6,12 @@ import pickletools
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing.connection import Client
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 import transformers
@@ -21,7 +23,20 @@ from nnsight.modeling import huggingface
 from nnsight.modeling.mixins.remotable import Remotable
 from nnsight.modeling.transformers import TransformersModel
 
-from vtv_nnsight import CausalLM, PatchSet, PatchSpace, TaskVectors, TextPrompts, capture, patch, search, tasks
+from vtv_nnsight import (
+    Activations,
+    CausalLM,
+    PatchSet,
+    PatchSpace,
+    TaskVectors,
+    TextPrompts,
+    capture,
+    evaluate,
+    patch,
+    search,
+    tasks,
+)
+from vtv_nnsight.evaluation import Condition
 
 SIZES = dict(vocab_size=110, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
 GROUPED = SIZES | dict(num_key_value_heads=2, intermediate_size=48)
@@ -164,7 +179,8 @@ def test_capture_and_patch_in_a_block(jobs, far, near, family):
     assert secret not in strings(jobs[0]) and str(Path(__file__)) in strings(jobs[0])  # nnsight's own doing
 
 
-WORDS = tasks.Words("upper", {word: word.upper() for word in ("hot", "big", "sun", "cat", "tree", "red", "cup", "ink")})
+PAIRS = {word: word.upper() for word in ("hot", "big", "sun", "cat", "tree", "red", "cup", "ink")}
+WORDS = tasks.Words("upper", PAIRS)
 
 
 @pytest.mark.slow
@@ -180,3 +196,66 @@ def test_a_search_there_is_the_search_here(jobs, kind, far, near, family, tmp_pa
     same(ours, theirs)
     print(kind, family, len(jobs), "jobs of", [len(job) for job in jobs], "bytes")
     assert all(len(job) < 200_000 for job in jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectors_activations_and_evaluations_there_are_those_here(jobs, far, near, family):
+    local, model = near(family), far(family)
+    prompts = WORDS.prompts(WORDS.rows, n=8, shots=2, seed=0)
+    options = dict(batch_size=3, progress=False)
+    for positions in (1, 2):
+        layout = replace(prompts.layout, positions=positions)
+        prompts_of = replace(prompts, layout=layout)
+        both = {"upper": prompts_of, "again": prompts_of[:4]}
+        ours, theirs = (TaskVectors.collect(m, both, sites=("heads", "mlp"), **options) for m in (local, model))
+        for name, vector in ours.items():
+            for key in vector.mean:
+                assert torch.equal(vector.mean[key], theirs[name].mean[key])
+                assert torch.equal(vector.variance[key], theirs[name].variance[key])
+    assert len(jobs) == 2
+    ours, theirs = (
+        Activations.collect(m, FEW, sites=("heads", "attn"), batch_size=2, progress=False) for m in (local, model)
+    )
+    for key, values in ours.values.items():
+        torch.testing.assert_close(theirs.values[key], values, rtol=0, atol=0, equal_nan=True)
+    vector = TaskVectors.collect(local, {"upper": prompts}, **options)["upper"]
+    units = PatchSet.random(PatchSpace(local), 5)
+    conditions = {
+        "one-shot": None,
+        "zero-shot": "zero-shot",
+        "vector": (vector, units),
+        "half": Condition(vectors=vector, patches=units, scale=0.5),
+        "silent": Condition(shot="one", patches=units, ablation="zero"),
+    }
+    del jobs[:]
+    for task in (WORDS, tasks.Words("upper", PAIRS, metric="exact_match")):
+        here, far_off = (evaluate(m, task, prompts, conditions, **options) for m in (local, model))
+        pandas.testing.assert_frame_equal(here.frame, far_off.frame, check_exact=True)
+    assert len(jobs) == 2
+
+
+@pytest.mark.slow
+def test_generate_and_several_traces_in_a_block(jobs, far, near):
+    local, model = near(), far()
+    vector = TaskVectors.collect(local, {"x": FEW}, progress=False)["x"]
+    units = PatchSet.random(PatchSpace(local), 5)
+    with local.generate(FEW, max_new_tokens=3) as tracer:
+        patch(local, vector, units, steps="all")
+        expected = save(tracer.result)
+    with model.generate(FEW, max_new_tokens=3, remote=True) as tracer:
+        patch(model, vector, units, steps="all")
+        ids = save(tracer.result)
+    assert torch.equal(ids, expected)
+    with local.trace(FEW):
+        run = capture(local)
+    with local.trace(FEW.texts):
+        patch(local, run, units)
+        expected = save(local.output.logits)
+    with model.session(remote=True):
+        with model.trace(FEW):
+            run = capture(model)
+        with model.trace(FEW):
+            patch(model, run, units)
+            logits = save(model.output.logits)
+    assert torch.equal(logits, expected)

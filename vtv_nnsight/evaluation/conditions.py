@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight.patching import MODES, PatchSet, ablate, patch
-from vtv_nnsight.patching.patching import as_vectors
+from vtv_nnsight.patching.patching import as_vectors, planned, silence
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.text import quoted
 from vtv_nnsight.vectors import TaskVector
@@ -161,6 +161,19 @@ class Condition:
             patch(model, self.vectors, self.patches, scale=self.scale, mode=self.mode)
         if self.run is not None:
             self.run(model)
+
+    def planned(self, model: Any, layout: Any) -> list[Any]:
+        """What `apply` does to prompts of a layout, to be done where the model runs (see `patching.planned`).
+
+        Raises:
+            ValueError: for `run`, which is here.
+        """
+        if self.run is not None:
+            raise ValueError("a condition's run= is your own function and stays here; patch or ablate there.")
+        if self.patches is None:
+            return []
+        to = silence(model, self.patches, self.ablation) if self.ablation is not None else self.vectors
+        return planned(model, to, self.patches, layout, self.scale, self.mode)
 
 
 def comparison(

@@ -307,17 +307,22 @@ def merge(
     return mean + step * (m / (n + m)), spread + others + step.square().mean(-1) * (n * m / (n + m))
 
 
-def collect_moments(model: Any, batches: Any, sites: Any, positions: int) -> Any:
-    """By site, the moments of the last tokens of batches of prompts: [layer, position, …], positions from the end."""
-    total: dict[str, Any] = {}
-    count = 0
-    with torch.no_grad():
+def collect_moments(model: Any, tasks: Any, sites: Any, positions: int) -> Any:
+    """By task and site, the moments of the last tokens of batches of prompts: [layer, position, …], positions from the
+    end."""
+    found: dict[str, Any] = {}
+    for task, batches in tasks.items():
+        total: dict[str, Any] = {}
+        count = 0
         for ids in batches:
-            for site, layers in readings(model, {"input_ids": ids}, sites).items():
+            with torch.no_grad():
+                values = readings(model, {"input_ids": ids}, sites)
+            for site, layers in values.items():
                 new = [torch.stack(part).cpu().flip(1) for part in zip(*[moments(z[:, -positions:]) for z in layers])]
                 total[site] = merge(count, *total[site], len(ids), *new) if count else new
             count += len(ids)
-    return total
+        found[task] = total
+    return found
 
 
 def collect_rows(model: Any, batches: Any, sites: Any) -> Any:

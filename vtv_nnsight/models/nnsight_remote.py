@@ -25,6 +25,8 @@ from vtv_nnsight.models.interface import ByStage, Place
 PACKAGE = __name__.partition(".")[0]
 PLAIN: dict[Any, Callable[[Any], Any]] = {}
 """A class or a function of ours → what an object of it, or the function, is there."""
+SENDERS: list[Any] = []
+"""The models of the blocks that are being sent, the last one's last."""
 OURS: dict[str, Callable[[Any, Any], Any]] = {}
 """The first key of a dict that came back → what becomes of it, called with the model and the dict."""
 
@@ -83,7 +85,11 @@ class Fetching(Backend):
 
     def __call__(self, tracer: Any = None) -> Any:
         """Run the block there."""
-        result = self.backend(tracer)
+        SENDERS.append(self.model)
+        try:
+            result = self.backend(tracer)
+        finally:
+            SENDERS.pop()
         if tracer is not None:
             values = dict(tracer.info.frame.f_locals)
             changed = {name: new for name, value in values.items() if (new := self.ours(value)) is not value}

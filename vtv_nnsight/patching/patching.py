@@ -96,6 +96,15 @@ def patch(
         block.run(run, steps=steps)
 
 
+def planned(
+    model: InContextModel, vector: Any, patches: Any, layout: Any, scale: Any = 1.0, mode: str = "replace"
+) -> list[tuple[str, torch.Tensor, torch.Tensor, str]]:
+    """What `patch` would do to prompts of a layout, for `inside_trace.write`: (site, values, mask, mode)."""
+    sets = _as_sets(model, patches, layout)
+    edits = _edits(model, as_vectors(vector), sets, layout, _as_scale(scale), mode)
+    return [(edit.stage.site, edit.values, edit.mask, edit.mode) for edit in edits]
+
+
 def ablate(model: InContextModel, patches: Patches, to: str | TaskVector | TaskVectors | Activations = "zero") -> None:
     """Silence units: `patch` with what says nothing of the task.
 
@@ -107,14 +116,19 @@ def ablate(model: InContextModel, patches: Patches, to: str | TaskVector | TaskV
     Raises:
         ValueError: as `patch` does, and when `to` is something else.
     """
+    patch(model, silence(model, patches, to), patches)
+
+
+def silence(model: InContextModel, patches: Patches, to: Any) -> TaskVector | Activations:
+    """What `ablate` puts there."""
     with unset_fake_temporarily():
         if isinstance(to, str) and to == "zero":
-            to = zero_vector(model, SITES, patches.space.layout if isinstance(patches, PatchSet) else None)
-        elif isinstance(to, TaskVectors):
-            to = to.mean()
-        elif not isinstance(to, (TaskVector, Activations)):
-            raise ValueError(f'to={to!r} is unknown; give "zero", a vector, TaskVectors (their mean) or Activations.')
-    patch(model, to, patches)
+            return zero_vector(model, SITES, patches.space.layout if isinstance(patches, PatchSet) else None)
+        if isinstance(to, (TaskVector, Activations)):
+            return to
+        if isinstance(to, TaskVectors):
+            return to.mean()
+    raise ValueError(f'to={to!r} is unknown; give "zero", a vector, TaskVectors (their mean) or Activations.')
 
 
 def as_vectors(vector: Any) -> list[TaskVector | Activations]:

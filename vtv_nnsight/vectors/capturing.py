@@ -21,7 +21,7 @@ from vtv_nnsight.models.nnsight_remote import OURS, PLAIN
 from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import Layers, list_layers, read_layers, running_layout
 from vtv_nnsight.vectors.collecting import put_rows
-from vtv_nnsight.vectors.compatibility import fingerprint
+from vtv_nnsight.vectors.compatibility import fingerprint, geometry
 from vtv_nnsight.vectors.values import Activations, TaskVector, TaskVectors
 
 
@@ -72,6 +72,14 @@ def capture(
     read_layers(model, places, keep, gradients=keep_gradient, block=block, steps=steps)
     result: Activations | list[Activations] = save(captured if steps == "all" else captured[0])
     return result
+
+
+def zero_vector(model: InContextModel, sites: Sequence[str] = (HEADS,), layout: Any = None) -> TaskVector:
+    """Zeros at every position of a layout, by default the model's: what ablation by zero patches in."""
+    places, zero = (layout or model.layout).num_positions, torch.zeros(())
+    stages = [stage.at(site) for stage in model.stages for site in sites]
+    mean = ByStage({s.key: zero.expand(s.layers, places, s.heads, s.head_dim) for s in stages})
+    return TaskVector("zero", mean, None, 0, geometry(model))
 
 
 def _fetched(model: Any, captured: Mapping[str, Any]) -> Activations:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models import inside_trace
+from vtv_nnsight.models.devices import device_of, remote_of
 from vtv_nnsight.models.inside_trace import last_tokens, merge, moments, put
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage, batch_size_of
+from vtv_nnsight.models.nnsight_remote import there
 from vtv_nnsight.models.sites import list_layers, module_path, read_layers, validate_sites
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import Prompts
@@ -46,22 +48,31 @@ def collect_moments(
     *,
     batch_size: int | None = None,
     progress: bool = True,
+    remote: bool | str | None = None,
 ) -> tuple[dict[str, Moments], dict[str, Any]]:
     """Moments of each task's activations, and the fingerprint of what they belong to: see `TaskVectors.collect`."""
     check_kind(prompts, Mapping, "prompts of tasks", "{task.name: prompts}")
-    layout, sites, device = _shared_layout(prompts), validate_sites(model, sites), device_of(model)
+    layout, sites, remote = _shared_layout(prompts), validate_sites(model, sites), remote_of(model, remote)
+    device = device_of(model, remote)
     owner = fingerprint(model, layout)
-    moments: dict[str, Moments] = {}
+    moments, asked = dict[str, Moments](), dict[str, Any]()
     total = sum(map(len, prompts.values()))
     with progress_bar(total=total, desc="collecting", unit="prompt", disable=not progress) as bar:
         for task, rows in prompts.items():
             bar.set_postfix_str(task)
             lengths = model.lengths(rows)
             rows = rows[lengths.argsort(stable=True)] if len(lengths) > 1 else rows
-            for batch in rows.split(batch_size_of(model, batch_size, prompts=rows)):
+            batches = rows.split(batch_size_of(model, batch_size, prompts=rows))
+            if remote:
+                asked[task] = [model.tokens(batch.texts) for batch in batches]
+                continue
+            for batch in batches:
                 new = measure(model, batch.to(device), sites)
                 moments[task] = _merge(moments[task], new) if task in moments else new
                 bar.update(len(batch))
+        if remote:
+            moments = _moments_there(model, remote, asked, sites, layout.num_positions)
+            bar.update(total)
     return moments, owner
 
 
@@ -72,11 +83,13 @@ def collect_rows(
     *,
     batch_size: int | None = None,
     progress: bool = True,
+    remote: bool | str | None = None,
 ) -> tuple[ByStage, dict[str, Any]]:
     """Every prompt's activations, and the fingerprint of what they belong to: see `Activations.collect`."""
     if not len(prompts):
         raise ValueError("there are no prompts to collect; give at least one.")
-    places, device = list_layers(model, sites), device_of(model)
+    places, remote = list_layers(model, sites), remote_of(model, remote)
+    device = device_of(model, remote)
     parts: list[ByStage] = []
     owner = fingerprint(model, prompts.layout)
     positions = max(prompts.layout.num_positions, int(model.lengths(prompts).max()))
@@ -85,12 +98,46 @@ def collect_rows(
         put_rows(parts[-1], stage, layer, z.cpu(), seen, positions)
 
     with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:
-        for batch in prompts.split(batch_size_of(model, batch_size, prompts=prompts)):
+        batches = list(prompts.split(batch_size_of(model, batch_size, prompts=prompts)))
+        if remote:
+            parts = [ByStage() for _ in batches]
+            _rows_there(model, remote, batches, sites, parts, positions)
+        for batch in () if remote else batches:
             parts.append(ByStage())
             with torch.no_grad(), model.trace(batch.to(device)):
                 read_layers(model, places, keep, stop=True)
             bar.update(len(batch))
     return ByStage({key: torch.cat([part[key] for part in parts]) for key in parts[0]}), owner
+
+
+def _moments_there(
+    model: Any, remote: bool | str, batches: Mapping[str, Any], sites: Sequence[str], positions: int
+) -> dict[str, Moments]:
+    """The moments of tasks' prompts, by batches of their tokens, made where the model runs."""
+    if min(len(ids) for batch in batches.values() for part in batch for ids in part) < positions:
+        raise ValueError(f"a vector of {positions} tokens was asked for, and one of these prompts has fewer.")
+    every = there(model, remote, inside_trace.collect_moments, dict(batches), list(sites), positions)
+    key = model.stages[0].name
+    return {
+        task: Moments(
+            sum(map(len, batches[task])),
+            *(ByStage({(key, site): pair[i] for site, pair in total.items()}) for i in (0, 1)),
+        )
+        for task, total in every.items()
+    }
+
+
+def _rows_there(
+    model: Any, remote: bool | str, batches: Sequence[Any], sites: Any, parts: list[ByStage], positions: int
+) -> None:
+    """Put the activations of batches, read where the model runs, to where they belong."""
+    stage, sites = model.stages[0], list(validate_sites(model, sites))
+    tokens = [model.tokens(batch.texts) for batch in batches]
+    for batch, part, values in zip(batches, parts, there(model, remote, inside_trace.collect_rows, tokens, sites)):
+        seen = model.positions(stage.name, batch)
+        for site, layers in values.items():
+            for layer, z in enumerate(layers):
+                put_rows(part, stage.at(site), layer, z, seen, positions)
 
 
 def put_rows(values: ByStage, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor, places: int) -> None:

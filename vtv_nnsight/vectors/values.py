@@ -37,7 +37,7 @@ from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, StageSi
 from vtv_nnsight.prompts import Prompts, as_rows
 from vtv_nnsight.text import quoted
 from vtv_nnsight.vectors.collecting import collect_moments, collect_rows
-from vtv_nnsight.vectors.compatibility import check_compatible, geometry, layout_of
+from vtv_nnsight.vectors.compatibility import check_compatible, layout_of
 from vtv_nnsight.vectors.files import (
     check_floating,
     present_positions,
@@ -161,14 +161,6 @@ def _check_alike(other: TaskVector, first: TaskVector) -> None:
         raise ValueError(f"{other.label} has the sites {theirs}, that of {first.task!r} {ours}; collect the same.")
 
 
-def zero_vector(model: InContextModel, sites: Sequence[str] = (HEADS,), layout: Any = None) -> TaskVector:
-    """Zeros at every position of a layout, by default the model's: what ablation by zero patches in."""
-    places, zero = (layout or model.layout).num_positions, torch.zeros(())
-    stages = [stage.at(site) for stage in model.stages for site in sites]
-    mean = ByStage({s.key: zero.expand(s.layers, places, s.heads, s.head_dim) for s in stages})
-    return TaskVector("zero", mean, None, 0, geometry(model))
-
-
 @dataclass(frozen=True, eq=False)
 class Activations(Linear):
     """What single prompts' activations are, a row for each: `patch` puts them into as many other prompts, row by row,
@@ -204,6 +196,7 @@ class Activations(Linear):
         sites: str | Sequence[str] = HEADS,
         batch_size: int | None = None,
         progress: bool = True,
+        remote: bool | str | None = None,
     ) -> Activations:
         """Run prompts through the model and keep all that every head says, on the CPU and in the model's dtype. (A
         prompt of a ViT-L takes 23 MB in float32.) Arguments are `TaskVectors.collect`'s.
@@ -211,7 +204,7 @@ class Activations(Linear):
         Raises:
             ValueError: when there are no prompts, or the model has no such site.
         """
-        return cls(*collect_rows(model, prompts, sites, batch_size=batch_size, progress=progress))
+        return cls(*collect_rows(model, prompts, sites, batch_size=batch_size, progress=progress, remote=remote))
 
     @cached_property
     def present(self) -> ByStage:
@@ -353,6 +346,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         sites: str | Sequence[str] = HEADS,
         batch_size: int | None = None,
         progress: bool = True,
+        remote: bool | str | None = None,
     ) -> TaskVectors:
         """Run prompts through the model and average what every head says (ECCV 2024, §4.1).
 
@@ -365,12 +359,15 @@ class TaskVectors(Mapping[str, TaskVector]):
             sites: What to average: "heads", "attn", "mlp", "residual", or several of them (see `models.sites`).
             batch_size: Rows a trace; None is `models.interface.default_batch_size`, 32 for MAE-VQGAN.
             progress: Show a progress bar.
+            remote: Where the model runs, as for nnsight's `trace`, by default where it was made to. Means are made
+                there.
 
         Raises:
             ValueError: when a task has no prompts, layouts differ, the model has no such site, an activation is not
                 finite (naming layer and head).
         """
-        moments, owner = collect_moments(model, prompts, sites, batch_size=batch_size, progress=progress)
+        options: Any = {"batch_size": batch_size, "progress": progress, "remote": remote}
+        moments, owner = collect_moments(model, prompts, sites, **options)
         return cls(
             {
                 task: TaskVector(task, part.mean.map(torch.Tensor.float), part.variance(), part.prompts, owner)
