@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """NDIF's own server code in a process that has no vtv_nnsight: `python ndif_server.py SOCKET`, with HF_HOME set.
 
 As a runner's Python (`ndif_server.py -m MODULE …`) it hides the package there, too."""
@@ -9,6 +8,7 @@ import runpy
 import sys
 import traceback
 from multiprocessing.connection import Listener
+from pathlib import Path
 
 sys.modules["vtv_nnsight"] = None  # not installed here
 
@@ -43,7 +43,9 @@ def sandboxed(model, blob, compress, sandbox):
 def serve(path):
     from ndif.services.ray.sandbox.host import spawn
 
-    models = {}
+    models, python = {}, Path(f"{path}.python")
+    python.write_text(f"#!{sys.executable}\n{Path(__file__).read_text()}")
+    python.chmod(0o755)
     with Listener(path, "AF_UNIX") as listener:
         while True:
             with listener.accept() as client:
@@ -58,7 +60,7 @@ def serve(path):
                     if kind == "trusted":
                         client.send(trusted(models[repo], blob, compress))
                     else:
-                        client.send(sandboxed(models[repo], blob, compress, spawn(python=__file__, timeout=90)))
+                        client.send(sandboxed(models[repo], blob, compress, spawn(python=str(python), timeout=90)))
                 except Exception:
                     client.send(traceback.format_exc())
 

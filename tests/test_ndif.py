@@ -17,13 +17,15 @@ import torch
 import transformers
 import zstandard
 from helpers import letters
-from nnsight import save
+from nnsight import ndif, save
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.modeling import huggingface
 from nnsight.modeling.mixins.remotable import Remotable
 from nnsight.modeling.transformers import TransformersModel
+from nnsight.schema.config import CONFIG
 
 from vtv_nnsight import (
+    MAEVQGAN,
     Activations,
     CausalLM,
     PatchSet,
@@ -37,6 +39,8 @@ from vtv_nnsight import (
     tasks,
 )
 from vtv_nnsight.evaluation import Condition
+from vtv_nnsight.models.nnsight_remote import RemoteFailure
+from vtv_nnsight.search import Algorithm
 
 SIZES = dict(vocab_size=110, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
 GROUPED = SIZES | dict(num_key_value_heads=2, intermediate_size=48)
@@ -103,6 +107,9 @@ def jobs(server, kind, monkeypatch):
         return ToServer(self.to_model_key(), env=self._remoteable_get_env())
 
     monkeypatch.setattr(Remotable, "_remote_backend", backend)
+    monkeypatch.setattr(CONFIG.API, "APIKEY", "a key")
+    monkeypatch.setattr(ndif, "status", lambda raw=False: {"deployments": {}})
+    monkeypatch.setattr(ndif, "is_model_running", lambda name, revision: name.startswith("tiny/"))
     return sent
 
 
@@ -259,3 +266,71 @@ def test_generate_and_several_traces_in_a_block(jobs, far, near):
             patch(model, run, units)
             logits = save(model.output.logits)
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.slow
+def test_gates_there_want_trust_and_other_algorithms_only_losses(jobs, kind, far, near, tmp_path):
+    local, model = near(), far()
+    prompts = WORDS.prompts(WORDS.rows, n=8, shots=2, seed=0)
+    vectors = TaskVectors.collect(local, {"upper": prompts, "again": prompts[:4]}, progress=False)
+    given = (vectors["upper"], WORDS, prompts.query_only())
+    shared = dict(budget=120, seed=3, progress=False, vectors=vectors)
+    for algorithm, options in ((search.gates, {"images": 4}), (search.attribution, {})):
+        if kind == "sandboxed":
+            with pytest.raises(ValueError, match="no gradient comes to a block .*; search there with reinforce"):
+                algorithm(model, *given, PatchSpace(model), **shared, **options)
+        else:
+            ours = algorithm(local, *given, PatchSpace(local), **shared, **options)
+            same(ours, algorithm(model, *given, PatchSpace(model), **shared, **options))
+    ours = search.random(local, *given, PatchSpace(local), images=4, **shared)
+    same(ours, search.random(model, *given, PatchSpace(model), images=4, **shared))
+    with pytest.raises(ValueError, match="mine is your own and runs here alone; take one of the package, as reinforce"):
+        Algorithm(mine, "my own", False)(model, *given, PatchSpace(model), **shared)
+
+
+def mine(search):
+    return torch.zeros(search.units, dtype=torch.bool), torch.zeros(search.units)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["trusted"])
+def test_a_job_that_fails_loses_its_own_evaluations_alone(jobs, far, near, tmp_path, monkeypatch):
+    local, model = near(), far()
+    prompts = WORDS.prompts(WORDS.rows, n=8, shots=2, seed=0)
+    vector = TaskVectors.collect(local, {"upper": prompts}, progress=False)["upper"]
+    given = (vector, WORDS, prompts.query_only())
+    options = dict(budget=160, seed=3, progress=False, remote_evaluations=40, resume=tmp_path / "journal")
+    send = Remotable._remote_backend
+
+    def failing(self, remote, *more):
+        if len(jobs) == 2:
+            raise RemoteError("the replica was evicted")
+        return send(self, remote, *more)
+
+    monkeypatch.setattr(Remotable, "_remote_backend", failing)
+    with pytest.raises(RemoteFailure, match="did not do this job: the replica was evicted. What was done before"):
+        search.reinforce(model, *given, PatchSpace(model), **options)
+    monkeypatch.setattr(Remotable, "_remote_backend", send)
+    lines = len((tmp_path / "journal").read_text().splitlines())
+    assert lines > 4
+    resumed = search.reinforce(model, *given, PatchSpace(model), **options)
+    del options["resume"], options["remote_evaluations"]
+    same(search.reinforce(local, *given, PatchSpace(local), **options), resumed)
+
+
+def test_no_key_no_answer_and_no_such_model_are_one_sentence_each(far, monkeypatch):
+    model = far()
+    monkeypatch.setattr(CONFIG.API, "APIKEY", None)
+    with pytest.raises(
+        RemoteFailure, match=r"^https://\S+ wants a key; nnsight.login\(\) keeps one.* Nothing was sent.$"
+    ):
+        TaskVectors.collect(model, {"x": FEW}, progress=False)
+    monkeypatch.setattr(CONFIG.API, "APIKEY", "a key")
+    with pytest.raises(RemoteFailure, match="^http://localhost:1 does not answer; .* Nothing was sent.$"):
+        TaskVectors.collect(model, {"x": FEW}, progress=False, remote="http://localhost:1")
+    monkeypatch.setattr(ndif, "status", lambda raw=False: {"deployments": {}})
+    monkeypatch.setattr(ndif, "is_model_running", lambda *names: False)
+    with pytest.raises(RemoteFailure, match="^'tiny/llama' is not running at .* lists what is. Nothing was sent.$"):
+        TaskVectors.collect(model, {"x": FEW}, progress=False)
+    with pytest.raises(ValueError, match="a MAEVQGAN does not travel; its server must have this package"):
+        TaskVectors.collect(MAEVQGAN("tiny"), {"x": FEW}, progress=False, remote=True)

@@ -46,7 +46,7 @@ PANELS = {
     "Search": ("search", "loss", "budget", "sparsity", "granularity", "sites"),
     "Evaluation": ("test_prompts", "draws", "control_prompts", "matrix", "seeds"),
     "Expert": ("max_images", "prompts", "candidates", "order", "seed", "folds", "published", "search_fold")
-    + ("fold_draws", "jobs", "dry_run", "batch_size", "vqgan", "embedding_type", "dtype"),
+    + ("fold_draws", "jobs", "remote", "dry_run", "batch_size", "vqgan", "embedding_type", "dtype"),
 }
 """Panel of the help of `vtv run` → its options."""
 
@@ -157,6 +157,13 @@ Jobs = Annotated[
         show_default="physical cores, at most the number of tasks; 1 on a GPU",
     ),
 ]
+Remote = Annotated[
+    str | None,
+    typer.Option(
+        help='Run a language model at nnsight\'s NDIF, "ndif", or at a server\'s address; "local" tries the way there.',
+        metavar="HOST",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what the run would take, and do nothing.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in the browser.")]
 
@@ -197,6 +204,7 @@ def run(
     fold_draws: FoldDraws = Settings.fold_draws,
     redo: Redo = False,
     jobs: Jobs = None,
+    remote: Remote = None,
     dry_run: DryRun = False,
     batch_size: options.BatchSize = None,
     vqgan: options.VQGAN = None,
@@ -224,15 +232,16 @@ def run(
         written = _answer(folder, EMBEDDED, settings.tasks, files)
         say(f"{len(files)} photographs are too few to find task vectors in: those of the package answer all of them.")
     else:
-        if jobs is None and device in (None, "cpu") and len(settings.tasks) != 1:
+        there: Any = True if remote == "ndif" else remote
+        if jobs is None and not there and device in (None, "cpu") and len(settings.tasks) != 1:
             jobs = torch.get_num_threads()  # as many as there are physical cores, or as the user has set
         if dry_run:
-            say("\n".join(plan(settings, device, jobs)))
+            say("\n".join(plan(settings, device, jobs, there)))
             raise typer.Exit
         if seeds > 1:
             make_folder(folder)
         folders = {seed + i: folder / f"seed{seed + i}" for i in range(seeds)} if seeds > 1 else {seed: folder}
-        shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size, jobs=jobs)
+        shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size, jobs=jobs, remote=there)
         for number, place in folders.items():
             seeded = replace(settings, seed=number, matrix=BUDGET * matrix)
             pipeline.run(place, seeded, explore=demonstrate, report=page.write, **shared)

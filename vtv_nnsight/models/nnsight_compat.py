@@ -30,7 +30,7 @@ from torch import nn
 
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.nnsight_batching import PromptBatcher
-from vtv_nnsight.models.nnsight_remote import Fetching, nnsight_class
+from vtv_nnsight.models.nnsight_remote import Fetching, check_server, nnsight_class
 
 __all__ = ["Envoy", "PromptBatcher", "eproperty", "traceable"]
 
@@ -311,8 +311,9 @@ class TraceableTexts(Traceable, TransformersModel):
     def _remoteable_class(self) -> type:
         return nnsight_class(type(self))
 
-    def _remote_backend(self, *args: Any) -> Any:
-        return Fetching(super()._remote_backend(*args), self)
+    def _remote_backend(self, remote: bool | str, *args: Any) -> Any:
+        check_server(self, remote)
+        return Fetching(super()._remote_backend(remote, *args), self)
 
     def _load_meta(self, *args: Any, **kwargs: Any) -> nn.Module:
         return self.adapt(super()._load_meta(*args, **kwargs))

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 from httpx import HTTPError
-from nnsight import register, save
+from nnsight import ndif, register, save
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.serialization import CustomCloudPickler
+from nnsight.schema.config import CONFIG
+from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 from nnsight.tracing.tracer import Tracer
 from nnsight.tracing.util import push
+from websocket import WebSocketException
 
 from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.interface import ByStage, Place
@@ -94,11 +97,57 @@ class Fetching(Backend):
             values = dict(tracer.info.frame.f_locals)
             changed = {name: new for name, value in values.items() if (new := self.ours(value)) is not value}
             push(tracer.info.frame, changed)
+            self.model.cost = getattr(self.backend, "meta", None) or {}
         return result
 
 
 class RemoteFailure(RuntimeError):
-    """A job that a server refused or did not end."""
+    """A job that a server refused or did not end, or that was not sent."""
+
+
+def check_server(model: Any, remote: bool | str) -> None:
+    """Ask, before anything is sent, whether a server runs this model.
+
+    Raises:
+        RemoteFailure: saying that there is no key, no answer, or no such model.
+    """
+    if remote == "local":
+        return
+    api = CONFIG.API
+    before, api.HOST = api.HOST, remote if isinstance(remote, str) else api.HOST
+    try:
+        if remote is True and not api.APIKEY:
+            raise RemoteFailure(f"{api.HOST} wants a key; nnsight.login() keeps one, or set NDIF_API_KEY. {UNSENT}")
+        if not ndif.status(raw=True):
+            raise RemoteFailure(f"{api.HOST} does not answer; look at the network and the address. {UNSENT}")
+        if not ndif.is_model_running(model.repo_id, model.revision or "main"):
+            raise RemoteFailure(
+                f"{model.repo_id!r} is not running at {api.HOST}; print(nnsight.status()) lists what is. {UNSENT}"
+            )
+    except OSError as error:
+        raise RemoteFailure(f"the Hub does not tell what {model.repo_id!r} is: {error} {UNSENT}") from error
+    finally:
+        api.HOST = before
+
+
+class Weighing(Backend):
+    """Sends nothing, and tells how many bytes it would."""
+
+    def __call__(self, tracer: Any = None) -> None:
+        """Pack the block."""
+        self.bytes = len(RequestModel.serialize(tracer, CONFIG.API.COMPRESS))
+
+
+def weigh(model: Any, function: Callable[..., Any], *arguments: Any) -> int:
+    """The bytes that `there` would send."""
+    backend = Weighing()
+    with model.session(backend=backend):
+        result = save(function(model, *arguments))  # noqa: F841
+    return backend.bytes
+
+
+UNSENT = "Nothing was sent."
+LOST = "What was done before it is kept."
 
 
 def there(model: Any, remote: bool | str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -116,7 +165,7 @@ def there(model: Any, remote: bool | str, function: Callable[..., Any], *argumen
     try:
         with model.session(remote=remote):
             result = save(function(model, *arguments))
-    except (RemoteError, OSError, HTTPError) as error:
-        last = str(error).strip().rpartition("\n")[2]
-        raise RemoteFailure(f"the server did not do this job: {last} What was done before it is kept.") from error
+    except (RemoteError, OSError, HTTPError, WebSocketException) as error:
+        reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+        raise RemoteFailure(f"the server did not do this job: {reason.rstrip('.')}. {LOST}") from error
     return result

@@ -54,7 +54,7 @@ PAPERS = {
     "Painter": "Wang et al., Images Speak in Images, CVPR 2023",
 }
 """Kind of model, as fingerprints have it → the paper that it is from."""
-FAMILY_ARGUMENTS = {"vqgan": "mae_vqgan", "tokenizer": "beit", "embedding_type": "seggpt"}
+FAMILY_ARGUMENTS = {"remote": "causal_lm", "vqgan": "mae_vqgan", "tokenizer": "beit", "embedding_type": "seggpt"}
 """Arguments that one family alone takes → the family."""
 RELEASED = {"BAAI/Painter": ("painter", "painter_vit_large.pth"), "BAAI/SegGPT": ("seggpt", "seggpt_vit_large.pth")}
 """Hub ids that hold one released file and no config → the family, and the file's name."""

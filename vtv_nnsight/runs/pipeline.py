@@ -64,6 +64,7 @@ def run(
     device: str | None = None,
     batch_size: int | None = None,
     jobs: int | None = None,
+    remote: bool | str | None = None,
     progress: bool = True,
     explore: Callable[..., Any] | None = None,
     report: Callable[[Path], object] | None = None,
@@ -80,6 +81,7 @@ def run(
             for searches.
         jobs: Worker processes, of one thread each, which share the tasks out; with any number the files are the same.
             None is this process, with all of its threads.
+        remote: Where the model runs, if not here, as for `CausalLM`.
         progress: Show which step is being done.
         explore: What the step "demonstrate" does for a task, such as `report.explorer.demonstrate`: called with the
             model, the task, prompts, scores, vectors, results and `batch_size`, it returns what can `save(path)`. None
@@ -98,7 +100,7 @@ def run(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
     with quiet():
-        setup = steps.set_up(settings, device, batch_size)
+        setup = steps.set_up(settings, device, batch_size, remote=remote)
         explore = explore if hasattr(setup.model, "paint") else None  # what is looked at closely are pictures
         folds, notes = load_folds(out, settings)
         tasks = steps.servable(settings, folds[0].train)
@@ -112,7 +114,7 @@ def run(
         total = (len(STEPS) - (explore is None) - (not settings.matrix)) * len(folds) + (report is not None)
         total -= (len(SHARED) - 1) * sum(fold.shares is not None for fold in folds)
         step = numbered_steps(total, disable=not (progress and state.is_main_process))
-        given = settings, device, batch_size, out, explore
+        given = settings, device, batch_size, remote, out, explore
         jobs = min(jobs, len(tasks)) if jobs and state.num_processes == 1 else None
         with Workers(jobs, _Bench(setup, folds, space, explore), _prepare, *given) as workers:
             for number, fold in enumerate(folds):
@@ -146,11 +148,16 @@ class _Bench(NamedTuple):
 
 
 def _prepare(
-    settings: Settings, device: str | None, batch_size: int | None, out: Path, explore: Callable[..., Any] | None
+    settings: Settings,
+    device: str | None,
+    batch_size: int | None,
+    remote: bool | str | None,
+    out: Path,
+    explore: Callable[..., Any] | None,
 ) -> _Bench:
     """The bench of a worker that does not inherit one."""
     with quiet():
-        setup = steps.set_up(settings, device, batch_size)
+        setup = steps.set_up(settings, device, batch_size, remote=remote)
         space = PatchSpace(setup.model, setup.layout, settings.granularity, sites=settings.sites)
         return _Bench(setup, load_folds(out, settings)[0], space, explore)
 

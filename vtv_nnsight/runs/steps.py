@@ -58,12 +58,17 @@ class Setup:
 
 
 def set_up(
-    settings: Settings, device: str | None = None, batch_size: int | None = None, dtype: str | None = None
+    settings: Settings,
+    device: str | None = None,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    remote: bool | str | None = None,
 ) -> Setup:
     """The setup of some settings: the model is loaded, on a device, or of several processes on a device for each.
 
     Args:
         dtype: Precision of the weights, in place of that of the settings.
+        remote: Where the model runs, if not here, as for `CausalLM`.
 
     Raises:
         ValueError, OSError: as `models.load_model`, or for a device that there is not.
@@ -73,7 +78,7 @@ def set_up(
         device = str(state.device)
     place = resolve_device(device) if device else None
     options = {"vqgan": settings.vqgan, "embedding_type": settings.embedding_type, "dtype": dtype or settings.dtype}
-    model: Any = models.load_model(settings.model, dispatch=True, **options)
+    model: Any = models.load_model(settings.model, dispatch=not remote, remote=remote, **options)
     return Setup(settings, model.to(place) if place else model, batch_size)
 
 
