@@ -41,17 +41,18 @@ def sandboxed(model, blob, compress, sandbox):
 
 
 def serve(path):
-    from ndif.services.ray.sandbox.host import spawn
+    from ndif.services.ray.sandbox.host import Pool
 
     models, python = {}, Path(f"{path}.python")
     python.write_text(f"#!{sys.executable}\n{Path(__file__).read_text()}")
     python.chmod(0o755)
+    pool = Pool(size=1, python=str(python))
     with Listener(path, "AF_UNIX") as listener:
         while True:
             with listener.accept() as client:
                 kind, key, blob, compress = client.recv()
                 if kind == "stop":
-                    return
+                    return pool.close()
                 try:
                     repo = json.loads(key.partition(":")[2])["repo_id"]
                     if repo not in models:
@@ -60,7 +61,7 @@ def serve(path):
                     if kind == "trusted":
                         client.send(trusted(models[repo], blob, compress))
                     else:
-                        client.send(sandboxed(models[repo], blob, compress, spawn(python=str(python), timeout=90)))
+                        client.send(sandboxed(models[repo], blob, compress, pool.acquire(timeout=90)))
                 except Exception:
                     client.send(traceback.format_exc())
 

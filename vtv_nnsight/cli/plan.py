@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vtv_nnsight.evaluation.elsewhere import question
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.inside_trace import answer, collect_moments
 from vtv_nnsight.models.interface import ByStage
@@ -85,7 +86,7 @@ def _jobs(settings: Settings, setup: steps.Setup, tasks: Any, rows: Any) -> Iter
     texts = weigh(model, collect_moments, {"?": [model.tokens(prompts.texts)]}, list(settings.sites), 1)
     answers, parts = 2 * tested + _controls(settings, len(tasks)), -(-budget // objective.most)
     writes, many = planned(model, vector, PatchSet.random(space, 1), None), len(tasks)
-    asks = weigh(model, answer, [model.question(prompts, writes, tasks[0])]) * -(-answers // settings.prompts)
+    asks = weigh(model, answer, [question(model, prompts, writes, tasks[0])]) * -(-answers // settings.prompts)
     row = model.network.config.get_text_config().vocab_size * next(model.parameters()).element_size()
     search = objective.weigh() * parts, 16 * budget
     steps_of = {

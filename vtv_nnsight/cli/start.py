@@ -162,6 +162,7 @@ Remote = Annotated[
     typer.Option(
         help='Run a language model at nnsight\'s NDIF, "ndif", or at a server\'s address; "local" tries the way there.',
         metavar="HOST",
+        callback=lambda host: True if host == "ndif" else host,
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what the run would take, and do nothing.")]
@@ -232,16 +233,15 @@ def run(
         written = _answer(folder, EMBEDDED, settings.tasks, files)
         say(f"{len(files)} photographs are too few to find task vectors in: those of the package answer all of them.")
     else:
-        there: Any = True if remote == "ndif" else remote
-        if jobs is None and not there and device in (None, "cpu") and len(settings.tasks) != 1:
+        if jobs is None and not remote and device in (None, "cpu") and len(settings.tasks) != 1:
             jobs = torch.get_num_threads()  # as many as there are physical cores, or as the user has set
         if dry_run:
-            say("\n".join(plan(settings, device, jobs, there)))
+            say("\n".join(plan(settings, device, jobs, remote)))
             raise typer.Exit
         if seeds > 1:
             make_folder(folder)
         folders = {seed + i: folder / f"seed{seed + i}" for i in range(seeds)} if seeds > 1 else {seed: folder}
-        shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size, jobs=jobs, remote=there)
+        shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size, jobs=jobs, remote=remote)
         for number, place in folders.items():
             seeded = replace(settings, seed=number, matrix=BUDGET * matrix)
             pipeline.run(place, seeded, explore=demonstrate, report=page.write, **shared)

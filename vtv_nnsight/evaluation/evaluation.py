@@ -18,11 +18,10 @@ import pandas as pd
 import torch
 
 from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, ZERO_SHOT, Condition
+from vtv_nnsight.evaluation.elsewhere import answered, ask_there, asked
 from vtv_nnsight.evaluation.table import Table
-from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.devices import device_of, remote_of
 from vtv_nnsight.models.interface import InContextModel, Loss, batch_size_of
-from vtv_nnsight.models.nnsight_remote import there
 from vtv_nnsight.patching.forward import forward, remember
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import Prompts
@@ -85,20 +84,20 @@ def evaluate(
     values: dict[tuple[str, int], list[torch.Tensor]] = {key: [] for key in plans}
     pictures: dict[str, list[Any]] = {name: [] for name in ("prompt", "truth", *conditions)}
     start, batches = 0, list(prompts.split(batch_size_of(model, batch_size, prompts=prompts)))
-    given = _given(model, remote, task, plans, counts, batches) if remote else None
+    from_there = ask_there(model, remote, task, plans, counts, batches) if remote else None
     with torch.no_grad(), progress_bar(total=sum(counts.values()), unit="answer", disable=not progress) as bar:
         for batch in batches:
             batch = batch.to(device).one_shot()
             truth = model.truth(batch) if loss else None
             cells = batch.shown()
-            cached = {} if given is not None else _cached(model, batch, list(plans.values()))
-            for (name, draw), condition, parts in _asked(plans, counts, batch, start, device):
+            cached = {} if from_there is not None else _cached(model, batch, list(plans.values()))
+            for (name, draw), condition, parts in asked(plans, counts, batch, start, device):
                 bar.set_postfix_str(f"{task.name}, {name}")
                 override = condition.prompts_override is not None
                 aims = [model.truth(rows) if loss else None for rows in parts] if override else [truth]
-                more = cached, given
-                asked = (_answer(model, rows, task, condition, loss, aim, *more) for rows, aim in zip(parts, aims))
-                answers, truths, losses = zip(*asked)
+                more = cached, from_there
+                parts_of = (_answer(model, rows, task, condition, loss, aim, *more) for rows, aim in zip(parts, aims))
+                answers, truths, losses = zip(*parts_of)
                 if answers[0] is not None:
                     answer = answers[0] if len(answers) == 1 else torch.stack(answers).mean(0)
                     cells.setdefault(name, model.show(answer))
@@ -132,38 +131,6 @@ def _cached(model: InContextModel, batch: Prompts, plans: Sequence[Condition]) -
     return {shot: remember(model, forms[shot], len(batch)) for shot, count in patched.items() if count > 1}
 
 
-def _asked(
-    plans: Mapping[tuple[str, int], Condition],
-    counts: Mapping[tuple[str, int], int],
-    batch: Prompts,
-    start: int,
-    device: torch.device,
-) -> Iterator[tuple[tuple[str, int], Condition, list[Prompts]]]:
-    """The conditions that are asked of a batch, with the one-shot prompts of each."""
-    for key, condition in plans.items():
-        if (count := min(len(batch), counts[key] - start)) > 0:
-            yield key, condition, condition.prompts_for(batch if count == len(batch) else batch[:count], start, device)
-
-
-def _given(
-    model: Any,
-    remote: bool | str,
-    task: AnyTask,
-    plans: Mapping[tuple[str, int], Condition],
-    counts: Mapping[tuple[str, int], int],
-    batches: Sequence[Prompts],
-) -> Iterator[Any]:
-    """What the model says where it runs, in the order in which it is asked."""
-    asks, start = [], 0
-    for batch in batches:
-        for _, condition, parts in _asked(plans, counts, batch.one_shot(), start, torch.device("cpu")):
-            if condition.shot in ("one", "zero"):
-                shown = [rows.query_only() if condition.shot == "zero" else rows for rows in parts]
-                asks += [model.question(rows, condition.planned(model, rows.layout), task) for rows in shown]
-        start += len(batch)
-    return iter(there(model, remote, inside_trace.answer, asks))
-
-
 def _answer(
     model: Any,
     prompts: Prompts,
@@ -172,7 +139,7 @@ def _answer(
     loss: Loss | None,
     truth: torch.Tensor | None,
     cached: Mapping[str, Any],
-    given: Iterator[Any] | None,
+    from_there: Iterator[Any] | None,
 ) -> tuple[Any, Any, torch.Tensor]:
     """The answers to one-shot prompts, or None for a bound that there is not; the true ones; and the losses [batch],
     NaN where the model was not asked or has none."""
@@ -180,9 +147,9 @@ def _answer(
     if condition.shot in ("copy", "ceiling"):
         return *(model.bound(condition.shot, prompts) or (None, None)), losses
     prompts = prompts.query_only() if condition.shot == "zero" else prompts
-    if given is not None:
-        losses, said = next(given)
-        return *model.answered(said, prompts, task), losses
+    if from_there is not None:
+        losses, said = next(from_there)
+        return *answered(model, said, prompts, task), losses
     known = cached.get(condition.shot) if condition.patches_alone else None
     output, _ = forward(model, prompts, condition.apply, cached=known and known[: len(prompts)])
     if loss is not None and truth is not None:

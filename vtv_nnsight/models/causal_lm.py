@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from vtv_nnsight.models.canvas import drop_none
-from vtv_nnsight.models.inside_trace import NONE, answer_loss, deciding, differ, first, first_tokens, followed, read
+from vtv_nnsight.models.inside_trace import NONE, answer_loss, differ, first, first_tokens, followed, read
 from vtv_nnsight.models.interface import GRANULARITIES, HEADS, InContextModel, Loss, Place, Stage
 from vtv_nnsight.models.nnsight_compat import TraceableTexts, attention_envoy
 from vtv_nnsight.models.nnsight_remote import PLAIN, SENDERS
@@ -127,7 +127,7 @@ class CausalLM(TraceableTexts, InContextModel):
         Raises:
             ValueError: when the model runs elsewhere.
         """
-        if self.remote:
+        if self.remote not in (False, "local"):
             raise ValueError(f"{self.repo_id!r} has no weights here; write remote={self.remote!r}, or load it without.")
         super().dispatch()
 
@@ -359,35 +359,20 @@ class CausalLM(TraceableTexts, InContextModel):
     def say(self, prompts: TextPrompts, most: int = 12, edit: Callable[[Any], None] | None = None) -> list[str]:
         """What the model says after prompts, up to what ends an answer, in a few tokens more than `most`; `edit` is
         called with the model inside the trace, as for a patch."""
-        with self.generate(prompts, **self._saying(prompts, most)) as tracer:
+        with self.generate(prompts, **self.saying(prompts, most)) as tracer:
             if edit is not None:
                 edit(self)
             ids = save(tracer.result)
-        return self._said(prompts, ids)
+        return self.said(prompts, ids)
 
-    def question(self, prompts: TextPrompts, writes: Any, task: Any) -> dict[str, Any]:
-        """What `inside_trace.answer` is asked, for prompts and what is written inside (see `patching.planned`)."""
-        ids, truth = self.tokens(prompts.texts), self.truth(prompts)
-        follow = self.tokens(prompts.texts, prompts.answers)
-        width = max(map(len, follow))
-        inputs = {"input_ids": followed(ids, follow, width)} | self.scored(width)
-        asked = {"inputs": inputs, "writes": writes, "after": width - 1, "truth": truth, "say": {}}
-        if task.metric.reads == "text":
-            asked["say"] = {"input_ids": ids} | self._saying(prompts, truth.shape[1])
-        return asked
-
-    def answered(self, said: torch.Tensor, prompts: TextPrompts, task: Any) -> tuple[Any, Any]:
-        """The answers that `inside_trace.answer` gave and the true ones, as `answers` has them."""
-        if task.metric.reads == "text":
-            return self._said(prompts, said), prompts.answers
-        return said, deciding(self.truth(prompts))[1]
-
-    def _saying(self, prompts: TextPrompts, most: int) -> dict[str, Any]:
+    def saying(self, prompts: TextPrompts, most: int) -> dict[str, Any]:
+        """Options of `generate` for an answer of `most` tokens and what ends it."""
         stop = prompts.layout.stop
         most += len(self.tokenizer(stop, add_special_tokens=False).input_ids) if stop else 0
         return {"max_new_tokens": most, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
 
-    def _said(self, prompts: TextPrompts, ids: torch.Tensor) -> list[str]:
+    def said(self, prompts: TextPrompts, ids: torch.Tensor) -> list[str]:
+        """What generated tokens say after the prompts, up to what ends an answer."""
         stop, start = prompts.layout.stop, int(self.lengths(prompts).max())
         said = self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         return [text.split(stop)[0] if stop else text for text in said]

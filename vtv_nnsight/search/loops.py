@@ -24,7 +24,7 @@ def evaluate(model: Any, choices: torch.Tensor, rows: torch.Tensor, data: Any) -
     and gradients. What `data` holds is what `search.remote` sends."""
     gates, parts = choices.is_floating_point(), torch.zeros(0)
     values = torch.zeros(len(rows), 1 + choices.shape[1] * gates, dtype=torch.float64)
-    for batch in batches_of(data["group"][rows], data["size"], len(data["values"])):
+    for batch in batches_of(data["kinds"][rows], data["size"], len(data["values"])):
         numbers = rows[batch].tolist()
         task, answers = int(data["group"][numbers[0]]), [data["answers"][i] for i in numbers]
         width = max(len(ids) for ids in answers)

@@ -59,6 +59,7 @@ class RemoteObjective(Objective):
             "answers": model.tokens(self.prompts.texts, self.prompts.answers),
             "truth": self._truth,
             "group": self.group,
+            "kinds": self._kinds,
             "size": self.batch_size,
             "values": [PLAIN[ByStage](vector.values) for vector in self.vectors],
             "units": PLAIN[ByStage](numbers.map(lambda at: torch.where(at > 0, at - 1, width))),
