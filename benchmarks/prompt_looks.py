@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,23 @@ from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.tasks import PURPLE, YELLOW, Segmentation
 
-LOOKS = (Segmentation(), Segmentation(YELLOW, PURPLE), Segmentation(fill="edges"), Segmentation(fill="texture"))
+
+@dataclass(frozen=True)
+class Textured(Segmentation):
+    """A mask filled with fourteen checks of two tones across, both nearer to the foreground's colour."""
+
+    def target(self, row: Any, cell: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor | None:
+        """The textured mask: [3, size, size]; None where the row has none."""
+        target = super().target(row, cell, corrupted)
+        if target is None:
+            return None
+        near, far = (target.new_tensor(colour).view(3, 1, 1) / 255 for colour in self.colours)
+        stripes = torch.arange(target.shape[-1]) * 14 // target.shape[-1] % 2
+        dimmed = (target == near).all(0) & (stripes[:, None] != stripes[None, :])
+        return torch.where(dimmed, 0.65 * near + 0.35 * far, target)
+
+
+LOOKS = (Segmentation(), Segmentation(YELLOW, PURPLE), Segmentation(fill="edges"), Textured())
 BOTH = " + ".join(ORDERS)
 RULES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.log_softmax(-1).logsumexp(0) - math.log(len(logits)),

@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from common import options, save, table
@@ -39,12 +40,33 @@ from vtv_nnsight.report import page
 from vtv_nnsight.runs import PUBLISHED, Settings, protocol, steps
 from vtv_nnsight.runs.folds import is_published_pascal
 from vtv_nnsight.search.score_function import PUBLISHED as RECIPE
+from vtv_nnsight.tasks import Draw
 
 PAPERS = {"VTV": "Finding Visual Task Vectors, ECCV 2024", "VP": "Visual Prompting via Image Inpainting, NeurIPS 2022"}
 ROWS = (FLOOR, BASELINE, ZERO_SHOT, PATCHED)
 DETECTION, COLORIZATION = "detection(fit=bilinear)", "colorization(fit=crop)"
 QUICK = {"search": "gates", "loss": None, "budget": 240, "candidates": 8, "prompts": 4, "test_prompts": 8}
 QUICK |= {"draws": 1, "control_prompts": 4}
+COLORIZED, COLORIZATION_SEED = 1000, 5
+"""Of VP's released evaluation of colorization: its pairs, and the seed that they are drawn with."""
+
+
+def colorization_pairs(images: int) -> Draw:
+    """The pairs of VP's released evaluation of colorization (NeurIPS 2022, §4.2), of so many images in the order of
+    their paths: ImageNet's validation half, in a folder for each class.
+
+    As there, queries are drawn from all images but the last, without repetition, and examples from the first 999, which
+    are of ImageNet's first twenty classes; a query may be its own example.
+
+    Raises:
+        ValueError: when there are too few images.
+    """
+    if images <= COLORIZED:
+        raise ValueError(f"{images} images are too few for {COLORIZED} released pairs; give {COLORIZED + 1} or more.")
+    generator = np.random.RandomState(COLORIZATION_SEED)
+    queries = generator.choice(images - 1, COLORIZED, replace=False)
+    examples = [generator.choice(COLORIZED - 1) for _ in queries]
+    return Draw(np.stack([examples, queries], axis=1), np.zeros((COLORIZED, 2)))
 
 
 def main() -> None:
@@ -146,7 +168,7 @@ def visual_prompting(setup: steps.Setup, args: argparse.Namespace) -> list[Table
 
             def colorize(task: Any = task) -> Table:
                 rows = data.load(f"folder:{args.imagenet / 'val'}")
-                pairs, parts = protocol.colorization_pairs(len(rows))[: setup.settings.test_prompts], []
+                pairs, parts = colorization_pairs(len(rows))[: setup.settings.test_prompts], []
                 for start in progress_bar(range(0, len(pairs), 100), desc=task.name):
                     prompts = task.compose(rows, pairs[start : start + 100], setup.layout)
                     table = evaluate(setup.model, task, prompts, conditions, keep=0, progress=False)

@@ -17,9 +17,10 @@ mean loss over budgets. Intervals are 95 % over seeds (Student's t).
 
 Beside units for the mean over prompts, "gates, bank of 3" chooses for each unit one of three vectors (k-means over the
 same prompts: `BankObjective`), and "gates, learned vector" spends half of its budget on finding units and the other
-half on the vector itself (`learning.learn_vector`: a step costs three evaluations a prompt, a look at the held-out prompts
-one). "ranking, nearest centroid" takes the units that tell tasks apart (`circuits.centroid_accuracy`). `--ablations`
-adds the default REINFORCE with one of its parts taken away at a time (and writes search_efficiency_ablations).
+half on the vector itself (`learning.learn_vector`: a step costs three evaluations a prompt, a look at the held-out
+prompts one). "ranking, nearest centroid" takes the units that tell tasks apart (`circuits.centroid_accuracy`).
+`--ablations` adds the default REINFORCE with one of its parts taken away at a time (and writes
+search_efficiency_ablations).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, VOC_MAPS, VOC_SIZE, annotation, label_map, run
 from PIL import Image
+from published import colorization_pairs
 from typer.testing import CliRunner
 
 from vtv_nnsight import MAEVQGAN, Layout, cli, data, tasks
@@ -260,10 +261,10 @@ def test_pairs_of_colorization_are_those_of_the_released_seed():
     np.random.seed(5)  # as the released code draws them: all queries at once, then an example at each prompt
     queries = np.random.choice(np.arange(0, 5000 - 1), size=1000, replace=False)
     examples = [np.random.choice(np.arange(0, 1000 - 1)) for _ in range(1000)]
-    drawn = protocol.colorization_pairs(5000)
+    drawn = colorization_pairs(5000)
     assert (drawn.rows == np.stack([examples, queries], 1)).all() and len(drawn) == 1000
     with pytest.raises(ValueError, match="1000 images are too few for 1000 released pairs; give 1001"):
-        protocol.colorization_pairs(1000)
+        colorization_pairs(1000)
 
 
 def test_the_published_protocol(published, voc_root, small_config, tmp_path, monkeypatch):

@@ -112,3 +112,13 @@ def test_the_table_scores_every_layout_in_every_colour(model):
     assert torch.equal(scores["horizontal", looks[1].name], task.score(answer, truth))
     answer = crop(prompt_looks.generate(model, prompts), "output", prompts[0].layout)
     assert torch.equal(scores["vertical + horizontal", looks[1].name], task.score(answer, truth))
+
+
+def test_a_mask_can_be_filled_with_a_texture_that_counts_as_foreground():
+    row = data.scenes("train", n=1)[0]
+    for colours in (("white", "black"), (tasks.YELLOW, tasks.PURPLE)):
+        textured, plain = prompt_looks.Textured(*colours), tasks.Segmentation(*colours)
+        (_, target), (_, solid) = textured.cells(row, 111), plain.cells(row, 111)
+        changed = (target != solid).any(0)
+        assert 0.3 < changed.sum() / (solid != solid[:, :1, :1]).any(0).sum() < 0.7
+        assert textured.score(target[None], solid[None]).item() == 1

@@ -120,16 +120,7 @@ def test_a_mask_can_be_its_outline():
     assert (rows_.min(), columns.max()) == (everywhere[0].min(), everywhere[1].max())
     middle = everywhere.float().mean(1).round().long()
     assert not drawn[middle[0], middle[1]]
-
-
-def test_a_mask_can_be_filled_with_a_texture_that_counts_as_foreground():
-    for colours in (("white", "black"), (tasks.YELLOW, tasks.PURPLE)):
-        textured, plain = tasks.Segmentation(*colours, fill="texture"), tasks.Segmentation(*colours)
-        (_, target), (_, solid) = textured.cells(row(), 111), plain.cells(row(), 111)
-        changed = (target != solid).any(0)
-        assert 0.3 < changed.sum() / (solid[0] > 0.5).sum() < 0.7
-        assert textured.score(target[None], solid[None]).item() == 1
-    with pytest.raises(ValueError, match="fill='spots'.*solid, edges, texture"):
+    with pytest.raises(ValueError, match="fill='spots'.*solid, edges"):
         tasks.Segmentation(fill="spots")
 
 
@@ -257,7 +248,7 @@ NAMED = {
     "segmentation(black, white)": tasks.Segmentation("black", "white"),
     "segmentation(#fde725, #440154)": tasks.Segmentation(tasks.YELLOW, tasks.PURPLE),
     "segmentation(fill=edges)": tasks.Segmentation(fill="edges"),
-    "segmentation(red, fill=texture)": tasks.Segmentation("red", fill="texture"),
+    "segmentation(red, fill=edges)": tasks.Segmentation("red", fill="edges"),
     "segmentation(hsl%280%2C100%25%2C50%25%29)": tasks.Segmentation("hsl(0,100%,50%)"),
     "detection(background=blue)": tasks.Detection(background="blue"),
     "colorization(lpips)": tasks.Colorization("lpips"),

@@ -99,37 +99,34 @@ def run(
     out, settings, state = Path(out), settings or Settings(), processes()
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} holds nothing; give 1 or more.")
+    given = settings, device, batch_size, remote, out, explore
+    bench = _prepare(*given)
+    setup, tasks, folds = bench.setup, bench.tasks, bench.folds
     with quiet():
-        setup = steps.set_up(settings, device, batch_size, remote=remote)
-        explore = explore if hasattr(setup.model, "paint") else None  # what is looked at closely are pictures
-        folds, notes = load_folds(out, settings)
-        tasks = steps.servable(settings, folds[0].train)
-        space = PatchSpace(setup.model, setup.layout, settings.granularity, sites=settings.sites)
-        check(settings, folds, tasks, space, setup.model)
+        check(settings, folds, tasks, bench.space, setup.model)
         record = RunRecord(out, [fold.folder for fold in folds])
         if state.is_main_process:
             facts = identity(settings, setup.model, folds, tasks)
-            record = RunRecord.open(out, facts, record.folders, notes, device_of(setup.model), redo)
+            record = RunRecord.open(out, facts, record.folders, bench.notes, device_of(setup.model), redo)
         state.wait_for_everyone()
-        total = (len(STEPS) - (explore is None) - (not settings.matrix)) * len(folds) + (report is not None)
+        total = (len(STEPS) - (bench.explore is None) - (not settings.matrix)) * len(folds) + (report is not None)
         total -= (len(SHARED) - 1) * sum(fold.shares is not None for fold in folds)
         step = numbered_steps(total, disable=not (progress and state.is_main_process))
-        given = settings, device, batch_size, remote, out, explore
         jobs = min(jobs, len(tasks)) if jobs and state.num_processes == 1 else None
-        with Workers(jobs, _Bench(setup, folds, space, explore), _prepare, *given) as workers:
+        with Workers(jobs, bench, _prepare, *given) as workers:
             for number, fold in enumerate(folds):
-                work = _Work(setup, tasks, space, record, step, number, fold, workers)
+                work = _Work(bench, record, step, number, fold, workers)
                 if fold.shares is None:
-                    work.select()
+                    work.make("select", _select, "prompts/{}.safetensors")
                     work.collect()
-                    work.search()
+                    work.make("search", _search, "search/{}.safetensors", together=True, then=_evaluate)
                 else:
                     work.share(fold.shares)
-                work.evaluate()
-                if explore is not None:
-                    work.demonstrate()
+                work.make("evaluate", _evaluate, "evaluation/{}.safetensors", "evaluation/{}.parquet")
+                if bench.explore is not None:
+                    work.make("demonstrate", _demonstrate, "shown/{}.safetensors")
                 if settings.matrix:
-                    work.search_anew()
+                    work.make("matrix", _search_anew, "matrix/{}.parquet", together=True)
         if report is not None:
             with record.step("report", step("report")) as working_on:
                 if state.is_main_process:
@@ -142,7 +139,9 @@ class _Bench(NamedTuple):
     """What each process computes with."""
 
     setup: steps.Setup
+    tasks: Sequence[Task]
     folds: Sequence[Fold]
+    notes: list[str]
     space: PatchSpace
     explore: Callable[..., Any] | None
 
@@ -155,11 +154,14 @@ def _prepare(
     out: Path,
     explore: Callable[..., Any] | None,
 ) -> _Bench:
-    """The bench of a worker that does not inherit one."""
+    """The bench, of this process or of a worker that does not inherit one."""
     with quiet():
         setup = steps.set_up(settings, device, batch_size, remote=remote)
+        folds, notes = load_folds(out, settings)
+        tasks = steps.servable(settings, folds[0].train)
         space = PatchSpace(setup.model, setup.layout, settings.granularity, sites=settings.sites)
-        return _Bench(setup, load_folds(out, settings)[0], space, explore)
+        pictures = hasattr(setup.model, "paint")  # which alone are looked at closely
+        return _Bench(setup, tasks, folds, notes, space, explore if pictures else None)
 
 
 def _select(bench: _Bench, fold: int, task: str) -> None:
@@ -223,9 +225,7 @@ def _search_anew(bench: _Bench, fold: int, task: str) -> None:
 class _Work:
     """The steps of one fold: each makes the files that it lacks."""
 
-    setup: steps.Setup
-    tasks: Sequence[Task]
-    space: PatchSpace
+    bench: _Bench
     record: RunRecord
     step: Callable[[str], AbstractContextManager[Callable[[str], None]]]
     number: int
@@ -235,9 +235,6 @@ class _Work:
     def begin(self, name: str) -> AbstractContextManager[Callable[[str], None]]:
         return self.record.step(name, self.step(f"{name} {self.fold.name}".strip()), self.fold.folder)
 
-    def select(self) -> None:
-        self._make("select", _select, "prompts/{}.safetensors")
-
     def collect(self) -> None:
         folder = self.fold.folder
         vectors, scores = folder / "vectors.safetensors", folder / "scores.csv"
@@ -245,19 +242,16 @@ class _Work:
             if self.record.lacking([vectors]):
                 working_on("")
                 prompts = {
-                    task.name: read_prompts(folder / f"prompts/{task.name}.safetensors", self.setup.layout)
-                    for task in self.tasks
+                    task.name: read_prompts(folder / f"prompts/{task.name}.safetensors", self.bench.setup.layout)
+                    for task in self.bench.tasks
                 }
-                steps.collect(self.setup, prompts).save(vectors)
+                steps.collect(self.bench.setup, prompts).save(vectors)
                 self.record.made(vectors)
         with self.begin("score") as working_on:
-            if len(self.tasks) > 1 and self.record.lacking([scores]):
+            if len(self.bench.tasks) > 1 and self.record.lacking([scores]):
                 working_on("")
-                write_scores(scores, TaskVectors.load(vectors), self.space)
+                write_scores(scores, TaskVectors.load(vectors), self.bench.space)
                 self.record.made(scores)
-
-    def search(self) -> None:
-        self._make("search", _search, "search/{}.safetensors", together=True, then=_evaluate)
 
     def share(self, folder: Path) -> None:
         """Take the files of `SHARED` from another fold."""
@@ -268,16 +262,7 @@ class _Work:
                     replace_by_link(source, path)
                     self.record.made(path)
 
-    def evaluate(self) -> None:
-        self._make("evaluate", _evaluate, "evaluation/{}.safetensors", "evaluation/{}.parquet")
-
-    def demonstrate(self) -> None:
-        self._make("demonstrate", _demonstrate, "shown/{}.safetensors")
-
-    def search_anew(self) -> None:
-        self._make("matrix", _search_anew, "matrix/{}.parquet", together=True)
-
-    def _make(
+    def make(
         self,
         step: str,
         function: Callable[[_Bench, int, str], None],
@@ -288,7 +273,9 @@ class _Work:
         """The files of a step, task by task: by all processes that `torchrun` started together, or by the first alone.
         `then` is what a worker may begin with when a task is done."""
         with self.begin(step) as working_on:
-            files = {task.name: [self.fold.folder / name.format(task.name) for name in names] for task in self.tasks}
+            files = {
+                task.name: [self.fold.folder / name.format(task.name) for name in names] for task in self.bench.tasks
+            }
             lacking = self.record.lacking([path for paths in files.values() for path in paths], together)
             calls = [(self.number, task) for task, paths in files.items() if not set(paths).isdisjoint(lacking)]
             for _, task in self.workers.each(function, calls, working_on):

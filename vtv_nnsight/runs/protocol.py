@@ -34,8 +34,6 @@ VECTOR_FOLDS = (1, 2, 3)
 """Of the training half, the folds that vectors are collected on."""
 PER_VECTOR_FOLD = 1000
 """Candidates of each."""
-COLORIZED, COLORIZATION_SEED = 1000, 5
-"""Of VP's released evaluation of colorization: its pairs, and the seed that they are drawn with."""
 SEARCHED = 500
 """Images of a fold that a search sees; all but `PUBLISHED.images` of them judge."""
 
@@ -79,21 +77,3 @@ def detection_prompts(task: Task, images: Any, settings: Settings, layout: Layou
     root, _ = data.detection_argument(settings.data.removeprefix("detection:"))
     queries = data.released_detection_order(root, len(images))[: settings.test_prompts]
     return task.compose(images, draw_queries(images, queries, layout.examples, settings.seed), layout)
-
-
-def colorization_pairs(images: int) -> Draw:
-    """The pairs of VP's released evaluation of colorization (NeurIPS 2022, §4.2), of so many images in the order of
-    their paths: ImageNet's validation half, in a folder for each class.
-
-    As there, queries are drawn from all images but the last, without repetition, and examples from the first 999, which
-    are of ImageNet's first twenty classes; a query may be its own example.
-
-    Raises:
-        ValueError: when there are too few images.
-    """
-    if images <= COLORIZED:
-        raise ValueError(f"{images} images are too few for {COLORIZED} released pairs; give {COLORIZED + 1} or more.")
-    generator = np.random.RandomState(COLORIZATION_SEED)
-    queries = generator.choice(images - 1, COLORIZED, replace=False)
-    examples = [generator.choice(COLORIZED - 1) for _ in queries]
-    return Draw(np.stack([examples, queries], axis=1), np.zeros((COLORIZED, 2)))

@@ -36,8 +36,7 @@ class Segmentation(Task):
 
     Args:
         foreground, background: Colours of the mask, in any form that PIL knows ("white", "#440154").
-        fill: "solid"; "edges" shows the outline of the mask only; "texture" fills it with checks of two tones, both
-            nearer to the foreground's colour (VP §4.4).
+        fill: "solid"; "edges" shows the outline of the mask only (VP §4.4).
     """
 
     foreground: str = "white"
@@ -48,7 +47,7 @@ class Segmentation(Task):
     change = "mask"
 
     def __post_init__(self) -> None:
-        _choose("fill", self.fill, "solid", "edges", "texture")
+        _choose("fill", self.fill, "solid", "edges")
         for colour in (self.foreground, self.background):
             if not isinstance(colour, str):
                 raise ValueError(f"{colour!r} is not a colour; give one as PIL knows it, as 'white' or '#440154'.")
@@ -64,12 +63,7 @@ class Segmentation(Task):
             mask = _outline(resize(mask, size, self.fit))
         colours = Image.new("RGB", mask.size, self.background)
         colours.paste(self.foreground, mask=mask)
-        target = to_tensor(resize(colours, size, self.fit))
-        if self.fill == "texture":
-            near, far = (target.new_tensor(colour).view(3, 1, 1) / 255 for colour in self.colours)
-            dimmed = (target == near).all(0) & _checks(size)
-            target = torch.where(dimmed, 0.65 * near + 0.35 * far, target)
-        return target
+        return to_tensor(resize(colours, size, self.fit))
 
     def mask(self, row: Row) -> Image.Image:
         """The mask of a row that has one, PIL "L" of its image's size, 0 or 255.
@@ -244,9 +238,3 @@ def _outline(mask: Image.Image) -> Image.Image:
     thick = 2 * max(1, round(mask.width / 60)) + 1
     inner = np.asarray(mask.filter(ImageFilter.MinFilter(thick)))
     return Image.fromarray(np.where(inner == 0, np.asarray(mask), np.uint8(0)))
-
-
-def _checks(size: int) -> torch.Tensor:
-    """A checkerboard, bool [size, size], fourteen checks across."""
-    stripes = torch.arange(size) * 14 // size % 2
-    return stripes[:, None] != stripes[None, :]
