@@ -9,6 +9,7 @@ from transformers import ViTMAEForPreTraining
 from vtv_nnsight import MAEVQGAN, Layout, Net2Net, VisualPrompt, data, tasks
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.painter import SegGPT
+from vtv_nnsight.models.painting import paint_canvas
 from vtv_nnsight.models.vit_mae import ViTMAE
 from vtv_nnsight.prompts import crop
 
@@ -65,7 +66,7 @@ def test_an_ensemble_paints_what_both_agree_on(model, prompts, rule):
     logits = [model._module(p.canvas, p.visible, p.decoded).logits for p in prompts]
     first = prompts[0]
     codes = combine(logits, rule).argmax(-1)
-    expected = model._module.paint(codes, first.canvas, first.visible, first.decoded)
+    expected = paint_canvas(model._module.vqgan.decode, codes, first, first.layout, True)
     assert torch.equal(prompt_looks.generate(model, prompts, rule), expected)
     alone = [logit.argmax(-1) for logit in logits]
     assert not torch.equal(alone[0], alone[1])
