@@ -622,7 +622,7 @@ def test_layers_and_stages(model, prompts, others, units):
     with torch.no_grad(), model.trace(others):
         patch(model, one, ["decoder.blocks.1.attn.heads[0] @ query"])
     with (
-        pytest.raises(ValueError, match=r"the activations have no layer 0 of the decoder.*blocks\.0\.attn\.heads\[1\]"),
+        pytest.raises(ValueError, match=r"is not finite at decoder\.blocks\.0\.attn\.heads\[1\], .*; capture it"),
         model.trace(others),
     ):
         patch(model, one, ["decoder.blocks.0.attn.heads[1] @ query"])

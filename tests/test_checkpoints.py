@@ -478,7 +478,7 @@ def test_missing_and_unknown_tensors(state, save, split_checkpoint):
         load_checkpoint(save(state | {"register_token": torch.ones(2)}))
     tokenizer = {name.removeprefix("vae."): value for name, value in state.items() if name.startswith("vae.")}
     del tokenizer["decoder.conv_in.bias"]
-    with pytest.raises(ValueError, match="last.ckpt: decoder.conv_in.bias missing"):
+    with pytest.raises(ValueError, match="last.ckpt: vae.decoder.conv_in.bias missing"):
         load_checkpoint(split_checkpoint[0], save(tokenizer, "state_dict", "last.ckpt"))
 
 

@@ -262,7 +262,7 @@ def test_odd_sites_and_modes_are_told(model, prompts, vectors):
         TaskVectors.collect(model, {"a": prompts}, sites=["mpl"], progress=False)
     heads = TaskVectors.collect(model, {"a": prompts}, progress=False)["a"]
     chosen = PatchSet.random(PatchSpace(model, sites="mlp"), 3)
-    with pytest.raises(ValueError, match="no mlp of the encoder, only heads"):
+    with pytest.raises(ValueError, match="there is nothing of the encoder.mlp, only of the encoder"):
         logits(model, prompts, heads, PatchSet(chosen.space, torch.ones(len(chosen.space))))
     with pytest.raises(ValueError, match="mode='above' is unknown; choose one of replace, add"):
         logits(model, prompts, vectors["a"], chosen, mode="above")

@@ -563,8 +563,7 @@ def test_generate_in_the_body_of_a_one_line_with(model, prompts):
 
 
 def test_painting_needs_no_gradients(model, module, prompts):
-    codes = module(prompts.canvas, prompts.visible, prompts.decoded).logits.argmax(-1)
-    assert not module.paint(codes, prompts.canvas, prompts.visible, prompts.decoded).requires_grad
+    assert not module.generate(prompts.canvas, prompts.visible, prompts.decoded).requires_grad
     assert not model.generate(prompts).requires_grad
 
 
@@ -805,7 +804,7 @@ def test_published_heads_can_be_told(checkpoint):
 
 
 def test_bad_sources(module, folder, tmp_path, monkeypatch):
-    with pytest.raises(TypeError, match="Linear is not a source"):
+    with pytest.raises(TypeError, match="Linear is no source"):
         MAEVQGAN(torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="int is not a source"):
         MAEVQGAN(3)

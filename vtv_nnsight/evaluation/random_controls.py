@@ -13,18 +13,8 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.evaluation.conditions import (
-    BLANK,
-    CONTROL,
-    MATCHED,
-    MEAN,
-    NOISE,
-    OTHER,
-    RANDOM,
-    WRONG,
-    Condition,
-    sets_of,
-)
+from vtv_nnsight.evaluation import conditions as names
+from vtv_nnsight.evaluation.conditions import Condition, sets_of
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.vectors import TaskVector, TaskVectors
@@ -57,7 +47,9 @@ def random_units(patches: Any, draws: int = DRAWS, *, matched: bool = False, see
         _, kind = torch.stack([space.units.stage, space.units.group]).unique(dim=1, return_inverse=True)
     counts = torch.bincount(kind[patches.choices], minlength=int(kind.max()) + 1)
     for draw in range(draws):
-        order = torch.randperm(len(space), generator=torch.Generator().manual_seed(CONTROL + seed + _STRIDE * draw))
+        order = torch.randperm(
+            len(space), generator=torch.Generator().manual_seed(names.CONTROL + seed + _STRIDE * draw)
+        )
         choices = torch.zeros(len(space), dtype=torch.bool)
         for number, count in enumerate(counts.tolist()):
             choices[order[kind[order] == number][:count]] = True
@@ -89,17 +81,17 @@ def controls(
     """
     quarter = prompts and -(-prompts // 4)
     conditions: dict[str, Condition | list[Condition]] = {}
-    for name, matched in ((RANDOM, False), (MATCHED, True)):
+    for name, matched in ((names.RANDOM, False), (names.MATCHED, True)):
         sets = random_units(patches, draws, matched=matched, seed=seed)
         conditions[name] = [Condition("zero", vector, units, prompts=quarter) for units in sets]
-    at_units = {NOISE: noise_vector(vector, seed)} | ({MEAN: TaskVectors(others).mean()} if others else {})
-    at_units |= {f"{OTHER}{name}": other for name, other in (others or {}).items() if name != vector.task}
+    at_units = {names.NOISE: noise_vector(vector, seed)} | ({names.MEAN: TaskVectors(others).mean()} if others else {})
+    at_units |= {f"{names.OTHER}{name}": other for name, other in (others or {}).items() if name != vector.task}
     return conditions | {name: Condition("zero", other, patches, prompts=prompts) for name, other in at_units.items()}
 
 
 def noise_vector(vector: TaskVector, seed: int = 0) -> TaskVector:
     """Noise in the place of a task's vector: a random direction at every head and position, of the same norm."""
-    generator = torch.Generator().manual_seed(CONTROL + seed)
+    generator = torch.Generator().manual_seed(names.CONTROL + seed)
 
     def noise(mean: torch.Tensor) -> torch.Tensor:
         drawn = torch.randn(mean.shape, generator=generator).to(mean)
@@ -117,5 +109,5 @@ def with_other_examples(prompts: VisualPrompt, others: VisualPrompt, asked: int 
         others: As many of another task.
         asked: As `prompts` of `controls`.
     """
-    shown = {WRONG: prompts.with_examples(others), BLANK: prompts.with_examples(None)}
+    shown = {names.WRONG: prompts.with_examples(others), names.BLANK: prompts.with_examples(None)}
     return {name: Condition(prompts_override=rows, prompts=asked) for name, rows in shown.items()}

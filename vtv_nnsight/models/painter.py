@@ -26,20 +26,10 @@ from transformers.models.seggpt.modeling_seggpt import SegGptAttention
 from vtv_nnsight.finite import check_output
 from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, positions
+from vtv_nnsight.models import nnsight_compat as compat
 from vtv_nnsight.models.canvas import TraceableCanvas, drop_none
 from vtv_nnsight.models.devices import floating_dtype
 from vtv_nnsight.models.interface import Loss, Stage, group_positions
-from vtv_nnsight.models.nnsight_compat import (
-    PATTERN_AXES,
-    Envoy,
-    SourceProperty,
-    check_written,
-    editable,
-    eproperty,
-    heads_of,
-    network_of,
-    real_tensors,
-)
 from vtv_nnsight.models.painter_files import TYPE_TOKENS, config_of, read_weights
 from vtv_nnsight.models.painter_network import PainterNetwork
 from vtv_nnsight.models.painting import Inputs
@@ -50,11 +40,11 @@ from vtv_nnsight.prompts import VisualPrompt, crop
 EMBEDDING_TYPES = ("semantic", "instance")
 
 
-class AttentionEnvoy(Envoy):
+class AttentionEnvoy(compat.Envoy):
     """An attention layer whose heads can be told apart, and in which a row of the batch has both its streams: before
     the merge, the image's tokens and then the target's, each row by row; after it, one token for a place of both."""
 
-    heads: eproperty = heads_of(
+    heads: compat.eproperty = compat.heads_of(
         "proj",
         "num_attention_heads",
         split=lambda z, attention: rearrange(
@@ -71,7 +61,7 @@ class AttentionEnvoy(Envoy):
         ),
     )
 
-    @SourceProperty(
+    @compat.SourceProperty(
         key="source.torch_nn_functional_softmax_0.output", description="attention pattern, [batch, head, query, key]"
     )
     def pattern(self, value: torch.Tensor) -> torch.Tensor:
@@ -79,13 +69,13 @@ class AttentionEnvoy(Envoy):
 
         Before the merge, a query token is of either stream, as in `heads`, and the keys are the tokens of its own.
         """
-        pattern, attention = "(stream batch head) query key -> batch head (stream query) key", network_of(self)
-        return rearrange(editable(value), pattern, stream=attention.streams, head=attention.num_attention_heads)
+        pattern, attention = "(stream batch head) query key -> batch head (stream query) key", compat.network_of(self)
+        return rearrange(compat.editable(value), pattern, stream=attention.streams, head=attention.num_attention_heads)
 
     @pattern.postprocess  # type: ignore[no-redef]
     def pattern(self, value: torch.Tensor) -> torch.Tensor:
         """A pattern that was written, as the module computes it: the streams below each other."""
-        check_written(AttentionEnvoy.pattern, self, value, PATTERN_AXES)
+        compat.check_written(AttentionEnvoy.pattern, self, value, compat.PATTERN_AXES)
         return _join_pattern(self, value)
 
     @pattern.transform  # type: ignore[no-redef]
@@ -94,9 +84,9 @@ class AttentionEnvoy(Envoy):
         return _join_pattern(self, view)
 
 
-def _join_pattern(attention: Envoy, pattern: torch.Tensor) -> torch.Tensor:
+def _join_pattern(attention: compat.Envoy, pattern: torch.Tensor) -> torch.Tensor:
     axes = "batch head (stream query) key -> (stream batch head) query key"
-    return rearrange(pattern, axes, stream=network_of(attention).streams)
+    return rearrange(pattern, axes, stream=compat.network_of(attention).streams)
 
 
 class Painter(TraceableCanvas):
@@ -178,7 +168,7 @@ class Painter(TraceableCanvas):
         """The smooth L1 distance of the masked half, as trained."""
         return (Loss("smooth_l1", self._smooth_l1),)
 
-    def layer(self, stage: str, layer: int) -> Envoy:
+    def layer(self, stage: str, layer: int) -> compat.Envoy:
         """The envoy of a layer: `encoder.layers[layer]` for "streams"; "merged" goes on counting."""
         return self.encoder.layers[self._first(stage) + layer]
 
@@ -233,7 +223,7 @@ class Painter(TraceableCanvas):
     def empty_network(self, source: str, **options: Any) -> PainterNetwork:
         """The network of a source's config on the meta device."""
         config = self.read_config(source, **options)
-        with real_tensors(), torch.device("meta"):  # transformers computes drop rates on the CPU
+        with compat.real_tensors(), torch.device("meta"):  # transformers computes drop rates on the CPU
             return self.adapt(self.build(config, source, **options), source)
 
     def loaded_network(self, source: str, dtype: torch.dtype | str | None = None, **options: Any) -> PainterNetwork:

@@ -80,7 +80,8 @@ def _read_file(path: Path) -> Any:
                 _check_zip(file)
                 return torch.load(path, mmap=True, **options)
             # mapped, it reads no more than there is, whatever is asked of it
-            return torch.load(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), **options)
+            mapped: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return torch.load(mapped, **options)
 
 
 def _check_zip(file: BinaryIO) -> None:

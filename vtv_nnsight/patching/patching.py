@@ -274,26 +274,13 @@ class _Edit:
 
     def check_vector(self) -> None:
         """Refuse a vector that has nothing at these units."""
-        label, sites = self.vector.label, [key.site for key in self.vector.values if key.stage == self.stage.name]
-        if not self.vector.values:
+        label, held = self.vector.label, ", ".join(map(str, self.vector.values))
+        if not held:
             raise ValueError(f"{label} are there after their block; patch with them in a later block.")
-        if not sites:
-            stages = ", ".join(dict.fromkeys(key.stage for key in self.vector.values))
-            raise ValueError(f"{label}: there is nothing of the {self.stage.name}, only of the {stages}.")
         if self.values is None:
-            raise ValueError(f"{label}: no {self.stage.site} of the {self.stage.name}, only {', '.join(sites)}.")
+            raise ValueError(f"{label}: there is nothing of the {self.stage.key}, only of the {held}; collect it too.")
         if self.values.is_meta:
             raise ValueError(f"{label} are of a scan, shapes alone; capture them in a trace.")
-        if isinstance(self.vector, Activations) and (
-            missing := sorted(self.layers.difference(self.vector.layers[self.stage.key]))
-        ):
-            head = self.units[missing[0]].any(0).nonzero()[:, 0].tolist() or [0]
-            unit = f".heads[{head[0]}]" if self.stage.site == HEADS else ""
-            raise ValueError(
-                f"{label} have no layer {missing[0]} of the {self.stage.key}, which "
-                f"{module_path(self.model, self.stage, missing[0])}{unit} needs; capture it too."
-            )
-
         self._check_finite()
 
     def _check_finite(self) -> None:
@@ -309,7 +296,7 @@ class _Edit:
             (place,) = self.model.layout.place_names(position[at])
             unit = f".heads[{head[at].item()}]" * (self.stage.site == HEADS)
             path = module_path(self.model, self.stage, int(layer[at])) + unit
-            raise ValueError(f"{self.vector.label} is not finite at {path}, {place}; look for NaN and infinity in it.")
+            raise ValueError(f"{self.vector.label} is not finite at {path}, {place}; capture it, and look for NaN.")
 
     def begin(self, seen: torch.Tensor) -> None:
         """Get ready for a forward that has the stage's first tokens at the positions `seen`, [token] or [batch,

@@ -117,7 +117,8 @@ class Search:
             raise ValueError(f"budget={budget} pays for nothing; give the evaluations that the search may spend.")
         if images is not None and images < 1:
             raise ValueError(f"images={images} asks no prompt; give the prompts that each set is tried on, 1 or more.")
-        self.name, self.objective, self.seed = name, objective, seed
+        self.name, self.seed = name, seed
+        self.objective: Any = objective
         self.settings, self.vectors = settings or {}, vectors
         self.limited = budget is not None
         self.budget = budget if budget is not None else BUDGET

@@ -199,7 +199,7 @@ class _Array:
 def _storage(data: bytes) -> torch.Tensor:
     """The numbers of a storage that torch pickled: a small file in torch's old format."""
     try:
-        storage = torch.load(io.BytesIO(data), "cpu", PICKLES, weights_only=False)  # type: ignore[arg-type]
+        storage = torch.load(io.BytesIO(data), "cpu", PICKLES, weights_only=False)
         return torch.empty(0, dtype=storage.dtype).set_(storage)
     except Exception as error:
         raise Refused("it holds a storage that is damaged, or is more than numbers") from error

@@ -36,16 +36,9 @@ from vtv_nnsight.models.inside_trace import put
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, StageSite
 from vtv_nnsight.prompts import Prompts, as_rows
 from vtv_nnsight.text import quoted
+from vtv_nnsight.vectors import files
 from vtv_nnsight.vectors.collecting import collect_moments, collect_rows
 from vtv_nnsight.vectors.compatibility import check_compatible, layout_of
-from vtv_nnsight.vectors.files import (
-    check_floating,
-    present_positions,
-    read_activations,
-    read_vectors,
-    write_activations,
-    write_vectors,
-)
 
 Self = TypeVar("Self", bound="Linear")
 
@@ -105,7 +98,7 @@ class TaskVector(Linear):
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", ByStage(self.mean))
         object.__setattr__(self, "variance", None if self.variance is None else ByStage(self.variance))
-        check_floating(self.mean, self.label, "[layer, position, head, head_dim]")
+        files.check_floating(self.mean, self.label, "[layer, position, head, head_dim]")
 
     @property
     def values(self) -> ByStage:
@@ -120,7 +113,7 @@ class TaskVector(Linear):
     @cached_property
     def present(self) -> ByStage:
         """By stage, bool [position]: the positions that are not absent."""
-        return present_positions(self.mean, self.label)
+        return files.present_positions(self.mean, self.label)
 
     @cached_property
     def present_rows(self) -> ByStage:
@@ -185,7 +178,7 @@ class Activations(Linear):
     label = "the activations"
 
     def __post_init__(self) -> None:
-        check_floating(self.values, self.label, "[row, layer, position, head, head_dim]")
+        files.check_floating(self.values, self.label, "[row, layer, position, head, head_dim]")
 
     @classmethod
     def collect(
@@ -259,7 +252,7 @@ class Activations(Linear):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the layers and positions that are present, in their dtype, with the fingerprint."""
-        write_activations(path, self.values, self.fingerprint)
+        files.write_activations(path, self.values, self.fingerprint)
 
     @classmethod
     def load(cls, path: str | Path) -> Activations:
@@ -269,7 +262,7 @@ class Activations(Linear):
             FileNotFoundError, ValueError: when there is no such file, it is incomplete or damaged, or it is something
                 else.
         """
-        return cls(*read_activations(path))
+        return cls(*files.read_activations(path))
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{key} {list(values.shape)}" for key, values in self.values.items())
@@ -398,7 +391,7 @@ class TaskVectors(Mapping[str, TaskVector]):
         for name, vector in self.items():
             if vector.variance is None:
                 raise ValueError(f"the vector of {name!r} has no variance; collect it from two or more prompts.")
-            present_positions(vector.mean, vector.label)
+            files.present_positions(vector.mean, vector.label)
             variances.append(vector.variance)
 
         def ratio(means: list[torch.Tensor], variances: list[torch.Tensor]) -> torch.Tensor:
@@ -427,7 +420,7 @@ class TaskVectors(Mapping[str, TaskVector]):
             ValueError: when a value is NaN, infinite, or too large for the dtype.
         """
         content = {name: (vector.mean, vector.variance, vector.count) for name, vector in self.items()}
-        write_vectors(path, content, self.fingerprint, dtype)
+        files.write_vectors(path, content, self.fingerprint, dtype)
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVectors:
@@ -437,5 +430,5 @@ class TaskVectors(Mapping[str, TaskVector]):
             FileNotFoundError, ValueError: when there is no such file, it is incomplete or damaged, or it is something
                 else.
         """
-        content, owner = read_vectors(path)
+        content, owner = files.read_vectors(path)
         return cls({name: TaskVector(name, *fields, owner) for name, fields in content.items()})

@@ -28,7 +28,7 @@ from transformers.utils.generic import ModelOutput
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.autoencoders import CodeModel
 from vtv_nnsight.models.canvas import drop_none
-from vtv_nnsight.models.devices import AUTOMATIC, available_devices, resolve_device
+from vtv_nnsight.models.devices import AUTOMATIC, available_devices, floating_dtype, resolve_device
 from vtv_nnsight.models.interface import Loss, Stage
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.published import code_size, count_modules, tokenizer_sizes
@@ -285,7 +285,9 @@ def load_checkpoint(
     used = {name: value for name, value in tensors.items() if not _is_for_training(name)}
     check_tensors(shapes, used, path, "VQGAN's transformer")
     if weights:
-        network.load_state_dict({name: cast(tensors[published[name]], config.dtype) for name in published}, assign=True)
+        network.load_state_dict(
+            {name: cast(tensors[published[name]], floating_dtype(config.dtype)) for name in published}, assign=True
+        )
     return network.eval()
 
 

@@ -83,6 +83,7 @@ class MAEVQGANConfig(PretrainedConfig):
             whole, value = "int" in kind, getattr(self, name)
             least, most = 0 if name == "vqgan_attention_levels" else 1 if whole else 1e-12, _most(name)
             numbers = value if "Sequence" in kind else [value]
+            number: Any
             for number in numbers if isinstance(numbers, list) else [None]:
                 is_number = isinstance(number, Integral if whole else Real) and not isinstance(number, bool)
                 if not is_number or not least <= number <= most:

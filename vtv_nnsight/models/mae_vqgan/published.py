@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,8 +23,6 @@ from vtv_nnsight.models.devices import floating_dtype
 from vtv_nnsight.models.mae_vqgan.config import MAX_LAYERS, MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.transformer import MAEVQGANModel
 from vtv_nnsight.models.torch_files import StrPath, Tensors, cast, check_ranks, check_tensors, read_tensors
-
-T = TypeVar("T")
 
 TOKENIZER = "vae."
 """What the names of the tokenizer's tensors begin with in a published `.pth`."""
@@ -76,8 +74,7 @@ def load_checkpoint(
         model = MAEVQGANModel(config)
     shapes = {_published(name): tuple(value.shape) for name, value in model.state_dict().items()}
     shapes |= {_PATCHES: (config.hidden_size, 3, config.patch_size, config.patch_size)}  # a convolution's
-    for (file, wanted), (_, held) in zip(_by_file(shapes, path, vqgan), _by_file(tensors, path, vqgan)):
-        check_tensors(wanted, held, file, "MAE-VQGAN")
+    check_tensors(shapes, tensors, path if vqgan is None else f"{path} with {vqgan}", "MAE-VQGAN")
     dtype = floating_dtype(dtype)
     state = {
         name: cast(tensors[_published(name)], dtype).reshape(value.shape) for name, value in model.state_dict().items()
@@ -137,20 +134,6 @@ def _published(name: str) -> str:
     return "decoder_" + rest.replace("head.", "pred.")
 
 
-def _by_file(values: Mapping[str, T], path: StrPath, vqgan: StrPath | None) -> Iterator[tuple[StrPath, dict[str, T]]]:
-    """Values by published name → each file, and its values by their names in it."""
-    if vqgan is None:
-        yield path, dict(values)
-        return
-    yield path, {name: value for name, value in values.items() if not name.startswith(TOKENIZER)}
-    yield vqgan, under(TOKENIZER, values)
-
-
-def under(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
-    """The values with a name that begins so, by the rest of it."""
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-
-
 def _describe(
     path: StrPath, vqgan: StrPath | None, heads: int, decoder_heads: int
 ) -> tuple[MAEVQGANConfig, dict[str, torch.Tensor]]:
@@ -162,7 +145,7 @@ def _describe(
         sizes = tokenizer_sizes(tokenizer, vqgan, "not a VQGAN checkpoint")
         tensors = {name: value for name, value in tensors.items() if not name.startswith(TOKENIZER)}
         tensors |= {TOKENIZER + name: value for name, value in tokenizer.items()}
-    elif under(TOKENIZER, tensors):
+    elif any(name.startswith(TOKENIZER) for name in tensors):
         sizes = tokenizer_sizes(tensors, path, "not a VQGAN checkpoint", TOKENIZER)
     else:
         raise ValueError(f"{path} has no tokenizer; give vqgan= the last.ckpt of vqgan_imagenet_f16_1024.")

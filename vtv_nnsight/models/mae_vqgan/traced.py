@@ -15,39 +15,32 @@ from typing import Any
 
 import torch
 
+from vtv_nnsight.models import nnsight_compat as compat
 from vtv_nnsight.models.autoencoders import CodeModel, MaskedAutoencoder
 from vtv_nnsight.models.canvas import drop_none
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.published import load_checkpoint, read_config
 from vtv_nnsight.models.mae_vqgan.transformer import Attention, Decoder, Encoder, MAEVQGANModel
-from vtv_nnsight.models.nnsight_compat import (
-    PATTERN_AXES,
-    EagerProperty,
-    Envoy,
-    StageEnvoy,
-    check_written,
-    editable,
-    eproperty,
-    heads_of,
-)
 from vtv_nnsight.models.sources import EMBEDDED, locate
 from vtv_nnsight.models.torch_files import StrPath
 
 
-class AttentionEnvoy(Envoy):
+class AttentionEnvoy(compat.Envoy):
     """An attention layer whose heads can be told apart."""
 
-    heads: eproperty = heads_of("proj")
+    heads: compat.eproperty = compat.heads_of("proj")
 
-    @EagerProperty(key="softmax.output", description='attention pattern, [batch, head, query, key] (only "eager")')
+    @compat.EagerProperty(
+        key="softmax.output", description='attention pattern, [batch, head, query, key] (only "eager")'
+    )
     def pattern(self, value: Any) -> torch.Tensor:
         """How much each token attends to each: [batch, head, query token, key token], rows that sum to one."""
-        return editable(value)
+        return compat.editable(value)
 
     @pattern.postprocess  # type: ignore[no-redef]
     def pattern(self, value: torch.Tensor) -> torch.Tensor:
         """A pattern that was written, of the shape of the one that it replaces."""
-        check_written(AttentionEnvoy.pattern, self, value, PATTERN_AXES)
+        compat.check_written(AttentionEnvoy.pattern, self, value, compat.PATTERN_AXES)
         return value
 
     @pattern.transform  # type: ignore[no-redef]
@@ -109,7 +102,7 @@ class MAEVQGAN(CodeModel, MaskedAutoencoder):
     config_class = MAEVQGANConfig
     module_class = MAEVQGANModel
     source_kinds = '"tiny", a folder, a Hub id, a checkpoint file'
-    envoy_classes = {Attention: AttentionEnvoy, Encoder: StageEnvoy, Decoder: StageEnvoy}
+    envoy_classes = {Attention: AttentionEnvoy, Encoder: compat.StageEnvoy, Decoder: compat.StageEnvoy}
 
     def __init__(self, source: StrPath | MAEVQGANModel = EMBEDDED, **kwargs: Any) -> None:
         super().__init__(source, **kwargs)

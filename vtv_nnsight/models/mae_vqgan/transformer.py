@@ -8,6 +8,8 @@ a VQGAN's codes at the hidden patches of a canvas.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import nn
@@ -246,8 +248,8 @@ class MAEVQGANModel(PreTrainedModel):
         Returns:
             [batch, 3, height, width] in [0, 1], in steps of 1/255 (truncated, as published).
         """
-        codes = self.forward(canvas, visible, decoded).logits.argmax(-1)
-        return paint_canvas(self.vqgan.decode, codes, Inputs(canvas, visible, decoded), self.layout, paste)
+        logits: Any = self.forward(canvas, visible, decoded).logits
+        return paint_canvas(self.vqgan.decode, logits.argmax(-1), Inputs(canvas, visible, decoded), self.layout, paste)
 
 
 AutoConfig.register(MAEVQGANConfig.model_type, MAEVQGANConfig)
