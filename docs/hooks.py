@@ -143,15 +143,17 @@ def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
 
 
 def tutorials() -> str:
-    """A row for every notebook: its first picture, its title, and the question that it answers."""
+    """A row for every notebook: its first picture, its title, and question and seconds of the README's table."""
+    table = dict(re.findall(r"\(tutorials/(\S+)\) \| (.+) \|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE))
     rows = []
     for notebook in TUTORIALS:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         outputs = (output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
         picture = next((data["image/png"] for data in outputs if "image/png" in data), "").replace("\n", "")
-        words = re.sub(r"^#.*\n+", "", "".join(cells[0]["source"])).split("\n\n")[0].replace("\n", " ")
+        question, seconds = table[notebook.name].split(" | ")
         image = f'<img src="data:image/png;base64,{picture}" alt="" width="320">' if picture else ""
-        rows.append(f"## [{_title(notebook)}](tutorials/{notebook.name})\n\n{image}\n\n{words}")
+        heading = f"## [{_title(notebook)}](tutorials/{notebook.name})"
+        rows.append(f"{heading}\n\n{image}\n\n{question} (About {seconds} seconds on two cores.)")
     return "\n\n".join(rows)
 
 

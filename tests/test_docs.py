@@ -2,7 +2,9 @@
 that the docs and the README show is one that exists, with options that exist. Blocks fenced as `py` need what the tests
 have not, such as published weights, and are not run."""
 
+import ast
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -118,6 +120,107 @@ def test_the_addresses_stand_in_one_place():
     assert f"git clone {repository}\n" in SHOWN["README.md"] and site in SHOWN["README.md"]
     notebooks = (DOCS.parent / "tutorials").glob("*.ipynb")
     assert all(f"git+{repository}" in notebook.read_text(encoding="utf-8") for notebook in notebooks)
+    citation = (DOCS.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nrepository-code: {repository}\nurl: {site}\n" in citation
+
+
+ROOT = DOCS.parent
+PROSE = {ROOT / name: text for name, text in SHOWN.items() if name == "README.md"}
+PROSE |= {DOCS / page: text for page, text in TEXTS.items()}
+PROSE |= {
+    ROOT / name: (ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "benchmarks/README.md")
+}
+PROSE |= {
+    path: "\n\n".join(
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "markdown"
+    )
+    for path in sorted((ROOT / "tutorials").glob("*.ipynb"))
+}
+"""What people read: file → its text."""
+
+
+def reference_pages() -> set[str]:
+    """The pages that docs/hooks.py makes, under docs."""
+    hooks = ast.parse((DOCS / "hooks.py").read_text(encoding="utf-8"))
+    assigned = (node for node in hooks.body if isinstance(node, ast.Assign))
+    reference = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "REFERENCE")
+    titles = [title for pages in ast.literal_eval(reference).values() for title in pages]
+    return {f"reference/{title.lower().replace(' ', '_')}.md" for title in titles}
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors(text: str) -> set[str]:
+    """The fragments of a page's headings, as mkdocs and GitHub make them."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    words = [
+        re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    ]
+    return {re.sub(r"[-\s]+", "-", heading) for heading in words}
+
+
+def link_error(source: Path, link: str) -> str | None:
+    """What is wrong with a link of a file, if anything: other hosts' are looked at for their form only."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    repository, site = (
+        re.search(rf'^{name} = "(.*)"', project, re.MULTILINE)[1] for name in ("Repository", "Documentation")
+    )
+    target, _, fragment = link.partition("#")
+    if link.startswith(site):
+        page = target.removeprefix(site).strip("/") or "index"
+        source, target = DOCS / "index.md", f"{page}.ipynb" if page.startswith("tutorials/") else f"{page}.md"
+    elif link.startswith(f"{repository}/blob/main/"):
+        source, target = ROOT / "README.md", target.removeprefix(f"{repository}/blob/main/")
+    elif ":" in link:
+        return None if re.fullmatch(r"https://[\w.-]+\.\w+(/[^\s<>\"]*)?|mailto:\S+@\S+", link) else "is no address"
+    path = (source.parent / target).resolve() if target else source
+    if DOCS in path.parents and "tutorials" in path.parts:  # which docs/hooks.py adds
+        path = ROOT / path.relative_to(DOCS)
+    if DOCS in path.parents and path.relative_to(DOCS).as_posix() in reference_pages():
+        return None
+    if not path.exists():
+        return "leads to no file"
+    return None if not fragment or fragment in anchors(PROSE.get(path, "")) else f"{path.name} has no #{fragment}"
+
+
+@pytest.mark.parametrize("source", PROSE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(source):
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", without_code(PROSE[source]))
+    assert not [(link, error) for pair in links if (error := link_error(source, link := "".join(pair)))]
+
+
+def test_a_link_that_leads_nowhere_is_seen():
+    page, notebook = DOCS / "howto" / "task.md", ROOT / "tutorials" / "0_ten_lines.ipynb"
+    for source, link in (
+        (page, "nothing.md"),
+        (page, "../glossary.md#nothing"),
+        (page, "http:/nowhere"),
+        (page, "https://OWNER.github.io/vtv-nnsight/nothing/"),
+        (notebook, "9_nothing.ipynb"),
+    ):
+        assert link_error(source, link), link
+    for source, link in (
+        (page, "../reference/patch.md"),
+        (page, "../glossary.md#glossary"),
+        (page, "../tutorials/0_ten_lines.ipynb"),
+        (page, "https://OWNER.github.io/vtv-nnsight/tutorials/0_ten_lines/"),
+        (notebook, "1_tracing.ipynb"),
+    ):
+        assert not link_error(source, link), link
+
+
+def test_every_tutorial_is_in_the_table_of_the_readme():
+    rows = re.findall(
+        r"^\| \[!\[.*\]\((\S+)\)<br>.*\]\((tutorials/\S+)\) \| .*\? \| \d+ \|$", SHOWN["README.md"], re.MULTILINE
+    )
+    assert [name for _, name in rows] == [
+        f"tutorials/{path.name}" for path in sorted((ROOT / "tutorials").glob("*.ipynb"))
+    ]
+    assert all((ROOT / picture).is_file() for picture, _ in rows)
 
 
 def results():

@@ -5,6 +5,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+import pytest
 from helpers import ROOT
 
 PACKAGE = ROOT / "vtv_nnsight"
@@ -93,3 +94,16 @@ def test_what_docs_and_notebooks_import_is_there():
         for module, names in re.findall(r"from (vtv_nnsight[\w.]*) import ([\w, ]+)", text):
             for name in names.split(","):
                 assert hasattr(import_module(module), name.split(" as ")[0].strip()), f"{path.name}: {module}, {name}"
+
+
+def test_what_is_no_module_is_in_the_wheel():
+    """Weights, pictures, templates and tables: each file matches a pattern of its package's data."""
+    setuptools = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    packages, data = setuptools["setuptools"]["packages"], setuptools["setuptools"]["package-data"]
+    paths = {name: name.replace(".", "/").replace("vtv_nnsight/benchmarks", "benchmarks") for name in packages}
+    folders = {name: ROOT / path for name, path in paths.items()}
+    carried = {file for name, patterns in data.items() for pattern in patterns for file in folders[name].glob(pattern)}
+    files = {file for file in PACKAGE.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert len(carried) > 25 and not files - carried
+    modules = [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    assert {file.parent for file in modules} == set(folders.values())

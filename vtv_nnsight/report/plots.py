@@ -131,20 +131,20 @@ def answers(table: Any, task: str | None = None) -> Figure:
     if not pictures or not len(pictures["truth"]):
         raise ValueError(f"the table kept no pictures of {task!r}; evaluate with keep=6.")
     rows, columns = len(pictures["truth"]), len(pictures)
-    figure = Figure(figsize=(0.4 * PANEL * columns, 0.45 * PANEL * rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(0.34 * PANEL * columns, 0.37 * PANEL * rows + 0.9), layout="constrained")
     sheet = figure.subplots()
     for column, (name, cells) in enumerate(pictures.items()):
-        sheet.text(column + 0.47, -0.04, fill(name, 12), ha="center", va="bottom", fontsize=8)
+        sheet.text(column + 0.47, -0.04, fill(name, 11, break_long_words=False), ha="center", va="bottom", fontsize=8.5)
         scores = table.values(task, name) if name not in ("prompt", "truth") else None
         for row, cell in enumerate(cells):
             if isinstance(cell, str):  # the end of a long one
                 middle: dict[str, Any] = dict(ha="center", va="center", fontsize=7, parse_math=False)
-                sheet.text(column + 0.47, row + 0.44, fill(cell.strip()[-40:], 16), **middle)
+                sheet.text(column + 0.47, row + 0.44, fill(cell.strip()[-40:], 14), **middle)
             else:
                 sheet.imshow(cell.permute(1, 2, 0).numpy(), extent=(column, column + 0.94, row + 0.88, row))
             if scores is not None:
-                sheet.text(column + 0.47, row + 0.9, f"{scores[row]:.3f}", ha="center", va="top", fontsize=7)
-    sheet.set(xlim=(0, columns), ylim=(rows, -0.35), aspect="auto", title=task)
+                sheet.text(column + 0.47, row + 0.9, f"{scores[row]:.3f}", ha="center", va="top", fontsize=8)
+    sheet.set(xlim=(0, columns), ylim=(rows, -0.5), aspect="auto", title=task)
     sheet.set_axis_off()
     return figure
 
