@@ -75,7 +75,7 @@ def of_matrix(contents: dict[str, Any]) -> str:
     """Both matrices, and in how many seeds a task needs its own vector."""
     (content,) = contents.values()
     pairs, parts = pd.DataFrame(content["pairs"]), []
-    titles = {"fixed": "transfer at fixed units", "anew": "units searched anew for each pair"}
+    titles = {"fixed": "transfer at fixed units", "anew": "units searched for each pair"}
     for units, title in titles.items():
         own = pairs[pairs.units == units]
         wide = own.pivot(index="task", columns="vector", values="mean").loc[own.task.unique(), own.vector.unique()]
@@ -83,7 +83,7 @@ def of_matrix(contents: dict[str, Any]) -> str:
         parts.append(_markdown([f"{title}: task, vector of", *wide.columns], body))
     specific = pd.DataFrame(content["specific"])
     counts = [f"{task} {int(row.sum())} of {len(row)}" for task, row in specific.iterrows()]
-    return "\n\n".join([*parts, f"Seeds in which no other vector does as well, searched anew: {', '.join(counts)}."])
+    return "\n\n".join([*parts, f"Seeds in which no other vector does as well, searched for: {', '.join(counts)}."])
 
 
 def of_lines(contents: dict[str, Any]) -> str:

@@ -114,7 +114,7 @@ def test_every_vector_is_searched_for_on_every_task_where_asked(finished):
         assert set(table.frame.condition) == {"task vector", f"vector of {other}"}
         assert len(table.values(name, f"vector of {other}")) == 8
     page = html.unescape((finished / "report.html").read_text())
-    assert "Of units searched anew for each pair, no other vector does as well" in page
+    assert "Of units searched for each pair, no other vector does as well" in page
     conditions = set(Table.load(finished / "evaluation" / "lowlight.parquet").frame.condition)
     assert conditions >= {"noise vector", "mean over tasks", "wrong example", "blank example", "matched random units"}
 

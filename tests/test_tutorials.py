@@ -65,12 +65,15 @@ def test_kept_with_outputs(path):
     nbformat.validate(notebook)
     assert all(cell.execution_count for cell in cells(notebook))
     assert complaints(notebook) == []
+    assert not [output.text for output in outputs(notebook) if output.get("name") == "stderr"]  # bars, warnings
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_reads_as_a_page(path):
     notebook = read(path)
     assert notebook.cells[0].cell_type == "markdown" and "?" in notebook.cells[0].source
+    answers = [part for cell in notebook.cells for part in cell.source.split(SHOWS)[1:]]
+    assert max(len(part.partition("\n\n")[0]) for part in answers) <= 5 * 90
     assert max(len(cell.source.splitlines()) for cell in cells(notebook)) <= 25
 
 

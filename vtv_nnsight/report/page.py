@@ -153,7 +153,7 @@ def _matrix(run: RunResults) -> dict[str, Any]:
     best: Any = best_others(pairs).itertuples()
     titled = {"transfer at fixed units": pairs}
     if run.anew is not None:
-        titled["units searched anew for each pair"] = anew = vector_pairs(run.anew)
+        titled["units searched for each pair"] = anew = vector_pairs(run.anew)
     return {
         "anew": specificity_sentences(anew) if run.anew is not None else [],
         "figure": draw(partial(plots.matrix, titled), caption),

@@ -198,7 +198,7 @@ def specificity_sentences(pairs: pd.DataFrame) -> list[str]:
         return []
     specific = specific_tasks(pairs)
     sure = [task for task, alone in specific.items() if alone]
-    sentences = [f"Of units searched anew for each pair, no other vector does as well: {', '.join(sure) or 'no task'}."]
+    sentences = [f"Of units searched for each pair, no other vector does as well: {', '.join(sure) or 'no task'}."]
     rows: Any = best_others(pairs).itertuples()
     for row in rows:
         if not specific[row.task]:
