@@ -282,7 +282,7 @@ def test_a_sources_name_is_not_a_folders(specs, tmp_path, monkeypatch):
             assert len(data.load("scenes", n=7)) == 7 and len(data.load("./scenes")) == 22
         elif name == "pascal":
             with pytest.raises(
-                ValueError, match=r"'pascal' is not a source of data; .*\./scenes is a folder, scenes is not"
+                ValueError, match=r"'pascal' is not a source of data; .*a folder by its path \(\./scenes\)"
             ):
                 data.load("pascal")
         else:

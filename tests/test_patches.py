@@ -458,7 +458,7 @@ def test_prompts_without_a_truth_are_not_scored(model, prompts, vectors):
         ),
         lambda: model.truth(unknown),
     ):
-        with pytest.raises(ValueError, match="have no truth in their output cells"):
+        with pytest.raises(ValueError, match="have no truth to be scored by"):
             score()
     assert logits(model, queries, vectors["b"], PatchSet.random(space, 5)) is not None  # an answer needs none
 

@@ -98,7 +98,7 @@ def test_prompts_that_differ_do_not_share_a_batch():
     prompt = VisualPrompt.from_canvas(canvases(1))
     with pytest.raises(ValueError, match="horizontal"):
         VisualPrompt.cat([prompt, VisualPrompt.from_canvas(canvases(1), Layout(order="horizontal"))])
-    with pytest.raises(ValueError, match="147 and 49"):
+    with pytest.raises(ValueError, match="show other patches share no batch"):
         VisualPrompt.cat([prompt, prompt.query_only()])
     with pytest.raises(ValueError, match="no prompts"):
         VisualPrompt.cat([])
@@ -126,7 +126,7 @@ def test_from_cells_takes_pictures(tmp_path):
         assert torch.equal(
             VisualPrompt.from_cells({"example_input": cell}, layout).region("example_input")[0], expected
         )
-    with pytest.raises(ValueError, match=r"'query' have shape \[3, 60, 60\].*\[3, 111, 111\], or a picture"):
+    with pytest.raises(ValueError, match=r"'query' have shape \[3, 60, 60\].*\[3, 111, 111\]"):
         VisualPrompt.from_cells({"query": torch.zeros(3, 60, 60)}, layout)
     with pytest.raises(ValueError, match="'sky' is not a cell"):
         VisualPrompt.from_cells({"sky": picture}, layout)

@@ -165,10 +165,7 @@ class VisualPrompt(Prompts):
         for name, pixels in (dict.fromkeys(layout.cells, torch.ones(3, cell, cell)) | dict(cells)).items():
             pixels = pixels if isinstance(pixels, torch.Tensor) else as_cell(pixels, cell)
             if pixels.shape != (3, cell, cell):
-                raise ValueError(
-                    f"the pixels of {name!r} have shape {list(pixels.shape)}; this layout expects [3, {cell}, {cell}], "
-                    "or a picture, which is resized."
-                )
+                raise ValueError(f"pixels of {name!r} have shape {list(pixels.shape)}; expected [3, {cell}, {cell}].")
             crop(canvas, name, layout)[0] = pixels
         return cls.from_canvas(canvas, layout)._with(has_truth="output" in cells)
 
@@ -182,10 +179,7 @@ class VisualPrompt(Prompts):
             if other.layout != first.layout:
                 raise ValueError(f"prompts of {first.layout} and {other.layout} cannot share a batch; run them apart.")
             if not (torch.equal(other.visible, first.visible) and torch.equal(other.decoded, first.decoded)):
-                raise ValueError(
-                    f"prompts that show other patches ({len(first.visible)} and {len(other.visible)}) cannot share a "
-                    "batch; call query_only() on all of them or on none."
-                )
+                raise ValueError("prompts that show other patches share no batch; call query_only() on all or none.")
         known = [p.pictures for p in prompts if p.pictures is not None]
         pictures = torch.cat(known) if len(known) == len(prompts) else None
         names = [name for name in first.sources if all(name in p.sources for p in prompts)]
@@ -244,8 +238,7 @@ class VisualPrompt(Prompts):
         """
         if others is not None and (len(others) != len(self) or others.layout != self.layout):
             raise ValueError(
-                f"{len(others)} prompts of {others.layout} cannot lend their examples to {len(self)} prompts of "
-                f"{self.layout}; give as many, of the same layout."
+                f"{len(others)} prompts of {others.layout} cannot lend {len(self)} of {self.layout} examples."
             )
         canvas = self.canvas.clone()
         blank = canvas.new_tensor(self.layout.canvas_colour)[:, None, None]
@@ -318,10 +311,7 @@ class VisualPrompt(Prompts):
             ValueError: naming what tasks need for it.
         """
         if not self.has_truth:
-            raise ValueError(
-                "these prompts have no truth in their output cells, and nothing to be scored by: give queries with "
-                'what the task needs, such as a "mask" or an "answer".'
-            )
+            raise ValueError('these prompts have no truth to be scored by; give queries with a "mask" or an "answer".')
 
     def picture(self, most: int = 8) -> Image.Image:
         """The first canvases side by side, patches that the encoder does not see dimmed."""
@@ -424,10 +414,8 @@ def _check_patches(name: str, ids: torch.Tensor, layout: Layout) -> None:
         raise ValueError(f"{name} is empty; the model must see at least one patch.")
     if ids.device.type == "meta":
         return
-    if ids.min() < 0 or ids.max() >= layout.num_patches:
-        raise ValueError(
-            f"{name} holds patch ids from {ids.min().item()} to {ids.max().item()}; "
-            f"this layout's grid has 0 to {layout.num_patches - 1}."
-        )
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= layout.num_patches:
+        raise ValueError(f"{name} holds patch ids from {low} to {high}; this grid has 0 to {layout.num_patches - 1}.")
     if len(torch.unique(ids)) != len(ids):
         raise ValueError(f"{name} names a patch twice; give each patch id once.")

@@ -38,9 +38,7 @@ class TextLayout:
 
     def __post_init__(self) -> None:
         if self.shots < 0 or self.positions < 1:
-            raise ValueError(
-                f"shots={self.shots} and positions={self.positions}; expected no example or more, and a token or more."
-            )
+            raise ValueError(f"shots={self.shots} and positions={self.positions}; expected 0 and 1, or more.")
 
     @property
     def num_positions(self) -> int:

@@ -47,9 +47,7 @@ def folder(path: str | Path) -> Dataset:
         )
     pictures = [str(file.absolute()) for file in files if file not in broken]
     if not pictures:
-        raise ValueError(
-            f"{path} holds no picture that can be read and at least 1 was expected: add PNG or JPEG files."
-        )
+        raise ValueError(f"{path} holds no picture that can be read; add PNG or JPEG files.")
     return Dataset.from_dict({"image": pictures}, Features(image=Image()))
 
 
@@ -84,9 +82,7 @@ def pairs(path: str | Path) -> Dataset:
     for name in PAIRS:
         inside = Path(path).expanduser() / name
         if not inside.is_dir():
-            raise FileNotFoundError(
-                f"there is no folder {inside}; expected {' and '.join(PAIRS)} with a picture of each name in both."
-            )
+            raise FileNotFoundError(f"there is no folder {inside}; expected {' and '.join(PAIRS)}, of the same names.")
         rows = folder(inside).cast_column("image", Image(decode=False))
         files = [Path(cell["path"]) for cell in rows["image"]]
         names = {file.relative_to(inside.absolute()).with_suffix("").as_posix(): str(file) for file in files}

@@ -31,9 +31,6 @@ def hub(name: str, split: str = "train", **kwargs: Any) -> Dataset:
     pictures = [column for column, feature in rows.features.items() if isinstance(feature, Image)]
     if "image" not in pictures:
         if len(pictures) != 1:
-            raise ValueError(
-                f"{name} has the columns {', '.join(rows.column_names)}, and {len(pictures)} of pictures; expected "
-                'one, or one called "image".'
-            )
+            raise ValueError(f'{name} has {len(pictures)} columns of pictures; expected one, or one called "image".')
         rows = rows.rename_column(pictures[0], "image")
     return rows.select_columns([column for column in COLUMNS if column in rows.column_names])

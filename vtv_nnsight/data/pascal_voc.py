@@ -225,9 +225,7 @@ def _entries_of_masks(voc: Path, split: str) -> list[Entry]:
             entries += [Entry(mask.stem, value - 1) for value in values if value not in (0, 255)]
     if strange := [entry for entry in entries if entry.label >= len(CLASSES)]:
         name, label = strange[0]
-        raise ValueError(
-            f"the mask {name}.png holds the value {label + 1}; expected classes 1 to {len(CLASSES)}, 0 and 255."
-        )
+        raise ValueError(f"the mask {name}.png holds the value {label + 1}; expected 1 to {len(CLASSES)}, 0 and 255.")
     _check_files(voc / "SegmentationClassAug", {entry.name for entry in entries}, voc, JPEGImages=".jpg")
     return entries
 

@@ -200,11 +200,9 @@ def split_data(spec: str, train: int | None = None, test: int | None = None, see
             f"{repeated} test pictures of {spec} are among its training pictures, too; they are left out.", stacklevel=2
         )
         parts = parts[0], parts[1].select(new)
-    if min(map(len, parts)) < 2:
-        raise ValueError(
-            f"{spec} leaves {len(parts[0])} pictures to learn from and {len(parts[1])} to test on; give data with 2 or "
-            "more of each."
-        )
+    many, few = map(len, parts)
+    if min(many, few) < 2:
+        raise ValueError(f"{spec} leaves {many} pictures to learn from and {few} to test on; give more.")
     return parts
 
 
@@ -232,10 +230,7 @@ def _find(spec: str) -> tuple[Source, str]:
     if spec and not source and Path(spec).expanduser().is_dir():
         return SOURCES["folder"], spec
     known = ", ".join(source.usage for source in SOURCES.values())
-    raise ValueError(
-        f"{quoted(spec)} is not a source of data; give {known}, or the path of a folder of pictures (./scenes is a "
-        "folder, scenes is not)."
-    )
+    raise ValueError(f"{quoted(spec)} is not a source of data; give {known}, or a folder by its path (./scenes).")
 
 
 def _divided(rows: Dataset, split: str | None, name: str) -> Dataset:
@@ -246,8 +241,6 @@ def _divided(rows: Dataset, split: str | None, name: str) -> Dataset:
     keys = np.array(identities(rows))
     pictures = np.unique(keys)
     if len(pictures) < 4:
-        raise ValueError(
-            f"{name} holds {len(pictures)} different pictures and some are set aside to be tested on; give 4 or more."
-        )
+        raise ValueError(f"{name} holds {len(pictures)} different pictures and some are for tests; give 4 or more.")
     held_out = np.random.default_rng(0).permutation(pictures)[: max(2, len(pictures) // 4)]
     return rows.select(np.flatnonzero(np.isin(keys, held_out) == (split != "train")))

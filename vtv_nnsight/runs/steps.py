@@ -89,20 +89,16 @@ def servable(settings: Settings, rows: Dataset, known: Collection[str] | None = 
     Raises:
         ValueError: when the data cannot serve a task that was asked for, or none that is known.
     """
+    columns = ", ".join(rows.column_names)
     wanted: list[Any] = [registry.get(name) for name in settings.tasks]
     for task in wanted:
         if task.needs not in rows.column_names:
-            raise ValueError(
-                f"{task.name!r} needs a column {task.needs!r}, and {settings.data} has {', '.join(rows.column_names)}; "
-                "leave the task out, or give other data."
-            )
+            raise ValueError(f"{task.name!r} needs a column {task.needs!r}, and the data have {columns}.")
     lists = map(registry.words, registry.WORDS)
     offered: list[Any] = [*map(registry.get, known)] if known is not None else [*registry.VTV, *lists]
     serve = wanted or [task for task in offered if task.needs in rows.column_names][: settings.most_tasks]
     if not serve:
-        raise ValueError(
-            f"{settings.data} has {', '.join(rows.column_names)}, which serve none of {', '.join(known or ())}."
-        )
+        raise ValueError(f"{settings.data} has {columns}, which serve none of {', '.join(known or ())}.")
     return serve
 
 

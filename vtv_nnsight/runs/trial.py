@@ -31,9 +31,7 @@ def check(
     """Refuse settings that a later step would refuse."""
     tasks[0].check_model(model)
     if settings.candidates < settings.prompts and any(selects(settings, fold.train) for fold in folds):
-        raise ValueError(
-            f"candidates={settings.candidates} are fewer than the prompts={settings.prompts} to select; give more."
-        )
+        raise ValueError(f"candidates={settings.candidates} are fewer than the prompts={settings.prompts}; give more.")
     trial: Any = _Trial(space, settings.prompts, model, settings.loss, tasks[0])
     algorithm, options = algorithm_of(settings)
     if algorithm.needs_scores:

@@ -67,10 +67,7 @@ class AnyTask:
             ValueError: saying which goes with which.
         """
         if not isinstance(model.layout, self.layout_type):
-            raise ValueError(
-                f"{self.name!r} does not go with a {type(model).__name__}; ask language models words (data 'words'), "
-                "and the others pictures."
-            )
+            raise ValueError(f"{self.name!r} does not go with a {type(model).__name__}; words are for language models.")
 
     def score(self, prediction: Any, target: Any) -> torch.Tensor:
         """The task's metric of answers, of which it says what they are (see `metrics.Metric.reads`): [batch]."""

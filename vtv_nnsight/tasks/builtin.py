@@ -80,9 +80,7 @@ class Segmentation(Task):
         if mask.size != size:
             raise ValueError(f"a mask of {mask.size} pixels belongs to an upright image of {size}; give equal sizes.")
         if (high := values.max()) < 128:
-            raise ValueError(
-                f"a mask holds no value above {high}; give one with some foreground (255), or leave the row out."
-            )
+            raise ValueError(f"a mask holds no value above {high}; give one with foreground (255), or leave it out.")
         if ((values > 0) & (values < 255)).any():
             warnings.warn("a mask holds greys between 0 and 255; it is taken at half.", stacklevel=2)
         return mask.point(lambda value: 255 * (value > 127))

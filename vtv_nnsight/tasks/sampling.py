@@ -64,17 +64,12 @@ def draw_rows(images: Any, n: int, examples: int, generator: np.random.Generator
     if n < 1:
         raise ValueError(f"n={n} prompts were asked for; expected 1 or more.")
     if isinstance(images, str) or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
-        raise TypeError(
-            f"{type(images).__name__} has no rows that can be drawn by number; give a Dataset or a list: of a "
-            "streaming data set, list(images.take(1000))."
-        )
+        raise TypeError(f"{type(images).__name__} has no rows by number; give a Dataset, or list(images.take(1000)).")
     classes = _classes(images)
     able = np.flatnonzero(np.bincount(classes)[classes] > examples)
     if not len(able):
         what = "images" if labels_of(images) is None else "images of a class"
-        raise ValueError(
-            f"a prompt needs {examples + 1} different {what}, more than these data have; take more rows (--max-images)."
-        )
+        raise ValueError(f"a prompt needs {examples + 1} different {what}; take more rows (--max-images).")
     turns = [generator.permutation(able) for _ in range(-(-n // len(able)))]
     return _with_examples(classes, np.concatenate(turns)[:n], examples, generator)
 

@@ -72,10 +72,7 @@ class Text(AnyTask):
             raise ValueError(f"name={self.name!r} cannot be a file's; take letters, digits, '_', '-', '.' and spaces.")
         placeholder = f"{{{self.needs}}}"
         if self.template.count(placeholder) != 1 or not self.stop or not self.inputs or _columns(self.stop):
-            raise ValueError(
-                f"template={self.template!r} of {self.name!r} must hold a column or more, then {placeholder} once, and "
-                f"after it what ends an answer, as {TEMPLATE!r} does."
-            )
+            raise ValueError(f"template={self.template!r} must hold a column, {placeholder} once, and an end of it.")
         object.__setattr__(self, "rows", self.read(self.rows))
         if len(self.rows) < 2:
             raise ValueError(f"{self.name!r} has {len(self.rows)} row(s); a prompt needs an example and a query.")
@@ -128,10 +125,7 @@ class Text(AnyTask):
             if empty := [name for name in columns if not texts[-1][name]]:
                 raise ValueError(f"row {number} of {self.name!r} has no {empty[0]!r}; it has {_short(row)}.")
             if answered and any(self.stop in texts[-1][name] for name in self.outputs):
-                raise ValueError(
-                    f"the answer in row {number} of {self.name!r} holds {self.stop!r}, which ends an answer in this "
-                    f"template: {_short(row)}."
-                )
+                raise ValueError(f"the answer in row {number} of {self.name!r} holds {self.stop!r}, which ends it.")
         return tuple(texts)
 
     def split(self, seed: int = 0) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
@@ -185,10 +179,7 @@ class Text(AnyTask):
         """The examples and the query of each of the `prompts` that these arguments make."""
         rows, generator = self.read(rows), np.random.default_rng(seed)
         if n < 1 or not 0 <= shots < len(rows):
-            raise ValueError(
-                f"n={n} prompts of {self.name!r} with shots={shots} were asked for and there are {len(rows)} rows; ask "
-                "for a prompt or more, of fewer examples than rows."
-            )
+            raise ValueError(f"n={n} prompts of {self.name!r} with shots={shots} cannot be made of {len(rows)} rows.")
         groups = self._groups(rows)
         for query in np.concatenate([generator.permutation(len(rows)) for _ in range(-(-n // len(rows)))])[:n]:
             others = np.flatnonzero(groups != groups[query])
