@@ -253,7 +253,7 @@ def test_a_counterfactual_is_the_same_query_under_another_example(model, prompts
         source = rows if cell in ("query", "output") else others
         assert torch.equal(made.region(cell), source.region(cell))
     assert not torch.equal(made.canvas, rows.canvas) and torch.equal(made.visible, rows.visible)
-    with pytest.raises(ValueError, match="2 prompts of .* lend no examples to 3 of"):
+    with pytest.raises(ValueError, match="2 prompts of .* cannot lend 3 of"):
         counterfactual(rows, others[:2])
 
 

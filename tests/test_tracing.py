@@ -458,7 +458,7 @@ def test_patches_of_each_row(model, module, prompts):
     torch.testing.assert_close(torch.cat([first, rest]), expected, rtol=1e-4, atol=1e-5)
     for wrong, message in (
         (visible[:2], "visible has 2 rows for 3 canvases"),
-        (visible + torch.tensor([[0], [0], [190]]), r"visible holds patch ids beyond 0 to \d+"),
+        (visible + torch.tensor([[0], [0], [190]]), r"visible holds patch ids from \d+ to \d+; this"),
         (visible * torch.tensor([[1], [0], [1]]), "visible names a patch twice in a row"),
         (visible[:, :0], "visible is empty"),
     ):

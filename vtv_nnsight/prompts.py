@@ -238,7 +238,7 @@ class VisualPrompt(Prompts):
         """
         if others is not None and (len(others) != len(self) or others.layout != self.layout):
             raise ValueError(
-                f"{len(others)} prompts of {others.layout} cannot lend {len(self)} of {self.layout} examples."
+                f"{len(others)} prompts of {others.layout} cannot lend {len(self)} of {self.layout} theirs."
             )
         canvas = self.canvas.clone()
         blank = canvas.new_tensor(self.layout.canvas_colour)[:, None, None]
