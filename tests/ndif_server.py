@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Listener
 from pathlib import Path
 
@@ -41,18 +42,18 @@ def sandboxed(model, blob, compress, sandbox):
 
 
 def serve(path):
-    from ndif.services.ray.sandbox.host import Pool
+    from ndif.services.ray.sandbox.host import spawn
 
     models, python = {}, Path(f"{path}.python")
     python.write_text(f"#!{sys.executable}\n{Path(__file__).read_text()}")
     python.chmod(0o755)
-    pool = Pool(size=1, python=str(python))
+    runners, runner = ThreadPoolExecutor(1), None
     with Listener(path, "AF_UNIX") as listener:
         while True:
             with listener.accept() as client:
                 kind, key, blob, compress = client.recv()
                 if kind == "stop":
-                    return pool.close()
+                    return runner and runner.result().stop()
                 try:
                     repo = json.loads(key.partition(":")[2])["repo_id"]
                     if repo not in models:
@@ -61,7 +62,9 @@ def serve(path):
                     if kind == "trusted":
                         client.send(trusted(models[repo], blob, compress))
                     else:
-                        client.send(sandboxed(models[repo], blob, compress, pool.acquire(timeout=90)))
+                        sandbox = (runner or runners.submit(spawn, str(python), timeout=120)).result()
+                        runner = runners.submit(spawn, str(python), timeout=120)  # for the next job
+                        client.send(sandboxed(models[repo], blob, compress, sandbox))
                 except Exception:
                     client.send(traceback.format_exc())
 

