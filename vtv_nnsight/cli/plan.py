@@ -83,7 +83,7 @@ def _jobs(settings: Settings, setup: steps.Setup, tasks: Any, rows: Any) -> Iter
     budget, tested = settings.budget or PUBLISHED.steps * PUBLISHED.masks, settings.test_prompts
     objective = RemoteObjective(model, vector, tasks[0], prompts.query_only(), space, remote=True)
     means = sum(8 * layers * places * heads * (dim + 1) for layers, places, heads, dim in shapes)
-    texts = weigh(model, collect_moments, {"?": [model.tokens(prompts.texts)]}, list(settings.sites), 1)
+    texts = weigh(model, collect_moments, {"?": [model.seen(prompts)]}, list(settings.sites), 1)
     answers, parts = 2 * tested + _controls(settings, len(tasks)), -(-budget // objective.most)
     writes, many = planned(model, vector, PatchSet.random(space, 1), None), len(tasks)
     asks = weigh(model, answer, [question(model, prompts, writes, tasks[0])]) * -(-answers // settings.prompts)

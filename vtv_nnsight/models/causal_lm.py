@@ -105,7 +105,8 @@ class CausalLM(TraceableTexts, InContextModel):
         if not isinstance(source, nn.Module):
             source, tokenizer = _located(os.fspath(source), tokenizer, kwargs)
         super().__init__(source, task="text-generation", tokenizer=tokenizer, envoys=self._envoys_of_heads, **kwargs)
-        self.after, self.sent, sites = 0, None, (HEADS, *self._sites, "residual")
+        self.sent: TextPrompts | None = None
+        self.after, sites = 0, (HEADS, *self._sites, "residual")
         at, layers = self._stage.at, range(self._stage.layers)
         self.places = {site: [place_of(self, at(site), layer) for layer in layers] for site in sites}
         if self.tokenizer.pad_token is None:
@@ -305,6 +306,10 @@ class CausalLM(TraceableTexts, InContextModel):
                 inputs, options = (), options | {"input_ids": ids}
             rows.append((inputs, options))
         return rows
+
+    def seen(self, prompts: TextPrompts) -> dict[str, Any]:
+        """Inputs of a forward of which activations alone are read."""
+        return {"input_ids": self.tokens(prompts.texts)} | self.scored(1)
 
     def scored(self, width: int) -> dict[str, Any]:
         """Options of a forward of which the last `width` logits are read."""

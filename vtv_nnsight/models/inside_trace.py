@@ -282,12 +282,11 @@ def forward(model: Any, inputs: dict[str, Any], writes: Any, after: int) -> Any:
 def readings(model: Any, inputs: dict[str, Any], sites: Any) -> dict[str, list[torch.Tensor]]:
     """The activations of every layer, [batch, token, head, head_dim], by site."""
     values: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
-    with model.trace(**inputs) as tracer:
+    with model.trace(**inputs):
         for layer in range(len(model.places["heads"])):
             for site, places in model.places.items():
                 if site in values:
                     values[site].append(split(places[layer], first(read(places[layer]))).clone())
-        tracer.stop()
     return values
 
 
@@ -308,27 +307,28 @@ def merge(
 
 
 def collect_moments(model: Any, tasks: Any, sites: Any, positions: int) -> Any:
-    """By task and site, the moments of the last tokens of batches of prompts: [layer, position, …], positions from the
-    end."""
+    """By task and site, the moments of the last tokens of batches, a forward's inputs each: [layer, position, …],
+    positions from the end."""
     found: dict[str, Any] = {}
     for task, batches in tasks.items():
         total: dict[str, Any] = {}
         count = 0
-        for ids in batches:
+        for inputs in batches:
             with torch.no_grad():
-                values = readings(model, {"input_ids": ids}, sites)
+                values, rows = readings(model, inputs, sites), len(inputs["input_ids"])
             for site, layers in values.items():
-                new = [torch.stack(part).cpu().flip(1) for part in zip(*[moments(z[:, -positions:]) for z in layers])]
-                total[site] = merge(count, *total[site], len(ids), *new) if count else new
-            count += len(ids)
+                parts = zip(*[moments(z[:, -positions:]) for z in layers])
+                mean, spread = [torch.stack(part).cpu().flip(1) for part in parts]
+                total[site] = merge(count, *total[site], rows, mean, spread) if count else (mean, spread)
+            count += rows
         found[task] = total
     return found
 
 
 def collect_rows(model: Any, batches: Any, sites: Any) -> Any:
-    """Of each batch of prompts, by site, the activations [layer, row, token, head, head_dim]."""
+    """Of each batch, a forward's inputs, by site, the activations [layer, row, token, head, head_dim]."""
     with torch.no_grad():
-        parts = [readings(model, {"input_ids": ids}, sites) for ids in batches]
+        parts = [readings(model, inputs, sites) for inputs in batches]
     return [{site: torch.stack(layers).cpu() for site, layers in part.items()} for part in parts]
 
 

@@ -26,8 +26,9 @@ from vtv_nnsight.layouts import Layout
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.runs.settings import Settings
+from vtv_nnsight.search.loops import sample
 from vtv_nnsight.search.result import SearchResult
-from vtv_nnsight.search.score_function import PUBLISHED, sample
+from vtv_nnsight.search.score_function import PUBLISHED
 from vtv_nnsight.tasks import Draw, Task, draw_queries
 
 VECTOR_FOLDS = (1, 2, 3)

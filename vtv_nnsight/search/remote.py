@@ -51,12 +51,13 @@ class RemoteObjective(Objective):
         if any(isinstance(vector, Activations) for vector in self.vectors):
             raise ValueError("activations are of single prompts and stay here; search with a vector there.")
         model: Any = self.model
+        prompts: Any = self.prompts
         self.most, self.jobs, self.waited, self.ran = remote_evaluations, 0, 0.0, 0.0
         width = len(self.space)
         numbers = self.space.mask(torch.arange(1, width + 1))
         self.data = {
-            "texts": model.tokens(self.prompts.texts),
-            "answers": model.tokens(self.prompts.texts, self.prompts.answers),
+            "texts": model.tokens(prompts.texts),
+            "answers": model.tokens(prompts.texts, prompts.answers),
             "truth": self._truth,
             "group": self.group,
             "kinds": self._kinds,

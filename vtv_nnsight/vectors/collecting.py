@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -55,7 +55,7 @@ def collect_moments(
     layout, sites, remote = _shared_layout(prompts), validate_sites(model, sites), remote_of(model, remote)
     device = device_of(model, remote)
     owner = fingerprint(model, layout)
-    moments, asked = dict[str, Moments](), dict[str, Any]()
+    moments, asked, far = dict[str, Moments](), dict[str, Any](), cast(Any, model)
     total = sum(map(len, prompts.values()))
     with progress_bar(total=total, desc="collecting", unit="prompt", disable=not progress) as bar:
         for task, rows in prompts.items():
@@ -64,7 +64,7 @@ def collect_moments(
             rows = rows[lengths.argsort(stable=True)] if len(lengths) > 1 else rows
             batches = rows.split(batch_size_of(model, batch_size, prompts=rows))
             if remote:
-                asked[task] = [model.tokens(batch.texts) for batch in batches]
+                asked[task] = [far.seen(batch) for batch in batches]
                 continue
             for batch in batches:
                 new = measure(model, batch.to(device), sites)
@@ -113,14 +113,14 @@ def collect_rows(
 def _moments_there(
     model: Any, remote: bool | str, batches: Mapping[str, Any], sites: Sequence[str], positions: int
 ) -> dict[str, Moments]:
-    """The moments of tasks' prompts, by batches of their tokens, made where the model runs."""
-    if min(len(ids) for batch in batches.values() for part in batch for ids in part) < positions:
+    """The moments of tasks' prompts, by inputs of their batches, made where the model runs."""
+    if min(len(ids) for parts in batches.values() for part in parts for ids in part["input_ids"]) < positions:
         raise ValueError(f"a vector of {positions} tokens was asked for, and one of these prompts has fewer.")
     every = there(model, remote, inside_trace.collect_moments, dict(batches), list(sites), positions)
     key = model.stages[0].name
     return {
         task: Moments(
-            sum(map(len, batches[task])),
+            sum(len(part["input_ids"]) for part in batches[task]),
             *(ByStage({(key, site): pair[i] for site, pair in total.items()}) for i in (0, 1)),
         )
         for task, total in every.items()
@@ -132,8 +132,8 @@ def _rows_there(
 ) -> None:
     """Put the activations of batches, read where the model runs, to where they belong."""
     stage, sites = model.stages[0], list(validate_sites(model, sites))
-    tokens = [model.tokens(batch.texts) for batch in batches]
-    for batch, part, values in zip(batches, parts, there(model, remote, inside_trace.collect_rows, tokens, sites)):
+    inputs = [model.seen(batch) for batch in batches]
+    for batch, part, values in zip(batches, parts, there(model, remote, inside_trace.collect_rows, inputs, sites)):
         seen = model.positions(stage.name, batch)
         for site, layers in values.items():
             for layer, z in enumerate(layers):
