@@ -44,6 +44,7 @@ def main() -> None:
         outputs = (o for cell in json.loads(notebook.read_text())["cells"] for o in cell.get("outputs", []))
         content = next(o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {}))
         picture = Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")
+        picture = picture.crop((0, 0, min(picture.width, 3 * picture.height), picture.height))
         picture.thumbnail((240, 90))
         picture.save(DOCS / "pictures" / f"tutorial_{notebook.stem[0]}.png", optimize=True)
 
