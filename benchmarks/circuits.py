@@ -28,10 +28,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import interval, journal, options, save, table
+from common import file_name, interval, journal, options, save, table
 
 from vtv_nnsight import MAEVQGAN, Activations, PatchSpace, TaskVectors, data, search, tasks
-from vtv_nnsight.files import file_name
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.studies.circuits import (
     RANKINGS,

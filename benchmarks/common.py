@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from scipy.stats import t as student
 from tabulate import tabulate
 
 from vtv_nnsight import MAEVQGAN, VisualPrompt
-from vtv_nnsight.files import file_name, write_picture, write_text
+from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.training import recipes
 
@@ -51,6 +52,11 @@ def options(file: str, doc: str, quick: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="for NAME.json and NAME.png")
     return parser
+
+
+def file_name(*parts: Any) -> str:
+    """Words with hyphens between them, of letters, digits, dots and underscores."""
+    return re.sub(r"[^\w.]+", "-", "-".join(map(str, parts)))
 
 
 def journal(folder: Path | None, *parts: Any) -> Path | None:

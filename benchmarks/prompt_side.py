@@ -21,12 +21,11 @@ import argparse
 from dataclasses import replace
 
 import torch
-from common import options, save, table
+from common import file_name, options, save, table
 from matplotlib.figure import Figure
 
 from vtv_nnsight import MAEVQGAN, Condition, PatchSpace, TaskVectors, data, evaluate, search, tasks
 from vtv_nnsight.evaluation import Table
-from vtv_nnsight.files import file_name
 from vtv_nnsight.studies.learning import learn_vector
 from vtv_nnsight.studies.prompting.border import learn_border
 from vtv_nnsight.studies.prompting.retrieval import retrieve

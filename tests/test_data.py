@@ -99,8 +99,8 @@ def test_no_ground_is_flat(drawn):
     ("arguments", "message"),
     [
         (dict(split="training"), "split='training'.*train.*validation.*test"),
-        (dict(n=0), "n=0.*at least 1"),
-        (dict(n=-2), "n=-2.*at least 1"),
+        (dict(n=0), "a list of rows from 0 was expected"),
+        (dict(n=-2), "a list of rows from 0 was expected"),
         (dict(folds=(0, 4)), r"folds=\(0, 4\).*\(0, 1, 2, 3\)"),
         (dict(folds=()), r"folds=\(\)"),
         (dict(size=8), "size=8.*at least 32"),

@@ -9,7 +9,6 @@ import hashlib
 import json
 import mmap
 import os
-import re
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -123,11 +122,6 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     if not stat.S_ISREG(kind):
         raise ValueError(f"{path} is a {'folder' if stat.S_ISDIR(kind) else 'device or a pipe'}; expected a file.")
     return path
-
-
-def file_name(*parts: Any) -> str:
-    """Words with hyphens between them, of letters, digits, dots and underscores."""
-    return re.sub(r"[^\w.]+", "-", "-".join(map(str, parts)))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -11,12 +11,12 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
+from common import file_name
 from datasets import Dataset
 
 from vtv_nnsight import data, search, tasks
 from vtv_nnsight.cli.options import read_vectors
 from vtv_nnsight.evaluation.conditions import BASELINE, ZERO_SHOT
-from vtv_nnsight.files import file_name
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import HEADS, InContextModel
 from vtv_nnsight.patching import PatchSet, PatchSpace

@@ -44,7 +44,7 @@ NEXT = ("vtv run --images FOLDER, with pictures", "vtv prompt --vectors RUN --qu
 PANELS = {
     "Basics": ("model", "data", "images", "out", "tasks", "quick", "redo", "device", "show"),
     "Search": ("search", "loss", "budget", "sparsity", "granularity", "sites"),
-    "Evaluation": ("test_prompts", "draws", "control_prompts", "matrix", "seeds"),
+    "Evaluation": ("test_prompts", "draws", "matrix", "seeds"),
     "Expert": ("max_images", "prompts", "candidates", "order", "seed", "folds", "published", "search_fold")
     + ("fold_draws", "jobs", "remote", "dry_run", "batch_size", "vqgan", "embedding_type", "dtype"),
 }
@@ -112,13 +112,6 @@ TestPrompts = Annotated[
 ]
 Draws = Annotated[
     int | None, _count("draws", help="Draws of random units, uniform and matched, to compare the found ones with.")
-]
-ControlPrompts = Annotated[
-    int | None,
-    _count(
-        "control_prompts",
-        help="Test prompts that the vectors of other tasks are tried on, and a quarter of them each random draw.",
-    ),
 ]
 Matrix = Annotated[
     bool,
@@ -194,7 +187,6 @@ def run(
     sparsity: options.Sparsity = Settings.sparsity,
     test_prompts: TestPrompts = None,
     draws: Draws = None,
-    control_prompts: ControlPrompts = None,
     matrix: Matrix = False,
     order: options.Order = Settings.order,
     seed: options.Seed = Settings.seed,

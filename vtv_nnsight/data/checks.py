@@ -24,16 +24,6 @@ def check_split(split: str | None, splits: Sequence[str | None]) -> None:
         raise ValueError(f"split={quoted(split)} is unknown; choose {known}.")
 
 
-def check_count(n: int, what: str) -> None:
-    """Refuse a number of rows below 1.
-
-    Raises:
-        ValueError: when `n` is below 1.
-    """
-    if n < 1:
-        raise ValueError(f"n={n} {what} were asked for; expected at least 1.")
-
-
 def at_most(rows: Dataset, n: int | None, seed: int) -> Dataset:
     """At most `n` rows, drawn at random and in their order; all of them where `n` is None."""
     if n is None or n >= len(rows):

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from einops import einsum, rearrange
 from PIL import Image as PILImage
 
-from vtv_nnsight.data.checks import SPLITS, check_count, check_split
+from vtv_nnsight.data.checks import SPLITS, check_split
 from vtv_nnsight.images import LUMA as LUMA_WEIGHTS
 
 FOLDS = (0, 1, 2, 3)
@@ -50,7 +50,6 @@ def scenes(
 
     Row i depends on split, seed, folds and size, never on `n`, and the splits share no scene.
     """
-    check_count(n, "scenes")
     drawn = render(split, range(n), seed, folds=folds, size=size)
     columns = {
         "image": [PILImage.fromarray(image) for image in drawn.images],

@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from vtv_nnsight.data.checks import at_most, check_count, check_split
+from vtv_nnsight.data.checks import at_most, check_split
 from vtv_nnsight.progress import quiet
 
 SPLITS = ("train", "test")
@@ -47,11 +47,9 @@ def pictures(split: str = "train", n: int | None = None, seed: int = 0) -> Datas
         seed: Of what is drawn.
 
     Raises:
-        ValueError: for another split, or n below 1.
+        ValueError: for another split.
     """
     check_split(split, SPLITS)
-    if n is not None:
-        check_count(n, "pictures")
     with quiet():
         rows = Dataset(parquet.read_table(EMBEDDED / f"{split}.parquet")).cast(features())
     parts = [source.split("; ") for source in rows["source"]]

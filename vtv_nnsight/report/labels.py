@@ -4,49 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vtv_nnsight.evaluation.conditions import (
-    BASELINE,
-    BLANK,
-    BOTH,
-    CEILING,
-    FLOOR,
-    MATCHED,
-    MEAN,
-    NOISE,
-    OTHER,
-    PATCHED,
-    RANDOM,
-    WRONG,
-    ZERO_SHOT,
-)
+from vtv_nnsight.evaluation import conditions as of
 
 CONDITIONS = {
-    BASELINE: "An example is shown; nothing is patched.",
-    ZERO_SHOT: "No example is shown; nothing is patched.",
-    PATCHED: "No example is shown; the task vector is patched in at the units that were found.",
-    BOTH: "An example is shown, and the task vector is patched in as well.",
-    RANDOM: "No example is shown; the task vector is patched in at as many units drawn at random (many times).",
-    MATCHED: "The same, with as many units of each stage and place as were found.",
-    NOISE: "No example is shown; noise of the task vector's norm is patched in at the units that were found.",
-    MEAN: "No example is shown; the mean of all tasks' vectors is patched in at the units that were found.",
-    f"{OTHER}…": "No example is shown; the vector of another task is patched in at the same units.",
-    WRONG: "An example of another task is shown; nothing is patched.",
-    BLANK: "Blank cells are shown in the example's place; nothing is patched.",
-    CEILING: "The tokenizer's own picture of the truth.",
-    FLOOR: "The query as its own answer, a floor.",
+    of.BASELINE: "An example is shown; nothing is patched.",
+    of.ZERO_SHOT: "No example is shown; nothing is patched.",
+    of.PATCHED: "No example is shown; the task vector is patched in at the units that were found.",
+    of.BOTH: "An example is shown, and the task vector is patched in as well.",
+    of.RANDOM: "No example is shown; the task vector is patched in at as many units drawn at random (many times).",
+    of.MATCHED: "The same, with as many units of each stage and place as were found.",
+    of.NOISE: "No example is shown; noise of the task vector's norm is patched in at the units that were found.",
+    of.MEAN: "No example is shown; the mean of all tasks' vectors is patched in at the units that were found.",
+    f"{of.OTHER}…": "No example is shown; the vector of another task is patched in at the same units.",
+    of.WRONG: "An example of another task is shown; nothing is patched.",
+    of.BLANK: "Blank cells are shown in the example's place; nothing is patched.",
+    of.CEILING: "The tokenizer's own picture of the truth.",
+    of.FLOOR: "The query as its own answer, a floor.",
 }
 """What is compared, in words."""
 
-FLOOR_TO_CEILING = (FLOOR, BASELINE, ZERO_SHOT, RANDOM, PATCHED, CEILING)
+FLOOR_TO_CEILING = (of.FLOOR, of.BASELINE, of.ZERO_SHOT, of.RANDOM, of.PATCHED, of.CEILING)
 """The columns of the table that ends a run, and of the README's."""
 
 PICTURES = {
     "example_input": "example",
     "example_output": "its answer",
     "query": "query",
-    BASELINE: BASELINE,
-    ZERO_SHOT: ZERO_SHOT,
-    PATCHED: PATCHED,
+    of.BASELINE: of.BASELINE,
+    of.ZERO_SHOT: of.ZERO_SHOT,
+    of.PATCHED: of.PATCHED,
     "truth": "truth",
 }
 """The pictures of a row, and what is written under them."""
@@ -73,7 +59,7 @@ SITES = {
 def legend(conditions: Iterable[str]) -> dict[str, str]:
     """The conditions that a page compares, each in words: those of `CONDITIONS` that are among `conditions`."""
     names = set(conditions)
-    others = any(name.startswith(OTHER) for name in names)
+    others = any(name.startswith(of.OTHER) for name in names)
     return {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
 
 
@@ -90,7 +76,7 @@ def cell_in_words(cell: str) -> str:
 
 
 def _split_number(cell: str) -> tuple[str, str]:
-    name, _, number = cell.rpartition("_")
+    name, of._, number = cell.rpartition("_")
     return (name, number) if number.isdecimal() else (cell, "")
 
 
@@ -100,6 +86,6 @@ def number(value: float, sign: str = "") -> str:
 
 
 def plain_label(name: str) -> str:
-    """A label that matplotlib shows as it is written: `$` begins mathematics there, and `_` hides a label."""
+    """A label that matplotlib shows as it is written: `$` begins mathematics there, and `of._` hides a label."""
     label = name.replace("\\", "\\\\").replace("$", r"\$") if "$" in name else name
     return f" {label}" if label.startswith("_") else label

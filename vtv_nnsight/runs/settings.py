@@ -94,41 +94,30 @@ class Settings:
             "order": ("vertical", "horizontal"),
             "protocol": ("own", "published"),
             "search_fold": FOLDS,
+            "sites": SITES,
+            "folds": FOLDS,
         }
         for name, known in choices.items():
-            if getattr(self, name) not in known:
-                offered = ", ".join(str(choice) for choice in known if choice is not None)
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {offered}.")
-        for name, several in {"sites": SITES, "folds": FOLDS}.items():
-            values = getattr(self, name)
-            if strange := [value for value in values if value not in several] or [""] * (
-                name == "sites" and not values
-            ):
-                offered = ", ".join(map(str, several))
-                raise ValueError(f"{name}={strange[0]!r} is unknown; choose from {offered}, or several of them.")
-            object.__setattr__(self, name, tuple(value for value in several if value in values))
-        object.__setattr__(self, "tasks", tuple(dict.fromkeys(registry.get(name).name for name in self.tasks)))
-        counts = ("max_images", "prompts", "candidates", "budget", "test_prompts", "draws", "control_prompts")
-        for name in (*counts, "most_tasks", "seed"):
             value = getattr(self, name)
-            if value is None and name == "budget":
-                continue
-            if type(value) is not int:
-                raise ValueError(f"{name}={value!r} is no whole number; give one.")
-            if value < 1 and name != "seed":
-                raise ValueError(f"{name}={value} leaves nothing to do; give 1 or more.")
-            if value > MAX_COUNT and name not in ("budget", "seed"):
-                raise ValueError(f"{name}={value} is more than can be done; give {MAX_COUNT:,} or fewer.")
+            values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+            if strange := [one for one in values or ("",) * (name == "sites") if one not in known]:
+                offered = ", ".join(str(choice) for choice in known if choice is not None)
+                raise ValueError(f"{name}={strange[0]!r} is unknown; choose from {offered}.")
+            if values != (value,):
+                object.__setattr__(self, name, tuple(one for one in known if one in values))
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(registry.get(name).name for name in self.tasks)))
+        counts = ("most_tasks", "max_images", "prompts", "candidates", "test_prompts", "draws", "control_prompts")
+        ranges = dict.fromkeys(counts, (1, MAX_COUNT)) | {"seed": (0, 2**32 - 1), "matrix": (0, MAX_COUNT)}
+        for name, (least, most) in (ranges if self.budget is None else ranges | {"budget": (1, 2**63)}).items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name}={value!r} is not a whole number from {least} to {most:,}.")
         if not 0 <= self.sparsity < math.inf:
             raise ValueError(f"sparsity={self.sparsity} is no price; give 0 or more.")
         if (self.sparsity or self.fold_draws) and self.search not in ("reinforce", "published"):
             raise ValueError(f"search={self.search!r} has no probabilities; sparsity and fold_draws go with published.")
         if self.fold_draws and not (self.protocol == "published" and self.data.startswith("pascal:")):
             raise ValueError("fold_draws goes with the published protocol on pascal:ROOT; leave it out.")
-        if not 0 <= self.matrix <= MAX_COUNT:
-            raise ValueError(f"matrix={self.matrix} is not a number of evaluations; give 1 or more, or 0 for none.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} is not a seed; give a number from 0 to {2**32 - 1}.")
 
     @property
     def name(self) -> str:
