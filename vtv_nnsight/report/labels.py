@@ -76,7 +76,7 @@ def cell_in_words(cell: str) -> str:
 
 
 def _split_number(cell: str) -> tuple[str, str]:
-    name, of._, number = cell.rpartition("_")
+    name, _, number = cell.rpartition("_")
     return (name, number) if number.isdecimal() else (cell, "")
 
 
@@ -86,6 +86,6 @@ def number(value: float, sign: str = "") -> str:
 
 
 def plain_label(name: str) -> str:
-    """A label that matplotlib shows as it is written: `$` begins mathematics there, and `of._` hides a label."""
+    """A label that matplotlib shows as it is written: `$` begins mathematics there, and `_` hides a label."""
     label = name.replace("\\", "\\\\").replace("$", r"\$") if "$" in name else name
     return f" {label}" if label.startswith("_") else label
