@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing.connection import Client
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -41,9 +42,11 @@ from vtv_nnsight import (
     tasks,
 )
 from vtv_nnsight.evaluation import Condition, Table
+from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.nnsight_remote import RemoteFailure
 from vtv_nnsight.runs.outputs import read_prompts
 from vtv_nnsight.search import Algorithm
+from vtv_nnsight.vectors import zero_vector
 
 SIZES = dict(vocab_size=110, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
 GROUPED = SIZES | dict(num_key_value_heads=2, intermediate_size=48)
@@ -427,3 +430,23 @@ def test_smollm2_there_is_smollm2_here(jobs, kind, hub, monkeypatch):
     conditions = {"few-shot": None, "zero-shot": "zero-shot", "vector": (ours, here.patches)}
     tables = [evaluate(m, task, asked, conditions, progress=False).frame for m in (local, model)]
     pandas.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_what_does_not_travel_is_named(hub, near, monkeypatch):
+    monkeypatch.setitem(huggingface._ID_CACHE, "tiny/llama", "tiny/llama")
+    model = CausalLM("tiny/llama", remote="local", cache_dir=str(hub / "hub"))
+    space = PatchSpace(model)
+    refused = pytest.raises(TypeError, match="PatchSpace of vtv_nnsight does not travel; name in the block what there")
+    with refused, model.trace(FEW, remote="local"):
+        save(space.names)
+    with pytest.raises(ValueError, match="remote_evaluations=0 is no job; give 1 or more"):
+        search.random(model, zero_vector(model), WORDS, FEW, space, remote_evaluations=0)
+    vector, names = zero_vector(model), space.names[:1]
+    plain = SimpleNamespace(places={"heads": []})
+    with pytest.raises(ValueError, match="names of units stay here; make a set above the block"):
+        inside_trace.patch(plain, {}, names)
+    with pytest.raises(ValueError, match="sites=.'heat'. are not sites of this model; choose from heads"):
+        inside_trace.capture(plain, "heat")
+    condition = Condition(vectors=vector, patches=PatchSet.named(space, names), run=print)
+    with pytest.raises(ValueError, match="a condition's run= is your own function and stays here"):
+        evaluate(model, WORDS, FEW, {"mine": condition}, progress=False)

@@ -135,6 +135,9 @@ CAPTURED = "vtv_nnsight capture"
 
 def capture(model: Any, sites: Any = "heads", stages: Any = None, layers: Any = None, *, steps: str = "first") -> Any:
     """What `vectors.capture` is there: {site: {layer: [row, position, head, head_dim]}}, positions from the end."""
+    sites = [sites] if isinstance(sites, str) else sites
+    if not set(sites) <= set(model.places):
+        raise ValueError(f"sites={sites} are not sites of this model; choose from {', '.join(model.places)}.")
     captured: list[dict[str, Any]] = [{CAPTURED: True}]
     count = len(model.places["heads"])
     layers = layers["layers"] if isinstance(layers, dict) else range(count) if layers is None else layers
@@ -144,7 +147,7 @@ def capture(model: Any, sites: Any = "heads", stages: Any = None, layers: Any = 
             captured.append({CAPTURED: True})
         for layer in sorted({layers} if isinstance(layers, int) else set(layers)):
             for site, places in model.places.items():
-                if site in ([sites] if isinstance(sites, str) else sites):
+                if site in sites:
                     z = split(places[layer], first(read(places[layer])))
                     stop = z.shape[1] - (model.after if step == 0 else 0)
                     captured[step].setdefault(site, {})[layer] = z.detach()[:, :stop].flip(1)
@@ -160,6 +163,8 @@ def patch(
 ) -> None:
     """What `patching.patch` is there, of values and masks by site."""
     pairs = list(zip(vector, patches)) if isinstance(vector, list) else [(vector, patches)]
+    if not all(isinstance(masks, dict) for _, masks in pairs):
+        raise ValueError("names of units stay here; make a set above the block, PatchSet.named(space, names).")
     replaces = mode == "replace" and isinstance(scale, (int, float)) and scale == 1
     scale = scale[:, None, None, None] if isinstance(scale, torch.Tensor) and scale.ndim else scale
     writes = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from httpx import HTTPError
@@ -35,8 +36,10 @@ OURS: dict[str, Callable[[Any, Any], Any]] = {}
 
 PLAIN[Place] = tuple
 PLAIN[ByStage] = lambda values: {key.site: value for key, value in values.items()}
-register(inside_trace.__name__)
-register(f"{PACKAGE}.search.loops")
+BY_VALUE = (inside_trace.__name__, f"{PACKAGE}.search.loops")
+"""The modules that travel by their source."""
+for _module in BY_VALUE:
+    register(_module)
 _reduce = CustomCloudPickler.reducer_override
 
 
@@ -52,16 +55,26 @@ def _travels(kind: type) -> bool:
 
 
 def _travel(self: Any, value: Any) -> Any:
-    """How nnsight's pickler reduces a value."""
+    """How nnsight's pickler reduces a value.
+
+    Raises:
+        TypeError: naming one of ours that has no form there.
+    """
     kind = type(value)
+    named = value if isinstance(value, (type, FunctionType)) else kind
     if isinstance(value, type):
         if (other := nnsight_class(value)) is not value:
             return copy.copy, (other,)
-    elif (plain := PLAIN.get(value if kind is type(_travel) else kind)) is not None:
+    elif (plain := PLAIN.get(value if kind is FunctionType else kind)) is not None:
         return copy.copy, (plain(value),)
     elif (other := nnsight_class(kind)) is not kind:
         _, _, state, *_ = value.__reduce_ex__(2)
         return object.__new__, (other,), {name: part for name, part in state.items() if _travels(type(part))}
+    if named.__module__.partition(".")[0] == PACKAGE and named.__module__ not in BY_VALUE:
+        raise TypeError(
+            f"{named.__qualname__} of {PACKAGE} does not travel; name in the block what there is of it: models, "
+            "vectors, activations, sets of units, prompts, capture and patch."
+        )
     return _reduce(self, value)
 
 

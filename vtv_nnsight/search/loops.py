@@ -22,7 +22,7 @@ def batches_of(groups: torch.Tensor, size: int, tasks: int) -> list[torch.Tensor
 def evaluate(model: Any, choices: torch.Tensor, rows: torch.Tensor, data: Any) -> torch.Tensor:
     """Float64 [row, 1] losses of sets [row, unit] on prompts of these numbers; of float gates [row, 1 + unit], losses
     and gradients. What `data` holds is what `search.remote` sends."""
-    gates, parts = choices.is_floating_point(), torch.zeros(0)
+    gates = choices.is_floating_point()
     values = torch.zeros(len(rows), 1 + choices.shape[1] * gates, dtype=torch.float64)
     for batch in batches_of(data["kinds"][rows], data["size"], len(data["values"])):
         numbers = rows[batch].tolist()
@@ -37,9 +37,11 @@ def evaluate(model: Any, choices: torch.Tensor, rows: torch.Tensor, data: Any) -
         ]
         with torch.set_grad_enabled(gates):
             losses = answer_loss(forward(model, inputs, writes, width - 1), data["truth"][numbers])
-        if gates and not losses.requires_grad:
-            raise RuntimeError(NO_GRADIENT)
-        parts = torch.autograd.grad(losses.sum(), leaf)[0] if gates else choices[batch, :0]
+        parts = choices[batch, :0]
+        if gates:
+            flows = torch.autograd.grad(losses.sum(), leaf, allow_unused=True) if losses.requires_grad else [None]
+            if (parts := flows[0]) is None:
+                raise RuntimeError(NO_GRADIENT)
         values[batch] = torch.column_stack([losses.detach().double().cpu(), parts.double().cpu()])
     return values
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.models.nnsight_remote import PLAIN, RemoteFailure, there, weigh
 from vtv_nnsight.search.loops import NO_GRADIENT, job, once, tags
@@ -45,6 +46,9 @@ class RemoteObjective(Objective):
 
     def __init__(self, *args: Any, remote: bool | str, remote_evaluations: int = REMOTE_EVALUATIONS, **kwargs: Any):
         self.remote = remote
+        check_whole(remote_evaluations=remote_evaluations)
+        if remote_evaluations < 1:
+            raise ValueError(f"remote_evaluations={remote_evaluations} is no job; give 1 or more.")
         super().__init__(*args, **kwargs)
         if self.loss != self.model.losses[0].name:
             raise ValueError(f"loss={self.loss!r} is computed here, not there; use {self.model.losses[0].name!r}.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.maps import png, unit_maps
+from vtv_nnsight.models.nnsight_remote import PLAIN
 from vtv_nnsight.patching import PatchSet, PatchSpace
 
 METADATA = ("algorithm", "probabilistic", "held_out_loss", "evaluations", "settings", "seed")
@@ -154,3 +156,6 @@ class SearchResult:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
             raise ValueError(f"{path} is no whole search result: it {what}; search again.") from error
+
+
+PLAIN[SearchResult] = lambda result: SimpleNamespace(patches=result.patches)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from vtv_nnsight.finite import WHERE, check_finite
 from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.devices import device_of, remote_of
 from vtv_nnsight.models.inside_trace import last_tokens, merge, moments, put
@@ -118,6 +119,8 @@ def _moments_there(
         raise ValueError(f"a vector of {positions} tokens was asked for, and one of these prompts has fewer.")
     every = there(model, remote, inside_trace.collect_moments, dict(batches), list(sites), positions)
     key = model.stages[0].name
+    for task, total in every.items():
+        check_finite(torch.stack([mean.sum() for mean, _ in total.values()]), f"an activation of {task!r}", WHERE)
     return {
         task: Moments(
             sum(len(part["input_ids"]) for part in batches[task]),
