@@ -806,7 +806,7 @@ def test_published_heads_can_be_told(checkpoint):
 def test_bad_sources(module, folder, tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="Linear is no source"):
         MAEVQGAN(torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="int is not a source"):
+    with pytest.raises(TypeError, match="int is no source"):
         MAEVQGAN(3)
     with pytest.raises(OSError, match="nowhere"):
         MAEVQGAN(tmp_path / "nowhere")
