@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.patching import MODES, PatchSet, ablate, patch
+from vtv_nnsight.patching import PatchSet, ablate, patch
 from vtv_nnsight.patching.patching import as_vectors, planned, silence
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.text import quoted
@@ -87,12 +87,8 @@ class Condition:
             raise ValueError("vectors, or an ablation, and patches go together: what to put there, and where.")
         if self.vectors is not None and self.ablation is not None:
             raise ValueError("a condition patches vectors in or silences units; for both, give a function as run.")
-        if isinstance(self.ablation, str) and self.ablation != "zero":
-            raise ValueError(f"ablation={self.ablation!r} is unknown; give 'zero' or a task vector.")
         if self.vectors is not None:
             as_vectors(self.vectors)
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}.")
         if self.prompts is not None and self.prompts < 1:
             raise ValueError(f"prompts={self.prompts} asks nothing; give 1 or more, or None for all.")
         if self.prompts_override is not None and self.shot != "one":

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from vtv_nnsight.finite import check_output
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.devices import check_device_map, floating_dtype, resolve_device
+from vtv_nnsight.models.devices import floating_dtype
 from vtv_nnsight.models.interface import CanvasModel
 from vtv_nnsight.models.nnsight_compat import Envoy, TraceableModel, traceable
 from vtv_nnsight.models.painting import Inputs, paint_canvas
@@ -77,7 +77,6 @@ class TraceableCanvas(TraceableModel, CanvasModel):
             raise TypeError(f"{type(source).__name__} is no source of {type(self).__name__}; give {self.source_kinds}.")
         if isinstance(source, str) and locate(source).kind == "hub":
             source = locate(source).path
-        check_device_map(kwargs.get("device_map"))
         if envoys is None or isinstance(envoys, dict):
             envoys = {**self.envoy_classes, **(envoys or {})}
         super().__init__(source, revision=revision, envoys=envoys, **kwargs)
@@ -149,14 +148,7 @@ class TraceableCanvas(TraceableModel, CanvasModel):
         raise NotImplementedError
 
     def to(self, *args: Any, **kwargs: Any) -> TraceableCanvas:
-        """Move or cast the model (device, dtype), in place, as `torch.nn.Module.to` does; loads the weights first.
-
-        Raises:
-            ValueError: when there is no such device, naming those that there are.
-        """
-        for device in (*args, kwargs.get("device")):
-            if isinstance(device, (str, int, torch.device)) and not isinstance(device, bool):
-                resolve_device(device)
+        """Move or cast the model (device, dtype), in place, as `torch.nn.Module.to` does; loads the weights first."""
         self.dispatch()
         self.network.to(*args, **kwargs)
         return self

@@ -40,20 +40,6 @@ def resolve_device(device: str | int | torch.device) -> torch.device:
     raise ValueError(f"there is no device {quoted(str(device))} here; choose one of {', '.join(names)}.")
 
 
-def check_device_map(device_map: Any) -> None:
-    """Refuse a transformers `device_map` that names devices which are not there.
-
-    Raises:
-        ValueError: naming the devices that there are.
-    """
-    if isinstance(device_map, dict):
-        for device in device_map.values():
-            if device != "disk":
-                resolve_device(device)
-    elif device_map is not None and device_map not in AUTOMATIC:
-        resolve_device(device_map)
-
-
 def remote_of(model: Any, remote: bool | str | None = None) -> bool | str:
     """Where a model runs, if not here: what the caller says, else what it was made with.
 

@@ -108,34 +108,14 @@ def editable(value: torch.Tensor) -> torch.Tensor:
     return value.clone() if value.requires_grad else value
 
 
-class CheckedProperty(eproperty):
-    """A value of an attention layer that needs something before it can be served, which `prepare` sees to."""
-
-    def prepare(self, attention: Envoy) -> None:
-        """Called before the value is read or written."""
-        raise NotImplementedError
-
-    def __get__(self, attention: Envoy | None, owner: Any = None) -> Any:
-        if attention is not None:
-            self.prepare(attention)
-        return super().__get__(attention, owner)
-
-    def __set__(self, attention: Envoy, value: Any) -> None:
-        self.prepare(attention)
-        super().__set__(attention, value)
-
-
-class EagerProperty(CheckedProperty):
+class EagerProperty(eproperty):
     """A value that exists only under attn_implementation="eager"; elsewhere, asking for it says so."""
 
-    def prepare(self, attention: Envoy) -> None:
+    def _location(self, attention: Envoy) -> str:
         """Refuse other implementations."""
-        implementation = network_of(attention).config._attn_implementation
-        if implementation != "eager":
-            raise ValueError(
-                f"{attention.path}.{self.name} is not computed by attn_implementation={implementation!r}; "
-                'load the model with attn_implementation="eager".'
-            )
+        if network_of(attention).config._attn_implementation != "eager":
+            raise ValueError(f'{attention.path}.{self.name} wants attn_implementation="eager"; load the model with it.')
+        return str(super()._location(attention))
 
 
 class AttentionEnvoy(Envoy):
@@ -162,12 +142,13 @@ def attention_envoy(projection: str, count: str | int) -> type[AttentionEnvoy]:
     return type("AttentionEnvoy", (AttentionEnvoy,), {"heads": heads_of(projection, count)})
 
 
-class SourceProperty(CheckedProperty):
+class SourceProperty(eproperty):
     """A value inside the module's forward, which nnsight serves once that forward is instrumented."""
 
-    def prepare(self, attention: Envoy) -> None:
+    def _location(self, attention: Envoy) -> str:
         """Instrument the module's forward."""
         install_source(attention)
+        return str(super()._location(attention))
 
 
 class StageEnvoy(Envoy):

@@ -25,7 +25,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils.generic import ModelOutput
 
-from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.autoencoders import CodeModel
 from vtv_nnsight.models.canvas import drop_none
 from vtv_nnsight.models.devices import AUTOMATIC, available_devices, floating_dtype, resolve_device
@@ -34,7 +33,6 @@ from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.published import code_size, count_modules, tokenizer_sizes
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.models.torch_files import StrPath, cast, check_ranks, check_tensors, read_tensors
-from vtv_nnsight.prompts import VisualPrompt
 
 FIRST_STAGE = "first_stage_model."
 """What the names of the VQGAN's tensors begin with in a published file."""
@@ -342,17 +340,11 @@ class Net2Net(CodeModel):
         """None: see above."""
         return ()
 
-    def attention(self, stage: str, layer: int) -> NoReturn:
+    def attention(self, stage: str, *_: Any) -> NoReturn:
         """None: see above."""
-        _has_none(stage)
+        raise ValueError(f"there is no stage {stage!r}: this model samples code by code, and no head can be patched.")
 
-    def positions(self, stage: str, prompts: VisualPrompt | None = None) -> NoReturn:
-        """None: see above."""
-        _has_none(stage)
-
-    def groups(self, stage: str, granularity: str, layout: Layout | None = None) -> NoReturn:
-        """None: see above."""
-        _has_none(stage)
+    positions = groups = attention
 
     def codes(self, canvas: torch.Tensor) -> torch.Tensor:
         """The VQGAN's codes of canvases, LongTensor [batch, patch]."""
@@ -366,13 +358,13 @@ class Net2Net(CodeModel):
         """The VQGAN's picture of codes [batch, patch]: [batch, 3, height, width] in [0, 1]."""
         return self.network.vqgan.decode(predictions)
 
-    def empty_network(self, source: str, **options: Any) -> Net2NetNetwork:
+    def empty_network(self, source: str, device_map: Any = None, **options: Any) -> Net2NetNetwork:
         """The network of a file on the meta device."""
-        return load_checkpoint(source, weights=False, **_settings(options))
+        return load_checkpoint(source, weights=False, **drop_none(options, *options))
 
     def loaded_network(self, source: str, device_map: Any = None, **options: Any) -> Net2NetNetwork:
         """The network of a file, with its weights."""
-        return load_checkpoint(source, **_settings(options)).to(_place(device_map))
+        return load_checkpoint(source, **drop_none(options, *options)).to(_place(device_map))
 
     def ready_network(self, module: Net2NetNetwork, **options: Any) -> Net2NetNetwork:
         """The network itself, in eval mode."""
@@ -381,18 +373,8 @@ class Net2Net(CodeModel):
         return module.eval()
 
 
-def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:
-    kwargs = drop_none(kwargs, *kwargs)
-    kwargs.pop("device_map", None)
-    return kwargs
-
-
 def _place(device_map: Any) -> torch.device:
     """The one device that a `device_map` names."""
     if device_map is None or device_map in AUTOMATIC:
         return torch.device("cpu" if device_map is None else available_devices()[-1])
     return resolve_device(device_map)
-
-
-def _has_none(stage: str) -> NoReturn:
-    raise ValueError(f"there is no stage {stage!r}: this model samples code by code, and its heads cannot be patched.")
