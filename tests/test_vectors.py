@@ -179,7 +179,7 @@ def put(tensors, name, value):
         (lambda t, f: put(t, "a/encoder/variance", torch.inf), "a/encoder/variance holds numbers that are NaN or inf"),
         (lambda t, f: t.pop("a/decoder/present"), "it has no 'a/decoder/present'"),
         (lambda t, f: t.update({"c/encoder/mean": t["c/encoder/mean"][:, 1:].clone()}), "c/encoder/mean has shape"),
-        (lambda t, f: t.update({"a/encoder/present": torch.ones(9**6, dtype=torch.bool)}), r"at \[531441\] positions"),
+        (lambda t, f: t.update({"a/encoder/present": torch.ones(9**6, dtype=torch.bool)}), "a/encoder/mean has shape"),
         (lambda t, f: f.pop("counts"), "it has no 'counts'"),
         (lambda t, f: f.pop("fingerprint"), "it has no 'fingerprint'"),
         (lambda t, f: f.update(fingerprint=3), "holds no whole task vectors"),

@@ -82,15 +82,10 @@ def read_sites(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 def _read_values(tensors: Mapping[str, torch.Tensor], name: str, field: str, stage: Stage, places: int) -> torch.Tensor:
     """A field of a vector at a stage's site, from the tensors of a file."""
     values, present = tensors[f"{name}/{stage.key}/{field}"], tensors[f"{name}/{stage.key}/present"]
-    sizes = (stage.heads, stage.head_dim)[: 2 if field == "mean" else 1]
-    expected = (stage.layers, int(present.sum()), *sizes)
-    if places > 100 * (1 + expected[1]):
-        raise ValueError(f"{name}/{stage.key}/{field} is present at {expected[1]} of {places:,} positions")
-    if present.shape != (places,) or present.dtype != torch.bool or values.shape != expected:
-        raise ValueError(
-            f"{name}/{stage.key}/{field} has shape {list(values.shape)} at {list(present.shape)} positions, not "
-            f"{list(expected)} at [{places}]"
-        )
+    expected = [stage.layers, int(present.sum()), stage.heads, stage.head_dim][: 4 if field == "mean" else 3]
+    fits = present.shape == (places,) and places <= 100 * (1 + expected[1])
+    if not fits or present.dtype != torch.bool or list(values.shape) != expected:
+        raise ValueError(f"{name}/{stage.key}/{field} has shape {list(values.shape)} of {places:,}, not {expected}")
     if not values.isfinite().all():
         raise ValueError(f"{name}/{stage.key}/{field} holds numbers that are NaN or infinite")
     return scatter(values.float(), present.nonzero()[:, 0], places)
@@ -169,10 +164,8 @@ def present_positions(mean: ByStage, label: str = "the vector") -> ByStage:
         bad = ~values.isfinite().all(-1) & ~absent[key][:, None]
         if bad.any():
             layer, position, head = bad.nonzero()[0]
-            raise ValueError(
-                f"{label} is not finite at layer {layer}, position {position} and head {head} of the {key}; look for "
-                "NaN and infinity where it was made."
-            )
+            where = f"layer {layer}, position {position} and head {head} of the {key}"
+            raise ValueError(f"{label} is not finite at {where}; look for NaN and infinity where it was made.")
     return absent.map(torch.logical_not)
 
 
