@@ -52,7 +52,7 @@ def read_vectors(path: str | Path) -> tuple[Content, dict[str, Any]]:
     try:
         owner = metadata["fingerprint"]
         places = layout_of(owner).num_positions
-        stages = [stage.at(site) for stage in stages_of(owner) for site in read_sites(metadata)]
+        stages = [stage.at(site) for stage in stages_of(owner) for site in metadata["sites"]]
 
         def values(name: str, field: str) -> ByStage:
             return ByStage({stage.key: _read_values(tensors, name, field, stage, places) for stage in stages})
@@ -65,18 +65,6 @@ def read_vectors(path: str | Path) -> tuple[Content, dict[str, Any]]:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} holds no whole task vectors: {reason}; collect them again.") from error
     return vectors, owner
-
-
-def read_sites(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """The sites that a file's metadata name.
-
-    Raises:
-        ValueError: when there are none, or one is unknown.
-    """
-    sites = tuple(metadata["sites"])
-    if not sites or not set(sites) <= set(SITES):
-        raise ValueError(f"its sites {list(sites)} are unknown")
-    return sites
 
 
 def _read_values(tensors: Mapping[str, torch.Tensor], name: str, field: str, stage: Stage, places: int) -> torch.Tensor:
