@@ -61,7 +61,7 @@ def read_vectors(path: str | Path) -> tuple[Content, dict[str, Any]]:
         for name, count in metadata["counts"].items():
             varied = f"{name}/{stages[0].key}/variance" in tensors
             vectors[name] = values(name, "mean"), values(name, "variance") if varied else None, count
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} holds no whole task vectors: {reason}; collect them again.") from error
     return vectors, owner
