@@ -114,7 +114,9 @@ class EagerProperty(eproperty):
     def _location(self, attention: Envoy) -> str:
         """Refuse other implementations."""
         if network_of(attention).config._attn_implementation != "eager":
-            raise ValueError(f'{attention.path}.{self.name} wants attn_implementation="eager"; load the model with it.')
+            raise ValueError(
+                f'{attention.path}.{self.name}: load the model with attn_implementation="eager" to have it.'
+            )
         return str(super()._location(attention))
 
 
