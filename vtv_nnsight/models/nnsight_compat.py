@@ -1,5 +1,5 @@
-"""All that this package needs of nnsight beyond its public names: no file but this, `nnsight_batching` and
-`nnsight_verbs` knows how nnsight works inside.
+"""All that this package needs of nnsight beyond its public names: no file but this, `nnsight_batching`,
+`nnsight_remote` and `nnsight_verbs` knows how nnsight works inside.
 
 A family's model is a `TraceableModel` of one network; its modules get envoys with readable heads (`heads_of`) and
 patterns, and stages that know where their tokens lie; `PromptBatcher` cuts the rows of a batch into those of its
