@@ -238,7 +238,7 @@ def wheel_file(name: str, work: Path) -> str:
 def run(name: str, args: argparse.Namespace) -> tuple[list[Cell], dict[str, Any]]:
     """Everything about a model."""
     model, loading = located(name, args)
-    folder = args.work / Path(name).name
+    folder = args.work / ("quick" if args.quick else "") / Path(name).name
     folder.mkdir(parents=True, exist_ok=True)
     kinds = [tasks.words(task) for task in args.tasks]
     cells = []
@@ -255,8 +255,9 @@ def run(name: str, args: argparse.Namespace) -> tuple[list[Cell], dict[str, Any]
             for what, cell in bar:
                 bar.set_postfix_str(f"{what}, {cell.task.name}")
                 if what not in cell.records["done"]:
+                    start = time.perf_counter()
                     cell.records |= METHODS[what](cell)
-                    cell.records["done"][what] = True
+                    cell.records["done"][what] = time.perf_counter() - start
                     write_text(cell.file, json.dumps(cell.records) + "\n")
         cells += by_task.values()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
@@ -315,7 +316,8 @@ def summary(cells: Sequence[Cell]) -> dict[str, Any]:
         }
         for task in cells[0].others
     }
-    return {"methods": methods, "by_task": by_task, "seeds": len({cell.seed for cell in cells})}
+    done = {what: np.mean([cell.records["done"].get(what, np.nan) for cell in cells]).item() for what in METHODS}
+    return {"methods": methods, "by_task": by_task, "seeds": len({cell.seed for cell in cells}), "seconds": done}
 
 
 def report(name: str, found: Mapping[str, Any]) -> None:
@@ -337,6 +339,7 @@ def report(name: str, found: Mapping[str, Any]) -> None:
         for n, m in methods.items()
     )
     print("\n" + table(["", "mean", *(f"less {o}" for o in against), *SPENT], rows))
+    print("\n" + table(["", "seconds of a task and seed"], found["seconds"].items()))
 
 
 def random_model() -> CausalLM:
@@ -370,18 +373,19 @@ def figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 def main() -> None:
     parser = options(__file__, __doc__ or "", "a tiny model of chance weights, two tasks, one seed")
-    parser.add_argument("--model", nargs="+", default=["smollm2", "gemma3"])
-    parser.add_argument("--tasks", nargs="+", default=list(tasks.WORDS), choices=tasks.WORDS)
+    parser.add_argument("--model", nargs="+", help="smollm2 and gemma3 by default")
+    parser.add_argument("--tasks", nargs="+", choices=tasks.WORDS, help="all by default")
     parser.add_argument("--seeds", type=int, default=5, help="how many, from --seed on")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--speed", action="store_true", help="how fast searches are, and nothing else")
-    parser.add_argument("--work", type=Path, default=Path("bench/language"), help="for models and results")
+    parser.add_argument("--work", type=Path, help="for models and results, bench/language by default")
     args = parser.parse_args()
     numbers = dict(budget=BUDGET, published=PUBLISHED, collected=COLLECTED, choice=CHOICE, shots=8)
     if args.quick:
-        args.model, args.tasks, args.seeds = ["random"], ["antonym", "plural"], 1
-        numbers = dict(budget=150, published=700, collected=4, choice=2, shots=2)
-        args.work = args.out / "language"
+        args.seeds, numbers = 1, dict(budget=150, published=700, collected=4, choice=2, shots=2)
+    args.model = args.model or (["random"] if args.quick else ["smollm2", "gemma3"])
+    args.tasks = args.tasks or (["antonym", "plural"] if args.quick else list(tasks.WORDS))
+    args.work = args.work or (args.out / "language" if args.quick else Path("bench/language"))
     vars(args).update(numbers)
     if args.speed:
         for name in args.model:
