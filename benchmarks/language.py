@@ -255,9 +255,9 @@ def run(name: str, args: argparse.Namespace) -> tuple[list[Cell], dict[str, Any]
             for what, cell in bar:
                 bar.set_postfix_str(f"{what}, {cell.task.name}")
                 if what not in cell.records["done"]:
-                    start = time.perf_counter()
+                    start = time.process_time()
                     cell.records |= METHODS[what](cell)
-                    cell.records["done"][what] = time.perf_counter() - start
+                    cell.records["done"][what] = time.process_time() - start
                     write_text(cell.file, json.dumps(cell.records) + "\n")
         cells += by_task.values()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
@@ -339,7 +339,7 @@ def report(name: str, found: Mapping[str, Any]) -> None:
         for n, m in methods.items()
     )
     print("\n" + table(["", "mean", *(f"less {o}" for o in against), *SPENT], rows))
-    print("\n" + table(["", "seconds of a task and seed"], found["seconds"].items()))
+    print("\n" + table(["", "processor seconds of a task and seed"], found["seconds"].items()))
 
 
 def random_model() -> CausalLM:

@@ -401,7 +401,11 @@ def test_evaluation_of_tokens_and_of_texts(model, vectors):
     patches = PatchSet.random(PatchSpace(model), 6)
     conditions = {"few-shot": None, "zero-shot": "zero-shot", "vector": (vectors["upper"], patches)}
     table = evaluate(model, task, prompts, conditions, progress=False, keep=2)
-    assert "− few-shot" in repr(table) and "− one-shot" not in repr(table)
+    assert "− few-shot" in repr(table) and "− one-shot" not in repr(table) and "plural, 6 prompts" in repr(table)
+    both = {"one-shot": None, "one-shot + task vector": Condition("one", vectors["upper"], patches)}
+    named = evaluate(model, task, prompts[[0, 0, 1]], both, progress=False)
+    assert "plural, 2 queries, 3 prompts" in repr(named) and "one-shot" not in repr(named)
+    assert repr(named).count("few-shot") == 4
     edit = partial(patch, vector=vectors["upper"], patches=patches)
     query_only, loss = prompts.query_only(), find_loss(model, None, task)
     expected = losses(model, query_only, loss, model.truth(query_only), edit)
@@ -515,6 +519,21 @@ def test_circuits_on_texts(model, vectors):
     torch.testing.assert_close(torch.tensor(into.kept["some", "signed", 0][-1]), -all_units.double(), **CLOSE)
     torch.testing.assert_close(torch.tensor(out.full), -losses(model, few, loss, model.truth(few)).double(), **CLOSE)
     assert {"CPR", "CMD"} <= {name.split()[0] for name in into.summary().columns}
+    task = tasks.words("antonym")
+    metric, (output, _) = circuits.answer_metric(model, task, FEW), forward(model, FEW)
+    expected = metrics.FIRST_TOKEN(*model.answers(output, FEW, task))
+    assert torch.equal(metric.value(output, FEW, torch.arange(3)), expected)
+    with pytest.raises(ValueError, match="'exact_match' reads what is generated, not an output; take answer_loss"):
+        circuits.answer_metric(model, tasks.scored_by(task, "exact_match"), FEW)
+
+
+def test_a_model_and_its_units_are_described(model, tmp_path, vtv):
+    assert repr(PatchSpace(model)) == "PatchSpace(12 units by token: layers 12)"
+    model.save_pretrained(tmp_path / "model")
+    code, printed, _ = vtv("info", tmp_path / "model")
+    weights = sum(p.numel() for p in model.network.parameters())
+    assert code == 0 and "CausalLM, llama, vocabulary of 99" in printed and f"{weights:,}" in printed
+    assert "3 layers of width 32, 4 heads" in printed and "12 by token" in printed and "pixels" not in printed
 
 
 @pytest.mark.slow
@@ -534,7 +553,8 @@ def test_a_run_of_words_from_end_to_end(model, tmp_path, vtv, monkeypatch):
         query = prompt.rsplit("\n\n", 1)[1]
         assert prompt.count("Q: ") == 9 and f"<code>{query}</code>" in page
         assert f"<code>{texts['truth'][number].strip()}</code>" in page
-    assert "antonym-units.png" in page and "none" not in page.split("<pre>")[1].split("</pre>")[0]
+    assert "one-shot" not in page.replace('"one-shot"', "") and "few-shot" in page and " images" not in page
+    assert "Map of its units" in page and "none" not in page.split("<pre>")[1].split("</pre>")[0]
     assert vtv(*command)[0] == 0 and json.loads(before)["files"] == json.loads((run / "run.json").read_text())["files"]
 
     bundle = bundles.load(run)

@@ -105,6 +105,10 @@ def test_metrics_of_texts():
         (lambda: tasks.Words("a/b", PAIRS), "name='a/b' cannot be a file's"),
         (lambda: tasks.Words("one", {"hot": "cold"}), "'one' has 1 row"),
         (lambda: tasks.Words("two", [("hot", "cold"), ("hot", "cool")]), "asks 'Q: hot.* twice"),
+        (
+            lambda: tasks.Words("mine", data.words()),
+            "rows of 'mine' are of antonym, capital, .*; give those of one task",
+        ),
         (lambda: tasks.Words("mine", ["hot", "cold"]), "'hot' is not a pair of 'mine'"),
         (lambda: tasks.Words("mine", [("hot", "cold", "cool"), ("a", "b")]), "'cool'. is not a pair of 'mine'"),
         (lambda: tasks.Words("mine", {"hot": "cold", "big": " "}), "row 1 of 'mine' has no 'output'"),
@@ -146,6 +150,7 @@ def test_files_of_words_are_read(tmp_path):
     for name in ("rows.json", "mapping.json", "table.csv"):
         assert list(data.words(tmp_path / name)) == rows, name
         assert tasks.Words("mine", data.words(tmp_path / name)) == tasks.Words("mine", PAIRS)
+    assert tasks.Words("mine", data.words("plural")).rows == tasks.words("plural").rows  # whatever the rows call it
 
 
 @pytest.mark.parametrize(

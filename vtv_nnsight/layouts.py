@@ -60,6 +60,8 @@ class Layout:
     gap: int | tuple[int, int] | None = None
     MODEL_FACTS: ClassVar[tuple[str, ...]] = ("canvas_size", "patch_size")
     """What of it belongs to the model."""
+    REGION: ClassVar[str] = "quadrant"
+    """What units of granularity "quadrant" are by."""
 
     def __post_init__(self) -> None:
         if isinstance(self.gap, list):

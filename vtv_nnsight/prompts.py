@@ -7,7 +7,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from einops import rearrange
@@ -29,9 +29,11 @@ class Prompts(ABC):
     Attributes:
         layout: Where things lie in them: equal layouts have equal positions. It has `num_positions`, `place_names`,
             and `MODEL_FACTS`, the names of the fields that belong to the model.
+        noun: What tables count.
     """
 
     layout: Any
+    noun: ClassVar[str] = "images"
 
     @property
     @abstractmethod

@@ -35,6 +35,8 @@ class TextLayout:
     stop: str = ""
     MODEL_FACTS: ClassVar[tuple[str, ...]] = ()
     """What of it belongs to the model: nothing."""
+    REGION: ClassVar[str] = "token"
+    """What units of granularity "quadrant" are by."""
 
     def __post_init__(self) -> None:
         if self.shots < 0 or self.positions < 1:
@@ -81,6 +83,7 @@ class TextPrompts(Prompts):
     identifiers: torch.Tensor = None  # type: ignore[assignment]  # set below
     wrong_answers: tuple[str, ...] | None = None
     _few_shot: TextPrompts | None = None
+    noun: ClassVar[str] = "prompts"
 
     def __post_init__(self) -> None:
         for name in ("texts", "answers", "query_texts", "wrong_answers"):

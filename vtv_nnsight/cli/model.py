@@ -14,7 +14,7 @@ from vtv_nnsight.cli import options
 from vtv_nnsight.cli.group import app
 from vtv_nnsight.cli.output import say, wrote
 from vtv_nnsight.models import load_model
-from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.interface import CanvasModel, InContextModel
 from vtv_nnsight.models.mae_vqgan import published
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.prompts import VisualPrompt
@@ -25,9 +25,13 @@ from vtv_nnsight.search import PIXELS
 def info(source: options.Source, vqgan: options.VQGAN = None) -> None:
     """Show a model's sizes, parameters, losses and units, and what a task's vectors take on disk. Reads no weights."""
     model: Any = load_model(source, vqgan=vqgan)
-    size, patch = model.layout.canvas_size, model.layout.patch_size
-    title = f"{type(model).__name__}, canvas {size}x{size}, patches {patch}x{patch}"
-    table = Table(title=title, caption=escape(source))
+    of_pictures = isinstance(model, CanvasModel)
+    if of_pictures:
+        size, patch = model.layout.canvas_size, model.layout.patch_size
+        sizes = f"canvas {size}x{size}, patches {patch}x{patch}"
+    else:
+        sizes = f"{model.identity()['architecture']}, vocabulary of {len(model.tokenizer):,}"
+    table = Table(title=f"{type(model).__name__}, {sizes}", caption=escape(source))
     table.add_column("part")
     table.add_column("what it is")
     table.add_column("parameters", justify="right")
@@ -39,9 +43,9 @@ def info(source: options.Source, vqgan: options.VQGAN = None) -> None:
     origin = f"tokenizer from {escape(str(vqgan or source))}" if "vqgan" in parts else ""
     table.add_row("all", origin, f"{_parameters(model):,}")
     table.add_section()
-    table.add_row("losses", ", ".join([*(loss.name for loss in model.losses), PIXELS]))
+    table.add_row("losses", ", ".join([loss.name for loss in model.losses] + [PIXELS] * of_pictures))
     if model.stages:
-        table.add_row("units", f"{len(PatchSpace(model))} by quadrant")
+        table.add_row("units", f"{len(PatchSpace(model))} by {model.layout.REGION}")
         table.add_row("a task's vectors", f"{_vector_bytes(model) / 1e6:.3g} MB on disk")
     say(table)
 
@@ -61,10 +65,12 @@ def convert(
 
 def _vector_bytes(model: InContextModel) -> int:
     """The size of what `TaskVectors.save` writes of a task: a mean and a variance of every head at every position that
-    one-shot prompts show, in float32."""
-    size = model.layout.canvas_size
-    prompt = VisualPrompt.from_canvas(torch.zeros(1, 3, size, size), model.layout)
-    positions = {stage.name: len(model.positions(stage.name, prompt)) for stage in model.stages}
+    one-shot prompts show, or at the last token of a text, in float32."""
+    positions = dict.fromkeys((stage.name for stage in model.stages), 1)
+    if isinstance(model, CanvasModel):
+        size = model.layout.canvas_size
+        prompt = VisualPrompt.from_canvas(torch.zeros(1, 3, size, size), model.layout)
+        positions = {stage.name: len(model.positions(stage.name, prompt)) for stage in model.stages}
     return sum(4 * s.layers * positions[s.name] * s.heads * (s.head_dim + 1) for s in model.stages)
 
 

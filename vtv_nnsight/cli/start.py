@@ -26,7 +26,7 @@ from vtv_nnsight.models.sources import EMBEDDED
 from vtv_nnsight.report import page, photographs, reading
 from vtv_nnsight.report.comparison import compare
 from vtv_nnsight.report.explorer import demonstrate
-from vtv_nnsight.report.labels import FLOOR_TO_CEILING
+from vtv_nnsight.report.labels import FLOOR_TO_CEILING, titled
 from vtv_nnsight.report.seeds import merge
 from vtv_nnsight.report.verdicts import specificity_sentences, vector_pairs, verdicts
 from vtv_nnsight.runs import bundles, pipeline
@@ -272,11 +272,13 @@ def _numbers(text: str) -> tuple[int, ...]:
 def summarise(folder: Path) -> None:
     """Print the scores of a run, and what they say."""
     results = reading.load_run(folder)
-    table = Table("task", *FLOOR_TO_CEILING, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     lines = results.lines()
+    columns = [name for name in FLOOR_TO_CEILING if any(name in task["score"] for task in lines.values())]
+    titles = (titled(name, results.table.frame.noun.iloc[0]) for name in columns)
+    table = Table("task", *titles, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for task in results.tasks:
         scores = lines[task.name]["score"]
-        means = [f"{scores[name].mean:.3f}" if name in scores else "" for name in FLOOR_TO_CEILING]
+        means = [f"{scores[name].mean:.3f}" if name in scores else "" for name in columns]
         table.add_row(Text(task.name), *means)
     say(table)
     for note in results.record["notes"]:

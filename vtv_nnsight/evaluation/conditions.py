@@ -36,6 +36,8 @@ FLOOR, CEILING = "copy", "tokenizer"
 """The names of conditions: the same in tables, under pictures and in files. The others are compared with `BASELINE`."""
 SHORT = {BASELINE: "one", ZERO_SHOT: "zero", FLOOR: "copy", CEILING: "ceiling", "ceiling": "ceiling"}
 """Short forms: a condition without patches, by its name in tables."""
+FEW_SHOT = "few-shot"
+"""What tables and reports of texts call `BASELINE`."""
 CONTROL = 104_729
 """Added to the seed of the control's units, so that a user's own random set of the same seed is another one."""
 

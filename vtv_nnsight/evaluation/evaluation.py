@@ -177,6 +177,7 @@ def _frame(
         ValueError: when no condition has values.
     """
     facts: dict[str, Any] = {"task": task.name, "metric": task.metric.name, "label": task.metric.label, "fold": fold}
+    facts["noun"] = prompts.noun
     facts["loss_name"] = f"{loss.name.removesuffix('s').replace('_', ' ')} loss" if loss else "loss"
     images = pd.DataFrame({"image": range(len(prompts))} | {n: i.numpy() for n, i in prompts.factors.items()})
     frames = []

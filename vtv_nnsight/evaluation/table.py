@@ -14,7 +14,7 @@ import torch
 from pyarrow.parquet import write_table as write_parquet
 
 from vtv_nnsight import metrics
-from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED
+from vtv_nnsight.evaluation.conditions import BASELINE, FEW_SHOT, PATCHED
 from vtv_nnsight.evaluation.resampling import intervals
 from vtv_nnsight.files import UNSEALED, check_seal, replacing, seal, write_text
 from vtv_nnsight.tasks.base import SOURCES
@@ -30,7 +30,7 @@ ENOUGH = 8
 class Line(NamedTuple):
     """One measure of one condition: its mean, and its mean difference to one-shot on the same images, with 95 %
     bootstrap intervals, over its draws too where it has several; NaN where there is none. `images` are the prompts, and
-    `pictures` their different query pictures; `beside` is the task vector's mean on the same images, where those are
+    `pictures` their different queries; `beside` is the task vector's mean on the same images, where those are
     fewer than its own."""
 
     task: str
@@ -46,20 +46,26 @@ class Line(NamedTuple):
     draws: int = 1
     pictures: int = 0
     beside: float = np.nan
+    noun: str = "images"
 
     @property
     def asked(self) -> str:
-        """What was asked: "128 images", or "2 pictures, 16 prompts" where query pictures repeat."""
-        return (
-            f"{self.images} images"
-            if self.pictures == self.images
-            else f"{self.pictures} pictures, {self.images} prompts"
-        )
+        """What was asked: "128 images", or "2 pictures, 16 prompts" where query pictures repeat; of texts "128
+        prompts", or "2 queries, 16 prompts"."""
+        if self.pictures == self.images:
+            return f"{self.images} {self.noun}"
+        return f"{self.pictures} {self.queries}, {self.images} prompts"
+
+    @property
+    def queries(self) -> str:
+        """What different queries are called."""
+        return "pictures" if self.noun == "images" else "queries"
 
     @property
     def title(self) -> str:
         """The condition, and how often it was drawn."""
-        return self.condition if self.draws == 1 else f"{self.condition}, {self.draws} draws"
+        name = titled(self.condition, self.noun)
+        return name if self.draws == 1 else f"{name}, {self.draws} draws"
 
     @property
     def fewer(self) -> str:
@@ -74,8 +80,8 @@ class Table:
     Args:
         frame: One row for each image and condition: task, metric (its name), label (of the metric, for people),
             condition, draw (0, or the number of a condition's draw), fold, image, score, loss (the model's own),
-            loss_name, and `IDENTIFIERS` as far as they are known: of `query`, images of one number ask about the same
-            picture.
+            loss_name, noun ("images", or "prompts" of texts), and `IDENTIFIERS` as far as they are known: of `query`,
+            images of one number ask about the same picture.
         pictures: Task → name → uint8 [image, 3, height, width]: "prompt" (canvases, their outputs grey), "truth" and
             every condition's answers for the first images.
     """
@@ -95,6 +101,7 @@ class Table:
             "draw": 0,
             "loss": np.nan,
             "loss_name": "loss",
+            "noun": "images",
         }
         self.frame = frame.assign(**{name: values for name, values in default.items() if name not in frame})
 
@@ -207,7 +214,7 @@ class Table:
         names = frame.condition.unique()
         baseline = BASELINE if BASELINE in names else names[0]
         lines = [line for line in self.lines(baseline) if line.task == task]
-        most = max(lines, key=lambda line: line.images)
+        most, title = max(lines, key=lambda line: line.images), titled(baseline, frame.noun.iloc[0])
         head = f"{task}, {most.asked}"
         columns = {frame.label.iloc[0]: frame.metric.iloc[0], f"{frame.loss_name.iloc[0]} ↓": frame.loss_name.iloc[0]}
         rows: dict[str, dict[str, str]] = {
@@ -219,7 +226,7 @@ class Table:
             for line in (line for line in lines if line.measure == measure):
                 rows[line.condition][label] = _interval(line.mean, line.low, line.high)
                 change = _interval(line.difference, line.difference_low, line.difference_high, sign="+")
-                rows[line.condition][f"− {baseline}{' ' * i}"] = change
+                rows[line.condition][f"− {title}{' ' * i}"] = change
         return pd.DataFrame(rows.values())
 
     def __repr__(self) -> str:
@@ -260,13 +267,18 @@ def _lines(frame: pd.DataFrame, baseline: str) -> list[Line]:
             mean = numbers[column, name, "mean"]
             change = numbers[column, name, "change"] if name != baseline else (np.nan, np.nan, np.nan)
             asked = there[name].iloc[:, 0].to_numpy()
-            facts: dict[str, Any] = {"draws": there[name].shape[1]}
+            facts: dict[str, Any] = {"draws": there[name].shape[1], "noun": frame.noun.iloc[0]}
             facts["pictures"] = len(np.unique(identifiers[asked, 0]))
             if PATCHED in names and asked.sum() < there[PATCHED].iloc[:, 0].sum():
                 own = pd.Series(series[column, PATCHED, "mean"][asked, 0]).groupby(folds[asked]).mean()
                 facts["beside"] = float(own.mean())
             lines.append(Line(frame.task.iloc[0], name, measure, int(asked.sum()), *mean, *change, **facts))
     return lines
+
+
+def titled(condition: str, noun: str) -> str:
+    """A condition as people read it: of texts, with "few-shot" for "one-shot"."""
+    return condition if noun == "images" else condition.replace(BASELINE, FEW_SHOT)
 
 
 def _known(frame: pd.DataFrame) -> list[str]:

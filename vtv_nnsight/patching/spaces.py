@@ -156,7 +156,8 @@ class PatchSpace:
 
     def __repr__(self) -> str:
         units = ", ".join(f"{key} {count}" for key, count in self._counts.items())
-        return f"PatchSpace({len(self)} units by {self.granularity}: {units})"
+        by = self.granularity.replace("quadrant", self.layout.REGION)
+        return f"PatchSpace({len(self)} units by {by}: {units})"
 
     @cached_property
     def units(self) -> Units:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vtv_nnsight.evaluation import conditions as of
+from vtv_nnsight.evaluation.table import titled
 
 CONDITIONS = {
     of.BASELINE: "An example is shown; nothing is patched.",
@@ -56,11 +57,14 @@ SITES = {
 """Site → what lies there, and what a unit is."""
 
 
-def legend(conditions: Iterable[str]) -> dict[str, str]:
+def legend(conditions: Iterable[str], of_texts: bool = False) -> dict[str, str]:
     """The conditions that a page compares, each in words: those of `CONDITIONS` that are among `conditions`."""
     names = set(conditions)
     others = any(name.startswith(of.OTHER) for name in names)
-    return {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
+    kept = {name: text for name, text in CONDITIONS.items() if name in names or (others and name.endswith("…"))}
+    if of_texts:
+        return {titled(name, "prompts"): text.replace("An example is", "Examples are") for name, text in kept.items()}
+    return kept
 
 
 def cell_label(cell: str) -> str:

@@ -14,7 +14,7 @@ from operator import and_
 from pathlib import Path
 from typing import Any
 
-from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
+from vtv_nnsight.evaluation.conditions import BASELINE, CEILING, FEW_SHOT, FLOOR, OTHER, PATCHED, RANDOM, ZERO_SHOT
 from vtv_nnsight.evaluation.table import ENOUGH
 from vtv_nnsight.files import write_picture, write_text
 from vtv_nnsight.models import PAPERS
@@ -68,7 +68,8 @@ def _content(run: RunResults) -> dict[str, Any]:
         "unit": _unit(run),
         "asked": list(dict.fromkeys(task["scores"][PATCHED].asked for task in tasks)),
         "summary": [name for name in SUMMARY if any(name in task["scores"] for task in tasks)],
-        "words": legend(condition for task in lines.values() for condition in task["score"]),
+        "words": legend((condition for task in lines.values() for condition in task["score"]), run.of_texts),
+        "shot": FEW_SHOT if run.of_texts else BASELINE,
         "tasks": tasks,
         "scores": [_scores(run, fold) for fold in run.scores],
         "searches": _searches(run, lines),
@@ -146,9 +147,10 @@ def _matrix(run: RunResults) -> dict[str, Any]:
     if not run.table.frame.condition.str.startswith(OTHER).any():
         return {}
     pairs = vector_pairs(run.table)
+    asked = f"{pairs.pictures.min()} {'queries' if run.of_texts else 'pictures'}"
     caption = (
-        f"Every vector at the units of every task, on {pairs.pictures.min()} pictures. The task's own is framed; a "
-        "star marks the best of another task where the own is not surely better."
+        f"Every vector at the units of every task, on {asked}. The task's own is framed; a star marks the best of "
+        "another task where the own is not surely better."
     )
     best: Any = best_others(pairs).itertuples()
     titled = {"transfer at fixed units": pairs}

@@ -119,7 +119,8 @@ def task_verdict(table: Table, task: str) -> list[str]:
     if PATCHED not in lines:
         return []
     if lines[PATCHED].pictures < ENOUGH:
-        return [f"{task}: {lines[PATCHED].asked} are too few for a verdict; give {ENOUGH} different pictures or more."]
+        asked, different = lines[PATCHED].asked, lines[PATCHED].queries
+        return [f"{task}: {asked} are too few for a verdict; give {ENOUGH} different {different} or more."]
     mean = lines[PATCHED].mean
     known = {"copying the query": FLOOR, "the tokenizer's own picture of the truth": CEILING}
     bounds = [f"{what} has {lines[name].mean:.3f}" for what, name in known.items() if name in lines]

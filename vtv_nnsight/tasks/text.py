@@ -25,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 
 from vtv_nnsight import metrics
 from vtv_nnsight.tasks.base import AnyTask, Row
+from vtv_nnsight.text import join_names
 from vtv_nnsight.text_prompts import TextLayout, TextPrompts, number_of
 
 TEMPLATE = "Q: {input}\nA: {output}\n\n"
@@ -73,7 +74,12 @@ class Text(AnyTask):
         placeholder = f"{{{self.needs}}}"
         if self.template.count(placeholder) != 1 or not self.stop or not self.inputs or _columns(self.stop):
             raise ValueError(f"template={self.template!r} must hold a column, {placeholder} once, and an end of it.")
-        object.__setattr__(self, "rows", self.read(self.rows))
+        rows = [dict(row) if isinstance(row, Mapping) else row for row in self.rows]
+        kinds = {row.get("task", "") for row in rows if isinstance(row, dict) and "task" not in self.inputs}
+        if len(kinds) > 1:
+            raise ValueError(f"rows of {self.name!r} are of {join_names(sorted(kinds))}; give those of one task.")
+        rows = [{**row, "task": self.name} if kinds - {""} and isinstance(row, dict) else row for row in rows]
+        object.__setattr__(self, "rows", self.read(rows))
         if len(self.rows) < 2:
             raise ValueError(f"{self.name!r} has {len(self.rows)} row(s); a prompt needs an example and a query.")
         seen: set[str] = set()

@@ -11,8 +11,8 @@ import torch
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching.forward import find_loss
-from vtv_nnsight.prompts import VisualPrompt
-from vtv_nnsight.tasks import Task
+from vtv_nnsight.prompts import Prompts, VisualPrompt
+from vtv_nnsight.tasks.base import AnyTask
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,21 @@ def answer_loss(model: InContextModel, prompts: VisualPrompt, loss: str | None =
     return Measure(f"− {scored.name} loss", value, True, (truth,))
 
 
-def answer_metric(model: InContextModel, task: Task, prompts: VisualPrompt) -> Measure:
-    """The task's own metric of the painted answers, signed so that higher is better."""
-    prompts.check_truth()
-    truth = prompts.to(device_of(model)).region("output")
+def answer_metric(model: InContextModel, task: AnyTask, prompts: Prompts) -> Measure:
+    """The task's own metric of the painted answers, or of those that a language model gives, signed so that higher is
+    better.
 
-    def value(output: Any, answered: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
-        return -task.loss(model.answers(output, answered)[0], truth[rows])
+    Raises:
+        ValueError: when the metric reads what is generated.
+    """
+    prompts.check_truth()
+    scored = next(iter(model.task_losses(task)), None)
+    if scored is None:
+        raise ValueError(f"{task.metric.name!r} reads what is generated, not an output; take answer_loss.")
+    truth = (scored.truth or model.truth)(prompts.to(device_of(model)))
+
+    def value(output: Any, answered: Prompts, rows: torch.Tensor) -> torch.Tensor:
+        return -scored.value(output, answered, truth[rows])
 
     return Measure(f"{task.name}'s metric", value, False, (truth,))
 
