@@ -126,7 +126,7 @@ def _plans(
 
 def _cached(model: InContextModel, batch: Prompts, plans: Sequence[Condition]) -> dict[str, list[Any] | None]:
     """What does not change of a batch where several conditions patch it, with an example ("one") or without."""
-    patched = Counter(condition.shot for condition in plans if condition.patches_alone)
+    patched = Counter(str(condition.shot) for condition in plans if condition.patches_alone)
     forms = {"one": batch, "zero": batch.query_only()}
     return {shot: remember(model, forms[shot], len(batch)) for shot, count in patched.items() if count > 1}
 
@@ -150,7 +150,7 @@ def _answer(
     if from_there is not None:
         losses, said = next(from_there)
         return *answered(model, said, prompts, task), losses
-    known = cached.get(condition.shot) if condition.patches_alone else None
+    known = cached.get(str(condition.shot)) if condition.patches_alone else None
     output, _ = forward(model, prompts, condition.apply, cached=known and known[: len(prompts)])
     if loss is not None and truth is not None:
         losses = loss.value(output, prompts, truth[: len(prompts)])

@@ -341,8 +341,9 @@ class CausalLM(TraceableTexts, InContextModel):
         if self.is_edited or self.remote:
             return None
         self(prompts, cached=(past := DynamicCache()))  # which keeps all tokens, whatever the window of a layer
-        values = [value for layer in past.layers for value in (layer.keys, layer.values)]
-        if len(past.layers) != self._stage.layers or len({value.shape for value in values}) > 1:
+        layers: Any = past.layers
+        values = [value for layer in layers for value in (layer.keys, layer.values)]
+        if len(layers) != self._stage.layers or len({value.shape for value in values}) > 1:
             return None
         lengths, end = self.lengths(prompts).tolist(), -prompts.layout.positions
         return [torch.stack([value[row, :, -n:][:, :end] for value in values]) for row, n in enumerate(lengths)]

@@ -324,7 +324,10 @@ def collect_moments(model: Any, tasks: Any, sites: Any, positions: int) -> Any:
             for site, layers in values.items():
                 parts = zip(*[moments(z[:, -positions:]) for z in layers])
                 mean, spread = [torch.stack(part).cpu().flip(1) for part in parts]
-                total[site] = merge(count, *total[site], rows, mean, spread) if count else (mean, spread)
+                if count:
+                    before, about = total[site]
+                    mean, spread = merge(count, before, about, rows, mean, spread)
+                total[site] = mean, spread
             count += rows
         found[task] = total
     return found

@@ -332,7 +332,7 @@ class Search:
             answers.append(self._journal.answer(questions(slice(start, start + size)), checked))
             self._heard.append(answers[-1])
             if getattr(self.objective, "jobs", 0):
-                self._bar.set_description_str(f"{self.name}, {self.objective.progress}")  # type: ignore[attr-defined]
+                self._bar.set_description_str(f"{self.name}, {self.objective.progress}")
             self._bar.update(cost * size)
             start += size
         return torch.cat(answers)

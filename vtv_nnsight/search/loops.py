@@ -37,9 +37,9 @@ def evaluate(model: Any, choices: torch.Tensor, rows: torch.Tensor, data: Any) -
         ]
         with torch.set_grad_enabled(gates):
             losses = answer_loss(forward(model, inputs, writes, width - 1), data["truth"][numbers])
-        parts = choices[batch, :0]
+        parts: Any = choices[batch, :0]
         if gates:
-            flows = torch.autograd.grad(losses.sum(), leaf, allow_unused=True) if losses.requires_grad else [None]
+            flows: Any = torch.autograd.grad(losses.sum(), leaf, allow_unused=True) if losses.requires_grad else [None]
             if (parts := flows[0]) is None:
                 raise RuntimeError(NO_GRADIENT)
         values[batch] = torch.column_stack([losses.detach().double().cpu(), parts.double().cpu()])
