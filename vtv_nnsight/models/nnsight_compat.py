@@ -114,9 +114,7 @@ class EagerProperty(eproperty):
     def _location(self, attention: Envoy) -> str:
         """Refuse other implementations."""
         if network_of(attention).config._attn_implementation != "eager":
-            raise ValueError(
-                f'{attention.path}.{self.name}: load the model with attn_implementation="eager" to have it.'
-            )
+            raise ValueError(f'{attention.path}.{self.name}: load the model with attn_implementation="eager".')
         return str(super()._location(attention))
 
 

@@ -344,7 +344,8 @@ class Net2Net(CodeModel):
         """None: see above."""
         raise ValueError(f"there is no stage {stage!r}: this model samples code by code, and no head can be patched.")
 
-    positions = groups = attention
+    positions: Any = attention
+    groups: Any = attention
 
     def codes(self, canvas: torch.Tensor) -> torch.Tensor:
         """The VQGAN's codes of canvases, LongTensor [batch, patch]."""
