@@ -14,7 +14,7 @@ The folder, and what is written in it:
     evaluation/TASK.parquet      scores of all conditions, image by image; the first answers beside them
     shown/TASK.safetensors       one query looked at closely (`QueryExplorer`)
     matrix/TASK.parquet          scores of every task's vector, each at units that were searched for it, where asked for
-    report.html, table.csv, …    see `vtv_nnsight.report`; figures/ has each of its figures as CSV, PNG and SVG
+    report.html, table.csv, …    see `vtv_nnsight.report`
 
 Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`runs.protocol`) these have
 the same vectors and sets. A step whose file is there is not done again, a search or a collection that was interrupted
