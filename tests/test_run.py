@@ -632,8 +632,8 @@ def vtv(monkeypatch):
 def test_options_become_settings(vtv, tmp_path, monkeypatch):
     code, said, (out, settings, options) = vtv("run")
     assert (code, settings, str(out)) == (0, Settings(), "runs/pictures") and "wrote runs/pictures" in said
-    steps = {"explore": explorer.demonstrate, "report": report.write}
-    assert options == {"redo": False, "device": None, "batch_size": None, "remote": None, "jobs": torch.get_num_threads()} | steps
+    steps = {"explore": explorer.demonstrate, "report": report.write, "remote": None}
+    assert options == {"redo": False, "device": None, "batch_size": None, "jobs": torch.get_num_threads()} | steps
     args = ("--images", tmp_path, "--tasks", "lowlight,identity", "--redo", "--seed", 3)
     _, _, (out, settings, options) = vtv("run", *args)
     assert settings == Settings(data=str(tmp_path), tasks=("lowlight", "identity"), seed=3)
