@@ -608,6 +608,7 @@ def smollm2(tmp_path_factory):
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["antonym", "plural"])
 def test_a_vector_speaks_for_the_examples(smollm2, name):
     task = tasks.words(name)
