@@ -630,7 +630,6 @@ def test_long_values_are_not_echoed_whole(small_config):
         lambda: PatchSpace(model, granularity=long),
         lambda: PatchSpace(model, sites=long),
         lambda: PatchSet.named(PatchSpace(model), [long]),
-        lambda: model.to(long),
     ):
         with pytest.raises(ValueError, match="xxx.*…") as caught:
             call()
