@@ -171,6 +171,36 @@ def test_what_has_no_name_is_refused(near, tmp_path):
     for source in (tmp_path, tmp_path / "x.gguf", near().network):
         with pytest.raises(ValueError, match="has no name that a server knows; give a Hub id, OWNER/NAME"):
             CausalLM(source, tokenizer=letters(), remote=True)
+    near().save_pretrained(tmp_path / "folder")
+    for model in (CausalLM(tmp_path / "folder"), CausalLM(near().network, tokenizer=letters())):
+        with pytest.raises(ValueError, match="has no name that a server knows"):
+            TaskVectors.collect(model, {"x": FEW}, progress=False, remote=True)
+        with pytest.raises(ValueError, match="has no name that a server knows"), model.trace(FEW, remote=True):
+            save(model.output.logits)
+
+
+@pytest.mark.parametrize("remote", [1, "ndif", "Local", "localhost:8001", 0.5])
+def test_a_remote_that_is_no_place_is_refused(far, remote):
+    expected = re.escape(f"remote={remote!r} is unknown; give True, a host's address (http://…), or 'local'.")
+    with pytest.raises(ValueError, match=expected):
+        CausalLM("tiny/llama", remote=remote)
+    with pytest.raises(ValueError, match=expected):
+        TaskVectors.collect(far(), {"x": FEW}, progress=False, remote=remote)
+
+
+def test_what_does_not_fit_the_model_is_refused_before_it_is_sent(hub, near, far, monkeypatch):
+    other = TaskVectors.collect(near("gpt2"), {"upper": FEW}, progress=False)["upper"]
+    model, units = far(), PatchSet.random(PatchSpace(near("gpt2")), 5)
+    prompts = WORDS.prompts(WORDS.rows, n=8, shots=2, seed=0).query_only()
+    with pytest.raises(ValueError, match="'upper' does not fit this model: it has architecture 'gpt2', not 'llama'"):
+        search.random(model, other, WORDS, prompts, PatchSpace(model), budget=20, progress=False)
+    with pytest.raises(ValueError, match="a text has 3000 tokens with its answer; this model takes 1 to 2048"):
+        TaskVectors.collect(model, {"x": TextPrompts(("a" * 3000,))}, progress=False)
+    model = CausalLM("tiny/llama", remote="local", cache_dir=str(hub / "hub"))
+    zero, none = zero_vector(model), PatchSet.random(PatchSpace(model), 0)
+    for vector, patches, what in ((other, none, "vector of 'upper'"), (zero, units, "patch set")):
+        with pytest.raises(ValueError, match=f"the {what} does not fit this model"), model.trace(FEW, remote="local"):
+            patch(model, vector, patches)
 
 
 @pytest.mark.slow
@@ -270,6 +300,8 @@ def test_generate_and_several_traces_in_a_block(jobs, far, near):
         patch(model, vector, units, steps="all")
         ids = save(tracer.result)
     assert torch.equal(ids, expected)
+    assert torch.equal(model.generate(FEW, max_new_tokens=3, remote=True), local.generate(FEW, max_new_tokens=3))
+    assert torch.equal(model(FEW, remote=True).logits, local(FEW).logits)
     with local.trace(FEW):
         run = capture(local)
     with local.trace(FEW.texts):
@@ -324,7 +356,7 @@ def test_a_job_that_fails_loses_its_own_evaluations_alone(jobs, far, near, tmp_p
         return send(self, remote, *more)
 
     monkeypatch.setattr(Remotable, "_remote_backend", failing)
-    with pytest.raises(RemoteFailure, match="did not do this job: the replica was evicted. What was done before"):
+    with pytest.raises(RemoteFailure, match="did not do this job: the replica was evicted. A search with resume="):
         search.reinforce(model, *given, PatchSpace(model), **options)
     monkeypatch.setattr(Remotable, "_remote_backend", send)
     lines = len((tmp_path / "journal").read_text().splitlines())
@@ -358,14 +390,38 @@ def test_the_way_there_on_this_machine(hub, near, monkeypatch):
     local, model = near(), CausalLM("tiny/llama", remote="local", cache_dir=str(hub / "hub"))
     ours, theirs = (TaskVectors.collect(m, {"x": FEW}, progress=False)["x"] for m in (local, model))
     assert torch.equal(ours.mean["layers"], theirs.mean["layers"])
-    units = PatchSet.random(PatchSpace(local), 5)
+    result = search.random(local, ours, WORDS, FEW, PatchSpace(local), budget=20, images=1, progress=False)
     with local.trace(FEW):
-        patch(local, ours, units)
+        patch(local, ours, result)
         expected = save(local.output.logits)
-    with model.trace(FEW, remote="local"):
-        patch(model, ours, units)
-        logits = save(model.output.logits)
-    assert torch.equal(logits, expected)
+    for patches in (result.patches, result):
+        with model.trace(FEW, remote="local"):
+            patch(model, ours, patches)
+            logits = save(model.output.logits)
+        assert torch.equal(logits, expected)
+    ids = model.generate(list(FEW.texts), max_new_tokens=2, remote="local")
+    assert torch.equal(ids, local.generate(FEW, max_new_tokens=2))
+    assert torch.equal(model(FEW, remote="local").logits, local(FEW).logits)
+
+
+def test_a_session_knows_nothing_of_the_trace_before(hub, near, monkeypatch):
+    monkeypatch.setitem(huggingface._ID_CACHE, "tiny/llama", "tiny/llama")
+    local, model = near(), CausalLM("tiny/llama", remote="local", cache_dir=str(hub / "hub"))
+    with model.trace(FEW, answers=True, remote="local"):
+        save(model.output.logits)
+    with model.session(remote="local"):
+        with model.trace(FEW):
+            run = capture(model)
+        with model.trace(FEW[:1]):
+            first = capture(model)
+    with local.trace(FEW):
+        here = capture(local)
+    with local.trace(FEW[:1]):
+        alone = capture(local)
+    assert torch.equal(first.values["layers"], alone.values["layers"])
+    values, expected = run.values["layers"], here.values["layers"]
+    assert values.shape == expected.shape  # whose padding is NaN, which a session does not know
+    assert torch.equal(values[~expected.isnan()], expected[~expected.isnan()])
 
 
 @pytest.mark.slow
@@ -443,9 +499,25 @@ def test_what_does_not_travel_is_named(hub, near, monkeypatch):
     with pytest.raises(ValueError, match="remote_evaluations=0 is no job; give 1 or more"):
         search.random(model, zero_vector(model), WORDS, FEW, space, remote_evaluations=0)
     vector, names = zero_vector(model), space.names[:1]
-    plain = SimpleNamespace(places={"heads": []})
-    with pytest.raises(ValueError, match="names of units stay here; make a set above the block"):
-        inside_trace.patch(plain, {}, names)
+    plain = SimpleNamespace(places={"heads": [None] * 3})
+    values, mask = {"heads": torch.zeros(3, 1, 4, 8)}, {"heads": torch.ones(3, 1, 4) > 0}
+    for why, arguments, options in (
+        ("names of units stay here; make a set above the block", (values, names), {}),
+        ("2 vectors and 1 patch sets were given", ([values, values], [mask]), {}),
+        ("mode='ad' is unknown; choose one of replace, add", (values, mask), {"mode": "ad"}),
+        (r"a mask of shape \[3, 2, 4\] does not fit heads; exp", (values, {"heads": torch.ones(3, 2, 4) > 0}), {}),
+        ("there is nothing of the mlp to patch in", (values, {"mlp": torch.ones(3, 1, 1) > 0}), {}),
+    ):
+        with pytest.raises(ValueError, match=why):
+            inside_trace.patch(plain, *arguments, **options)
+    with pytest.raises(ValueError, match="steps='al' is unknown; choose 'first' or 'all'"):
+        inside_trace.beside(plain, print, "al")
+    for why, options in (
+        (r"layers \[-1\] are not layers of this model; it has 0 to 2", {"layers": [-1]}),
+        ("stages=decoder are not stages of this model", {"stages": "decoder"}),
+    ):
+        with pytest.raises(ValueError, match=why):
+            inside_trace.capture(plain, **options)
     with pytest.raises(ValueError, match="sites=.'heat'. are not sites of this model; choose from heads"):
         inside_trace.capture(plain, "heat")
     condition = Condition(vectors=vector, patches=PatchSet.named(space, names), run=print)

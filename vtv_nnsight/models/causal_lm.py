@@ -39,7 +39,7 @@ from vtv_nnsight.models.canvas import drop_none
 from vtv_nnsight.models.inside_trace import NONE, answer_loss, differ, first, first_tokens, followed, read
 from vtv_nnsight.models.interface import GRANULARITIES, HEADS, InContextModel, Loss, Place, Stage
 from vtv_nnsight.models.nnsight_compat import TraceableTexts, attention_envoy
-from vtv_nnsight.models.nnsight_remote import PLAIN, SENDERS
+from vtv_nnsight.models.nnsight_remote import PLAIN, SENDERS, check_remote
 from vtv_nnsight.models.sites import place_of
 from vtv_nnsight.models.sources import GGUF, HUB_OPTIONS, locate
 from vtv_nnsight.models.torch_files import StrPath
@@ -93,9 +93,9 @@ class CausalLM(TraceableTexts, InContextModel):
         envoys: Any = None,
         **kwargs: Any,
     ) -> None:
-        if remote and (isinstance(source, nn.Module) or locate(source).kind != "hub"):
-            name = type(source).__name__ if isinstance(source, nn.Module) else source
-            raise ValueError(f"{str(name)!r} has no name that a server knows; give a Hub id, OWNER/NAME.")
+        name = type(source).__name__ if isinstance(source, nn.Module) else os.fspath(source)
+        self.nameless = name if isinstance(source, nn.Module) or locate(source).kind != "hub" else None
+        check_remote(remote, self.nameless)
         if isinstance(source, nn.Module) and tokenizer is None:
             raise TypeError(f"a {type(source).__name__} came without its tokenizer; give tokenizer= beside it.")
         if isinstance(source, PreTrainedModel) and (not source.can_generate() or source.config.is_encoder_decoder):
@@ -116,21 +116,13 @@ class CausalLM(TraceableTexts, InContextModel):
 
     def trace(self, *inputs: Any, remote: bool | str = False, **kwargs: Any) -> Any:
         """As nnsight's; with `remote`, prompts travel as tokens."""
+        if remote and kwargs.get("trace") is False:
+            return self.interleave("trace", *inputs, remote=remote)
         if remote:
             self.sent = inputs[0] if inputs and isinstance(inputs[0], TextPrompts) else None
             ((inputs, kwargs),) = self.as_tokens([(inputs, kwargs)])
             self.after = self._width - 1
         return super().trace(*inputs, remote=remote, **kwargs)
-
-    def dispatch(self) -> None:
-        """Load the weights.
-
-        Raises:
-            ValueError: when the model runs elsewhere.
-        """
-        if self.remote not in (False, "local"):
-            raise ValueError(f"{self.repo_id!r} has no weights here; write remote={self.remote!r}, or load it without.")
-        super().dispatch()
 
     def adapt(self, module: Any) -> Any:
         """The module, in eval mode, once its layers and their heads are known."""
@@ -228,6 +220,7 @@ class CausalLM(TraceableTexts, InContextModel):
             ]
         if not all(ids):
             raise ValueError(f"{(answers or texts)[ids.index([])][-60:]!r} has no token; give another text.")
+        self._check_length(max(map(len, ids), default=0))
         return ids
 
     def truth(self, prompts: TextPrompts) -> torch.Tensor:
@@ -324,15 +317,18 @@ class CausalLM(TraceableTexts, InContextModel):
             mask = options.get("attention_mask")
             if mask is not None and not mask[:, -1].all():
                 raise ValueError("these tokens are padded on the right; pad them on the left, or give texts.")
-            most = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-            if most and mask is not None and (longest := int(mask.sum(1).max())) > most:
-                raise ValueError(f"a text has {longest} tokens with its answer; this model takes 1 to {most}.")
+            self._check_length(0 if mask is None else int(mask.sum(1).max()))
             self._padding = torch.zeros(1, dtype=torch.long) if mask is None else mask.int().argmax(1).cpu()
             self._tokens = 0 if mask is None else mask.shape[1] - self._width + 1
         for _, given in invokes:
             if "cached" in given:
                 options |= self._going_on(options, given["cached"], invokes[0][0][0].layout.positions)
         return arguments, options
+
+    def _check_length(self, longest: int) -> None:
+        most = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        if most and longest > most:
+            raise ValueError(f"a text has {longest} tokens with its answer; this model takes 1 to {most}.")
 
     @torch.no_grad()
     def cached(self, prompts: TextPrompts) -> list[torch.Tensor] | None:

@@ -141,11 +141,16 @@ def capture(model: Any, sites: Any = "heads", stages: Any = None, layers: Any = 
     captured: list[dict[str, Any]] = [{CAPTURED: True}]
     count = len(model.places["heads"])
     layers = layers["layers"] if isinstance(layers, dict) else range(count) if layers is None else layers
+    numbers = sorted({layers} if isinstance(layers, int) else set(layers))
+    if not numbers or not set(numbers) <= set(range(count)):
+        raise ValueError(f"layers {numbers} are not layers of this model; it has 0 to {count - 1}.")
+    if stages not in (None, "layers", ["layers"], ("layers",)):
+        raise ValueError(f"stages={stages} are not stages of this model; it has 'layers'.")
 
     def keep(step: int) -> None:
         if step == len(captured):
             captured.append({CAPTURED: True})
-        for layer in sorted({layers} if isinstance(layers, int) else set(layers)):
+        for layer in numbers:
             for site, places in model.places.items():
                 if site in sites:
                     z = split(places[layer], first(read(places[layer])))
@@ -162,9 +167,18 @@ def patch(
     model: Any, vector: Any, patches: Any, *, scale: Any = 1.0, mode: str = "replace", steps: str = "first"
 ) -> None:
     """What `patching.patch` is there, of values and masks by site."""
-    pairs = list(zip(vector, patches)) if isinstance(vector, list) else [(vector, patches)]
-    if not all(isinstance(masks, dict) for _, masks in pairs):
+    vectors, sets = (list(part) if isinstance(part, (list, tuple)) else [part] for part in (vector, patches))
+    sets = [getattr(masks, "patches", masks) for masks in sets]
+    if any(isinstance(masks, str) for masks in sets):
         raise ValueError("names of units stay here; make a set above the block, PatchSet.named(space, names).")
+    if len(vectors) != len(sets):
+        raise ValueError(f"{len(vectors)} vectors and {len(sets)} patch sets were given; give as many of both.")
+    if mode not in ("replace", "add"):
+        raise ValueError(f"mode={mode!r} is unknown; choose one of replace, add.")
+    pairs = list(zip(vectors, sets))
+    for values, masks in pairs:
+        for site, mask in masks.items():
+            check_shapes(site, values.get(site), mask)
     replaces = mode == "replace" and isinstance(scale, (int, float)) and scale == 1
     scale = scale[:, None, None, None] if isinstance(scale, torch.Tensor) and scale.ndim else scale
     writes = [
@@ -173,6 +187,15 @@ def patch(
         for site, mask in masks.items()
     ]
     beside(model, lambda step: write(model, writes, model.after if step == 0 else 0), steps)
+
+
+def check_shapes(site: str, values: Any, mask: torch.Tensor) -> None:
+    """Refuse a mask that has other layers, positions and heads than a vector: activations have more positions."""
+    if values is None:
+        if mask.any():
+            raise ValueError(f"there is nothing of the {site} to patch in; collect it too.")
+    elif isinstance(values, torch.Tensor) and values.ndim == 4 and mask.shape[-3:] != values.shape[:-1]:
+        raise ValueError(f"a mask of shape {list(mask.shape)} does not fit {site}; expected {list(values.shape[:-1])}.")
 
 
 def write(model: Any, writes: Any, after: int = 0) -> None:
@@ -209,6 +232,8 @@ def followed(texts: list[list[int]], answers: list[list[int]], width: int) -> li
 
 def beside(model: Any, function: Callable[[int], None], steps: str) -> None:
     """Run a function of the step as a worker before the block that calls this, as `nnsight_verbs` does."""
+    if steps not in ("first", "all"):
+        raise ValueError(f"steps={steps!r} is unknown; choose 'first' or 'all'.")
     interleaver = model.interleaver
     kind = type(interleaver.mediators[0])
     caller = kind.current("a verb")
@@ -222,8 +247,10 @@ def beside(model: Any, function: Callable[[int], None], steps: str) -> None:
                 worker.iteration = step
                 function(step)
         except Exception as error:  # the run has ended
-            if step == 0 or type(error).__name__ != "OutOfOrderError":
+            if type(error).__name__ != "OutOfOrderError":
                 raise
+            if step == 0:
+                raise ValueError(TOO_LATE) from error
 
     worker = kind(compile("run()", "a verb", "exec"), {"run": run}, {})
     worker.batch_group = caller.batch_group
@@ -232,6 +259,10 @@ def beside(model: Any, function: Callable[[int], None], steps: str) -> None:
     interleaver.reindex()
 
 
+TOO_LATE = (
+    "capture or patch comes too late: the model has run past its place in this block; write it above the lines that "
+    "read what comes after it."
+)
 NONE = -100
 """In the place of a token where a row has none."""
 
@@ -282,6 +313,13 @@ def forward(model: Any, inputs: dict[str, Any], writes: Any, after: int) -> Any:
         write(model, writes, after)
         logits = model.output.logits
     return logits
+
+
+def called(model: Any, method: str, inputs: Any, options: dict[str, Any]) -> Any:
+    """What a method of the model, "trace" or "generate", gives in a block that does nothing."""
+    with getattr(model, method)(*inputs, **options) as tracer:
+        result = tracer.result
+    return result
 
 
 def readings(model: Any, inputs: dict[str, Any], sites: Any) -> dict[str, list[torch.Tensor]]:

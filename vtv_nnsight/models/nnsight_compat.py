@@ -29,8 +29,9 @@ from nnsight.modeling.transformers import TransformersModel
 from torch import nn
 
 from vtv_nnsight.layouts import positions
+from vtv_nnsight.models.inside_trace import called
 from vtv_nnsight.models.nnsight_batching import PromptBatcher
-from vtv_nnsight.models.nnsight_remote import Fetching, check_server, nnsight_class
+from vtv_nnsight.models.nnsight_remote import Fetching, check_server, nnsight_class, there
 
 __all__ = ["Envoy", "PromptBatcher", "eproperty", "traceable"]
 
@@ -279,7 +280,11 @@ class Traceable:
 
 
 class TraceableTexts(Traceable, TransformersModel):
-    """nnsight's model of strings and tokens. `adapt(module)` is given the network before its envoys are made."""
+    """nnsight's model of strings and tokens. `adapt(module)` is given the network before its envoys are made;
+    `as_tokens(invokes)` gives tokens for prompts; `remote` is where it runs, if not here."""
+
+    remote: bool | str
+    as_tokens: Callable[[list[Any]], list[Any]]
 
     def count_rows(self, *inputs: Any, **kwargs: Any) -> int:
         """As nnsight counts strings and tokens."""
@@ -288,6 +293,28 @@ class TraceableTexts(Traceable, TransformersModel):
     def join_inputs(self, invokes: list[Any], method: Any) -> Any:
         """As nnsight pads strings and tokens."""
         return TransformersModel._batch(self, invokes, method)
+
+    def interleave(self, fn: Any, *inputs: Any, remote: bool | str = False, **kwargs: Any) -> Any:
+        """As nnsight's; with `remote`, a call such as `generate` is a job."""
+        if remote:
+            ((inputs, kwargs),) = self.as_tokens([(inputs, kwargs)])
+            return there(self, remote, called, getattr(fn, "__name__", fn), inputs, kwargs)
+        return super().interleave(fn, *inputs, **kwargs)
+
+    def session(self, *args: Any, **kwargs: Any) -> Any:
+        """As nnsight's."""
+        self.sent, self.after = None, 0
+        return super().session(*args, **kwargs)
+
+    def dispatch(self) -> None:
+        """Load the weights.
+
+        Raises:
+            ValueError: when the model runs elsewhere.
+        """
+        if self.remote not in (False, "local"):
+            raise ValueError(f"{self.repo_id!r} has no weights here; write remote={self.remote!r}, or load it without.")
+        super().dispatch()
 
     def _remoteable_class(self) -> type:
         return nnsight_class(type(self))

@@ -118,12 +118,26 @@ class RemoteFailure(RuntimeError):
     """A job that a server refused or did not end, or that was not sent."""
 
 
+def check_remote(remote: Any, nameless: str | None) -> None:
+    """Refuse what is no place, and a model that servers have no name for, which is called `nameless` here.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not (isinstance(remote, bool) or remote == "local" or str(remote).startswith(("http://", "https://"))):
+        raise ValueError(f"remote={remote!r} is unknown; give True, a host's address (http://…), or 'local'.")
+    if nameless and remote not in (False, "local"):
+        raise ValueError(f"{nameless!r} has no name that a server knows; give a Hub id, OWNER/NAME.")
+
+
 def check_server(model: Any, remote: bool | str) -> None:
     """Ask, before anything is sent, whether a server runs this model.
 
     Raises:
         RemoteFailure: saying that there is no key, no answer, or no such model.
+        ValueError: as `check_remote`.
     """
+    check_remote(remote, model.nameless)
     if remote == "local":
         return
     api = CONFIG.API
@@ -160,7 +174,7 @@ def weigh(model: Any, function: Callable[..., Any], *arguments: Any) -> int:
 
 
 UNSENT = "Nothing was sent."
-LOST = "What was done before it is kept."
+LOST = "A search with resume= goes on from what it has."
 
 
 def there(model: Any, remote: bool | str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -16,6 +16,8 @@ import torch
 from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.models.nnsight_remote import PLAIN, RemoteFailure, there, weigh
+from vtv_nnsight.patching import PatchSet
+from vtv_nnsight.patching.patching import planned
 from vtv_nnsight.search.loops import NO_GRADIENT, job, once, tags
 from vtv_nnsight.search.objective import Objective
 from vtv_nnsight.text import duration
@@ -54,6 +56,8 @@ class RemoteObjective(Objective):
             raise ValueError(f"loss={self.loss!r} is computed here, not there; use {self.model.losses[0].name!r}.")
         if any(isinstance(vector, Activations) for vector in self.vectors):
             raise ValueError("activations are of single prompts and stay here; search with a vector there.")
+        for vector in self.vectors:
+            planned(self.model, vector, PatchSet.random(self.space, len(self.space)), self.prompts.layout)
         model: Any = self.model
         prompts: Any = self.prompts
         self.most, self.jobs, self.waited, self.ran = remote_evaluations, 0, 0.0, 0.0
