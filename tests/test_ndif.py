@@ -429,7 +429,7 @@ def test_a_session_knows_nothing_of_the_trace_before(hub, near, monkeypatch):
 def test_a_run_of_words_there(jobs, hub, near, vtv, tmp_path, monkeypatch):
     monkeypatch.setitem(huggingface._ID_CACHE, "tiny/llama", "tiny/llama")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub / "hub"))
-    counts = ("--prompts", 8, "--budget", 150, "--test-prompts", 4, "--draws", 1, "--control-prompts", 4)
+    counts = ("--prompts", 8, "--budget", 150, "--test-prompts", 4, "--draws", 1)
     command = ("run", "--model", "tiny/llama", "--data", "words", "--tasks", "plural", "--remote", "ndif", *counts)
     code, printed, _ = vtv(*command, "--dry-run")
     assert code == 0 and not jobs
