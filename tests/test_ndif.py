@@ -289,6 +289,18 @@ def test_vectors_activations_and_evaluations_there_are_those_here(jobs, far, nea
 
 
 @pytest.mark.slow
+def test_a_verb_that_comes_too_late_says_so(jobs, far):
+    model, vector = far(), zero_vector(far())
+    units = PatchSet.random(PatchSpace(model), 5)
+    with pytest.raises(RemoteError, match="comes too late: write it above"), model.trace(FEW, remote=True):
+        save(model.output.logits)
+        capture(model)
+    with pytest.raises(RemoteError, match="comes too late: write it above"), model.trace(FEW, remote=True):
+        save(model.output.logits)
+        patch(model, vector, units)
+
+
+@pytest.mark.slow
 def test_generate_and_several_traces_in_a_block(jobs, far, near):
     local, model = near(), far()
     vector = TaskVectors.collect(local, {"x": FEW}, progress=False)["x"]

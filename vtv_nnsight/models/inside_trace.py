@@ -237,6 +237,8 @@ def beside(model: Any, function: Callable[[int], None], steps: str) -> None:
     interleaver = model.interleaver
     kind = type(interleaver.mediators[0])
     caller = kind.current("a verb")
+    if hasattr(interleaver, "connection") and caller.pending is not None:  # a sandbox, which knows its workers by now
+        raise ValueError(TOO_LATE)
 
     def run() -> None:
         step = 0
@@ -259,10 +261,7 @@ def beside(model: Any, function: Callable[[int], None], steps: str) -> None:
     interleaver.reindex()
 
 
-TOO_LATE = (
-    "capture or patch comes too late: the model has run past its place in this block; write it above the lines that "
-    "read what comes after it."
-)
+TOO_LATE = "capture or patch comes too late: write it above the first line of this block that reads the model."
 NONE = -100
 """In the place of a token where a row has none."""
 

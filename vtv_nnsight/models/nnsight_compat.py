@@ -285,6 +285,7 @@ class TraceableTexts(Traceable, TransformersModel):
 
     remote: bool | str
     as_tokens: Callable[[list[Any]], list[Any]]
+    sent: Any
 
     def count_rows(self, *inputs: Any, **kwargs: Any) -> int:
         """As nnsight counts strings and tokens."""
