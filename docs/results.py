@@ -151,7 +151,7 @@ PARTS = {
     "held_out": of_bench("held_out_tasks", 15, 3, "--runs runs/held-out-tasks")._replace(table=of_lines),
     "learned": of_bench("learned_vectors", 35, 3)._replace(table=of_rows),
     "language": of_bench(
-        "language", 25, 1, "--model smollm2 --seeds 1 --methods references reinforce gates controls residual"
+        "language", 45, 3, "--model smollm2 --seeds 3 --methods references reinforce gates controls residual"
     )._replace(table=of_language),
     "circuits": of_bench("circuits", 30, 2, "--seeds 2"),
     "search_efficiency": of_bench("search_efficiency", 60, 2, "--seeds 2 --budgets 1000 4000 --published-steps 200"),
@@ -234,7 +234,7 @@ def section(part: Part) -> str:
     table, seeds = part.table(contents), f"{part.seeds} seed{'s' * (part.seeds > 1)}"
     if seconds is None:
         table += "\n\n" if table.endswith("|") else " "
-        return f"{table}Of a run before this page; made again by `{part.command}`, {part.minutes} minutes."
+        return f"{table}Of an earlier run; made again by `{part.command}`, {part.minutes} minutes."
     return f"{table}\n\n`{part.command}`, {seconds} s, {seeds}."
 
 
