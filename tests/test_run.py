@@ -412,6 +412,7 @@ def test_ones_own_pictures(photographs, model, tmp_path):
     assert "3 of 13 files" in broken and all(name in broken for name in ("broken.png", "deeper/cut.jpg", "dot.png"))
     assert "8 pictures to learn from are few" in few and "deeper/cut.jpg" in page
     assert "Which heads" not in page and not (tmp_path / "run" / "scores.csv").exists()
+    assert not (tmp_path / "run" / "matrix").exists()  # nothing of a step that was not asked for
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = data.folder(photographs)

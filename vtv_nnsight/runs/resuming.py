@@ -207,8 +207,9 @@ class RunRecord:
                 content["seconds"] = {name: s for name, s in content["seconds"].items() if name not in spoilt}
         for folder in (out, *self.folders):
             make_folder(folder)
+        made = [step for name, step in STEPS.items() if name != "matrix" or settings["matrix"]]
         for folder in self.folders:
-            for pattern in (pattern for step in STEPS.values() for pattern in step.writes):
+            for pattern in (pattern for step in made for pattern in step.writes):
                 make_folder((folder / pattern).parent)
         self.write()
         return self
