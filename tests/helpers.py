@@ -20,7 +20,7 @@ from transformers import (
     ViTMAEConfig,
 )
 
-from vtv_nnsight import Layout, VisualPrompt
+from vtv_nnsight import MAEVQGAN, Layout, VisualPrompt
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig, MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
@@ -31,6 +31,10 @@ from vtv_nnsight.runs import pipeline
 DATA = Path(__file__).parent / "data"
 """Golden numbers and the pictures they are of."""
 ROOT = Path(__file__).parents[1]
+
+SIZES = dict(vocab_size=110, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
+GROUPED = SIZES | dict(num_key_value_heads=2, intermediate_size=48)
+"""Of tiny language models: with as many keys and values as heads, and with fewer."""
 
 
 def python_blocks(page):
@@ -291,3 +295,12 @@ def letters(**special):
     tokenizer.decoder = decoders.ByteLevel()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "<pad>", "pad_token": "<pad>"} | special
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def model_of_chance(config):
+    """MAE-VQGAN with a decoder that is random enough to answer different prompts differently."""
+    torch.manual_seed(0)
+    module = MAEVQGANModel(config).eval()
+    for parameter in module.decoder.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return MAEVQGAN(module)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import letters
+from helpers import GROUPED, SIZES, letters
 from nnsight import save
 from pandas.testing import assert_frame_equal
 from torch.nn import functional as F
@@ -44,8 +44,6 @@ from vtv_nnsight.runs.outputs import read_prompts
 from vtv_nnsight.studies import circuits
 from vtv_nnsight.testing import check_model
 
-SIZES = dict(vocab_size=110, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
-GROUPED = SIZES | dict(num_key_value_heads=2, intermediate_size=48)
 FAMILIES = {
     "llama": ("Llama", GROUPED),
     "qwen2": ("Qwen2", GROUPED),

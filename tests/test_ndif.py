@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import zstandard
-from helpers import letters
+from helpers import GROUPED, SIZES, letters
 from huggingface_hub import constants
 from nnsight import ndif, save
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
@@ -48,8 +48,6 @@ from vtv_nnsight.runs.outputs import read_prompts
 from vtv_nnsight.search import Algorithm
 from vtv_nnsight.vectors import zero_vector
 
-SIZES = dict(vocab_size=110, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
-GROUPED = SIZES | dict(num_key_value_heads=2, intermediate_size=48)
 FAMILIES = {"llama": ("Llama", GROUPED), "gpt2": ("GPT2", SIZES), "gemma": ("Gemma", GROUPED | {"head_dim": 16})}
 FEW = TextPrompts(("Q: hot\nA:", "Q: big thing\nA:", "Q: a\nA:"), (" cold", " small", " b"))
 SECRET = "what the block does not name"

@@ -3,11 +3,10 @@ import math
 import prompt_looks
 import pytest
 import torch
-from helpers import GPT_HEADS, net2net_weights, small_painter, vit_mae_config
+from helpers import GPT_HEADS, model_of_chance, net2net_weights, small_painter, vit_mae_config
 from transformers import ViTMAEForPreTraining
 
-from vtv_nnsight import MAEVQGAN, Layout, Net2Net, VisualPrompt, data, tasks
-from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
+from vtv_nnsight import Layout, Net2Net, VisualPrompt, data, tasks
 from vtv_nnsight.models.painter import SegGPT
 from vtv_nnsight.models.painting import paint_canvas
 from vtv_nnsight.models.vit_mae import ViTMAE
@@ -16,11 +15,7 @@ from vtv_nnsight.prompts import crop
 
 @pytest.fixture
 def model(small_config):
-    torch.manual_seed(0)
-    module = MAEVQGANModel(small_config()).eval()
-    for parameter in module.decoder.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return MAEVQGAN(module)
+    return model_of_chance(small_config())
 
 
 @pytest.fixture

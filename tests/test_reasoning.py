@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import reasoning
 import torch
+from helpers import model_of_chance
 from PIL import Image
 from reasoning import LAYOUT, Reasoning, draw
 
-from vtv_nnsight import MAEVQGAN, VisualPrompt, data, tasks
+from vtv_nnsight import VisualPrompt, data, tasks
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.vectors.compatibility import differences
 
@@ -38,11 +38,7 @@ def figures(name, n=100, seed=0, split="train"):
 
 @pytest.fixture
 def model(small_config):
-    torch.manual_seed(0)
-    module = MAEVQGANModel(small_config()).eval()
-    for parameter in module.decoder.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return MAEVQGAN(module)
+    return model_of_chance(small_config())
 
 
 def test_the_six_tasks():

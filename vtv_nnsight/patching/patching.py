@@ -21,14 +21,14 @@ from vtv_nnsight.finite import check_finite
 from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.inside_trace import last_tokens
 from vtv_nnsight.models.interface import GRANULARITIES, HEADS, SITES, ByStage, InContextModel, Place, Stage
-from vtv_nnsight.models.nnsight_remote import PLAIN, SENDERS
+from vtv_nnsight.models.nnsight_remote import PLAIN
 from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import module_path, place_of, running_layout, running_prompts, token_positions
 from vtv_nnsight.patching.sets import PatchSet
 from vtv_nnsight.patching.spaces import PatchSpace
 from vtv_nnsight.text import join_names, quoted
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors, zero_vector
-from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
+from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, sent
 
 Patches = Any
 """Where to patch: a PatchSet, a search's result, masks by stage and site, or names of units."""
@@ -354,11 +354,5 @@ class _Edit:
         return self.mask_at_tokens.select(-3, layer)
 
 
-def _sent(patches: PatchSet) -> Any:
-    """A set's masks, once it fits the model that it is sent to."""
-    check_compatible("the patch set", patches.fingerprint, "this model", fingerprint(SENDERS[-1], cached=True))
-    return PLAIN[ByStage](patches.mask)
-
-
 PLAIN[patch] = lambda _: inside_trace.patch
-PLAIN[PatchSet] = _sent
+PLAIN[PatchSet] = lambda patches: sent("the patch set", patches.fingerprint, patches.mask)

@@ -17,11 +17,11 @@ from nnsight import save
 
 from vtv_nnsight.models import inside_trace
 from vtv_nnsight.models.interface import HEADS, ByStage, InContextModel, Stage
-from vtv_nnsight.models.nnsight_remote import OURS, PLAIN, SENDERS
+from vtv_nnsight.models.nnsight_remote import OURS, PLAIN
 from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import Layers, list_layers, read_layers, running_layout
 from vtv_nnsight.vectors.collecting import put_rows
-from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, geometry
+from vtv_nnsight.vectors.compatibility import fingerprint, geometry, sent
 from vtv_nnsight.vectors.values import Activations, TaskVector, TaskVectors
 
 
@@ -94,13 +94,7 @@ def _fetched(model: Any, captured: Mapping[str, Any]) -> Activations:
     return Activations(values, fingerprint(model, model.sent and model.sent.layout, cached=True))
 
 
-def _sent(vector: TaskVector | Activations) -> Any:
-    """A vector's values, once it fits the model that it is sent to."""
-    check_compatible(vector.label, vector.fingerprint, "this model", fingerprint(SENDERS[-1], cached=True))
-    return PLAIN[ByStage](vector.values)
-
-
-PLAIN[TaskVector] = PLAIN[Activations] = _sent
+PLAIN[TaskVector] = PLAIN[Activations] = lambda vector: sent(vector.label, vector.fingerprint, vector.values)
 PLAIN[TaskVectors] = dict
 PLAIN[capture] = lambda _: inside_trace.capture
 OURS[inside_trace.CAPTURED] = _fetched

@@ -13,7 +13,8 @@ from typing import Any
 
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models import digests as weights
-from vtv_nnsight.models.interface import InContextModel, Stage
+from vtv_nnsight.models.interface import ByStage, InContextModel, Stage
+from vtv_nnsight.models.nnsight_remote import PLAIN, SENDERS
 from vtv_nnsight.text_prompts import TextLayout
 
 MAX_SIZE = 2048
@@ -113,3 +114,16 @@ def _agree(name: str, facts: Any, expected: Any) -> bool:
         )
         return True
     return False
+
+
+def sent(what: str, of_it: Mapping[str, Any], values: ByStage) -> dict[str, Any]:
+    """What travels of a vector or a set of units, by site, once it fits the model whose block is being sent.
+
+    Args:
+        what: It, for errors.
+        of_it: Its fingerprint.
+        values: What it holds.
+    """
+    check_compatible(what, of_it, "this model", fingerprint(SENDERS[-1], cached=True))
+    plain: dict[str, Any] = PLAIN[ByStage](values)
+    return plain
