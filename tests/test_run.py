@@ -441,6 +441,7 @@ def test_what_pictures_cannot_serve(photographs, model, tmp_path):
         {"test_prompts": -1},
         {"draws": 2.5},
         {"seed": "1"},
+        {"seed": True},
         {"folds": 4},
     ],
 )

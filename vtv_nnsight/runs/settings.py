@@ -110,7 +110,7 @@ class Settings:
         ranges = dict.fromkeys(counts, (1, MAX_COUNT)) | {"seed": (0, 2**32 - 1), "matrix": (0, MAX_COUNT)}
         for name, (least, most) in (ranges if self.budget is None else ranges | {"budget": (1, 2**63)}).items():
             value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value <= most:
+            if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"{name}={value!r} is not a whole number from {least} to {most:,}.")
         if not 0 <= self.sparsity < math.inf:
             raise ValueError(f"sparsity={self.sparsity} is no price; give 0 or more.")
