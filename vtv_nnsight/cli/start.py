@@ -213,7 +213,9 @@ def run(
     if quick and published:
         raise ValueError("--quick and --published are opposites; give one.")
     preset = QUICK if quick else PUBLISHED if published else None
-    settings = options.settings_of(ctx, preset, folds=_numbers(folds) if folds else (), dtype=dtype)
+    settings = options.settings_of(
+        ctx, preset, folds=_numbers(folds) if folds else (), dtype=dtype, matrix=BUDGET * matrix
+    )
     if is_published_pascal(settings):
         options.refuse_unused(ctx, "with --published on Pascal, which takes all pictures", "max_images")
     else:
@@ -235,7 +237,7 @@ def run(
         folders = {seed + i: folder / f"seed{seed + i}" for i in range(seeds)} if seeds > 1 else {seed: folder}
         shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size, jobs=jobs, remote=remote)
         for number, place in folders.items():
-            seeded = replace(settings, seed=number, matrix=BUDGET * matrix)
+            seeded = replace(settings, seed=number)
             pipeline.run(place, seeded, explore=demonstrate, report=page.write, **shared)
             summarise(place)
         if seeds > 1:
