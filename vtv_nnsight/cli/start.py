@@ -237,8 +237,7 @@ def run(
         folders = {seed + i: folder / f"seed{seed + i}" for i in range(seeds)} if seeds > 1 else {seed: folder}
         shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size, jobs=jobs, remote=remote)
         for number, place in folders.items():
-            seeded = replace(settings, seed=number)
-            pipeline.run(place, seeded, explore=demonstrate, report=page.write, **shared)
+            pipeline.run(place, replace(settings, seed=number), explore=demonstrate, report=page.write, **shared)
             summarise(place)
         if seeds > 1:
             say("\n".join(merge(folder, folders)))
