@@ -3,6 +3,7 @@ installed."""
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -39,7 +40,7 @@ from vtv_nnsight.files import read_tensors
 from vtv_nnsight.models import load_model
 from vtv_nnsight.models.nnsight_verbs import projection_of
 from vtv_nnsight.patching.forward import find_loss, forward, losses, remember
-from vtv_nnsight.report import load_run
+from vtv_nnsight.report import compare, load_run
 from vtv_nnsight.runs.outputs import read_prompts
 from vtv_nnsight.studies import circuits
 from vtv_nnsight.testing import check_model
@@ -579,6 +580,11 @@ def test_a_run_of_words_from_end_to_end(model, tmp_path, vtv, monkeypatch):
     assert vtv("evaluate", tmp_path / "model", "--data", "words", "--tasks", "plural", *units)[0] == 0
     shown = plots.answers(load_run(run).table, "antonym")
     assert texts["truth"][0].strip() in {text.get_text() for text in shown.axes[0].texts}
+    shutil.copytree(run, tmp_path / "copy")
+    page = compare([run, tmp_path / "copy"], tmp_path / "comparison.html").read_text("utf-8")
+    assert (
+        '<th scope="col">few-shot' in page and "one-shot" not in page and f"<code>{texts['truth'][0].strip()}" in page
+    )
 
     refused = {
         ("run", "--model", tmp_path / "model", "--quick", "--out", tmp_path / "no"): "does not go with a CausalLM",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
+from vtv_nnsight.evaluation.table import titled
 from vtv_nnsight.files import write_text
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.report import plots
@@ -47,10 +48,11 @@ def compare(runs: Sequence[str | os.PathLike], path: str | Path) -> Path:
     lines = {run.name: run.lines() for run in results}
     page = render(
         "comparison.html",
-        title="Visual task vectors: runs compared",
+        title="Task vectors: runs compared",
         settings=settings,
         runs=results,
-        words=legend((BASELINE, ZERO_SHOT, PATCHED)),
+        words=legend((BASELINE, ZERO_SHOT, PATCHED), results[0].of_texts),
+        shown=titled(BASELINE, results[0].table.frame.noun.iloc[0]),
         tasks=[_task(results, lines, task) for task in shared],
     )
     write_text(path, page + "\n")
