@@ -153,9 +153,8 @@ class PatchSet:
         Raises:
             ValueError: for a space with a unit a token, which has too many regions to draw.
         """
-        figure = maps.unit_maps(self.space.by_region(self.choices.float()), (0, 1.3), cmap="GnBu")
-        figure.suptitle(f"{len(self)} of {len(self.space)} units", fontsize=10)
-        return figure
+        heading = f"{len(self)} of {len(self.space)} units"
+        return maps.unit_maps(self.space.by_region(self.choices.float()), (0, 1.3), cmap="GnBu", heading=heading)
 
     def _combine(self, other: PatchSet, function: Any) -> PatchSet:
         if not isinstance(other, PatchSet):

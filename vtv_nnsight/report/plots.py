@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch.nn import functional as F
 
-from vtv_nnsight.maps import PANEL, draw_map, score_map, unit_maps
+from vtv_nnsight.maps import PANEL, add_bar, draw_map, panels, score_map, unit_maps
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.report.verdicts import best_others
@@ -209,13 +209,12 @@ def overlap(sets: Mapping[str, SearchResult | PatchSet]) -> Figure:
     similarity = np.array([[a.jaccard(b) for b in patches.values()] for a in patches.values()])
     counts = torch.stack([one.choices.int() for one in patches.values()]).sum(0)
     regions = next(iter(patches.values())).space.by_region(counts)
-    label = "number of sets that have the unit"
-    figure = unit_maps(regions, (0, len(patches)), cmap="magma", label=label, first="Jaccard similarity")
+    label = "sets that have the unit"
+    figure = unit_maps(regions, (0, len(patches)), cmap="magma", label=label, first=tuple(patches))
     axes = figure.axes[0]
-    image = axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
-    figure.colorbar(image, ax=axes, location="left", shrink=0.8, label="shared / all, of two sets")
-    axes.set_xticks(range(len(patches)), list(patches), rotation=30, ha="right")
-    axes.set_yticks(range(len(patches)), list(patches))
+    axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis")
+    axes.set_title("Jaccard similarity", fontsize=9)
+    axes.set_xticks([])  # in the order of the rows
     for (row, column), value in np.ndenumerate(similarity):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
     return figure
@@ -225,11 +224,10 @@ def head_map(values: Mapping[Any, torch.Tensor | None], title: str = "silhouette
     """Layer × head heat maps of one value a head: by stage, [layer, head] (or None), such as `clusters.silhouettes`."""
     present = {stage: value for stage, value in values.items() if value is not None}
     every = torch.cat([value.flatten() for value in present.values()])
-    figure = Figure(figsize=(1.6 * PANEL * len(present) + 1, 1.4 * PANEL), layout="constrained")
-    panels = figure.subplots(1, len(present), squeeze=False)
-    for panel, (stage, value) in zip(panels[0], present.items()):
+    figure, grid = panels(1, len(present), PANEL)
+    for panel, (stage, value) in zip(grid[0], present.items()):
         picture = draw_map(panel, value, str(stage), vmin=float(every.min()), vmax=float(every.max()))
-    figure.colorbar(picture, ax=panels, label=title)
+    add_bar(figure, picture, title)
     return figure
 
 
