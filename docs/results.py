@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -123,16 +124,22 @@ def of_language(contents: dict[str, Any]) -> str:
         methods = found["methods"]
         rows = [[task, *(f"{scores[name]:.2f}" for name in methods)] for task, scores in found["by_task"].items()]
         rows.append(["mean", *("{:.2f} [{:.2f}, {:.2f}]".format(*facts["mean"]) for facts in methods.values())])
-        less = [facts["less"]["few-shot"] for facts in methods.values()]
-        rows.append(["less few-shot", *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*values) for values in less)])
+        for other in next(iter(methods.values()))["less"]:
+            less = [facts["less"][other] for facts in methods.values()]
+            rows.append([f"less {other}", *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*values) for values in less)])
+        for name in ("evaluations", "seconds"):
+            spent = [facts[name] for facts in methods.values()]
+            rows.append([name, *("" if math.isnan(value) else f"{value:.0f}" for value in spent)])
         parts.append(f"{model}, seeds: {found['seeds']}.\n\n" + _markdown(["task", *methods], rows))
     return "\n\n".join(parts)
 
 
-def of_bench(name: str, minutes: int, seeds: int, options: str = "") -> Part:
-    """A benchmark that writes NAME.json."""
-    command = f"vtv bench {name} {options} --out benchmarks/results".replace("  ", " ")
-    return Part(command, minutes, seeds, {f"{name}.json": None}, of_file)
+def of_bench(name: str, minutes: int, seeds: int, options: str = "", kept: str = "") -> Part:
+    """A benchmark that writes NAME.json, which is kept in another name where a part of it is another table."""
+    folder = f"runs/{kept}" if kept else "benchmarks/results"
+    command = f"vtv bench {name} {options} --out {folder}".replace("  ", " ")
+    files = {f"{kept}.json": f"{folder}/{name}.json"} if kept else {f"{name}.json": None}
+    return Part(command, minutes, seeds, files, of_file)
 
 
 def of_seeds(data: str, minutes: int, matrix: str = "") -> Part:
@@ -152,6 +159,13 @@ PARTS = {
     "learned": of_bench("learned_vectors", 35, 3)._replace(table=of_rows),
     "language": of_bench(
         "language", 45, 3, "--model smollm2 --seeds 3 --methods references reinforce gates controls residual"
+    )._replace(table=of_language),
+    "rivals": of_bench(
+        "language",
+        90,
+        1,
+        "--seeds 1 --methods references reinforce attribution effects 'function vectors' published",
+        "language_rivals",
     )._replace(table=of_language),
     "circuits": of_bench("circuits", 30, 2, "--seeds 2"),
     "search_efficiency": of_bench("search_efficiency", 60, 2, "--seeds 2 --budgets 1000 4000 --published-steps 200"),
