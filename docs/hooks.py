@@ -86,6 +86,7 @@ REFERENCE = {
         "Attention": "report.attention",
         "Slides": "report.slides.Slides",
         "Player": "demo.playing.Player",
+        "WordPlayer": "demo.words",
         "Plots": "report.plots",
         "Verdicts": "report.verdicts",
         "Heat maps": "maps",

@@ -12,14 +12,28 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes that each take all 
 import numpy as np
 import pytest
 import torch
-from helpers import DALLE_CODES, DATA, VOC_MAPS, VOC_OBJECTS, VOC_SIZE, Conv, Part, annotation, make_config
+from helpers import (
+    DALLE_CODES,
+    DATA,
+    GROUPED,
+    VOC_MAPS,
+    VOC_OBJECTS,
+    VOC_SIZE,
+    Conv,
+    Part,
+    annotation,
+    letters,
+    make_config,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, cli, data, tasks
+from vtv_nnsight import MAEVQGAN, CausalLM, PatchSet, PatchSpace, TaskVectors, cli, data, tasks
 from vtv_nnsight.demo.playing import Player
+from vtv_nnsight.demo.words import load_players
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.published import load_checkpoint
 from vtv_nnsight.runs import bundles
@@ -138,6 +152,26 @@ def player(small_config):
         for seed, name in enumerate(vectors)
     }  # fmt: skip
     return Player(model, bundles.Bundle(vectors, found), rows)
+
+
+@pytest.fixture(scope="module")
+def word_player(tmp_path_factory):
+    """What the tab for words computes with: a small language model in a folder, with vectors and units of two tasks in
+    another."""
+    folder = tmp_path_factory.mktemp("words")
+    torch.manual_seed(0)
+    CausalLM(LlamaForCausalLM(LlamaConfig(**GROUPED)), tokenizer=letters()).save_pretrained(folder / "model")
+    model = CausalLM(folder / "model", dispatch=True)
+    asked = [tasks.words(name) for name in ("antonym", "plural")]
+    prompts = {task.name: task.prompts(task.rows, 4, shots=2) for task in asked}
+    vectors, space = TaskVectors.collect(model, prompts, progress=False), PatchSpace(model)
+    found = {
+        name: SearchResult("random", PatchSet.random(space, 6, seed), torch.zeros(len(space)).double(), False, 1.0, 1,
+                           (), {}, seed)
+        for seed, name in enumerate(vectors)
+    }  # fmt: skip
+    bundles.Bundle(vectors, found).save(folder / "vectors")
+    return load_players(str(folder / "vectors"), str(folder / "model"))[1]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from helpers import DATA, run
 from PIL import Image
 
-from vtv_nnsight import PatchSet, TaskVectors, data
+from vtv_nnsight import PatchSet, TaskVectors, data, tasks
 from vtv_nnsight.demo.playing import ONE_SHOT, VECTOR, enlarged
 from vtv_nnsight.images import as_rgb
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
@@ -163,9 +163,21 @@ def demo(player):
     blocks.close()
 
 
-def says(page, words):
+@pytest.fixture(scope="module")
+def words_demo(player, word_player):
+    """The address of the page with a tab for words."""
+    pytest.importorskip("gradio")
+    from vtv_nnsight.demo.page import launch, make_page
+
+    blocks = make_page(player, word_player)
+    _, address, _ = launch(blocks, prevent_thread_lock=True, quiet=True)
+    yield address
+    blocks.close()
+
+
+def says(page, words, caption="#caption"):
     """Wait until the page says something."""
-    playwright.expect(page.locator("#caption")).to_contain_text(re.compile(words), timeout=WAIT)
+    playwright.expect(page.locator(caption)).to_contain_text(re.compile(words), timeout=WAIT)
 
 
 def test_every_control_changes_the_answer(demo, visit):
@@ -347,3 +359,37 @@ def test_the_page_fits_a_narrow_screen(demo, visit):
     page = visit(demo, 390, True)
     says(page, "8 of 22 units")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True), (1280, True), (390, False)])
+def test_the_page_can_be_used_by_everyone(words_demo, visit, width, dark):
+    page = visit(words_demo, width, dark)
+    for tab, caption in (("Words", "#words-caption"), ("Pictures", "#caption")):
+        page.get_by_role("tab", name=tab).click()
+        says(page, "scale 1, [68] of", caption)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        page.wait_for_timeout(500)  # until nothing fades
+        assert complaints(page) == []
+
+
+def test_words_are_answered(words_demo, word_player, visit):
+    page = visit(words_demo)
+    says(page, "scale 1, 6 of 12 units", "#words-caption")
+    page.get_by_label("Query", exact=True).fill("big")
+    page.get_by_label("Query", exact=True).press("Enter")
+    vector, found = word_player.vector("antonym"), word_player.found("antonym")
+    answers = word_player.answers("antonym", "big", vector, found)
+    assert answers["truth"] == "small"
+    for name, answer in answers.items():
+        playwright.expect(page.get_by_label(name, exact=True)).to_have_value(answer, timeout=WAIT)
+    page.locator("#words-scale input[type=number]").fill("0.5")
+    page.locator("#words-scale input[type=number]").press("Enter")
+    says(page, "scale 0.5, 6 of 12", "#words-caption")
+    page.get_by_role("button", name="None", exact=True).click()
+    says(page, "scale 0.5, 0 of 12", "#words-caption")
+    page.get_by_role("button", name="Copy as Python").click()
+    playwright.expect(page.locator("#words-code")).to_contain_text("task.prompt([], 'big')", timeout=WAIT)
+    page.locator("#words-task input").click()
+    page.get_by_role("option", name="plural").first.click()
+    says(page, "scale 0.5, 6 of 12", "#words-caption")
+    playwright.expect(page.get_by_label("Query", exact=True)).to_have_value(tasks.words("plural").rows[0]["input"])

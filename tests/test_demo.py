@@ -1,4 +1,4 @@
-"""What the page of `vtv demo` computes: prompts, answers, uploads, the map of units. The page itself is in
+"""What the page of `vtv demo` computes: prompts, answers, uploads, words, the map of units. The page itself is in
 test_browser.py."""
 
 import io
@@ -13,6 +13,8 @@ from PIL import Image
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, patch, tasks
 from vtv_nnsight.demo import playing
 from vtv_nnsight.demo.playing import ONE_SHOT, VECTOR, ZERO_SHOT, Player
+from vtv_nnsight.demo.words import load_players
+from vtv_nnsight.evaluation.conditions import FEW_SHOT
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.prompts import crop
 
@@ -88,12 +90,12 @@ def test_a_search_on_ones_own_pictures(player):
         player.search("segmentation", rows)
 
 
-def page_of(player):
+def page_of(*players):
     """The page, and the functions that it calls by name."""
     pytest.importorskip("gradio")
     from vtv_nnsight.demo.page import make_page
 
-    blocks = make_page(player)
+    blocks = make_page(*players)
     return blocks, {function.fn.__name__: function for function in blocks.fns.values() if function.fn}
 
 
@@ -164,9 +166,9 @@ def test_the_scale_is_played_from_nothing_to_the_vector(player):
 def test_the_code_of_the_page_runs_as_it_is_pasted(tmp_path, monkeypatch):
     player = playing.Player.load("tiny")
     _, called = page_of(player)
-    from vtv_nnsight.demo.callbacks import SHOWN, Callbacks  # which needs gradio
+    from vtv_nnsight.demo.callbacks import SHOWN, PictureCallbacks  # which needs gradio
 
-    page = Callbacks(player, tmp_path)
+    page = PictureCallbacks(player, tmp_path)
     units = PatchSet.random(player.space, 12, 0)
     some = [[name for name in names if name in units] for names in page.panels.values()]
     monkeypatch.chdir(tmp_path)
@@ -226,3 +228,51 @@ def test_a_player_of_other_vectors_is_refused(player, small_config):
     other = MAEVQGAN(MAEVQGANModel(small_config()))
     with pytest.raises(ValueError, match="does not fit this model"):
         Player(other, player.bundle, player.rows)
+
+
+def test_words_are_answered_as_the_library_answers(word_player):
+    """Zero-shot, after examples without the query's word, and with a mixture of vectors."""
+    model, task = word_player.model, tasks.words("antonym")
+    vector, units = word_player.vector("antonym", "plural", 0.25), word_player.found("antonym", "plural")
+    assert len(units) == len(word_player.found("antonym") | word_player.found("plural"))
+    answers = word_player.answers("antonym", "hot", vector, units, 60.0, shots=3)
+    assert list(answers) == [ZERO_SHOT, FEW_SHOT, VECTOR, "truth"] and answers["truth"] == "cold"
+    zero_shot, few_shot = task.prompt([], "hot"), word_player.few_shot("antonym", "hot", 3)
+    assert few_shot.texts[0].endswith(zero_shot.texts[0]) and few_shot.layout.shots == 3
+    assert "hot" not in few_shot.texts[0].removesuffix(zero_shot.texts[0])
+    assert answers[ZERO_SHOT] == model.say(zero_shot)[0].strip()
+    assert answers[FEW_SHOT] == model.say(few_shot)[0].strip()
+    (patched,) = model.say(zero_shot, edit=lambda traced: patch(traced, vector, units, scale=60.0))
+    assert answers[VECTOR] == patched.strip() != answers[ZERO_SHOT]
+    assert word_player.answers("antonym", "hot", vector, units, 0.0)[VECTOR] == answers[ZERO_SHOT]
+    assert word_player.answers("antonym", "zebra", vector, units)["truth"] == ""
+    with pytest.raises(ValueError, match="has no 'input'"):
+        word_player.answers("antonym", " ", vector, units)
+
+
+def test_the_tab_for_words_answers_and_its_code_runs(player, word_player, tmp_path, capsys):
+    blocks, called = page_of(player, word_player)
+    assert {"Words", "Pictures"} <= {getattr(block, "label", None) for block in blocks.blocks.values()}
+    from vtv_nnsight.demo.callbacks import SAID, WordCallbacks
+
+    page = WordCallbacks(word_player, tmp_path, "words-")
+    assert called["first_query"].fn("plural") == tasks.words("plural").rows[0]["input"]
+    found, some = page.found_units("antonym", "none", None), ["layers.1.self_attn.heads[2]"]
+    assert len(found) == 6 and page.no_units() == []
+    assert "#words-units-0 .wrap { grid-template-columns: repeat(4," in page.heat("plural", None)
+    for task, other, ticked in (("antonym", "none", found), ("plural", "antonym", some)):
+        shown = page.respond(task, other, 0.25, 60.0, "hot", 2, None, ticked)
+        assert f"scale 60, {len(ticked)} of 12 units" in shown[len(SAID)] and shown[0] != shown[SAID.index(VECTOR)]
+        path = tmp_path / f"{task}.py"
+        path.write_text(shown[-1])
+        exec(compile(shown[-1], path, "exec"), {"__name__": "pasted"})
+        assert capsys.readouterr().out.strip() == shown[SAID.index(VECTOR)]
+    with pytest.raises(Exception, match="has no 'input'"):
+        page.respond("antonym", "none", 0.5, 1.0, "", 2, None, found)
+
+
+def test_vectors_and_a_model_say_which_pages_there_are(word_player):
+    pictures, words = load_players(device="cpu")
+    assert words is None and pictures.source is None and len(pictures.rows) == 16
+    with pytest.raises(ValueError, match="the bundle of smollm2 does not fit this model"):
+        load_players(model=word_player.source)

@@ -34,7 +34,7 @@ from vtv_nnsight.progress import numbered_steps, progress_bar
 from vtv_nnsight.report import comparison, explorer, figures, labels, pictures, reading
 from vtv_nnsight.report import page as report
 from vtv_nnsight.report.seeds import merge
-from vtv_nnsight.report.verdicts import beats_copying, rank_among_draws, verdicts
+from vtv_nnsight.report.verdicts import beats_copying, rank_among_draws, specific_tasks, vector_pairs, verdicts
 from vtv_nnsight.runs import STEPS, bundles, outputs, pipeline
 from vtv_nnsight.runs import folds as of_folds
 from vtv_nnsight.runs import steps as runs
@@ -496,9 +496,12 @@ def test_the_report_is_one_file_with_everything(finished):
     assert places == sorted(places) and page.index("<nav") < page.index("<h1")
     assert page.count('<p class="badges"><span>') == len(TASKS) and "of 2 draws of random units" in page
     assert len(page) < 3_000_000
+    specific = specific_tasks(vector_pairs(reading.load_run(finished).anew))
     for name in TASKS:
+        badge = "needs its own vector" if specific[name] else "another vector may do as well"
         section = page[page.index(f'<section id="{name}">') :]
         section = section[: section.index("</section>")]
+        assert f"<span>{badge}</span></p>" in section
         row = section[section.index('<div class="row">') : section.index('<div class="play"')]
         assert row.count("<figure><img") == 4 * len(labels.PICTURES)
         assert section.count("<button") == len(SearchResult.load(finished / "search" / f"{name}.safetensors").patches)
@@ -786,6 +789,7 @@ def test_seeds_are_runs_of_their_own_and_one_table(finished, copy, model, tmp_pa
     other = tmp_path / "other"
     run(other, Settings(model=model, **SMALL | {"seed": 1, "matrix": 0}), progress=False)
     assert not (other / "matrix").exists()  # nothing of a step that was not asked for
+    assert report._specific(reading.load_run(other)) == {}  # and so no badge says whether a task needs its own vector
     sentences = merge(tmp_path, {0: copy, 1: other})
     rows = pd.read_csv(tmp_path / "seeds.csv")
     assert set(rows.seed) == {0, 1} and set(rows.task) == set(TASKS)

@@ -15,6 +15,7 @@ import torch
 
 from vtv_nnsight import tasks
 from vtv_nnsight.demo.playing import MODES, ONE_SHOT, VECTOR, ZERO_SHOT, Player, Row, enlarged, panels, upload
+from vtv_nnsight.evaluation.conditions import FEW_SHOT
 from vtv_nnsight.images import enlarge, to_pil
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.report import photographs
@@ -24,6 +25,8 @@ NONE = "none"
 """No other task's vector is mixed in."""
 SHOWN = (photographs.QUERY, ZERO_SHOT, ONE_SHOT, VECTOR, "truth", photographs.CARRIED)
 """The panels of the page."""
+SAID = (ZERO_SHOT, FEW_SHOT, VECTOR, "truth")
+"""The answers of the tab for words."""
 SIDE = 336
 """Pixels: pictures are not shown smaller."""
 STEPS, PAUSE = 11, 0.15
@@ -51,15 +54,85 @@ class Callbacks:
     Args:
         player: That of all visitors.
         folder: Where files to download are written.
+        prefix: What ids of the page's elements begin with.
     """
 
-    player: Player
+    player: Any
     folder: Path
+    prefix: str = ""
+
+    def id(self, name: str) -> str:
+        """The id of one of the page's elements."""
+        return self.prefix + name
 
     @functools.cached_property
     def panels(self) -> dict[str, dict[str, str]]:
         """See `playing.panels`."""
         return panels(self.player.space)
+
+    def heat(self, task: str, visitor: Player | None) -> str:
+        """A style that colours each unit by the score that the search gave it."""
+        scores = (visitor or self.player).bundle.results[task].scores
+        least, most = scores.min(), scores.max()
+        shares = ((scores - least) / (most - least).clamp(min=1e-12)).tolist()
+        share = dict(zip(self.player.space.names, shares))
+        columns, rules = max(stage.heads for stage in self.player.space.stages), []
+        for panel, names in enumerate(self.panels.values()):
+            boxes = f"#{self.id(f'units-{panel}')} .wrap"
+            rules.append(f"{boxes} {{ grid-template-columns: repeat({columns}, max-content); }}")
+            for place, name in enumerate(names, 1):
+                colour = f"color-mix(in srgb, #0b7a5c {70 * share[name]:.0f}%, transparent)"
+                rules.append(f"{boxes} label:nth-of-type({place}) {{ background: {colour}; }}")
+        return f"<style>{' '.join(rules)}</style>"
+
+    def found_units(self, task: str, other: str, visitor: Player | None) -> list:
+        """The units that were found for a task and the other that is mixed in, as the panels' values."""
+        return self._values((visitor or self.player).found(task, None if other == NONE else other))
+
+    def no_units(self) -> list:
+        """The panels' values where no unit is on."""
+        return self._values(())
+
+    def write_vector(self, task: str, other: str, share: float, visitor: Player | None) -> str:
+        """The path of a file with the vector, mixed as it is on the page."""
+        vector = self._vector(task, other, share, visitor)
+        path = Path(tempfile.mkdtemp(dir=self.folder), "vector.safetensors")
+        TaskVectors({vector.task: vector}).save(path)
+        return str(path)
+
+    def write_set(self, task: str, visitor: Player | None, *ticked: list[str]) -> str:
+        """The path of a file with the units that are on."""
+        path = Path(tempfile.mkdtemp(dir=self.folder), "units.json")
+        self._units(task, ticked, visitor).save(path)
+        return str(path)
+
+    def _vector(self, task: str, other: str, share: float, visitor: Player | None) -> TaskVector:
+        return (visitor or self.player).vector(task, None if other == NONE else other, share)
+
+    def _units(self, task: str, ticked: Sequence[list[str]], visitor: Player | None) -> PatchSet:
+        """The units that are ticked; those found for the task where the page has no boxes to tick."""
+        if not self.panels:
+            return (visitor or self.player).found(task)
+        return PatchSet.named(self.player.space, [name for names in ticked for name in names])
+
+    def _ticks(self, units: Any) -> list[list[str]]:
+        """The same units, a list of names for each panel."""
+        return [[name for name in names if name in units] for names in self.panels.values()]
+
+    def _values(self, units: Any) -> list:
+        """What gradio takes for the panels: a list of names for each, and of a lone one that list itself."""
+        ticks = self._ticks(units)
+        return ticks if len(ticks) > 1 else ticks[0]
+
+    @staticmethod
+    def _in_words(other: str, share: float, scale: float, units: PatchSet) -> str:
+        """What an answer with the vector was made of."""
+        mixed = "" if other == NONE else f", {share:g} of it {other}'s"
+        return f"{VECTOR}{mixed}, scale {scale:g}, {len(units)} of {len(units.space)} units"
+
+
+class PictureCallbacks(Callbacks):
+    """Those of the page of pictures, over a `Player`."""
 
     @show_errors
     def respond(
@@ -71,8 +144,7 @@ class Callbacks:
         units, vector = self._units(task, ticked, visitor), self._vector(task, other, share, visitor)
         pictures = self.player.answers(task, example, query, vector, units, scale)
         seconds, asked = time.perf_counter() - began, tasks.get(task)
-        mixed = "" if other == NONE else f", {share:g} of it {other}'s"
-        words = f"{VECTOR}{mixed}, scale {scale:g}, {len(units)} of {len(units.space)} units"
+        words = self._in_words(other, share, scale, units)
         if "truth" in pictures:
             truth = pictures["truth"][None]
             scores = {name: float(asked.score(pictures[name][None], truth)[0]) for name in MODES if name in pictures}
@@ -106,20 +178,6 @@ class Callbacks:
             yield round(scale, 2), enlarged(cell)
             time.sleep(PAUSE)
 
-    def heat(self, task: str, visitor: Player | None) -> str:
-        """A style that colours each unit by the score that the search gave it."""
-        scores = (visitor or self.player).bundle.results[task].scores
-        least, most = scores.min(), scores.max()
-        shares = ((scores - least) / (most - least).clamp(min=1e-12)).tolist()
-        share = dict(zip(self.player.space.names, shares))
-        rules = [
-            f"#units-{panel} .wrap label:nth-of-type({place}) {{ background: color-mix(in srgb, #0b7a5c "
-            f"{70 * share[name]:.0f}%, transparent); }}"
-            for panel, names in enumerate(self.panels.values())
-            for place, name in enumerate(names, 1)
-        ]
-        return f"<style>{' '.join(rules)}</style>"
-
     def example_cells(self, row: Row | None, task: str) -> tuple[Any, Any]:
         """The example's two cells, as the page shows them."""
         if row is None:
@@ -128,10 +186,6 @@ class Callbacks:
             return row["image"], row["answer"]
         cell, answer = tasks.get(task).cells(row, self.player.space.layout.cell_size)
         return enlarged(cell, 168), None if answer is None else enlarged(answer, 168)
-
-    def found_units(self, task: str, other: str, visitor: Player | None) -> list[list[str]]:
-        """The units that were found for a task and the other that is mixed in."""
-        return self._ticks((visitor or self.player).found(task, None if other == NONE else other))
 
     def pick(self, event: gr.SelectData) -> Row:
         """The row of a picture that was clicked at."""
@@ -162,28 +216,25 @@ class Callbacks:
         units = visitor.found(task)
         return [visitor, *self._ticks(units), f"{len(units)} units found on your pictures: {', '.join(units)}"]
 
-    def write_vector(self, task: str, other: str, share: float, visitor: Player | None) -> str:
-        """The path of a file with the vector, mixed as it is on the page."""
-        vector = self._vector(task, other, share, visitor)
-        path = Path(tempfile.mkdtemp(dir=self.folder), "vector.safetensors")
-        TaskVectors({vector.task: vector}).save(path)
-        return str(path)
 
-    def write_set(self, task: str, visitor: Player | None, *ticked: list[str]) -> str:
-        """The path of a file with the units that are on."""
-        path = Path(tempfile.mkdtemp(dir=self.folder), "units.json")
-        self._units(task, ticked, visitor).save(path)
-        return str(path)
+class WordCallbacks(Callbacks):
+    """Those of the tab for words, over a `WordPlayer`."""
 
-    def _vector(self, task: str, other: str, share: float, visitor: Player | None) -> TaskVector:
-        return (visitor or self.player).vector(task, None if other == NONE else other, share)
+    @show_errors
+    def respond(
+        self, task: str, other: str, share: float, scale: float, query: str, shots: int, visitor: None,
+        *ticked: list[str],
+    ):  # fmt: skip
+        """A text for each of `SAID`, a line about them, the few-shot prompt, and Python that prints the answer with the
+        vector."""
+        began = time.perf_counter()
+        units, vector = self._units(task, ticked, visitor), self._vector(task, other, share, visitor)
+        answers = self.player.answers(task, query, vector, units, scale, shots)
+        words = f"{self._in_words(other, share, scale, units)} ({time.perf_counter() - began:.1f} s)"
+        code = self.player.code(task, None if other == NONE else other, share, units, query, scale)
+        return *(answers[name] for name in SAID), words, self.player.few_shot(task, query, shots).texts[0], code
 
-    def _units(self, task: str, ticked: Sequence[list[str]], visitor: Player | None) -> PatchSet:
-        """The units that are ticked; those found for the task where the page has no boxes to tick."""
-        if not self.panels:
-            return (visitor or self.player).found(task)
-        return PatchSet.named(self.player.space, [name for names in ticked for name in names])
-
-    def _ticks(self, units: Any) -> list[list[str]]:
-        """The same units, a list of names for each panel."""
-        return [[name for name in names if name in units] for names in self.panels.values()]
+    def first_query(self, task: str) -> str:
+        """A query to begin with."""
+        row = tasks.get(task).rows[0]
+        return row[tasks.get(task).inputs[-1]]

@@ -26,8 +26,9 @@ try:
 except ImportError as error:
     raise ImportError("vtv demo needs gradio; install it with pip install 'vtv-nnsight[demo]'.") from error
 
-from vtv_nnsight.demo.callbacks import NONE, SHOWN, Callbacks
+from vtv_nnsight.demo.callbacks import NONE, SAID, SHOWN, PictureCallbacks, WordCallbacks
 from vtv_nnsight.demo.playing import KEPT_SECONDS, MAX_BYTES, VECTOR, Player
+from vtv_nnsight.demo.words import WordPlayer
 from vtv_nnsight.models.nnsight_compat import without_save
 
 STATE_SECONDS = 3600
@@ -40,56 +41,110 @@ A **prompt** shows a model an example, its answer and a **query**; the model pai
 vector** is what some attention heads say on average over many prompts of a task. Put in their place, it makes the model
 do the task with **no example**. A **unit** is one head at one place."""
 
+ABOUT_WORDS = """# Task vectors of words, to play with
+A **few-shot** prompt shows a language model solved examples before the **query**. A **task vector** is what its
+attention heads say, on average, at the last token of many such prompts. Put in their place, it makes the model do the
+task **zero-shot**: with no example. A **unit** is one head at the last token."""
+
 ABOUT_SEARCH = """Eight pictures or more, for a task that makes its own answer (lowlight, inpainting, …): its vector is
 collected and its units are searched for, in a minute or so. They are used until the page is loaded again."""
 
 
-def make_page(player: Player) -> gr.Blocks:
-    """The page; `launch` serves it. Files of its visitors are in a temporary folder, which is removed when the program
-    ends."""
+def make_page(player: Player, words: WordPlayer | None = None) -> gr.Blocks:
+    """The page, with a tab for words where there is a language model; `launch` serves it. Files of its visitors are in
+    a temporary folder, which is removed when the program ends."""
     folder = tempfile.mkdtemp(prefix="vtv-demo-")
     os.environ["GRADIO_TEMP_DIR"] = folder  # gradio reads it when a component is made
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    page: Any = SimpleNamespace(calls=Callbacks(player, Path(folder)), units=[])
-    pictures = [row["image"] for row in player.rows]
     with gr.Blocks(title="Task vectors", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as blocks:
-        gr.Markdown(ABOUT)
-        page.example, page.query, page.visitor = (
-            gr.State(value, time_to_live=STATE_SECONDS) for value in (page.calls.row(0), page.calls.row(1), None)
-        )
-        _answers_panel(page)
-        _question_panel(page, list(player.bundle))
-        with gr.Accordion("Pictures", open=True), gr.Row():
-            _pictures_panel(page, pictures)
-        if page.calls.panels:
-            with gr.Accordion("Units: rows are layers, columns are heads", open=True):
-                _units_panel(page)
-            with gr.Accordion("Search on my pictures", open=False):
-                _search_panel(page)
-        with gr.Row():
-            _downloads_panel(page)
-        with gr.Accordion("Copy as Python", open=False):
-            page.code = gr.Code(language="python", interactive=False, elem_id="code", label="Python")
-        page.controls = [page.task, page.other, page.share, page.scale]
-        page.controls += [page.example, page.query, page.visitor, *page.units]
-        _wire_question(page, blocks)
-        _wire_pictures(page)
-        if page.units:
-            _wire_units(page, blocks)
-        _wire_downloads(page)
-    style = (files("vtv_nnsight.demo") / "page.css").read_text(encoding="utf-8")
-    blocks.css = style.replace("HEADS", str(max(stage.heads for stage in player.space.stages)))
+        if words is None:
+            _pictures(blocks, PictureCallbacks(player, Path(folder)))
+        else:
+            with gr.Tab("Words"):
+                _words(blocks, WordCallbacks(words, Path(folder), "words-"))
+            with gr.Tab("Pictures"):
+                _pictures(blocks, PictureCallbacks(player, Path(folder)))
     return blocks
 
 
-def _question_panel(page: Any, names: list[str]) -> None:
-    """The task and the vector."""
+def _pictures(blocks: gr.Blocks, calls: PictureCallbacks) -> None:
+    """All of the page that is about pictures."""
+    page: Any = SimpleNamespace(calls=calls, units=[])
+    gr.Markdown(ABOUT)
+    page.example, page.query, page.visitor = (
+        gr.State(value, time_to_live=STATE_SECONDS) for value in (calls.row(0), calls.row(1), None)
+    )
+    _answers_panel(page)
     with gr.Row():
-        page.task = gr.Dropdown(names, value=names[0], label="Task", elem_id="task", min_width=140)
-        page.scale = gr.Slider(0, 1.5, 1.0, step=0.05, label="Scale of the vector", elem_id="scale", min_width=240)
+        _vector_panel(page)
         page.play = gr.Button("▶ Play the scale", elem_id="play", min_width=140)
-        page.other = gr.Dropdown([NONE, *names], value=NONE, label="Mix with", elem_id="other", min_width=120)
-        page.share = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of it", elem_id="share", min_width=160)
+        _mixture_panel(page)
+    with gr.Accordion("Pictures", open=True), gr.Row():
+        _pictures_panel(page, [row["image"] for row in calls.player.rows])
+    if calls.panels:
+        _units_panel(page)
+        with gr.Accordion("Search on my pictures", open=False):
+            _search_panel(page)
+    _downloads_panel(page)
+    page.controls = [page.task, page.other, page.share, page.scale]
+    page.controls += [page.example, page.query, page.visitor, *page.units]
+    page.outputs = [*page.pictures, page.caption, page.code]
+    _wire_question(page, blocks)
+    _wire_pictures(page)
+    if page.units:
+        _wire_units(page, blocks)
+        _wire_search(page)
+    _wire_downloads(page)
+
+
+def _words(blocks: gr.Blocks, calls: WordCallbacks) -> None:
+    """The tab for words."""
+    page: Any = SimpleNamespace(calls=calls, units=[])
+    query = calls.first_query(next(iter(calls.player.bundle)))
+    gr.Markdown(ABOUT_WORDS)
+    page.visitor = gr.State(None)
+    with gr.Row():
+        page.query = gr.Textbox(query, label="Query", elem_id=calls.id("query"), min_width=200)
+        page.shots = gr.Slider(1, 16, 8, step=1, label="Examples of the few-shot prompt", elem_id=calls.id("shots"))
+    with gr.Row():
+        page.said = [
+            gr.Textbox(label=name, elem_id=calls.id(name.replace(" ", "-")), interactive=False, min_width=140)
+            for name in SAID
+        ]
+    page.caption = gr.Markdown(elem_id=calls.id("caption"), elem_classes="caption")
+    with gr.Row():
+        _vector_panel(page)
+        _mixture_panel(page)
+    with gr.Accordion("The few-shot prompt", open=False):
+        page.prompt = gr.Textbox(label="Prompt", interactive=False)
+    if calls.panels:
+        _units_panel(page)
+    _downloads_panel(page)
+    page.controls = [page.task, page.other, page.share, page.scale, page.query, page.shots, page.visitor, *page.units]
+    page.outputs = [*page.said, page.caption, page.prompt, page.code]
+    _answer(page, _tick_found(page, blocks.load))
+    _answer(page, _tick_found(page, page.other.input))
+    _answer(page, _tick_found(page, page.task.input(calls.first_query, page.task, page.query, **QUIET).then))
+    _answer(page, page.query.submit)
+    for control in (page.shots, page.share, page.scale, *page.units):
+        _answer(page, control.input, trigger_mode="always_last")
+    if page.units:
+        _wire_units(page, blocks)
+    _wire_downloads(page)
+
+
+def _vector_panel(page: Any) -> None:
+    """The task, and how far its vector goes."""
+    names, name = list(page.calls.player.bundle), page.calls.id
+    page.task = gr.Dropdown(names, value=names[0], label="Task", elem_id=name("task"), min_width=140)
+    page.scale = gr.Slider(0, 1.5, 1.0, step=0.05, label="Scale", elem_id=name("scale"), min_width=240)
+
+
+def _mixture_panel(page: Any) -> None:
+    """Another task's vector."""
+    names, name = [NONE, *page.calls.player.bundle], page.calls.id
+    page.other = gr.Dropdown(names, value=NONE, label="Mix with", elem_id=name("other"), min_width=120)
+    page.share = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of it", elem_id=name("share"), min_width=160)
 
 
 def _answers_panel(page: Any) -> None:
@@ -102,7 +157,7 @@ def _answers_panel(page: Any) -> None:
             for name in SHOWN
             for elem_id, alt in [titles.get(name, (name.split()[0], name))]
         ]
-    page.caption = gr.Markdown(elem_id="caption")
+    page.caption = gr.Markdown(elem_id="caption", elem_classes="caption")
 
 
 def _pictures_panel(page: Any, pictures: list[Any]) -> None:
@@ -124,15 +179,16 @@ def _pictures_panel(page: Any, pictures: list[Any]) -> None:
 
 def _units_panel(page: Any) -> None:
     """A box to tick for every unit, and buttons for many."""
-    with gr.Row():
-        page.all_found = gr.Button("Those that were found", size="sm", min_width=120)
-        page.all_off = gr.Button("None", size="sm", min_width=120)
-    with gr.Row():
-        for title, labels in page.calls.panels.items():
-            boxes = [(label, name) for name, label in labels.items()]
-            place = f"units-{len(page.units)}"
-            page.units.append(gr.CheckboxGroup(boxes, label=title, elem_classes="units", elem_id=place, min_width=210))
-    page.heat = gr.HTML()
+    with gr.Accordion("Units: rows are layers, columns are heads", open=True):
+        with gr.Row():
+            page.all_found = gr.Button("Those that were found", size="sm", min_width=120)
+            page.all_off = gr.Button("None", size="sm", min_width=120)
+        with gr.Row():
+            for number, (title, labels) in enumerate(page.calls.panels.items()):
+                boxes, place = [(label, name) for name, label in labels.items()], page.calls.id(f"units-{number}")
+                group = gr.CheckboxGroup(boxes, label=title, elem_classes="units", elem_id=place, min_width=210)
+                page.units.append(group)
+        page.heat = gr.HTML()
 
 
 def _search_panel(page: Any) -> None:
@@ -144,11 +200,14 @@ def _search_panel(page: Any) -> None:
 
 
 def _downloads_panel(page: Any) -> None:
-    """Buttons that write a file, and hidden ones that the page clicks at when it is written."""
-    page.get_vector = gr.Button("Download the vector", min_width=160)
-    page.get_set = gr.Button("Download the set of units", min_width=160)
-    page.vector_file = gr.DownloadButton("vector", elem_id="vector-file", visible="hidden")
-    page.set_file = gr.DownloadButton("units", elem_id="set-file", visible="hidden")
+    """Buttons that write a file, hidden ones that the page clicks at when it is written, and the code."""
+    with gr.Row():
+        page.get_vector = gr.Button("Download the vector", min_width=160)
+        page.get_set = gr.Button("Download the set of units", min_width=160)
+        page.vector_file = gr.DownloadButton("vector", elem_id=page.calls.id("vector-file"), visible="hidden")
+        page.set_file = gr.DownloadButton("units", elem_id=page.calls.id("set-file"), visible="hidden")
+    with gr.Accordion("Copy as Python", open=False):
+        page.code = gr.Code(language="python", interactive=False, elem_id=page.calls.id("code"), label="Python")
 
 
 def _image(label: str, alt_text: str, buttons: Sequence[Any] = (), **options: Any) -> gr.Image:
@@ -187,11 +246,15 @@ def _wire_pictures(page: Any) -> None:
 
 
 def _wire_units(page: Any, blocks: gr.Blocks) -> None:
-    calls, units = page.calls, page.units
+    calls = page.calls
     for bind in (blocks.load, page.task.input):
         bind(calls.heat, [page.task, page.visitor], page.heat, **QUIET)
     _answer(page, _tick_found(page, page.all_found.click))
-    _answer(page, page.all_off.click(lambda: [[] for _ in units], None, units, **QUIET).then)
+    _answer(page, page.all_off.click(calls.no_units, None, page.units, **QUIET).then)
+
+
+def _wire_search(page: Any) -> None:
+    calls, units = page.calls, page.units
     inputs, outputs = [page.task, page.files, page.visitor], [page.visitor, *units, page.search_caption]
     _answer(page, page.search.click(calls.search, inputs, outputs, **ONE_AT_A_TIME).then)
 
@@ -221,8 +284,7 @@ def _show_example(page: Any, bind: Callable) -> Any:
 
 def _answer(page: Any, bind: Callable, **options: Any) -> Any:
     """Answer when an event happens: visitors one after the other."""
-    outputs = [*page.pictures, page.caption, page.code]
-    return bind(page.calls.respond, page.controls, outputs, **ONE_AT_A_TIME, **QUIET, queue=True, **options)
+    return bind(page.calls.respond, page.controls, page.outputs, **ONE_AT_A_TIME, **QUIET, queue=True, **options)
 
 
 class SameOrigin:
@@ -246,8 +308,9 @@ def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, 
         from anyio import abc, to_thread  # noqa: F401
         from anyio._backends import _asyncio  # noqa: F401
         from anyio.streams import file, stapled, tls  # noqa: F401
+    style = (files("vtv_nnsight.demo") / "page.css").read_text("utf-8")
     return blocks.launch(
         server_name=host, server_port=port, share=share, max_file_size=MAX_BYTES, footer_links=[], ssr_mode=False,
-        css=blocks.css, theme=gr.themes.Default(primary_hue="emerald", font="system-ui", font_mono="monospace"),
+        css=style, theme=gr.themes.Default(primary_hue="emerald", font="system-ui", font_mono="monospace"),
         app_kwargs={"middleware": [Middleware(SameOrigin)]}, **options,
     )  # fmt: skip

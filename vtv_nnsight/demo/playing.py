@@ -1,4 +1,4 @@
-"""What the page of `vtv demo` computes: prompts of anybody's pictures, and answers to them."""
+"""What the page of `vtv demo` computes: prompts of anybody's pictures, and answers to them. Of words: `demo.words`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from PIL import Image
 from vtv_nnsight import data, tasks
 from vtv_nnsight.images import as_rgb, read_picture, to_pil
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.models.sources import EMBEDDED
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.patching.forward import forward, generate_with_gates
@@ -49,22 +48,61 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Player:
-    """A model, its vectors, and pictures to begin with. All visitors share it, and none changes it.
+class AnyPlayer:
+    """A model and its vectors, as visitors of a page play with them. All share it, and none changes it.
 
     Args:
         model: The model.
         bundle: Its task vectors and units.
-        rows: Pictures with masks, of which visitors pick.
+        source: Where the model was read, where that is not where the run read it.
     """
 
-    model: InContextModel
+    model: Any
     bundle: Bundle
-    rows: Sequence[Row]
-    _lock: Any = field(default_factory=Lock, repr=False)
+    source: str | None = field(default=None, kw_only=True)
+    _lock: Any = field(default_factory=Lock, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         self.bundle.check(self.model)
+
+    @property
+    def space(self) -> PatchSpace:
+        """The units of the bundle's first task, which are those of all."""
+        return self.bundle[next(iter(self.bundle))][1].space
+
+    def vector(self, task: str, other: str | None = None, share: float = 0.0) -> TaskVector:
+        """A task's vector, or that of two mixed: `share` of the other."""
+        first = self.bundle.vectors[task]
+        return (1 - share) * first + share * self.bundle.vectors[other] if other else first
+
+    def found(self, task: str, other: str | None = None) -> PatchSet:
+        """The units that were found for a task, or for either of two."""
+        units = self.bundle[task][1]
+        return units | self.bundle[other][1] if other else units
+
+    def patched_code(self, task: str, other: str | None, share: float, units: PatchSet) -> list[str]:
+        """Lines of Python that make `bundle`, `task`, `model`, `vector` and `units`."""
+        vector = f"{1 - share:g} * bundle.vectors[{task!r}] + {share:g} * bundle.vectors[{other!r}]"
+        found = torch.equal(units.choices, self.found(task).choices)
+        named = f"PatchSet.named(bundle[task.name][1].space, {list(units)!r})"
+        return [
+            f"bundle, task = bundles.load({self.bundle.name!r}), tasks.get({task!r})",
+            f"model = bundle.load_model({repr(self.source) if self.source else ''})",
+            f"vector = {vector if other else f'bundle.vectors[{task!r}]'}",
+            f"units = {'bundle[task.name][1]' if found else named}",
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Player(AnyPlayer):
+    """A model of pictures, its vectors, and pictures to begin with.
+
+    Args:
+        model, bundle, source: As of `AnyPlayer`.
+        rows: Pictures with masks, of which visitors pick.
+    """
+
+    rows: Sequence[Row]
 
     @classmethod
     def load(cls, vectors: str = EMBEDDED, model: str | None = None, device: str | None = None) -> Player:
@@ -74,15 +112,7 @@ class Player:
             FileNotFoundError, ValueError: when there is no such bundle, or it is not of this model.
         """
         bundle = bundles.load(vectors)
-        loaded: Any = bundle.load_model(model, dispatch=True)
-        if device:
-            loaded.to(device)
-        return cls(loaded, bundle, packaged_rows())
-
-    @property
-    def space(self) -> PatchSpace:
-        """The units of the bundle's first task, which are those of all."""
-        return self.bundle[next(iter(self.bundle))][1].space
+        return cls(load_model_of(bundle, model, device), bundle, packaged_rows(), source=model)
 
     def prompt(self, task: Task | str, example: Row | None, query: Row) -> VisualPrompt:
         """A prompt. The task makes input and output of each picture; an example that comes with its answer is shown as
@@ -99,16 +129,6 @@ class Player:
             cells = {"example_input": example["image"], "example_output": example["answer"], "query": query["image"]}
             return VisualPrompt.from_cells(cells, layout)
         return task.prompt(example, query, layout)
-
-    def vector(self, task: str, other: str | None = None, share: float = 0.0) -> TaskVector:
-        """A task's vector, or that of two mixed: `share` of the other."""
-        first = self.bundle.vectors[task]
-        return (1 - share) * first + share * self.bundle.vectors[other] if other else first
-
-    def found(self, task: str, other: str | None = None) -> PatchSet:
-        """The units that were found for a task, or for either of two."""
-        units = self.bundle[task][1]
-        return units | self.bundle[other][1] if other else units
 
     def answer(
         self,
@@ -158,18 +178,13 @@ class Player:
     def code(self, task: str, other: str | None, share: float, units: PatchSet, query: Row, scale: float) -> str:
         """Python that makes the answer with the vector, as it is pasted."""
         picture = f"packaged_rows()[{query['number']}]" if "number" in query else '{"image": "picture.jpg"}  # yours'
-        vector = f"{1 - share:g} * bundle.vectors[{task!r}] + {share:g} * bundle.vectors[{other!r}]"
         lines = [
             "from vtv_nnsight import PatchSet, VisualPrompt, bundles, patch, tasks",
             "from vtv_nnsight.demo.playing import packaged_rows",
             "",
-            f"bundle, task = bundles.load({self.bundle.name!r}), tasks.get({task!r})",
-            "model, layout = bundle.load_model(), bundle[task.name][1].space.layout",
-            f"vector = {vector if other else f'bundle.vectors[{task!r}]'}",
-            "units = bundle[task.name][1]"
-            if torch.equal(units.choices, self.found(task).choices)
-            else f"units = PatchSet.named(bundle[task.name][1].space, {list(units)!r})",
+            *self.patched_code(task, other, share, units),
             f"row = {picture}",
+            "layout = units.space.layout",
             'prompt = VisualPrompt.from_cells({"query": task.cells(row, layout.cell_size)[0]}, layout)',
             "with model.generate(prompt.query_only()) as tracer:",
             f"    patch(model, vector, units, scale={scale:g})",
@@ -201,6 +216,14 @@ class Player:
         return replace(
             self, bundle=replace(self.bundle, vectors=vectors, results={**self.bundle.results, task: result})
         )
+
+
+def load_model_of(bundle: Bundle, source: str | None, device: str | None) -> Any:
+    """The model of a bundle, on a device."""
+    model: Any = bundle.load_model(source, dispatch=True)
+    if device:
+        model.to(device)
+    return model
 
 
 def packaged_rows() -> list[Row]:

@@ -8,7 +8,7 @@ Beside report.html stand the same numbers (table.csv, table.md) and a picture of
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial, reduce
 from operator import and_
 from pathlib import Path
@@ -29,6 +29,7 @@ from vtv_nnsight.report.verdicts import (
     beats_copying,
     best_others,
     rank_among_draws,
+    specific_tasks,
     specificity_sentences,
     task_verdict,
     transfer_sentence,
@@ -56,7 +57,8 @@ def write(run: str | os.PathLike) -> Path:
 def _content(run: RunResults) -> dict[str, Any]:
     lines, space = run.lines(), run.space
     nearest = sorted(run.tasks, key=lambda task: _left(lines[task.name]))
-    tasks = [_task(run, task, lines[task.name]) for task in nearest]
+    specific = _specific(run)
+    tasks = [_task(run, task, lines[task.name], specific) for task in nearest]
     groups = dict.fromkeys(name for groups in space.groups.values() for name in groups)
     return {
         "title": f"{'Task vectors' if run.of_texts else 'Visual task vectors'}: {run.name}",
@@ -81,7 +83,7 @@ def _content(run: RunResults) -> dict[str, Any]:
     }
 
 
-def _task(run: RunResults, task: Task, lines: Lines) -> dict[str, Any]:
+def _task(run: RunResults, task: Task, lines: Lines, specific: Mapping[str, bool]) -> dict[str, Any]:
     scores, explorer = lines["score"], run.explorers.get(task.name)
     patched = scores[PATCHED]
     differs = patched.difference_low > 0 or patched.difference_high < 0
@@ -96,7 +98,7 @@ def _task(run: RunResults, task: Task, lines: Lines) -> dict[str, Any]:
         "scores": scores,
         "losses": lines["loss"],
         "verdict": verdict if enough else "no verdict against",
-        "badges": _badges(run, task, verdict) if enough else [f"{patched.asked}: too few for a verdict"],
+        "badges": _badges(run, task, verdict, specific) if enough else [f"{patched.asked}: too few for a verdict"],
         "controls": task_verdict(run.table, task.name)[enough:],
         "pictures": first_pictures(run, task),
         "figures": _units(run, task),
@@ -197,13 +199,24 @@ def _verdict(run: RunResults, tasks: Sequence[dict[str, Any]]) -> str:
     return f"With no example shown, the task vector is {'; '.join(parts)}."
 
 
-def _badges(run: RunResults, task: Task, verdict: str) -> list[str]:
-    """What is said of a task at a glance: against one example, and against random units."""
+def _badges(run: RunResults, task: Task, verdict: str, specific: Mapping[str, bool]) -> list[str]:
+    """What is said of a task at a glance: against one example, against random units, and, where units were searched for
+    each pair of a task and a vector, whether another vector may do as well."""
     badges = [f"{verdict} {run.example}"]
     if run.table.frame.query("task == @task.name").condition.eq(RANDOM).any():
         place = rank_among_draws(run.table, task.name)
         badges.append(f"beats {place.beaten} of {place.draws} draws of random units")
+    if task.name in specific:
+        badges.append("needs its own vector" if specific[task.name] else "another vector may do as well")
     return badges
+
+
+def _specific(run: RunResults) -> dict[str, bool]:
+    """`specific_tasks` of the tasks that were asked enough pictures, where units were searched for each pair."""
+    if run.anew is None:
+        return {}
+    pairs = vector_pairs(run.anew)
+    return specific_tasks(pairs[pairs.pictures >= ENOUGH])
 
 
 def _unit(run: RunResults) -> str:
