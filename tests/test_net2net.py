@@ -138,16 +138,14 @@ def test_what_is_seen_stays_and_the_codes_are_painted(model, prompts):
     assert (model.ceiling(prompts) - model._module.vqgan.decode(codes)).abs().max() <= 1 / 255 + 1e-6
 
 
-def test_sampling_is_seeded(model, file, prompts):
+def test_sampling_is_seeded(model, prompts):
     def codes(**sampling):
         return model(prompts, **sampling).codes
 
     hot = codes(temperature=1.0, seed=1)
     assert torch.equal(codes(temperature=1.0, seed=1), hot) and not torch.equal(codes(temperature=1.0, seed=2), hot)
     assert torch.equal(codes(temperature=1.0, top_k=1), codes()) and torch.equal(codes(temperature=1e-6), codes())
-    own = Net2Net(file, num_attention_heads=GPT_HEADS, temperature=1.0, seed=1)
-    assert torch.equal(own(prompts).codes, hot)
-    assert torch.equal(own.generate(prompts), model.generate(prompts, temperature=1.0, seed=1))
+    assert not torch.equal(model.generate(prompts), model.generate(prompts, temperature=1.0, seed=1))
     few = model(prompts, temperature=5.0, top_k=2)
     hidden = ~torch.isin(prompts.decoded, prompts.visible)
     best = few.logits[:, hidden].topk(2).indices
@@ -212,9 +210,9 @@ def test_what_does_not_fit_is_refused(state, tmp_path):
     def refused(words, content, **options):
         torch.save({"state_dict": content}, tmp_path / "some.ckpt")
         with pytest.raises(ValueError, match=words):
-            Net2Net(tmp_path / "some.ckpt", **{"num_attention_heads": GPT_HEADS, **options})
+            Net2Net(tmp_path / "some.ckpt", **{"num_attention_heads": GPT_HEADS, "dispatch": True, **options})
 
-    refused("width 16 cannot have 3 heads; give num_attention_heads=", state, num_attention_heads=3)
+    refused("some.ckpt .*`embed_dim` must be divisible by num_heads", state, num_attention_heads=3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'attn_implementation'"):
         Net2Net(tmp_path / "some.ckpt", attn_implementation="eager")
     picture = state | {"cond_stage_model.encoder.conv_in.weight": torch.zeros(2)}
@@ -223,13 +221,11 @@ def test_what_does_not_fit_is_refused(state, tmp_path):
     absent = {name: value for name, value in state.items() if name != "transformer.blocks.1.mlp.2.bias"}
     refused("some.ckpt: transformer.blocks.1.mlp.2.bias missing", absent)
     alone = {name: value for name, value in state.items() if name.startswith("transformer.")}
-    refused("is not a checkpoint with its VQGAN: it has no first_stage_model.quantize.embedding.weight", alone)
-    misshapen = state | {"transformer.blocks.0.attn.key.weight": torch.zeros(3, 3)}
-    refused(r"attn.key.weight of shape \[3, 3\]; the sizes of the other tensors ask for \[16, 16\]", misshapen)
-    thousands = state | {"transformer.blocks.5000.ln1.bias": torch.zeros(2)}
-    refused("declares transformer.blocks.5000; expected at most 256", thousands)
+    refused("is not a VQGAN checkpoint: it has no 'first_stage_model.encoder.conv_in.weight'", alone)
+    misshapen = state | {"transformer.blocks.0.attn.proj.weight": torch.zeros(3, 3)}
+    refused(r"attn.proj.weight of shape \[3, 3\]; the other sizes ask for \[16, 16\]", misshapen)
     vqgan = {name.removeprefix("first_stage_model."): value for name, value in state.items() if "first" in name}
-    refused("is not a checkpoint of a VQGAN's transformer", vqgan)
+    refused("is not a VQGAN checkpoint", vqgan)
     refused("the transformer knows 8 codes, and its VQGAN has 16", state | net2net_weights(codes=8) | {
         name: value for name, value in state.items() if name.startswith("first_stage_model.")
     })  # fmt: skip

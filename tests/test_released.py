@@ -149,7 +149,7 @@ def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, i, protocol):
     name, content = list(hostile(marker))[i]
     path = tmp_path / "segmentation_mean_activations.pkl"
     path.write_bytes(pickle.dumps(content, protocol))
-    with pytest.raises(ValueError, match="refused: it (names|holds).*Nothing of it was run"):
+    with pytest.raises(ValueError, match="is truncated, damaged or no pickle: it (names|holds)"):
         released.load(path)
     assert not marker.exists(), name
 
@@ -171,24 +171,8 @@ def test_stack_globals_by_hand_are_refused(tmp_path):
         b"ctorch._utils\nos.system\n.",
     ):
         path.write_bytes(text)
-        with pytest.raises(ValueError, match="refused: it names"):
+        with pytest.raises(ValueError, match="it names"):
             released.load(path)
-
-
-def test_pickles_that_stand_for_something_enormous_are_refused_at_once(tmp_path):
-    shared = (0,) * 10
-    for _ in range(40):
-        shared = (shared,) * 10
-    for content in (shared, [shared], {"a": [1, shared]}):
-        (tmp_path / "bernoullis_0.pkl").write_bytes(pickle.dumps(content))
-        with pytest.raises(ValueError, match="was refused: its objects refer to each other so often"):
-            released.load(tmp_path / "bernoullis_0.pkl")
-    deep = []
-    for _ in range(300):
-        deep = [deep]
-    (tmp_path / "bernoullis_0.pkl").write_bytes(pickle.dumps(deep))
-    with pytest.raises(ValueError, match="was refused: its objects are nested more than 200 deep"):
-        released.load(tmp_path / "bernoullis_0.pkl")
 
 
 def test_lists_that_hold_each_other_stay_shared(tmp_path):

@@ -124,6 +124,26 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+@contextmanager
+def refusing(path: str | os.PathLike[str], damaged: str) -> Iterator[None]:
+    """Whatever reading a file raises in the block, as one sentence that names it.
+
+    Args:
+        path: The file.
+        damaged: What a file is that cannot be read, such as "is truncated or damaged".
+
+    Raises:
+        ValueError: when anything but an OSError, which names the file, is raised in the block.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # what is damaged can raise anything
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(f"{path} {damaged}: {' '.join(reason.split()).rstrip('.')}.") from error
+
+
 def write_text(path: str | Path, text: str) -> None:
     """A text file, in UTF-8."""
     with replacing(path) as temporary:

@@ -4,10 +4,9 @@ source is read."""
 from __future__ import annotations
 
 import copy
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,14 +16,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from vtv_nnsight.files import refusing
 from vtv_nnsight.finite import check_output
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import floating_dtype
 from vtv_nnsight.models.interface import CanvasModel
-from vtv_nnsight.models.nnsight_compat import Envoy, TraceableModel, traceable
+from vtv_nnsight.models.nnsight_compat import Envoy, TraceableModel, real_tensors, traceable
 from vtv_nnsight.models.painting import Inputs, paint_canvas
-from vtv_nnsight.models.sources import HUB_OPTIONS, locate, read_model_type, read_shapes
-from vtv_nnsight.models.torch_files import StrPath, refuse_differences
+from vtv_nnsight.models.sources import HUB_OPTIONS, locate
+from vtv_nnsight.models.torch_files import StrPath, fill, refuse_differences
 from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import Canvases, VisualPrompt
 
@@ -65,6 +65,10 @@ class TraceableCanvas(TraceableModel, CanvasModel):
     config_class: ClassVar[type[PretrainedConfig]]
     source_kinds: ClassVar[str] = "a Hub id, a folder"
     """What else a source may be, for people."""
+    file_options: ClassVar[tuple[str, ...]] = ()
+    """Arguments of a published checkpoint file alone."""
+    published_name: ClassVar[Callable[[str], str]]
+    """What published files call a tensor of the module."""
     envoy_classes: ClassVar[Mapping[type[nn.Module], type[Envoy]]] = {}
     """Envoys of the network's modules; the argument `envoys` adds to them."""
 
@@ -172,34 +176,53 @@ class TraceableCanvas(TraceableModel, CanvasModel):
 
     def loaded_network(self, source: str, **options: Any) -> Any:
         """The network of a source, with its weights."""
-        self.read_config(source, **options)
-        return self.adapt(self.load_weights(source, **options), source)
+        if locate(source).kind != "file":
+            options = self._without_file(options)
+            self.read_config(source, **options)
+            return self.adapt(self.load_weights(source, **options), source)
+        config, tensors = self.read_released(source, **drop_none(options, *self.file_options))
+        options = {name: value for name, value in options.items() if name not in self.file_options}
+        with real_tensors(), torch.device("meta"):
+            module = self.module_class(config)
+        return self.adapt(copy_with(fill(module, tensors, self.published_name, source, None), **options), source)
 
     def ready_network(self, module: Any, **options: Any) -> Any:
         """The network of a ready module, or of a copy of it where an option is set."""
-        if options := drop_none(options, *options):
-            module = copy_with(module, **options)
-        return self.adapt(module, f"this {type(module).__name__}")
+        return self.adapt(copy_with(module, **self._without_file(options)), f"this {type(module).__name__}")
 
     def read_config(self, source: str, **options: Any) -> Any:
-        """The config of a folder or a Hub id.
+        """The config of a folder or a Hub id, or that which the tensors of a published file tell.
 
         Raises:
             ValueError, OSError: when it is of another kind of model, or cannot be read.
         """
-        expected, path = self.config_class.model_type, locate(source).path
-        folder = Path(path, options.get("subfolder") or "")
-        if folder.is_dir() and (kind := read_model_type(folder)) != expected:
-            raise ValueError(f"{source!r} is a {kind} model; expected {expected}.")
-        config = AutoConfig.from_pretrained(path, revision=self.revision, **drop_none(options, *HUB_OPTIONS))
+        if locate(source).kind == "file":
+            return self.read_released(source, **drop_none(options, *self.file_options))[0]
+        options = self._without_file(options)
+        path = locate(source).path
+        with refusing(source, "has no usable config"):
+            config = AutoConfig.from_pretrained(path, revision=self.revision, **drop_none(options, *HUB_OPTIONS))
         if not isinstance(config, self.config_class):
-            raise ValueError(f"{source!r} is a {config.model_type} model; expected {expected}.")
+            raise ValueError(f"{source!r} is a {config.model_type} model; expected {self.config_class.model_type}.")
         return config
+
+    def read_released(self, source: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The config that the tensors of a published file tell, and these, by published name.
+
+        Raises:
+            ValueError: for a model without such files.
+        """
+        raise ValueError(f"{source!r} is no source of {type(self).__name__}; give {self.source_kinds}.")
+
+    def _without_file(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        if stray := drop_none(options, *self.file_options):
+            raise ValueError(f"{', '.join(stray)}= is for a published checkpoint file; this source has its own.")
+        return {name: value for name, value in options.items() if name not in self.file_options}
 
     def build(self, config: PretrainedConfig, source: str, **options: Any) -> Any:
         """The module of a config, without weights."""
         kept = drop_none({**options, "dtype": floating_dtype(options.get("dtype"))}, "dtype", "attn_implementation")
-        with _one_sentence(source):
+        with refusing(source, "is no model that can be built"):
             return self.module_class._from_config(config, **kept)
 
     def load_weights(self, source: str, **options: Any) -> Any:
@@ -210,36 +233,18 @@ class TraceableCanvas(TraceableModel, CanvasModel):
         """
         floating_dtype(options.get("dtype"))
         path = locate(source).path
-        folder = Path(path, options.get("subfolder") or "")
-        if folder.is_dir():
-            self._compare_sizes(folder, source, **options)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # what it would report is raised below
         try:
-            with _one_sentence(source), quiet() if folder.is_dir() else nullcontext():
+            with refusing(source, "cannot be loaded"), quiet() if Path(path).is_dir() else nullcontext():
                 module, report = self.load_pretrained(
                     path, **options, output_loading_info=True, ignore_mismatched_sizes=True
                 )
         finally:
             logging.set_verbosity(verbosity)
-        missing, unknown, misshapen = (sorted(report[f"{kind}_keys"]) for kind in _DIFFERENCES)
-        refuse_differences(path, type(self).__name__, missing, unknown, misshapen, "the sizes in its config")
+        differences = (sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched"))
+        refuse_differences(path, *differences)
         return module
-
-    def _compare_sizes(self, folder: Path, source: str, **options: Any) -> None:
-        """Refuse a folder of other sizes than its config tells of, before there is room for these."""
-        stored = read_shapes(folder)
-        with torch.device("meta"):
-            expected = self.build(self.read_config(source, **options), source).state_dict()
-        misshapen = [
-            (name, stored[name], list(tensor.shape))
-            for name, tensor in expected.items()
-            if name in stored and list(tensor.shape) != stored[name]
-        ]
-        missing = {name: tensor.numel() for name, tensor in expected.items() if name not in stored}
-        if sum(missing.values()) <= sum(map(math.prod, stored.values())):  # transformers knows some by other names
-            missing = {}
-        refuse_differences(folder, type(self).__name__, missing, [], misshapen, "the sizes in its config")
 
     def count_rows(self, *inputs: Any, **kwargs: Any) -> int:
         """Rows of one input set; 0 when it holds only options, as in `model.trace()` with invokes."""
@@ -279,18 +284,10 @@ class TraceableCanvas(TraceableModel, CanvasModel):
         return tensors, {name: value for name, value in kwargs.items() if name not in Inputs._fields}
 
 
-@contextmanager
-def _one_sentence(source: str) -> Iterator[None]:
-    """What a config leads transformers to raise when nothing can be built of it, as one sentence."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"no model can be built of the config of {source!r}: {reason}.") from error
-
-
 def copy_with(module: Any, **options: Any) -> Any:
-    """A copy of a ready module, loaded with other options of `from_pretrained`."""
+    """A ready module, or a copy of it, loaded with other options of `from_pretrained`, where one is set."""
+    if not (options := drop_none(options, *options)):
+        return module
     options = {"attn_implementation": module.config._attn_implementation, "dtype": module.dtype} | options
     config, weights = copy.deepcopy(module.config), module.state_dict()
     return type(module).from_pretrained(None, config=config, state_dict=weights, **options)
@@ -339,8 +336,6 @@ def _check(inputs: Inputs, layout: Layout) -> None:
             raise ValueError(f"{name} names a patch twice in a row; give each patch id once.")
 
 
-_DIFFERENCES = ("missing", "unexpected", "mismatched")
-"""Of weights, as transformers reports them."""
 _IDS = ("visible", "decoded")
 _APART = (
     "cannot share a batch, which is one forward; trace them one after the other, in a `with model.session():` when "

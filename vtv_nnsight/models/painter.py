@@ -28,13 +28,12 @@ from vtv_nnsight.images import denormalise, normalise
 from vtv_nnsight.layouts import Layout, positions
 from vtv_nnsight.models import nnsight_compat as compat
 from vtv_nnsight.models.canvas import TraceableCanvas, drop_none
-from vtv_nnsight.models.devices import floating_dtype
 from vtv_nnsight.models.interface import Loss, Stage, group_positions
-from vtv_nnsight.models.painter_files import TYPE_TOKENS, config_of, read_weights
+from vtv_nnsight.models.painter_files import describe, released_name
 from vtv_nnsight.models.painter_network import PainterNetwork
 from vtv_nnsight.models.painting import Inputs
-from vtv_nnsight.models.sources import HUB_OPTIONS, fetch_released, locate
-from vtv_nnsight.models.torch_files import StrPath, read_tensors
+from vtv_nnsight.models.sources import HUB_OPTIONS, fetch_released
+from vtv_nnsight.models.torch_files import StrPath
 from vtv_nnsight.prompts import VisualPrompt, crop
 
 EMBEDDING_TYPES = ("semantic", "instance")
@@ -135,6 +134,7 @@ class Painter(TraceableCanvas):
     config_class = SegGptConfig
     module_class = SegGptForImageSegmentation
     source_kinds = "a Hub id, a folder, a checkpoint file"
+    published_name = staticmethod(released_name)
     envoy_classes = {SegGptAttention: AttentionEnvoy}
     typed = False
     """Whether the model has type tokens and, with them, a feature ensemble."""
@@ -210,44 +210,24 @@ class Painter(TraceableCanvas):
         painted[..., rows, columns] = denormalise(output.prediction.to(painted.dtype)).clamp(0, 1)
         return painted
 
-    def read_config(self, source: str, **options: Any) -> SegGptConfig:
-        """The config of a folder or a Hub id, or that which the tensors of a released file tell.
+    def read_released(self, source: str) -> tuple[SegGptConfig, dict[str, torch.Tensor]]:
+        """The config that the tensors of a released file tell, and these."""
+        return describe(source)
 
-        Raises:
-            ValueError, OSError: when it is of another kind of model, or cannot be read.
-        """
-        if locate(source).kind != "file":
-            return super().read_config(source, **options)
-        return config_of(read_tensors(source), source)
-
-    def empty_network(self, source: str, **options: Any) -> PainterNetwork:
-        """The network of a source's config on the meta device."""
-        config = self.read_config(source, **options)
+    def build(self, config: Any, source: str, **options: Any) -> Any:
+        """The module of a config, without weights."""
         with compat.real_tensors(), torch.device("meta"):  # transformers computes drop rates on the CPU
-            return self.adapt(self.build(config, source, **options), source)
-
-    def loaded_network(self, source: str, dtype: torch.dtype | str | None = None, **options: Any) -> PainterNetwork:
-        """The network of a source, with its weights."""
-        if locate(source).kind != "file":
-            return super().loaded_network(source, dtype=dtype, **options)
-        tensors = read_tensors(source)
-        config = config_of(tensors, source)
-        self._check_type(any(name in tensors for name in TYPE_TOKENS), source)
-        weights = read_weights(tensors, source, config, type(self).__name__, floating_dtype(dtype))
-        options = {"dtype": next(iter(weights.values())).dtype} | drop_none(options, *options)
-        return self.adapt(self.module_class.from_pretrained(None, config=config, state_dict=weights, **options), source)
+            return super().build(config, source, **options)
 
     def adapt(self, module: SegGptForImageSegmentation, source: str) -> PainterNetwork:
         """The network of a module, in eval mode, if it is of this model: Painter's type tokens are zero."""
         tokens = module.model.embeddings.type_token_semantic, module.model.embeddings.type_token_instance
         if not any(token.is_meta for token in tokens):
-            self._check_type(any(bool(token.detach().any()) for token in tokens), source)
+            typed = any(bool(token.detach().any()) for token in tokens)
+            if typed != self.typed:
+                kind, why = ("SegGPT", "type tokens") if typed else ("Painter", "no type tokens")
+                raise ValueError(f"{source} is a {kind} (it has {why}); load it with {kind}.")
         return PainterNetwork(module.eval())
-
-    def _check_type(self, typed: bool, source: str) -> None:
-        if typed != self.typed:
-            kind, why = ("SegGPT", "type tokens") if typed else ("Painter", "no type tokens")
-            raise ValueError(f"{source} is a {kind} (it has {why}); load it with {kind}.")
 
     def check_inputs(self, *inputs: Any, **kwargs: Any) -> tuple[VisualPrompt | Inputs, dict[str, Any]]:
         """One input set: a prompt in this model's layout that is one-shot or query only; and the options."""

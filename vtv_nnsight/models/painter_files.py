@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
-from transformers import SegGptConfig, SegGptForImageSegmentation
+from transformers import SegGptConfig
 
-from vtv_nnsight.models.torch_files import StrPath, Tensors, cast, check_ranks, check_tensors
+from vtv_nnsight.files import refusing
+from vtv_nnsight.models.torch_files import StrPath, read_tensors
 
 TYPE_TOKENS = ("type_token_cls", "type_token_ins")
 """SegGPT's tokens for "semantic" and "instance", as released; Painter has none."""
@@ -44,21 +45,9 @@ def released_name(name: str) -> str:
     return name
 
 
-_SIZES = {
-    "segment_token_x": 4,
-    "pos_embed": 3,
-    "patch_embed.proj.weight": 4,
-    "blocks.0.attn.rel_pos_h": 2,
-    "blocks.0.attn.rel_pos_w": 2,
-    "blocks.0.mlp.fc1.weight": 2,
-    "decoder_embed.weight": 2,
-    "decoder_pred.0.weight": 4,
-}
-"""The tensors that sizes are read off, and their ranks."""
-
-
-def config_of(tensors: Tensors, source: StrPath) -> SegGptConfig:
-    """The sizes of a released file, read off the shapes of its tensors (by released name).
+def describe(source: StrPath) -> tuple[SegGptConfig, dict[str, torch.Tensor]]:
+    """The sizes of a released file, read off the shapes of its tensors, and these by released name, with zeros for the
+    type tokens that a Painter lacks.
 
     The layer after which the streams merge is the released code's (2), and so are the layers whose features the decoder
     sees: the last of each quarter.
@@ -66,49 +55,24 @@ def config_of(tensors: Tensors, source: StrPath) -> SegGptConfig:
     Raises:
         ValueError: naming the tensors that are missing or of another shape.
     """
-    check_ranks(_SIZES, tensors, source, "no Painter and no SegGPT")
-    shapes = {name: tensors[name].shape for name in _SIZES}
-    width, _, patch, _ = shapes["patch_embed.proj.weight"]
-    offsets, head_dim = shapes["blocks.0.attn.rel_pos_h"]
-    rows, columns = ((n + 1) // 2 for n in (offsets, shapes["blocks.0.attn.rel_pos_w"][0]))
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    features = shapes["decoder_embed.weight"][1] // width
-    if width % head_dim or not features or depth % features:
-        raise ValueError(f"{source}: a width of {width}, heads of {head_dim} and {depth} layers do not go together.")
-    return SegGptConfig(
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=width // head_dim,
-        image_size=(rows * patch, columns * patch),
-        patch_size=patch,
-        mlp_dim=shapes["blocks.0.mlp.fc1.weight"][0],
-        pretrain_image_size=math.isqrt(shapes["pos_embed"][1] - 1) * patch,
-        decoder_hidden_size=shapes["decoder_pred.0.weight"][0],
-        intermediate_hidden_state_indices=[depth // features * (i + 1) - 1 for i in range(features)],
-    )
-
-
-def read_weights(
-    tensors: Tensors, source: StrPath, config: SegGptConfig, model: str, dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    """The weights in a released file under transformers' names, with zeros for the type tokens that a Painter lacks.
-
-    Args:
-        tensors: What the file holds.
-        source: The file.
-        config: As `config_of` gives it.
-        model: What the model is called.
-        dtype: Of the weights; None keeps the file's.
-
-    Raises:
-        ValueError: naming the tensors that are missing, unknown or of another shape.
-    """
-    with torch.device("meta"):
-        expected = SegGptForImageSegmentation(config).state_dict()
-    names = {released_name(name): name for name in expected}
-    lacking = () if any(name in tensors for name in TYPE_TOKENS) else TYPE_TOKENS
-    shapes = {released: expected[name].shape for released, name in names.items() if released not in lacking}
-    check_tensors(shapes, tensors, source, model)
-    weights = {names[released]: cast(tensor, dtype) for released, tensor in tensors.items()}
-    blank = weights[names["segment_token_x"]]
-    return weights | {names[token]: torch.zeros_like(blank) for token in lacking}
+    tensors = read_tensors(source)
+    with refusing(source, "is no Painter and no SegGPT"):
+        for token in () if any(name in tensors for name in TYPE_TOKENS) else TYPE_TOKENS:
+            tensors[token] = torch.zeros_like(tensors["segment_token_x"])
+        width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+        offsets, head_dim = tensors["blocks.0.attn.rel_pos_h"].shape
+        rows, columns = ((n + 1) // 2 for n in (offsets, len(tensors["blocks.0.attn.rel_pos_w"])))
+        depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+        features = tensors["decoder_embed.weight"].shape[1] // width
+        config = SegGptConfig(
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=width // head_dim,
+            image_size=(rows * patch, columns * patch),
+            patch_size=patch,
+            mlp_dim=len(tensors["blocks.0.mlp.fc1.weight"]),
+            pretrain_image_size=math.isqrt(tensors["pos_embed"].shape[1] - 1) * patch,
+            decoder_hidden_size=len(tensors["decoder_pred.0.weight"]),
+            intermediate_hidden_state_indices=[depth // features * (i + 1) - 1 for i in range(features)],
+        )
+    return config, tensors

@@ -3,13 +3,10 @@ nowhere else.
 
     >>> locate("facebook/vit-mae-base")                # Place(kind="hub", path="facebook/vit-mae-base")
     >>> model = load_model("BAAI/seggpt-vit-large")    # of whichever family the source is
-
-Folders are looked at before transformers reads them: what is damaged, or lies, is said in one sentence.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from importlib import import_module
 from importlib.resources import files
@@ -17,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from safetensors import safe_open
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vtv_nnsight.files import MAX_HEADER, check_header
+from vtv_nnsight.files import refusing
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.models.torch_files import StrPath, read_tensors
 
@@ -59,8 +56,7 @@ FAMILY_ARGUMENTS = {"remote": "causal_lm", "vqgan": "mae_vqgan", "tokenizer": "b
 RELEASED = {"BAAI/Painter": ("painter", "painter_vit_large.pth"), "BAAI/SegGPT": ("seggpt", "seggpt_vit_large.pth")}
 """Hub ids that hold one released file and no config → the family, and the file's name."""
 
-Shapes = dict[str, list[int]]
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 
 
 class Place(NamedTuple):
@@ -134,13 +130,10 @@ def family_of(source: str, **kwargs: Any) -> str:
         return "seggpt" if "type_token_cls" in names else "painter"
     if path in RELEASED:
         return RELEASED[path][0]
-    if kind == "folder":
-        family = read_model_type(path)
-        if family == "seggpt" and not _has_values(path, "model.embeddings.type_token_semantic"):
-            return "painter"
-    else:
-        options = {name: kwargs[name] for name in ("revision", *HUB_OPTIONS) if name in kwargs}
-        family = AutoConfig.from_pretrained(path, **options).model_type
+    options = {name: kwargs[name] for name in ("revision", *HUB_OPTIONS) if name in kwargs}
+    family = PretrainedConfig.get_config_dict(path, **options)[0].get("model_type")
+    if family == "seggpt" and not _has_values(path, "model.embeddings.type_token_semantic"):
+        return "painter"
     if family not in FAMILIES and family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "causal_lm"
     if family not in FAMILIES:
@@ -154,79 +147,10 @@ def fetch_released(source: str, **options: Any) -> str:
     return hf_hub_download(path, RELEASED[path][1], **options) if path in RELEASED else source
 
 
-def read_shapes(folder: StrPath) -> Shapes:
-    """Name → shape of the tensors of a folder. Only the headers of its files are read.
-
-    Raises:
-        ValueError: naming a file that is missing, cut or damaged, holds whole numbers, or is not as the index tells.
-    """
-    folder = Path(folder)
-    if (folder / WEIGHTS).exists():
-        return _shapes(folder / WEIGHTS)
-    if (folder / INDEX).exists():
-        return _read_index(folder)
-    pickled = sorted(folder.glob("pytorch_model*.bin"))
-    if not pickled:
-        raise ValueError(f"{folder} has no {WEIGHTS}; a model folder has one beside its config.json.")
-    return {name: list(tensor.shape) for file in pickled for name, tensor in read_tensors(file).items()}
-
-
-def read_model_type(folder: StrPath) -> str:
-    """The kind of model that a folder's config.json tells of.
-
-    Raises:
-        FileNotFoundError, ValueError: when there is no config.json, or it is not one.
-    """
-    return _read_json(Path(folder) / "config.json", "model_type", str)
-
-
 def _has_values(folder: StrPath, name: str) -> bool:
     """Whether a tensor of a folder's model.safetensors has a number that is not zero. True where it cannot be told."""
     file = Path(folder) / WEIGHTS
-    if not file.exists() or name not in _shapes(file):
+    if not file.exists():
         return True
-    with safe_open(file, "pt") as tensors:
-        return bool(tensors.get_tensor(name).any())
-
-
-def _read_index(folder: Path) -> Shapes:
-    shards: dict[str, Shapes] = {}
-    for name, shard in _read_json(folder / INDEX, "weight_map", dict).items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{folder / INDEX} looks for {name} in {shard!r}; expected a file of its folder.")
-        if shard not in shards:
-            if not (folder / shard).exists():
-                raise ValueError(f"{folder / INDEX} looks for {name} in {shard}, which is not there.")
-            shards[shard] = _shapes(folder / shard)
-        if name not in shards[shard]:
-            raise ValueError(f"{folder / INDEX} looks for {name} in {shard}, which does not have it.")
-    return {name: shape for shapes in shards.values() for name, shape in shapes.items()}
-
-
-def _shapes(file: Path) -> Shapes:
-    """The tensors in a file, all of floating point."""
-    check_header(file)
-    try:
-        with safe_open(file, "pt") as tensors:
-            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            kinds = {name: part.get_dtype() for name, part in parts.items()}
-            shapes = {name: part.get_shape() for name, part in parts.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is truncated, damaged or no safetensors file: {error}.") from error
-    if whole := [name for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]:
-        raise ValueError(f"{file}: {whole[0]} holds {kinds[whole[0]]}; expected floating point.")
-    return shapes
-
-
-def _read_json(file: Path, key: str, kind: type) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no {file}; expected a folder that save_pretrained wrote.")
-    if file.stat().st_size > MAX_HEADER:
-        raise ValueError(f"{file} has more than {MAX_HEADER:,} bytes; it is damaged, or of something else.")
-    try:
-        content = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-        raise ValueError(f"{file} does not say its {key}; it is damaged, or of something else.")
-    return content[key]
+    with refusing(file, "is truncated or damaged"), safe_open(file, "pt") as tensors:
+        return name not in tensors.keys() or bool(tensors.get_tensor(name).any())  # noqa: SIM118

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from einops import rearrange
 
+from vtv_nnsight.files import refusing
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import QUERY_ONLY, ByStage
-from vtv_nnsight.models.restricted_pickle import Refused, RestrictedUnpickler, refusing
-from vtv_nnsight.models.torch_files import PICKLES, StrPath
+from vtv_nnsight.models.torch_files import PICKLES, RestrictedUnpickler, StrPath
 from vtv_nnsight.patching import PatchSet, PatchSpace
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import fingerprint
@@ -180,7 +180,7 @@ class _Dtype:
     def array(self, data: bytes | str) -> np.ndarray:
         """The numbers in some bytes, [number]; old pickles hold bytes as text."""
         if not isinstance(self.name, str) or self.name.lstrip("<>=|")[:1] not in set("biuf"):
-            raise Refused(f"it holds an array of dtype {self.name!r}, which is not a number's")
+            raise ValueError(f"it holds an array of dtype {self.name!r}, which is not a number's")
         dtype = np.dtype(self.order + self.name if self.order in ("<", ">") else self.name)
         return np.frombuffer(data.encode("latin-1") if isinstance(data, str) else data, dtype)
 
@@ -202,7 +202,7 @@ def _storage(data: bytes) -> torch.Tensor:
         storage = torch.load(io.BytesIO(data), "cpu", PICKLES, weights_only=False)
         return torch.empty(0, dtype=storage.dtype).set_(storage)
     except Exception as error:
-        raise Refused("it holds a storage that is damaged, or is more than numbers") from error
+        raise ValueError("it holds a storage that is damaged, or is more than numbers") from error
 
 
 def _tensor(storage: torch.Tensor, offset: int, shape: Any, stride: Any, *_: Any) -> torch.Tensor:

@@ -13,7 +13,6 @@ pixels, sees and paints 112×112. The weights and the modules are transformers' 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +26,11 @@ from transformers.models.beit.modeling_beit import BeitAttention
 
 from vtv_nnsight.layouts import Layout, positions, take
 from vtv_nnsight.models.autoencoders import CodeModel, autoencoder_groups, keep_output
-from vtv_nnsight.models.baselines.dalle import DECODER, Tokenizer, can_encode, load_tokenizer
+from vtv_nnsight.models.baselines.dalle import DVAE, load_tokenizer
 from vtv_nnsight.models.canvas import AdaptedNetwork
-from vtv_nnsight.models.interface import Loss, Stage
+from vtv_nnsight.models.interface import Stage
 from vtv_nnsight.models.nnsight_compat import StageEnvoy
+from vtv_nnsight.models.torch_files import StrPath
 from vtv_nnsight.models.vit_mae import AttentionEnvoy
 from vtv_nnsight.prompts import VisualPrompt
 
@@ -78,14 +78,12 @@ class BEiTNetwork(AdaptedNetwork):
     """A BeitForMaskedImageModeling that sees the patches of a prompt, and a tokenizer that paints its codes.
 
     Raises:
-        ValueError: when it has no mask token, its relative positions differ from layer to layer, its canvas is not a
-            square of colours, or the tokenizer has other codes.
+        ValueError: when the tokenizer has other codes.
     """
 
-    def __init__(self, model: BeitForMaskedImageModeling, tokenizer: Tokenizer | None = None) -> None:
-        check_config(model.config, f"this {type(model).__name__}")
+    def __init__(self, model: BeitForMaskedImageModeling, tokenizer: DVAE) -> None:
         super().__init__(model)
-        codes = getattr(tokenizer, "num_codes", model.config.vocab_size)
+        codes = tokenizer.num_codes
         if codes != model.config.vocab_size:
             raise ValueError(f"the tokenizer has {codes} codes, the model {model.config.vocab_size}; give its own.")
         self.encoder = Encoder(model)
@@ -148,9 +146,7 @@ class BEiT(CodeModel):
 
     Args:
         source: A Hub id, a folder written by `save_pretrained`, or a ready BeitForMaskedImageModeling.
-        tokenizer: As for `dalle.load_tokenizer`: DALL-E's published `decoder.pkl` or its folder, or anything with
-            `decode(codes)`. Where it is not given, a `decoder.pkl` in the model's own folder is taken, if there is one.
-            Without, there are logits, but nothing is painted. `losses` and the ceiling need its encoder, too.
+        tokenizer: The folder of DALL-E's published `decoder.pkl` and `encoder.pkl`; by default the model's own.
         revision: Revision of a Hub id.
         **kwargs: As for `ViTMAE`. The tokenizer is in float32 whatever the `dtype`.
 
@@ -162,18 +158,16 @@ class BEiT(CodeModel):
     module_class = BeitForMaskedImageModeling
     envoy_classes = {BeitAttention: AttentionEnvoy, Encoder: StageEnvoy}
 
+    def __init__(self, source: Any, *, tokenizer: StrPath | None = None, **kwargs: Any) -> None:
+        self._tokenizer = tokenizer
+        super().__init__(source, **kwargs)
+
     @property
     def stages(self) -> tuple[Stage, ...]:
         """ "encoder"."""
         config = self.network.config
         heads = config.num_attention_heads
         return (Stage("encoder", config.num_hidden_layers, heads, config.hidden_size // heads),)
-
-    @property
-    def losses(self) -> tuple[Loss, ...]:
-        """ "tokens": the mean cross-entropy of the output's logits against the tokenizer's codes of the truth; none
-        without its encoder."""
-        return super().losses if can_encode(self.network.tokenizer) else ()
 
     def positions(self, stage: str, prompts: VisualPrompt | None = None) -> torch.Tensor:
         """CLS, then the decoded patches, in the prompt's order: LongTensor [token]."""
@@ -185,67 +179,20 @@ class BEiT(CodeModel):
 
     def codes(self, canvas: torch.Tensor) -> torch.Tensor:
         """The tokenizer's codes of canvases, LongTensor [batch, patch], of their pictures at its own size."""
-        tokenizer = self._tokenizer()
-        if not can_encode(tokenizer):
-            raise ValueError("this BEiT's tokenizer only decodes: there are no codes of the truth.")
-        side = self.layout.grid * getattr(tokenizer, "patch_size", 8)
+        tokenizer = self.network.tokenizer
+        side = self.layout.grid * tokenizer.patch_size
         return tokenizer.encode(_resize(canvas.float(), side)).to(canvas.device)
 
     def draw(self, predictions: torch.Tensor) -> torch.Tensor:
         """The tokenizer's picture of codes [batch, patch], enlarged bicubically: [batch, 3, height, width]."""
-        return _resize(self._tokenizer().decode(predictions).float(), self.layout.canvas_size)
-
-    def ceiling(self, prompts: VisualPrompt) -> torch.Tensor | None:
-        """The tokenizer's own pictures of the canvases: [batch, 3, height, width] in [0, 1]; None without its
-        encoder."""
-        self.dispatch()
-        return super().ceiling(prompts) if can_encode(self.network.tokenizer) else None
-
-    def _tokenizer(self) -> Any:
-        if self.network.tokenizer is None:
-            raise ValueError(f"this BEiT has no tokenizer, its codes no picture; give tokenizer= DALL-E's {DECODER}.")
-        return self.network.tokenizer
+        return _resize(self.network.tokenizer.decode(predictions).float(), self.layout.canvas_size)
 
     def restrict_to_output(self, prompts: VisualPrompt) -> VisualPrompt:
         """Compute the predictions of the output's patches alone."""
         return keep_output(self.encoder.norm, prompts)
 
-    def empty_network(self, source: str, tokenizer: Any = None, **options: Any) -> BEiTNetwork:
-        """The network of a source's config on the meta device."""
-        model = self.build(self.read_config(source, **options), source, **options)
-        return BEiTNetwork(model, _find_tokenizer(tokenizer, source, weights=False))
-
-    def loaded_network(self, source: str, tokenizer: Any = None, **options: Any) -> BEiTNetwork:
-        """The network of a source, with its weights."""
-        self.read_config(source, **options)
-        model = self.load_weights(source, **options)
-        return BEiTNetwork(model, _on(_find_tokenizer(tokenizer, source), model.device))
-
-    def ready_network(self, module: Any, tokenizer: Any = None, **options: Any) -> BEiTNetwork:
-        """The network of a ready module, or of a copy of it where an option is set."""
-        check_config(module.config, f"this {type(module).__name__}")
-        module = super().ready_network(module, **options).eval()
-        return BEiTNetwork(module, _on(_find_tokenizer(tokenizer, ""), module.device))
-
-    def read_config(self, source: str, **options: Any) -> BeitConfig:
-        """The config of a folder or a Hub id.
-
-        Raises:
-            ValueError, OSError: when it is of another kind of model, cannot complete a canvas, or cannot be read.
-        """
-        config = super().read_config(source, **options)
-        check_config(config, repr(source))
-        if not config.use_mean_pooling:
-            raise ValueError(f"{source!r} has two norms after its last layer (use_mean_pooling=False); give another.")
-        return config
-
-
-def _find_tokenizer(given: Any, source: str, weights: bool = True) -> Tokenizer | None:
-    """The tokenizer that was given, the one in the model's folder, or none."""
-    if given is not None:
-        return load_tokenizer(given, weights=weights)
-    return load_tokenizer(source, weights=weights) if source and (Path(source) / DECODER).is_file() else None
-
-
-def _on(tokenizer: Tokenizer | None, device: torch.device) -> Tokenizer | None:
-    return tokenizer.to(device) if isinstance(tokenizer, nn.Module) else tokenizer
+    def adapt(self, module: BeitForMaskedImageModeling, source: str) -> BEiTNetwork:
+        """The network of a module and the tokenizer, in eval mode."""
+        check_config(module.config, source)
+        tokenizer = load_tokenizer(self._tokenizer or source, weights=module.device.type != "meta")
+        return BEiTNetwork(module.eval(), tokenizer.to(module.device))

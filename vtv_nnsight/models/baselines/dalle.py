@@ -11,40 +11,24 @@ nothing of them is run (see `models.torch_files`).
 from __future__ import annotations
 
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from vtv_nnsight.files import refusing
 from vtv_nnsight.models.mae_vqgan.published import count_modules
-from vtv_nnsight.models.torch_files import cast, check_ranks, check_tensors, read_tensors
+from vtv_nnsight.models.torch_files import StrPath, fill, read_tensors
 
-DECODER, ENCODER = "decoder.pkl", "encoder.pkl"
-"""Names of the published files."""
 GROUPS = 4
 EPSILON = 0.1
 """Pixels in [0, 1] are [0.1, 0.9] to the tokenizer (appendix A.3, the logit-Laplace distribution)."""
-MAX_BLOCKS = 64
-_FIRST_GROUP = "blocks.group_1."
-_SIZES = {"blocks.input.w": 4, "blocks.output.conv.w": 4, f"{_FIRST_GROUP}block_1.res_path.conv_1.w": 4}
-"""The tensors that sizes are read off, and their ranks."""
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What paints codes. It may also have `encode(pixels)`, pixels [batch, 3, height, width] in [0, 1] → codes
-    [batch, patch], `patch_size`, the pixels along a code that `encode` is given (8 where it says nothing), and
-    `num_codes`."""
-
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes [batch, patch] of a square grid, row by row → pixels [batch, 3, height, width] in [0, 1]."""
 
 
 class Block(nn.Module):
@@ -89,14 +73,14 @@ def _groups(
 
 
 class DVAE(nn.Module):
-    """Codes to pixels, and back where there is an encoder.
+    """Codes to pixels and back.
 
     Args:
         num_codes: Entries of its vocabulary.
         width: Channels of the decoder's last group; those before have 2, 4 and 8 times as many.
         first_width: Channels of a code.
-        blocks: Blocks of each of the four groups.
-        encoder: (width, blocks) of the encoder; None for a tokenizer that only decodes.
+        blocks: Blocks of each of the decoder's four groups.
+        encoder_width, encoder_blocks: Channels of the encoder's first group, and blocks of each.
     """
 
     patch_size = 2 ** (GROUPS - 1)
@@ -107,19 +91,18 @@ class DVAE(nn.Module):
         width: int = 256,
         first_width: int = 128,
         blocks: int = 2,
-        encoder: tuple[int, int] | None = (256, 2),
+        encoder_width: int = 256,
+        encoder_blocks: int = 2,
     ) -> None:
         super().__init__()
         self.num_codes = num_codes
         widths = [first_width, 8 * width, 4 * width, 2 * width, width]
         first = nn.Conv2d(num_codes, first_width, 1)
         self.decoder = _groups(first, widths, blocks, (1, 3, 3, 3), partial(nn.Upsample, scale_factor=2), 6)
-        self.encoder: Any = None
-        if encoder is not None:
-            width, blocks = encoder
-            first = nn.Conv2d(3, width, 7, padding=3)
-            widths = [width, width, 2 * width, 4 * width, 8 * width]
-            self.encoder = _groups(first, widths, blocks, (3, 3, 3, 1), partial(nn.MaxPool2d, 2), num_codes)
+        width = encoder_width
+        first = nn.Conv2d(3, width, 7, padding=3)
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.encoder = _groups(first, widths, encoder_blocks, (3, 3, 3, 1), partial(nn.MaxPool2d, 2), num_codes)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [batch, patch] of a square grid, row by row → pixels [batch, 3, 8 * grid, 8 * grid] in [0, 1]: the
@@ -133,64 +116,33 @@ class DVAE(nn.Module):
         return ((x[:, :3].float().sigmoid() - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels [batch, 3, 8 * grid, 8 * grid] in [0, 1] → codes [batch, patch], row by row.
-
-        Raises:
-            ValueError: when there is no encoder.
-        """
-        if self.encoder is None:
-            raise ValueError(f"this tokenizer has no encoder; put the published {ENCODER} beside its {DECODER}.")
-        pixels = ((1 - 2 * EPSILON) * pixels + EPSILON).to(self.encoder.first.weight.dtype)
-        return self.encoder(pixels).argmax(1).flatten(1)
+        """Pixels [batch, 3, 8 * grid, 8 * grid] in [0, 1] → codes [batch, patch], row by row."""
+        first: Any = self.encoder.first
+        return self.encoder(((1 - 2 * EPSILON) * pixels + EPSILON).to(first.weight.dtype)).argmax(1).flatten(1)
 
 
-def can_encode(tokenizer: Tokenizer | None) -> bool:
-    """Whether a tokenizer makes codes of pixels, too."""
-    return tokenizer.encoder is not None if isinstance(tokenizer, DVAE) else hasattr(tokenizer, "encode")
-
-
-def load_tokenizer(source: Tokenizer | str | os.PathLike, *, weights: bool = True) -> Tokenizer:
+def load_tokenizer(folder: StrPath, *, weights: bool = True) -> DVAE:
     """A tokenizer, on the CPU in float32.
 
     Args:
-        source: The published `decoder.pkl`, or the folder that it is in; an `encoder.pkl` beside it is read, too. Or
-            something that decodes by itself, which is returned.
+        folder: The folder of the published `decoder.pkl` and `encoder.pkl`.
         weights: Read the weights; False builds it on the meta device, of the shapes alone.
 
     Raises:
-        TypeError: when it is no path and has no `decode`.
         FileNotFoundError, ValueError: naming the file, and the tensors that are missing, unknown or of other shapes.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        if not isinstance(source, Tokenizer):
-            raise TypeError(f"{type(source).__name__} is not a tokenizer: it has no decode(codes); give {DECODER}.")
-        return source
-    path = Path(source)
-    path = path / DECODER if path.is_dir() else path
-    files = {"decoder": path}
-    if (path.parent / ENCODER).exists():
-        files["encoder"] = path.parent / ENCODER
+    files = {part: Path(folder, f"{part}.pkl") for part in ("decoder", "encoder")}
     tensors = {part: read_tensors(file) for part, file in files.items()}
-    for part, file in files.items():
-        check_ranks(_SIZES, tensors[part], file, "no part of DALL-E's tokenizer")
-    blocks = {
-        part: count_modules(f"{_FIRST_GROUP}block_", tensors[part], file, MAX_BLOCKS + 1) - 1
-        for part, file in files.items()
-    }
-    ends = {part: (held["blocks.input.w"].shape, held["blocks.output.conv.w"].shape) for part, held in tensors.items()}
-    (first_width, num_codes, *_), (_, width, *_) = ends["decoder"]
-    encoder = (ends["encoder"][0][0], blocks["encoder"]) if "encoder" in files else None
+    sizes = {}
+    for part, held in tensors.items():
+        with refusing(files[part], "is no part of DALL-E's tokenizer"):
+            blocks = count_modules("blocks.group_1.block_", held)
+            sizes[part] = *held["blocks.input.w"].shape[:2], held["blocks.output.conv.w"].shape[1], blocks
+    (first_width, num_codes, width, blocks), (encoder_width, _, _, encoder_blocks) = sizes.values()
     with torch.device("meta"):
-        tokenizer = DVAE(num_codes, width, first_width, blocks["decoder"], encoder)
-    state: dict[str, torch.Tensor] = {}
-    for part, file in files.items():
-        expected = getattr(tokenizer, part).state_dict()
-        shapes = {_published(name): value.shape for name, value in expected.items()}
-        check_tensors(shapes, tensors[part], file, "DALL-E's tokenizer")
-        if weights:
-            state |= {f"{part}.{name}": cast(tensors[part][_published(name)], torch.float32) for name in expected}
-    if weights:
-        tokenizer.load_state_dict(state, assign=True)
+        tokenizer = DVAE(num_codes, width, first_width, blocks, encoder_width, encoder_blocks)
+    for part in files if weights else ():
+        fill(getattr(tokenizer, part), tensors[part], _published, files[part], torch.float32)
     return tokenizer.eval().requires_grad_(False)
 
 

@@ -1,25 +1,16 @@
 """The shape of a MAE-VQGAN."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
 from vtv_nnsight.images import IMAGENET_MEAN, IMAGENET_STD
 from vtv_nnsight.layouts import Layout
-from vtv_nnsight.models.devices import floating_dtype
-from vtv_nnsight.text import quoted
-
-MAX_LAYERS = 256
-MAX_WIDTH = 2**20
-MAX_PIXELS = 4096
-"""Layers of a stage, width of anything and side of a canvas: a config beyond them is damaged, and building its model
-would take hours or all memory."""
 
 
+@strict
 class MAEVQGANConfig(PretrainedConfig):
     """Sizes of the encoder, the decoder and the VQGAN tokenizer. The defaults are the published ViT-L.
 
@@ -69,33 +60,13 @@ class MAEVQGANConfig(PretrainedConfig):
     image_std: Sequence[float] = IMAGENET_STD
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("vqgan_channel_multipliers", "vqgan_attention_levels", "image_mean", "image_std"):
-            if isinstance(values := getattr(self, name), tuple):
-                setattr(self, name, list(values))
-        self._check_kinds()
-        floating_dtype(self.dtype if self.dtype is not None else kwargs.get("torch_dtype"))
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
-        self._check_sizes()
-
-    def _check_kinds(self) -> None:
-        """That every setting is a number, or a list of numbers, of a size that a model can have."""
-        for name, kind in MAEVQGANConfig.__annotations__.items():
-            whole, value = "int" in kind, getattr(self, name)
-            least, most = 0 if name == "vqgan_attention_levels" else 1 if whole else 1e-12, _most(name)
-            numbers = value if "Sequence" in kind else [value]
-            number: Any
-            for number in numbers if isinstance(numbers, list) else [None]:
-                is_number = isinstance(number, Integral if whole else Real) and not isinstance(number, bool)
-                if not is_number or not least <= number <= most:
-                    words = f"whole numbers from {least} to {most}" if whole else "numbers above 0"
-                    raise ValueError(f"{name}={quoted(value)} in the model's config; expected {words}.")
-
-    def _check_sizes(self) -> None:
-        """That the settings go with each other."""
+        for name in ("vqgan_channel_multipliers", "vqgan_attention_levels", "image_mean", "image_std"):
+            setattr(self, name, list(getattr(self, name)))
         for prefix in ("", "decoder_"):
             name = f"{prefix}hidden_size"
             width, heads = getattr(self, name), getattr(self, f"{prefix}num_attention_heads")
-            if width % heads:
+            if heads < 1 or width % heads:
                 raise ValueError(f"{name}={width} is not a multiple of its {heads} attention heads.")
             if width % 4:
                 raise ValueError(f"{name}={width} is not a multiple of 4, as 2-D sin-cos positions need.")
@@ -107,10 +78,3 @@ class MAEVQGANConfig(PretrainedConfig):
     def layout(self) -> Layout:
         """The canvas of this model with one example."""
         return Layout(canvas_size=self.image_size, patch_size=self.patch_size)
-
-
-def _most(name: str) -> int:
-    """The most that a setting which counts something may be."""
-    if name in ("image_size", "patch_size", "vqgan_fold"):
-        return MAX_PIXELS
-    return MAX_LAYERS if name.endswith(("_layers", "_blocks")) else MAX_WIDTH

@@ -17,11 +17,10 @@ import torch
 
 from vtv_nnsight.models import nnsight_compat as compat
 from vtv_nnsight.models.autoencoders import CodeModel, MaskedAutoencoder
-from vtv_nnsight.models.canvas import drop_none
 from vtv_nnsight.models.mae_vqgan.config import MAEVQGANConfig
-from vtv_nnsight.models.mae_vqgan.published import load_checkpoint, read_config
+from vtv_nnsight.models.mae_vqgan.published import describe, published_name
 from vtv_nnsight.models.mae_vqgan.transformer import Attention, Decoder, Encoder, MAEVQGANModel
-from vtv_nnsight.models.sources import EMBEDDED, locate
+from vtv_nnsight.models.sources import EMBEDDED
 from vtv_nnsight.models.torch_files import StrPath
 
 
@@ -102,6 +101,8 @@ class MAEVQGAN(CodeModel, MaskedAutoencoder):
     config_class = MAEVQGANConfig
     module_class = MAEVQGANModel
     source_kinds = '"tiny", a folder, a Hub id, a checkpoint file'
+    file_options = ("vqgan", "num_attention_heads", "decoder_num_attention_heads")
+    published_name = staticmethod(published_name)
     envoy_classes = {Attention: AttentionEnvoy, Encoder: compat.StageEnvoy, Decoder: compat.StageEnvoy}
 
     def __init__(self, source: StrPath | MAEVQGANModel = EMBEDDED, **kwargs: Any) -> None:
@@ -124,37 +125,6 @@ class MAEVQGAN(CodeModel, MaskedAutoencoder):
         """The VQGAN's picture of codes [batch, patch]: [batch, 3, height, width] in [0, 1]."""
         return self.network.vqgan.decode(predictions)
 
-    def read_config(self, source: str, vqgan: StrPath | None = None, **options: Any) -> MAEVQGANConfig:
-        """The config of a folder or a Hub id, or that which the tensors of a published file tell.
-
-        Raises:
-            ValueError, OSError: as `load_checkpoint`'s; or when there is a `vqgan` and no published file.
-        """
-        if locate(source).kind == "file":
-            return read_config(source, vqgan=vqgan, **drop_none(options, *_HEAD_OPTIONS))
-        if vqgan is not None:
-            raise ValueError(_STRAY_VQGAN.format(repr(source)))
-        return super().read_config(source, **options)
-
-    def empty_network(self, source: str, vqgan: StrPath | None = None, **options: Any) -> MAEVQGANModel:
-        """The network of a source's config on the meta device."""
-        return self.build(self.read_config(source, vqgan, **options), source, **options)
-
-    def loaded_network(self, source: str, vqgan: StrPath | None = None, **options: Any) -> Any:
-        """The network of a source, with its weights."""
-        if locate(source).kind != "file":
-            self.read_config(source, vqgan, **options)
-            return self.load_weights(source, **options)
-        kept = drop_none(options, *_HEAD_OPTIONS, "dtype", "attn_implementation")
-        rest = {name: value for name, value in options.items() if name not in kept}
-        return self.ready_network(load_checkpoint(source, vqgan=vqgan, **kept), **rest)
-
-    def ready_network(self, module: Any, **options: Any) -> Any:
-        """The module itself, or a copy of it where an option is set."""
-        if options.get("vqgan") is not None:
-            raise ValueError(_STRAY_VQGAN.format(type(module).__name__))
-        return super().ready_network(module, **options)
-
-
-_STRAY_VQGAN = "vqgan= is the tokenizer of a published checkpoint file; {} has its own."
-_HEAD_OPTIONS = ("num_attention_heads", "decoder_num_attention_heads")
+    def read_released(self, source: str, **options: Any) -> tuple[MAEVQGANConfig, dict[str, torch.Tensor]]:
+        """The config that the tensors of a published file tell, and these."""
+        return describe(source, **options)
