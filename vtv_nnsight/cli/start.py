@@ -38,7 +38,10 @@ FEW = 40
 """Photographs below which `vtv run --images` finds no vectors: the embedded model's answer them."""
 MOST = 24
 """Photographs of a run that are shown answered, at most."""
-NEXT = ("vtv run --images FOLDER, with pictures", "vtv prompt --vectors RUN --query WORD, with a word")
+NEXT = (
+    " Next: vtv run --images FOLDER, with pictures of your own.",
+    " Next: vtv prompt --vectors RUN --query WORD, with a word of your own.",
+)
 """What can be done after a run of pictures, and of words."""
 
 PANELS = {
@@ -247,7 +250,7 @@ def run(
     if show:
         webbrowser.open(written.resolve().as_uri())
     else:
-        say(f"Open it in a browser, or let --open do so. Next: {NEXT[settings.data == 'words']} of your own.")
+        say("Open it in a browser, or let --open do so." + ("" if files else NEXT[settings.data == "words"]))
 
 
 def _photographs(images: Path) -> dict[str, Path]:
