@@ -141,8 +141,7 @@ class BankObjective(Objective):
             raise ValueError("there are no vectors in this bank; give at least one.")
         super().__init__(model, bank[0], task, prompts, space, **settings)
         self.vectors = [vector.to(self._truth.device) for vector in bank]
-        self.units, self.late = space, None
-        self._prefixes.before = {}  # which knows units, not pairs
+        self.units = space
         names = [f"{name} = {vector.task}" for vector in bank for name in space.names]
         self.space = NamedUnits(names, space.fingerprint | {"bank": [vector.task for vector in bank]})
 
@@ -156,7 +155,7 @@ class BankObjective(Objective):
         """[..., pair] → [..., vector, unit]."""
         return choices.unflatten(-1, (len(self.vectors), len(self.units)))
 
-    def _edit(self, choices: torch.Tensor, rows: torch.Tensor, left: Any = None) -> Edit:
+    def _edit(self, choices: torch.Tensor, rows: torch.Tensor) -> Edit:
         masks = [self.units.mask(part) for part in self._split(choices).unbind(-2)]
         return partial(patch, vector=self.vectors, patches=masks)
 

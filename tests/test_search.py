@@ -197,38 +197,6 @@ def test_token_loss_is_the_cross_entropy_of_the_outputs_codes(objective, vectors
     assert (losses - nothing).abs().min() > 1e-4
 
 
-@pytest.mark.parametrize("ask", ["together", "alone"])
-def test_layers_before_the_first_patched_one_run_once_a_prompt(objective, model, ask):
-    whole, late, ran = objective(batch_size=4), objective(batch_size=4), []
-    whole._prefixes.before = {}
-    choices, rows = some_pairs(late, count=24)
-    choices[:, late._prefixes.layer < 3] = False  # the decoder alone
-    choices[12:, late._prefixes.layer == 0] = True  # and what the second half have in common
-    if ask == "alone":
-        choices = choices[:12]
-    rows = rows[: len(choices)]
-    expected = whole(choices, rows)
-    hook = model._module.encoder.blocks[0].attn.register_forward_hook(lambda _, __, out: ran.append(len(out)))
-    for _ in range(3):
-        torch.testing.assert_close(late.among(choices)(choices, rows), expected, rtol=0, atol=1e-5)
-    hook.remove()
-    assert sum(ran) <= len(late.prompts) * (2 if ask == "together" else 1)
-    assert late.evaluations == 3 * len(rows)
-
-
-def test_decoder_first_runs_the_encoder_once_a_prompt(objective, model):
-    ran = []
-    hook = model._module.encoder.blocks[0].attn.register_forward_hook(lambda _, __, out: ran.append(len(out)))
-    first, choices = objective(batch_size=4), []
-    losses = first._losses
-    first._losses = lambda sets, rows, **options: choices.append(sets) or losses(sets, rows, **options)
-    result = search.reinforce.on(first, budget=200, seed=0, last_stage=1.0, prune=False, progress=False)
-    hook.remove()
-    tried = torch.cat(choices).any(0)
-    assert tried[first.late].all() and not tried[~first.late].any()
-    assert len(first.prompts) <= sum(ran) < result.evaluations / 4
-
-
 def test_pixel_loss_is_the_tasks_own_of_the_decoded_answer(objective, vectors):
     objective = objective(loss="pixels", batch_size=4)
     choices, rows = some_pairs(objective)
@@ -359,7 +327,7 @@ def test_pixels_have_no_gradient(objective):
     ("name", "options", "error", "words"),
     [
         ("reinforce", dict(sparsity=float("nan")), ValueError, "sparsity of reinforce is nan; give a finite number"),
-        ("reinforce", dict(last_stage=float("inf")), ValueError, "last_stage of reinforce is inf"),
+        ("reinforce", dict(sparsity=float("inf")), ValueError, "sparsity of reinforce is inf"),
         ("gates", dict(penalty=float("nan")), ValueError, "penalty of gates is nan"),
         ("random", dict(budget="4"), TypeError, "budget='4' is no whole number"),
         ("random", dict(budget=float("inf")), TypeError, "budget=inf is no whole number"),

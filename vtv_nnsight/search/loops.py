@@ -114,7 +114,6 @@ def climb(
     train: torch.Tensor,
     held_out: torch.Tensor,
     groups: torch.Tensor,
-    late: Any,
     images: int,
     masks: int,
     steps: int,
@@ -123,7 +122,6 @@ def climb(
     lr: float,
     decay: float,
     sparsity: float,
-    last_stage: float,
     judge: Any = None,
 ) -> None:
     """The loop of `search.reinforce`: masks, losses, the update, and now and then the likely units on held-out prompts.
@@ -134,12 +132,11 @@ def climb(
         logits: Of the units, changed in place.
         train, held_out: Numbers of prompts.
         groups: Of all prompts, the number of each one's task.
-        late: Bool [unit], those of the last stage, or None.
         images, masks: Prompts a step, and masks for each.
         steps: At most.
         spend: Evaluations that may be spent, after which the rate has decayed.
         every: Steps between two looks at the held-out prompts.
-        lr, decay, sparsity, last_stage: As for `search.reinforce`.
+        lr, decay, sparsity: As for `search.reinforce`.
         judge: Called in place of `ask` for the held-out prompts, with the set [unit] and the mean loss of the step.
     """
     generator, adam = torch.Generator().manual_seed(seed), torch.optim.Adam([logits], lr)
@@ -149,8 +146,6 @@ def climb(
             return
         rows = train[(step * images + torch.arange(images)) % len(train)]
         probabilities = logits.sigmoid()
-        if late is not None and spent / spend < last_stage:
-            probabilities = probabilities * late
         choices = sample(probabilities, (images, masks), generator)
         losses = ask(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None])
         if losses is None:

@@ -8,7 +8,6 @@ cut or too slow loses at most its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,9 +96,9 @@ class RemoteObjective(Objective):
         """What is asked from now on are the questions of a loop, of which `heard` has the answers; or single ones."""
         self._loop, self._heard, self._queue = (loop, settings), heard, torch.zeros(0)
 
-    def among(self, sets: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def __call__(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Losses [row] of sets [row, unit] on prompts [row]."""
-        return lambda choices, rows: self._values(choices, rows)[:, 0]
+        return self._values(choices, rows)[:, 0]
 
     def gradient(self, gates: torch.Tensor, rows: torch.Tensor, drop: int | None = None) -> Any:
         """Losses [row] and gradients [row, unit]."""
