@@ -1,4 +1,3 @@
-import base64
 import dataclasses
 import importlib
 import inspect
@@ -6,7 +5,6 @@ import json
 import math
 import os
 import signal
-import struct
 import subprocess
 import sys
 import textwrap
@@ -326,9 +324,6 @@ def test_pixels_have_no_gradient(objective):
 @pytest.mark.parametrize(
     ("name", "options", "error", "words"),
     [
-        ("reinforce", dict(sparsity=float("nan")), ValueError, "sparsity of reinforce is nan; give a finite number"),
-        ("reinforce", dict(sparsity=float("inf")), ValueError, "sparsity of reinforce is inf"),
-        ("gates", dict(penalty=float("nan")), ValueError, "penalty of gates is nan"),
         ("random", dict(budget="4"), TypeError, "budget='4' is no whole number"),
         ("random", dict(budget=float("inf")), TypeError, "budget=inf is no whole number"),
         ("random", dict(images=2.5), TypeError, "images=2.5 is no whole number"),
@@ -665,16 +660,15 @@ def test_a_journal_of_another_search_is_refused(space, tmp_path):
     with pytest.raises(ValueError, match="its flips is 1, this one's 2"):
         find("greedy", Planted(space), budget=1000, flips=2, resume=path)
     path.write_text("my notes\n")
-    with pytest.raises(ValueError, match="is not the journal of a search"):
+    with pytest.raises(ValueError, match="is no journal of a search"):
         find("greedy", Planted(space), budget=1000, resume=path)
     assert path.read_text() == "my notes\n"
 
 
 def journal_of(path):
     """The losses that a journal holds, however many a line has."""
-    lines = [json.loads(line) for line in Path(f"{path}.jsonl").read_text().splitlines()[1:]]
-    values = b"".join(base64.b64decode(line["values"]) for line in lines)
-    return list(struct.unpack(f"<{len(values) // 8}d", values))
+    lines = Path(f"{path}.jsonl").read_text().splitlines()[1:]
+    return [value for line in lines for value in json.loads(line.partition(" ")[2])[-1]]
 
 
 @pytest.fixture
@@ -785,7 +779,7 @@ def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, cap
     assert len(PatchSet.load(tmp_path / "both.json").space) == 36
 
     code, _, error = vtv("--algorithm", "annealing", "-o", found)
-    assert code == 1 and "'annealing' is not an algorithm; choose from attribution, consistent" in error
+    assert code == 1 and "search='annealing' is unknown; choose from attribution, consistent" in error
     code, _, error = vtv("--task", "lowlight", "-o", found)
     assert code == 1 and "no vector of 'lowlight'" in error
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -42,13 +42,13 @@ class Workers:
     """
 
     def __init__(self, jobs: int | None, prepared: Any, prepare: Callable[..., Any], *given: Any) -> None:
-        self.jobs, self._make, self._threads = jobs, (prepare, *given), torch.get_num_threads()
-        self._begun: dict[tuple[Any, ...], Future[list[str]]] = {}
-        self._pool: ProcessPoolExecutor | None = None
+        self._jobs, self._threads = jobs, torch.get_num_threads()
+        begin = {"initializer": _begin_worker, "initargs": (prepare, *given)}
+        self._pool = ProcessPoolExecutor(jobs, **begin) if jobs is not None and jobs > 1 else None
         _prepared[:] = [prepared]
 
     def __enter__(self) -> Workers:
-        if self.jobs is not None:
+        if self._jobs is not None:
             torch.set_num_threads(1)
         return self
 
@@ -56,37 +56,25 @@ class Workers:
         torch.set_num_threads(self._threads)
         _prepared.clear()
         if self._pool is not None:
-            processes = self._pool._processes.values() if kind else ()
-            for process in list(processes):
+            for process in list(self._pool._processes.values()) if kind else ():
                 process.terminate()
             self._pool.shutdown(cancel_futures=True)
-
-    def begin(self, function: Callable[..., Any], *given: Any) -> Future[list[str]] | None:
-        """Let a worker call `function(prepared, *given)`, where there are workers; once, however often this is said."""
-        if self.jobs in (None, 1):
-            return None
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.jobs, initializer=_begin_worker, initargs=self._make)
-        call = (function, *given)
-        if call not in self._begun:
-            self._begun[call] = self._pool.submit(_call, *call)
-        return self._begun[call]
 
     def each(
         self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], show: Callable[[Any], None]
     ) -> Iterator[tuple[Any, ...]]:
-        """Call a function with each of several arguments, and give these as they are done. `show` is called with the
-        last argument of each before, where one is done after the other."""
-        if self.jobs in (None, 1):
+        """Call `function(prepared, *given)` with each of several arguments, and give these as they are done. `show` is
+        called with the last argument of each before, where one is done after the other."""
+        if self._pool is None:
             for given in calls:
                 show(given[-1])
                 function(*_prepared, *given)
                 yield given
         elif calls:
             show("")
-            futures = {self.begin(function, *given): given for given in calls}
+            futures = {self._pool.submit(_call, function, *given): given for given in calls}
             with progress_bar(total=len(calls), unit="task") as bar:
-                for future in as_completed(filter(None, futures)):
+                for future in as_completed(futures):
                     for text in future.result():
                         warnings.warn(text, stacklevel=2)
                     yield futures[future]

@@ -14,7 +14,6 @@ them. It can be shared on the Hugging Face Hub, with a card:
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 
 from vtv_nnsight.digests import file_digest
 from vtv_nnsight.files import make_folder, write_json, write_text
@@ -43,6 +42,9 @@ from vtv_nnsight.vectors import TaskVector, TaskVectors
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint
 
 VECTORS, CARD_NAME = "vectors.safetensors", "README.md"
+CARD, TAGS = files("vtv_nnsight.runs") / "card.md", ["task-vectors", "interpretability", "nnsight"]
+SHOWN = ("table.md", "table.csv", "answers.png")
+"""What a run has to show, which is shared with it."""
 WEIGHTS = Path(str(files("vtv_nnsight"))) / "weights"
 """Where the package keeps its bundles, each in a folder of its name."""
 
@@ -135,19 +137,16 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
 
     def card(self, licence: str | None = None) -> str:
         """What a folder's README.md says: what it is of, how to use it, what was measured, and its model."""
-        owner = next(iter(self.vectors.values())).fingerprint
-        units = len(next(iter(self.results.values())).patches.space)
-        rows = [f"| {task} | {self[task][0].count} | {len(self[task][1])} of {units} |" for task in self]
-        table, card = self._beside("table.md"), files("vtv_nnsight.runs") / "card.md"
-        return card.read_text(encoding="utf-8").format(
-            licence=f"license: {licence}\n" if licence else "",
-            name=self.name,
-            model=self.model or owner["model"],
-            rows="\n".join(rows),
-            measured="\n## Measured\n\n" + table.read_text(encoding="utf-8") if table else "",
-            picture="\n![example, query, answers, truth](answers.png)\n" if self._beside("answers.png") else "",
-            fingerprint=json.dumps(owner, indent=1),
+        table, facts = self._beside("table.md"), ModelCardData(license=licence, library_name="vtv-nnsight", tags=TAGS)
+        card = ModelCard.from_template(
+            facts,
+            str(CARD),
+            bundle=self,
+            owner=next(iter(self.vectors.values())).fingerprint,
+            measured=table.read_text(encoding="utf-8") if table else "",
+            picture=self._beside("answers.png"),
         )
+        return str(card)
 
     def push_to_hub(
         self,
@@ -176,7 +175,7 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
             folder = Path(temporary)
             self.save(folder, dtype)
             write_text(folder / CARD_NAME, self.card(licence))
-            for name in ("table.md", "table.csv", "answers.png"):
+            for name in SHOWN:
                 if path := self._beside(name):
                     shutil.copyfile(path, folder / name)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Task vectors").commit_url)
@@ -187,30 +186,19 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         return path if path and path.is_file() else None
 
 
-def from_hub(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Bundle:
-    """The bundle of a repository on the Hugging Face Hub. Tensors and JSON are read, and nothing is run.
-
-    Raises:
-        ValueError, OSError: when there is no such repository, or it holds no bundle.
-    """
-    wanted = [VECTORS, "search/*.safetensors", BUNDLE_RECORD, "table.md", "table.csv", "answers.png"]
-    folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
-    if not (folder / VECTORS).is_file():
-        raise FileNotFoundError(f"{repo_id} on the Hub has no {VECTORS}; expected what Bundle.push_to_hub writes.")
-    return replace(load(folder), name=repo_id)
-
-
 def load(source: str | os.PathLike[str] = EMBEDDED) -> Bundle:
     """A bundle: of a folder that `vtv run` or `Bundle.save` wrote, of the Hub ("hub:OWNER/NAME"), or of the
-    package by its name: "tiny" is that of the embedded model.
+    package by its name: "tiny" is that of the embedded model. Tensors and JSON are read, and nothing is run.
 
     Raises:
+        OSError: when there is no such repository.
         FileNotFoundError: when there is no such folder, or it has no vectors or no units.
         ValueError: when a file in it was changed, is damaged or is something else.
     """
     kind, path = locate(source)
     if kind == "hub" and str(source).startswith(HUB):
-        return from_hub(path)
+        wanted = [VECTORS, "search/*.safetensors", BUNDLE_RECORD, *SHOWN]
+        return replace(load(snapshot_download(path, allow_patterns=wanted)), name=path)
     folder = next((packaged for packaged in WEIGHTS.iterdir() if packaged.name == str(source)), Path(path))
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; give one that `vtv run` wrote, or {EMBEDDED!r}.")

@@ -14,7 +14,7 @@ import torch
 
 from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.interface import ByStage
-from vtv_nnsight.models.nnsight_remote import PLAIN, RemoteFailure, there, weigh
+from vtv_nnsight.models.nnsight_remote import PLAIN, RemoteFailure, there
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.patching.patching import planned
 from vtv_nnsight.search.loops import NO_GRADIENT, job, once, tags
@@ -84,13 +84,6 @@ class RemoteObjective(Objective):
     def progress(self) -> str:
         """For the bar."""
         return f"job {self.jobs}, {duration(self.waited)} of which {duration(self.ran)} at work"
-
-    def weigh(self) -> int:
-        """The bytes of a job of a single question."""
-        rows = self.train[torch.arange(self.most) % len(self.train)]
-        choices = torch.ones(self.most, len(self.space)) > 0
-        settings = {"choices": choices, "rows": rows[:, None]}
-        return weigh(self.model, job, once, settings, torch.zeros(0, 1), self.most, self.data)
 
     def ahead(self, loop: Any = None, settings: Any = None, heard: Any = ()) -> None:
         """What is asked from now on are the questions of a loop, of which `heard` has the answers; or single ones."""

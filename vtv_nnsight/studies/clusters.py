@@ -13,13 +13,12 @@ from collections.abc import Mapping
 
 import torch
 
-from vtv_nnsight.layouts import Layout, named_positions
-from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import ByStage, InContextModel, Stage, batch_size_of
-from vtv_nnsight.models.sites import list_layers, read_layers
+from vtv_nnsight.layouts import named_positions
+from vtv_nnsight.models.interface import ByStage, InContextModel, batch_size_of
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report.plots import silhouette
+from vtv_nnsight.vectors import Activations
 
 
 def activations(
@@ -46,43 +45,23 @@ def activations(
     """
     if not prompts or not all(map(len, prompts.values())):
         raise ValueError("there are no prompts of some task; give at least one of each.")
-    device = device_of(model)
-    layers = {stage.name: stage.layers for stage in model.stages}
-    batches: dict[str, dict[str, list[torch.Tensor]]] = {stage: {task: [] for task in prompts} for stage in layers}
+    heads = ByStage({stage.name: {} for stage in model.stages})
     with progress_bar(total=sum(map(len, prompts.values())), unit="prompt", disable=not progress) as bar:
         for task, rows in prompts.items():
-            tokens = {stage: _tokens(rows.layout, model.positions(stage, rows), region) for stage in layers}
-            index = {stage: at.to(device) for stage, at in tokens.items() if len(at)}
-            if not index:
-                raise ValueError(f"no stage sees {region!r} of these prompts; choose another region.")
+            places, parts = named_positions(rows.layout.regions).get(region), []
+            if places is None:
+                known = ", ".join(rows.layout.regions)
+                raise ValueError(f"{region!r} is not a region; choose 'cls' or one of {known}.")
             for batch in rows.split(batch_size_of(model, batch_size)):
-                for stage, means in _means(model, batch.to(device), index).items():
-                    batches[stage][task].append(means)
+                values = Activations.collect(model, batch, batch_size=len(batch), progress=False).values
+                parts.append({stage: z[:, :, places].float().nanmean(2) for stage, z in values.items()})
                 bar.update(len(batch))
-    return ByStage(
-        {s: {t: torch.cat(parts) for t, parts in batches[s].items()} if s in index else None for s in layers}
-    )
-
-
-@torch.no_grad()
-def _means(model: InContextModel, prompts: VisualPrompt, index: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Means of the heads over some tokens of each stage: [prompt, layer, head, head_dim], on the CPU."""
-    layers: dict[str, list[torch.Tensor]] = {stage: [] for stage in index}
-
-    def keep(step: int, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor) -> None:
-        layers[stage.name].append(z[:, index[stage.name]].mean(1).float())
-
-    with model.trace(prompts):
-        read_layers(model, list_layers(model, stages=list(index)), keep, stop=True)
-    return {stage: torch.stack(means, 1).cpu() for stage, means in layers.items()}
-
-
-def _tokens(layout: Layout, seen: torch.Tensor, region: str) -> torch.Tensor:
-    """Which of the tokens at the positions `seen` lie in a region."""
-    places = named_positions(layout.regions).get(region)
-    if places is None:
-        raise ValueError(f"{region!r} is not a region; choose 'cls' or one of {', '.join(layout.regions)}.")
-    return torch.isin(seen.cpu(), places).nonzero()[:, 0]
+            for stage, by_task in heads.items():
+                by_task[task] = torch.cat([part[stage] for part in parts])
+    heads = heads.map(lambda by_task: None if any(z.isnan().any() for z in by_task.values()) else by_task)
+    if not any(heads.values()):
+        raise ValueError(f"no stage sees {region!r} of these prompts; choose another region.")
+    return heads
 
 
 def silhouettes(heads: ByStage) -> ByStage:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from vtv_nnsight.files import make_folder, naming, replacing
 from vtv_nnsight.parallel import processes
@@ -165,22 +165,12 @@ def _load_ahead(batches: Batches, step: int, steps: int, device: torch.device) -
     """The batches from a step to the last, this process's share of them, made by others a few steps ahead."""
     ours = processes()
     return DataLoader(
-        _Steps(batches),
+        range(*(n * ours.num_processes for n in (step, steps)))[ours.process_index :: ours.num_processes],
         batch_size=None,
-        sampler=range(*(n * ours.num_processes for n in (step, steps)))[ours.process_index :: ours.num_processes],
+        collate_fn=batches,
         num_workers=1 if device.type == "cpu" else max(1, (os.cpu_count() or 1) - 2),
         prefetch_factor=AHEAD,
     )
-
-
-class _Steps(Dataset[Batch]):
-    """Batches by step, as a DataLoader takes them."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> Batch:
-        return self.batches(step)
 
 
 def _average_gradients(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ projection has no weights for the others. (InterpBench, arXiv 2407.14494, trains
 from __future__ import annotations
 
 import torch
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 
 def auroc(scores: torch.Tensor, truth: torch.Tensor) -> float:
@@ -30,5 +30,5 @@ def auroc(scores: torch.Tensor, truth: torch.Tensor) -> float:
     inside = int(truth.sum())
     if not 0 < inside < len(truth):
         raise ValueError(f"{inside} of {len(truth)} units are of the circuit; a ranking needs some on both sides.")
-    ranks = torch.from_numpy(rankdata(scores.nan_to_num(-torch.inf).numpy()))
-    return float((ranks[truth].sum() - inside * (inside + 1) / 2) / (inside * (len(truth) - inside)))
+    ranked = scores.nan_to_num(-torch.inf).numpy()
+    return float(mannwhitneyu(ranked[truth], ranked[~truth]).statistic / (inside * (len(truth) - inside)))

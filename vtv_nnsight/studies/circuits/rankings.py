@@ -50,7 +50,8 @@ RANKINGS = {
     ),
     "consistent attribution": Ranking(
         "integrated gradients where 95 % of bootstrap samples of the prompts agree on the sign, else 0",
-        "consistent_attribution",
+        "attribution",
+        {"steps": 5, "agreement": 0.95},
     ),
     "gates": Ranking("the probability that its gate is not shut", "gates", keeps=True),
     "gates from attribution": Ranking("the same", "gates", {"start": "attribution"}, keeps=True),
