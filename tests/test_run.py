@@ -163,7 +163,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, model, tmp_path,
 def test_a_changed_setting_is_refused_or_done_again(copy, model, done):
     changed = Settings(model=model, **SMALL | {"test_prompts": 4})
     before = times(copy)
-    with pytest.raises(ValueError, match=r"test_prompts was 8 and is 4\. .*, put files back, or do evaluate"):
+    with pytest.raises(ValueError, match=r"test_prompts was 8 and is 4, .*, put files back, or do evaluate"):
         run(copy, changed, progress=False)
     assert times(copy) == before and done == []
     vectors, found = (copy / "vectors.safetensors").read_bytes(), times(copy / "search")
@@ -205,7 +205,7 @@ def test_a_file_that_was_changed_is_named_and_made_again(copy, finished, model, 
     damage(copy)
     with pytest.raises(ValueError, match=f"{name}.* is not as this run wrote it.* put files back, or do .*redo"):
         run(copy, settings, progress=False)
-    for read in (reading.load_run, *([bundles.load] if "search" in again else [])):
+    for read in (reading.load_run, *([bundles.load] if "search" in name else [])):
         with pytest.raises(ValueError, match=f"{name.replace(' ', ', ')}.*not as it was written"):
             read(copy)
     assert done == []
@@ -335,7 +335,7 @@ def test_two_processes_write_what_one_writes(finished, model, tmp_path):
     ("change", "words", "before"),
     [
         ({"loss": "taste"}, "loss='taste' is unknown; choose from tokens, pixels", []),
-        ({"candidates": 5}, "hold 4 that share no image; give more for 8", ["select"]),
+        ({"candidates": 5}, "hold 5 that share no image; give more for 8", ["select"]),
         ({"budget": 20}, "budget=20 is too small for reinforce", ["select", "select", "collect", "search"]),
     ],
 )
