@@ -335,7 +335,7 @@ def test_gates_there_want_trust_and_other_algorithms_only_losses(jobs, kind, far
     shared = dict(budget=120, seed=3, progress=False, vectors=vectors)
     for algorithm, options in ((search.gates, {"images": 4}), (search.attribution, {})):
         if kind == "sandboxed":
-            with pytest.raises(ValueError, match="no gradient comes to a block .*; search there with reinforce"):
+            with pytest.raises(RemoteFailure, match="no gradient comes to a block .*; search there with reinforce"):
                 algorithm(model, *given, PatchSpace(model), **shared, **options)
         else:
             ours = algorithm(local, *given, PatchSpace(local), **shared, **options)

@@ -258,7 +258,8 @@ class _Work:
             for pattern in (pattern for step in SHARED for pattern in STEPS[step].writes):
                 for source in folder.glob(pattern) if processes().is_main_process else ():
                     path = self.fold.folder / source.relative_to(folder)
-                    replace_by_link(source, path)
+                    with replacing(path) as temporary:
+                        shutil.copyfile(source, temporary)
                     self.record.made(path)
 
     def make(
@@ -274,13 +275,3 @@ class _Work:
             calls = [(self.number, task) for task, paths in files.items() if not set(paths).isdisjoint(lacking)]
             for _, task in self.workers.each(function, calls, working_on):
                 self.record.made(*files[task])
-
-
-def replace_by_link(source: Path, path: Path) -> None:
-    """One file under a second path, in the place of what is there; a copy where the system cannot."""
-    path.unlink(missing_ok=True)
-    try:
-        os.link(source, path)
-    except OSError:
-        with replacing(path) as temporary:
-            shutil.copyfile(source, temporary)

@@ -330,8 +330,6 @@ class Search:
             self.evaluations += cost * size
             answers.append(self._journal.answer(questions(slice(start, start + size)), checked))
             self._heard.append(answers[-1])
-            if getattr(self.objective, "jobs", 0):
-                self._bar.set_description_str(f"{self.name}, {self.objective.progress}")
             self._bar.update(cost * size)
             start += size
         return torch.cat(answers)

@@ -46,7 +46,9 @@ def evaluate(model: Any, choices: torch.Tensor, rows: torch.Tensor, data: Any) -
     return values
 
 
-NO_GRADIENT = "no gradient comes to a block that is run apart from the model"
+NO_GRADIENT = (
+    "no gradient comes to a block that is run apart from the model; search there with reinforce, which needs none"
+)
 """What a server says that does not trust the block."""
 
 

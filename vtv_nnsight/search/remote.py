@@ -7,19 +7,17 @@ cut or too slow loses at most its own.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 
 from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.interface import ByStage
-from vtv_nnsight.models.nnsight_remote import PLAIN, RemoteFailure, there
+from vtv_nnsight.models.nnsight_remote import PLAIN, there
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.patching.patching import planned
-from vtv_nnsight.search.loops import NO_GRADIENT, job, once, tags
+from vtv_nnsight.search.loops import job, once, tags
 from vtv_nnsight.search.objective import Objective
-from vtv_nnsight.text import duration
 from vtv_nnsight.vectors import Activations
 
 REMOTE_EVALUATIONS = 500
@@ -33,10 +31,6 @@ class RemoteObjective(Objective):
         remote: As for nnsight's `trace`.
         remote_evaluations: Of a job, about.
         *args, **kwargs: As for `Objective`.
-
-    Attributes:
-        jobs: How many were done.
-        waited, ran: Seconds until they were done, and of these the ones that the server says it worked.
 
     Raises:
         ValueError: for a loss that is not the model's own, or vectors that are activations.
@@ -59,7 +53,7 @@ class RemoteObjective(Objective):
             planned(self.model, vector, PatchSet.random(self.space, len(self.space)), self.prompts.layout)
         model: Any = self.model
         prompts: Any = self.prompts
-        self.most, self.jobs, self.waited, self.ran = remote_evaluations, 0, 0.0, 0.0
+        self.most = remote_evaluations
         width = len(self.space)
         numbers = self.space.mask(torch.arange(1, width + 1))
         self.data = {
@@ -79,11 +73,6 @@ class RemoteObjective(Objective):
     def stride(self) -> int:
         """Rows worth asking for at once."""
         return self.most
-
-    @property
-    def progress(self) -> str:
-        """For the bar."""
-        return f"job {self.jobs}, {duration(self.waited)} of which {duration(self.ran)} at work"
 
     def ahead(self, loop: Any = None, settings: Any = None, heard: Any = ()) -> None:
         """What is asked from now on are the questions of a loop, of which `heard` has the answers; or single ones."""
@@ -105,18 +94,7 @@ class RemoteObjective(Objective):
             known = torch.cat(list(self._heard)) if self._heard else torch.zeros(0, 1)
             if loop is None:
                 loop, settings, known = once, {"choices": choices, "rows": rows[:, None]}, known[:0]
-            start = time.perf_counter()
-            try:
-                self._queue = there(self.model, self.remote, job, loop, settings, known, self.most, self.data)
-            except RemoteFailure as failure:
-                if NO_GRADIENT in str(failure):
-                    raise ValueError(
-                        f"on this server {NO_GRADIENT}; search there with reinforce, which needs none."
-                    ) from failure
-                raise
-            self.jobs += 1
-            self.waited += time.perf_counter() - start
-            self.ran += getattr(self.model, "cost", {}).get("runtime") or 0.0
+            self._queue = there(self.model, self.remote, job, loop, settings, known, self.most, self.data)
         answers, self._queue = self._queue[: len(rows)], self._queue[len(rows) :]
         if self._loop[0] is not None and not torch.equal(answers[:, -1], tags(choices, rows)):
             raise RuntimeError("the server drew other sets than this machine; take the release of torch that it has.")
