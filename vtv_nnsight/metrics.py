@@ -58,6 +58,9 @@ class Metric:
         Raises:
             ValueError: when a score is not finite.
         """
+        for what, values in (("the prediction", prediction), ("the target", target)):
+            if isinstance(values, torch.Tensor):
+                check_finite(values, what, f"{self.name!r} scores finite numbers")
         scores = self.function(prediction, target)
         check_finite(scores, f"the score {self.name!r}", "have the metric give a number for every answer")
         return scores

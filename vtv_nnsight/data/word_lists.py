@@ -35,8 +35,9 @@ def words(source: str | Path | None = None) -> Dataset:
     try:
         if path.suffix.lower() == ".json":
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            pairs = rows.items() if isinstance(rows, dict) else ()
-            frame = pd.DataFrame(pairs, columns=["input", "output"]) if pairs else pd.DataFrame.from_records(rows)
+            if isinstance(rows, dict):
+                rows = [{"input": word, "output": answer} for word, answer in rows.items()]
+            frame = pd.DataFrame(rows)
         else:
             frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (ValueError, TypeError, AttributeError) as error:
