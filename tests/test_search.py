@@ -779,7 +779,7 @@ def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, cap
     assert len(PatchSet.load(tmp_path / "both.json").space) == 36
 
     code, _, error = vtv("--algorithm", "annealing", "-o", found)
-    assert code == 1 and "search='annealing' is unknown; choose from attribution, consistent" in error
+    assert code == 1 and "search='annealing' is unknown; choose from attribution, gates" in error
     code, _, error = vtv("--task", "lowlight", "-o", found)
     assert code == 1 and "no vector of 'lowlight'" in error
 
