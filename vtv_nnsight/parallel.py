@@ -43,8 +43,9 @@ class Workers:
 
     def __init__(self, jobs: int | None, prepared: Any, prepare: Callable[..., Any], *given: Any) -> None:
         self._jobs, self._threads = jobs, torch.get_num_threads()
-        begin = {"initializer": _begin_worker, "initargs": (prepare, *given)}
-        self._pool = ProcessPoolExecutor(jobs, **begin) if jobs is not None and jobs > 1 else None
+        self._pool: ProcessPoolExecutor | None = None
+        if jobs is not None and jobs > 1:  # which starts them when the first call comes
+            self._pool = ProcessPoolExecutor(jobs, initializer=_begin_worker, initargs=(prepare, *given))
         _prepared[:] = [prepared]
 
     def __enter__(self) -> Workers:

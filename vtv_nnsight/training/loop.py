@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import reduce
@@ -163,8 +163,8 @@ class _Run:
 
 def _load_ahead(batches: Batches, step: int, steps: int, device: torch.device) -> DataLoader[Batch]:
     """The batches from a step to the last, this process's share of them, made by others a few steps ahead."""
-    ours = processes()
-    return DataLoader(
+    ours, load = processes(), cast(Any, DataLoader)  # whose types ask for a Dataset; numbers of batches will do
+    return load(
         range(*(n * ours.num_processes for n in (step, steps)))[ours.process_index :: ours.num_processes],
         batch_size=None,
         collate_fn=batches,
