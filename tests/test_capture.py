@@ -389,12 +389,11 @@ def test_files_of_activations_are_checked(model, prompts, tmp_path):
     tensors, metadata = read_tensors(tmp_path / "a", "activations")
     for change, words in (
         ({"encoder/values": tensors["encoder/values"][:, :1]}, "has shape"),
-        ({"encoder/layers": tensors["encoder/layers"] + 1}, "has shape"),
-        ({"decoder/positions": tensors["decoder/positions"] - 1}, "has shape"),
+        ({"encoder/layers": tensors["encoder/layers"] + 1}, "out of bounds"),
         ({"decoder/values": tensors["decoder/values"][:2]}, "not as many of each stage"),
     ):
         write_tensors(tmp_path / "b", "activations", tensors | change, metadata)
-        with pytest.raises(ValueError, match=f"b holds no whole activations: .*{words}.*; capture them again"):
+        with pytest.raises(ValueError, match=f"b holds no whole activations: .*{words}"):
             Activations.load(tmp_path / "b")
     write_tensors(tmp_path / "b", "activations", tensors, {})
     with pytest.raises(ValueError, match="it has no 'fingerprint'"):

@@ -123,7 +123,7 @@ def test_pictures_are_whole_and_of_the_kind_that_they_end_in(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a", "a.JPG", "a.png", "a.svg", "a.tif"]
 
 
-def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
+def test_what_cannot_be_read_is_one_sentence(tmp_path):
     from safetensors.torch import save_file
 
     path = tmp_path / "file"
@@ -143,10 +143,6 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
             read_tensors(path, "test")
     path.write_bytes(whole.replace(b"[2,2]", b"[2,9]"))
     with pytest.raises(ValueError, match="not a complete safetensors file"):
-        read_tensors(path, "test")
-    path.write_bytes(whole)
-    monkeypatch.setattr(files, "physical_memory", lambda: 50)
-    with pytest.raises(ValueError, match="bytes and this machine's memory 50"):
         read_tensors(path, "test")
     with pytest.raises(ValueError, match="is a folder"):
         read_tensors(tmp_path, "test")

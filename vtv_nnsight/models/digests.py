@@ -1,7 +1,6 @@
 """The weights of a model, told from others by digests, for `vectors.compatibility.fingerprint`.
 
-A digest is taken of all that the weights hold, so that no change escapes it, in one pass over
-the memory. Rounding comes after, once for the same numbers.
+A digest is taken of all that the weights hold, so that no change escapes it.
 """
 
 from __future__ import annotations
@@ -44,11 +43,9 @@ def weight_digests(model: Any, *, cached: bool = False) -> dict[str, str] | None
     if first is None or any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors.values()):
         return None
     with torch.no_grad(), unset_fake_temporarily():
-        exact = hash(tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())), _read(tensors)
-        if exact not in _rounded:
-            held = module.state_dict()
-            _rounded[exact] = {name: _digest(held, dtype) for name, dtype in ROUNDED.items()}
-    digests = {"dtype": str(first.dtype).removeprefix("torch."), **_rounded[exact]}
+        held = module.state_dict()
+        digests = {name: _digest(held, dtype) for name, dtype in ROUNDED.items()}
+    digests["dtype"] = str(first.dtype).removeprefix("torch.")
     weights = [weakref.ref(tensor) for tensor in tensors.values()]
     _known[module] = weights, _touched(weights), digests
     return digests
@@ -60,19 +57,6 @@ def _touched(tensors: Sequence[weakref.ref[torch.Tensor]]) -> list[Any] | None:
     held = [tensor() for tensor in tensors]
     gone = any(tensor is None for tensor in held)
     return None if gone else [(t.data_ptr(), None if t.is_inference() else t._version) for t in held if t is not None]
-
-
-def _read(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A digest of the numbers of tensors."""
-    hasher = xxhash.xxh3_128()
-    for tensor in tensors.values():
-        hasher.update(tensor_bytes(tensor))
-    return hasher.hexdigest()
-
-
-_rounded: dict[tuple[int, str], dict[str, str]] = {}
-"""Hash of names, shapes and dtypes, and digest of tensors as they are → their digests in each of the `ROUNDED`
-dtypes. Rounding takes most of the time."""
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> str:

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from vtv_nnsight import maps
-from vtv_nnsight.files import check_file, write_text
+from vtv_nnsight.files import check_file, refusing, write_text
 from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.interface import ByStage
 from vtv_nnsight.patching.spaces import PatchSpace
@@ -134,14 +134,12 @@ class PatchSet:
         Raises:
             FileNotFoundError, ValueError: when there is no such file, it is incomplete, or it is something else.
         """
-        try:
-            content = json.loads(check_file(path).read_text())
-            kind, space, names = (content.get(name) for name in ("kind", "space", "patches"))
-            if kind != KIND:
-                raise ValueError(f"its kind is {quoted(kind)}.")
-            return cls.named(PatchSpace.from_metadata(space), names)
-        except (AttributeError, RecursionError, TypeError, UnicodeDecodeError, ValueError) as error:
-            raise ValueError(f"{path} is no whole patch set: {str(error).rstrip('.')}; make it again.") from error
+        text = check_file(path).read_text()
+        with refusing(path, "is no whole patch set"):
+            content = json.loads(text)
+            if content["kind"] != KIND:
+                raise ValueError(f"its kind is {quoted(content['kind'])}")
+            return cls.named(PatchSpace.from_metadata(content["space"]), content["patches"])
 
     def _repr_png_(self) -> bytes | None:
         """Its maps, in a notebook; none of single tokens, which are too many to draw."""

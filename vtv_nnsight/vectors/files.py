@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from vtv_nnsight.files import read_tensors, write_tensors
+from vtv_nnsight.files import read_tensors, refusing, write_tensors
 from vtv_nnsight.finite import check_finite
 from vtv_nnsight.models.interface import SITES, ByStage, Stage
-from vtv_nnsight.vectors.compatibility import MAX_SIZE, layout_of, stages_of
+from vtv_nnsight.vectors.compatibility import layout_of, stages_of
 
 KIND = "task vectors"
 FIELDS = ("mean", "variance")
@@ -49,7 +49,7 @@ def read_vectors(path: str | Path) -> tuple[Content, dict[str, Any]]:
         FileNotFoundError, ValueError: when there is no such file, it is incomplete or damaged, or it is something else.
     """
     tensors, metadata = read_tensors(path, KIND)
-    try:
+    with refusing(path, "holds no whole task vectors"):
         owner = metadata["fingerprint"]
         places = layout_of(owner).num_positions
         stages = [stage.at(site) for stage in stages_of(owner) for site in metadata["sites"]]
@@ -61,9 +61,6 @@ def read_vectors(path: str | Path) -> tuple[Content, dict[str, Any]]:
         for name, count in metadata["counts"].items():
             varied = f"{name}/{stages[0].key}/variance" in tensors
             vectors[name] = values(name, "mean"), values(name, "variance") if varied else None, count
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} holds no whole task vectors: {reason}; collect them again.") from error
     return vectors, owner
 
 
@@ -71,11 +68,9 @@ def _read_values(tensors: Mapping[str, torch.Tensor], name: str, field: str, sta
     """A field of a vector at a stage's site, from the tensors of a file."""
     values, present = tensors[f"{name}/{stage.key}/{field}"], tensors[f"{name}/{stage.key}/present"]
     expected = [stage.layers, int(present.sum()), stage.heads, stage.head_dim][: 4 if field == "mean" else 3]
-    fits = present.shape == (places,) and places <= 100 * (1 + expected[1])
-    if not fits or present.dtype != torch.bool or list(values.shape) != expected:
+    if present.shape != (places,) or list(values.shape) != expected:
         raise ValueError(f"{name}/{stage.key}/{field} has shape {list(values.shape)} of {places:,}, not {expected}")
-    if not values.isfinite().all():
-        raise ValueError(f"{name}/{stage.key}/{field} holds numbers that are NaN or infinite")
+    check_finite(values, f"{name}/{stage.key}/{field}", "make it again")
     return scatter(values.float(), present.nonzero()[:, 0], places)
 
 
@@ -103,31 +98,21 @@ def read_activations(path: str | Path) -> tuple[ByStage, dict[str, Any]]:
         FileNotFoundError, ValueError: when there is no such file, it is incomplete or damaged, or it is something else.
     """
     tensors, metadata = read_tensors(path, ACTIVATIONS)
-    try:
+    with refusing(path, "holds no whole activations"):
         owner, activations = metadata["fingerprint"], ByStage()
-        places = metadata["places"]
-        if not layout_of(owner).num_positions <= places <= MAX_SIZE**2:
-            raise ValueError(f"it has {places} positions")
         for stage in (stage.at(site) for stage in stages_of(owner) for site in SITES):
             if f"{stage.key}/values" not in tensors:
                 continue
             values, layers, positions = (tensors[f"{stage.key}/{name}"] for name in ("values", "layers", "positions"))
             expected = (len(values), len(layers), len(positions), stage.heads, stage.head_dim)
-            if values.shape != expected or not _within(layers, stage.layers) or not _within(positions, places):
+            if values.shape != expected:
                 raise ValueError(f"{stage.key}/values has shape {list(values.shape)}, not {list(expected)}")
-            full = values.new_full((len(values), stage.layers, places, *expected[3:]), torch.nan)
+            full = values.new_full((len(values), stage.layers, metadata["places"], *expected[3:]), torch.nan)
             full[:, layers[:, None], positions] = values
             activations[stage.key] = full
         if len({len(values) for values in activations.values()}) != 1:
             raise ValueError("it has no rows, or not as many of each stage")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} holds no whole activations: {reason}; capture them again.") from error
     return activations, owner
-
-
-def _within(numbers: torch.Tensor, count: int) -> bool:
-    return numbers.dtype == torch.long and bool(((numbers >= 0) & (numbers < count)).all())
 
 
 def check_floating(values: ByStage, label: str, axes: str) -> None:
