@@ -111,7 +111,7 @@ def heads_of(model, prompts):
 
 def run_hooked(model, prompts, edit):
     """A forward with hand-written hooks: z of every layer is edited as `edit(layer, z)`, z being [row, height, width,
-    head, head_dim] with the rows of both streams where there are two."""
+    head, head_dim] with the rows of both streams, side by side, where there are two."""
     network, handles = model._module, []
     for i, layer in enumerate(network.encoder.layers):
 
@@ -193,7 +193,7 @@ def test_nothing_is_left_behind_in_transformers_modules(models, of_one_query):
     predict(model, of_one_query, feature_ensemble=True)
     predict(model, of_one_query.query_only())
     assert torch.equal(predict(model, of_one_query), before)
-    assert not any(layer._forward_pre_hooks or "get_rel_pos" in vars(layer.attention) for layer in layers)
+    assert not any(layer.attention._forward_hooks or "get_rel_pos" in vars(layer.attention) for layer in layers)
 
 
 def test_instance_type(released, numbers, prompts, models):
@@ -223,7 +223,7 @@ def test_agrees_with_transformers(models, prompts):
 def test_ready_module_is_used_as_it_is(models, prompts):
     module = models["seggpt"]._module.original
     model = SegGPT(module, embedding_type="semantic")
-    assert model._module.encoder is module.model.encoder
+    assert model._module.encoder.layers is module.model.encoder.layers
     assert torch.equal(predict(model, prompts), predict(models["seggpt"], prompts))
     half = SegGPT(module, embedding_type="semantic", dtype=torch.bfloat16)
     assert half._module.dtype == torch.bfloat16 and module.dtype == torch.float32
@@ -346,7 +346,7 @@ def test_edits_in_place_and_whole_equal_hooks(model, prompts, grad, query_only):
 
     def silenced(i, z):
         """Head 1 at the answer: the target's lower half, and after the merge the place that stands for it."""
-        z[3 if i < 3 else 0 :, lower, :, 1] = 0
+        (z[1::2] if i < 3 else z)[:, lower, :, 1] = 0
         return z
 
     tokens = {
@@ -487,8 +487,8 @@ def test_skips_and_saved_rows_of_several_invokes():
             layers[0].output[0][:] = 1
         with tracer.invoke():
             everything = layers[0].output[0].save()
-    assert [bool((row == 1).all()) for row in everything] == [False, True, True] * 2
-    assert torch.equal(pickle.loads(pickle.dumps(rows.detach())), everything[[0, 3]])
+    assert [bool((row == 1).all()) for row in everything] == [False, False, True, True, True, True]
+    assert torch.equal(pickle.loads(pickle.dumps(rows.detach())), everything[:2])
     with model.scan() as tracer:
         with tracer.invoke(prompts[:1]):
             layers[0].output[0][:] = 0

@@ -813,7 +813,7 @@ def test_bad_sources(module, folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"nowhere\.pth"):
         MAEVQGAN(tmp_path / "nowhere.pth")
     for source in (module, folder):
-        with pytest.raises(ValueError, match="vqgan= is the tokenizer of a published checkpoint"):
+        with pytest.raises(ValueError, match="vqgan= is for a published checkpoint file"):
             MAEVQGAN(source, vqgan="last.ckpt")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,7 +67,7 @@ class TraceableCanvas(TraceableModel, CanvasModel):
     """What else a source may be, for people."""
     file_options: ClassVar[tuple[str, ...]] = ()
     """Arguments of a published checkpoint file alone."""
-    published_name: ClassVar[Callable[[str], str]]
+    published_name: ClassVar[Any]
     """What published files call a tensor of the module."""
     envoy_classes: ClassVar[Mapping[type[nn.Module], type[Envoy]]] = {}
     """Envoys of the network's modules; the argument `envoys` adds to them."""

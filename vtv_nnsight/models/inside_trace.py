@@ -2,7 +2,7 @@
 `.input` or `.output`. It imports torch alone, so that it can be sent to where a model runs.
 
 Activations are [batch, token, head, head_dim] at every site; a network's own tensors are [batch, token, width] or
-[stream * batch, row, column, width], the first of a tuple where a module gives several things.
+[batch * stream, row, column, width], the first of a tuple where a module gives several things.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def split(place: Place, value: torch.Tensor) -> torch.Tensor:
     """The network's own tensor as [batch, token, head, head_dim]."""
     _, _, heads, streams = place
     z = value.unflatten(-1, (heads, -1))
-    return z if z.ndim == 4 else z.unflatten(0, (streams, -1)).transpose(0, 1).flatten(1, 3)
+    return z if z.ndim == 4 else z.unflatten(0, (-1, streams)).flatten(1, 3)
 
 
 def join(place: Place, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The inverse of `split`, in the shape of `like`."""
     streams, z = place[3], value.flatten(2)
     if like.ndim == 4:
-        z = z.unflatten(1, (streams, *like.shape[1:3])).transpose(0, 1).flatten(0, 1)
+        z = z.unflatten(1, (streams, *like.shape[1:3])).flatten(0, 1)
     return z
 
 

@@ -210,7 +210,7 @@ class InContextModel(ABC):
     def outputs(self, stage: str, layer: int) -> dict[str, Any]:
         """The envoys whose `output` is what a layer has at the sites beside its heads: "attn", "mlp" and "residual" of
         `SITES`, those that there are. An output, or the first of a tuple, is [batch, token, width] with tokens at
-        `positions`, or [stream * batch, row, column, width]. A model that says nothing has heads alone."""
+        `positions`, or [batch * stream, row, column, width]. A model that says nothing has heads alone."""
         return {}
 
     def cached(self, prompts: Any) -> Sequence[torch.Tensor] | None:

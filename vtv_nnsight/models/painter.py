@@ -48,13 +48,13 @@ class AttentionEnvoy(compat.Envoy):
         "num_attention_heads",
         split=lambda z, attention: rearrange(
             z,
-            "(stream batch) row column (head dim) -> batch (stream row column) head dim",
+            "(batch stream) row column (head dim) -> batch (stream row column) head dim",
             stream=attention.streams,
             head=attention.num_attention_heads,
         ),
         join=lambda heads, attention: rearrange(
             heads,
-            "batch (stream row column) head dim -> (stream batch) row column (head dim)",
+            "batch (stream row column) head dim -> (batch stream) row column (head dim)",
             stream=attention.streams,
             column=attention.columns,
         ),
@@ -68,12 +68,12 @@ class AttentionEnvoy(compat.Envoy):
 
         Before the merge, a query token is of either stream, as in `heads`, and the keys are the tokens of its own.
         """
-        pattern, attention = "(stream batch head) query key -> batch head (stream query) key", compat.network_of(self)
+        pattern, attention = "(batch stream head) query key -> batch head (stream query) key", compat.network_of(self)
         return rearrange(compat.editable(value), pattern, stream=attention.streams, head=attention.num_attention_heads)
 
     @pattern.postprocess  # type: ignore[no-redef]
     def pattern(self, value: torch.Tensor) -> torch.Tensor:
-        """A pattern that was written, as the module computes it: the streams below each other."""
+        """A pattern that was written, as the module computes it: the streams side by side."""
         compat.check_written(AttentionEnvoy.pattern, self, value, compat.PATTERN_AXES)
         return _join_pattern(self, value)
 
@@ -84,7 +84,7 @@ class AttentionEnvoy(compat.Envoy):
 
 
 def _join_pattern(attention: compat.Envoy, pattern: torch.Tensor) -> torch.Tensor:
-    axes = "batch head (stream query) key -> (stream batch head) query key"
+    axes = "batch head (stream query) key -> (batch stream head) query key"
     return rearrange(pattern, axes, stream=compat.network_of(attention).streams)
 
 
@@ -101,8 +101,8 @@ class Painter(TraceableCanvas):
         │   └── layernorm
         └── decoder          decoder_embed, decoder_pred
 
-    Every module has `.input` and `.output`. Up to layer `merge_index` a module's rows are the batch's images and then
-    its targets, of which an invoke sees its own; afterwards they are the batch. `attention.heads` is [batch, token,
+    Every module has `.input` and `.output`. Up to layer `merge_index` each row of the batch is two rows of a module,
+    its image and its target, of which an invoke sees its own; afterwards it is one. `attention.heads` is [batch, token,
     head, head_dim] throughout: before the merge the tokens of the image and then of the target, after it one token for
     a place of both. `attention.pattern` is [batch, head, query token, key token].
 
@@ -205,7 +205,7 @@ class Painter(TraceableCanvas):
         painted[..., rows, columns] = denormalise(output.prediction.to(painted.dtype)).clamp(0, 1)
         return painted
 
-    def read_released(self, source: str) -> tuple[SegGptConfig, dict[str, torch.Tensor]]:
+    def read_released(self, source: str, **options: Any) -> tuple[SegGptConfig, dict[str, torch.Tensor]]:
         """The config that the tensors of a released file tell, and these."""
         return describe(source)
 

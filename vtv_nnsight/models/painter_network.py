@@ -9,7 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
+from torch import nn
 from transformers import SegGptForImageSegmentation
+from transformers.models.seggpt.modeling_seggpt import SegGptEmbeddings, SegGptEncoder
 from transformers.utils.generic import ModelOutput
 
 from vtv_nnsight.images import normalise
@@ -28,6 +31,37 @@ class PainterOutput(ModelOutput):
     prediction: Any = None
 
 
+class Embeddings(SegGptEmbeddings):
+    """transformers' embeddings, with the two streams of a row side by side."""
+
+    def __init__(self, embeddings: SegGptEmbeddings) -> None:
+        nn.Module.__init__(self)
+        self._parameters, self._modules = embeddings._parameters, embeddings._modules
+
+    def forward(self, *inputs: Any) -> torch.Tensor:
+        """Image and target [batch, 3, height, width], hidden patches and type → [batch * 2, row, column, width]."""
+        return rearrange(super().forward(*inputs), "(stream batch) ... -> (batch stream) ...", stream=2)
+
+
+class Encoder(nn.Module):
+    """transformers' layers, with the two streams of a row side by side until they are averaged."""
+
+    def __init__(self, encoder: SegGptEncoder) -> None:
+        super().__init__()
+        self.layers, self.layernorm, self.config = encoder.layers, encoder.layernorm, encoder.config
+
+    def forward(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Tokens [batch * 2, row, column, width] → those that the decoder sees, [batch, row, column, width] each."""
+        features = []
+        for i, layer in enumerate(self.layers):
+            tokens = layer(tokens, ensemble_cond=1)[0]
+            if i == self.config.merge_index:
+                tokens = tokens.unflatten(0, (-1, 2)).mean(1)
+            if i in self.config.intermediate_hidden_state_indices:
+                features.append(self.layernorm(tokens))
+        return features
+
+
 class PainterNetwork(AdaptedNetwork):
     """transformers' SegGPT on canvases: its own modules, under the names that a trace uses.
 
@@ -35,8 +69,8 @@ class PainterNetwork(AdaptedNetwork):
         seggpt: The network, whose modules and weights these are.
 
     Attributes:
-        embeddings: Two pictures → tokens [2 * batch, row, column, width], those of all images before those of all
-            targets.
+        embeddings: Two pictures → tokens [batch * 2, row, column, width], those of a row's image before those of its
+            target.
         encoder: `layers[i]` (layernorm_before, attention (qkv, proj), layernorm_after, mlp (lin1, lin2)), layernorm.
         decoder: Features of four layers, side by side → pixels.
 
@@ -47,9 +81,10 @@ class PainterNetwork(AdaptedNetwork):
     def __init__(self, seggpt: SegGptForImageSegmentation) -> None:
         super().__init__(seggpt)
         self.layout = _layout(seggpt.config)
-        self.embeddings, self.encoder = seggpt.model.embeddings, seggpt.model.encoder
+        self.embeddings, self.encoder = Embeddings(seggpt.model.embeddings), Encoder(seggpt.model.encoder)
         self.decoder = seggpt.decoder
-        for i, layer in enumerate(self.encoder.layers):
+        layers: Any = self.encoder.layers
+        for i, layer in enumerate(layers):
             layer.attention.streams = 2 if i <= self.config.merge_index else 1
             layer.attention.columns = self.layout.cell_size // self.layout.patch_size
 
@@ -87,12 +122,12 @@ class PainterNetwork(AdaptedNetwork):
             with _offsets_of_fewer_rows(self.encoder):
                 encoded = self.encoder(tokens[:, rows:])
         elif feature_ensemble:
-            with _merging_as_released(self.encoder):
-                encoded = self.encoder(tokens, feature_ensemble=True)
+            with _averaging_examples(self.encoder):
+                encoded = self.encoder(tokens)
         else:
             encoded = self.encoder(tokens)
         seam = 1  # row of patches above the answer, of which the decoder's convolution sees one row of pixels
-        features = torch.cat([f[:, -(rows + seam) :] for f in encoded.intermediate_hidden_states], dim=-1)
+        features = torch.cat([f[:, -(rows + seam) :] for f in encoded], dim=-1)
         return PainterOutput(prediction=self.decoder(features)[:, :, -self.layout.cell_size :])
 
 
@@ -115,18 +150,22 @@ def _offsets_of_fewer_rows(encoder: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _merging_as_released(encoder: Any) -> Iterator[None]:
-    """Average over examples stream by stream in the last layer before the merge, too.
+def _averaging_examples(encoder: Any) -> Iterator[None]:
+    """Average the attention's output at the query's half over the rows, stream by stream, as the released code does;
+    transformers averages over both streams at once in the last layer before the merge, which mixes image and target."""
 
-    The released code does (`merge_idx >= idx`); transformers averages there over both streams at once (`merge_index >
-    i`), which mixes image and target.
-    """
-    last = encoder.layers[encoder.config.merge_index]
-    handle = last.register_forward_pre_hook(lambda layer, inputs: (inputs[0], 2, *inputs[2:]))
+    def average(attention: Any, inputs: Any, outputs: Any) -> Any:
+        z = outputs[0].unflatten(0, (-1, attention.streams))
+        example, query = z.chunk(2, dim=2)
+        z = torch.cat([example, query.mean(0, keepdim=True).expand_as(query)], dim=2)
+        return (z.flatten(0, 1), *outputs[1:])
+
+    handles = [layer.attention.register_forward_hook(average) for layer in encoder.layers]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _layout(config: Any) -> Layout:
