@@ -141,7 +141,8 @@ class BankObjective(Objective):
             raise ValueError("there are no vectors in this bank; give at least one.")
         super().__init__(model, bank[0], task, prompts, space, **settings)
         self.vectors = [vector.to(self._truth.device) for vector in bank]
-        self.units = space
+        self.units, self.late = space, None
+        self._prefixes.before = {}  # which knows units, not pairs
         names = [f"{name} = {vector.task}" for vector in bank for name in space.names]
         self.space = NamedUnits(names, space.fingerprint | {"bank": [vector.task for vector in bank]})
 
@@ -155,7 +156,7 @@ class BankObjective(Objective):
         """[..., pair] → [..., vector, unit]."""
         return choices.unflatten(-1, (len(self.vectors), len(self.units)))
 
-    def _edit(self, choices: torch.Tensor, rows: torch.Tensor) -> Edit:
+    def _edit(self, choices: torch.Tensor, rows: torch.Tensor, left: Any = None) -> Edit:
         masks = [self.units.mask(part) for part in self._split(choices).unbind(-2)]
         return partial(patch, vector=self.vectors, patches=masks)
 

@@ -355,10 +355,12 @@ def test_what_bootstrap_samples_disagree_about_is_not_kept():
     factors[:8, 0] = torch.tensor([30.0, -9, -9, 9, -9, 9, -9, 9])  # the largest mean, of one prompt
     objective = Noisy(torch.tensor([-1.0, -1.0, 1.0]).double(), factors)
     plain = search.attribution.on(objective, 600, size=1, progress=False)
-    kept = search.attribution.on(objective, 600, size=1, steps=5, agreement=0.95, progress=False)
+    kept = search.consistent_attribution.on(objective, 600, size=1, progress=False)
     assert plain.scores.tolist() == [2.625, 1, -1] and plain.patches.choices.tolist() == [True, False, False]
     assert kept.scores.tolist() == [0, 1, -1] and kept.patches.choices.tolist() == [False, True, False]
     assert kept.evaluations == 5 * 3 * 8 + 4  # as many as attribution at five points
+    with pytest.raises(ValueError, match="samples=0 leave nothing to agree about"):
+        search.consistent_attribution.on(objective, 600, samples=0, progress=False)
 
 
 def test_units_that_tell_tasks_apart_are_right_more_often(model):

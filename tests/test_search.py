@@ -1,3 +1,4 @@
+import base64
 import dataclasses
 import importlib
 import inspect
@@ -5,6 +6,7 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -195,6 +197,38 @@ def test_token_loss_is_the_cross_entropy_of_the_outputs_codes(objective, vectors
     assert (losses - nothing).abs().min() > 1e-4
 
 
+@pytest.mark.parametrize("ask", ["together", "alone"])
+def test_layers_before_the_first_patched_one_run_once_a_prompt(objective, model, ask):
+    whole, late, ran = objective(batch_size=4), objective(batch_size=4), []
+    whole._prefixes.before = {}
+    choices, rows = some_pairs(late, count=24)
+    choices[:, late._prefixes.layer < 3] = False  # the decoder alone
+    choices[12:, late._prefixes.layer == 0] = True  # and what the second half have in common
+    if ask == "alone":
+        choices = choices[:12]
+    rows = rows[: len(choices)]
+    expected = whole(choices, rows)
+    hook = model._module.encoder.blocks[0].attn.register_forward_hook(lambda _, __, out: ran.append(len(out)))
+    for _ in range(3):
+        torch.testing.assert_close(late.among(choices)(choices, rows), expected, rtol=0, atol=1e-5)
+    hook.remove()
+    assert sum(ran) <= len(late.prompts) * (2 if ask == "together" else 1)
+    assert late.evaluations == 3 * len(rows)
+
+
+def test_decoder_first_runs_the_encoder_once_a_prompt(objective, model):
+    ran = []
+    hook = model._module.encoder.blocks[0].attn.register_forward_hook(lambda _, __, out: ran.append(len(out)))
+    first, choices = objective(batch_size=4), []
+    losses = first._losses
+    first._losses = lambda sets, rows, **options: choices.append(sets) or losses(sets, rows, **options)
+    result = search.reinforce.on(first, budget=200, seed=0, last_stage=1.0, prune=False, progress=False)
+    hook.remove()
+    tried = torch.cat(choices).any(0)
+    assert tried[first.late].all() and not tried[~first.late].any()
+    assert len(first.prompts) <= sum(ran) < result.evaluations / 4
+
+
 def test_pixel_loss_is_the_tasks_own_of_the_decoded_answer(objective, vectors):
     objective = objective(loss="pixels", batch_size=4)
     choices, rows = some_pairs(objective)
@@ -324,6 +358,9 @@ def test_pixels_have_no_gradient(objective):
 @pytest.mark.parametrize(
     ("name", "options", "error", "words"),
     [
+        ("reinforce", dict(sparsity=float("nan")), ValueError, "sparsity of reinforce is nan; give a finite number"),
+        ("reinforce", dict(last_stage=float("inf")), ValueError, "last_stage of reinforce is inf"),
+        ("gates", dict(penalty=float("nan")), ValueError, "penalty of gates is nan"),
         ("random", dict(budget="4"), TypeError, "budget='4' is no whole number"),
         ("random", dict(budget=float("inf")), TypeError, "budget=inf is no whole number"),
         ("random", dict(images=2.5), TypeError, "images=2.5 is no whole number"),
@@ -660,15 +697,16 @@ def test_a_journal_of_another_search_is_refused(space, tmp_path):
     with pytest.raises(ValueError, match="its flips is 1, this one's 2"):
         find("greedy", Planted(space), budget=1000, flips=2, resume=path)
     path.write_text("my notes\n")
-    with pytest.raises(ValueError, match="is no journal of a search"):
+    with pytest.raises(ValueError, match="is not the journal of a search"):
         find("greedy", Planted(space), budget=1000, resume=path)
     assert path.read_text() == "my notes\n"
 
 
 def journal_of(path):
     """The losses that a journal holds, however many a line has."""
-    lines = Path(f"{path}.jsonl").read_text().splitlines()[1:]
-    return [value for line in lines for value in json.loads(line.partition(" ")[2])[-1]]
+    lines = [json.loads(line) for line in Path(f"{path}.jsonl").read_text().splitlines()[1:]]
+    values = b"".join(base64.b64decode(line["values"]) for line in lines)
+    return list(struct.unpack(f"<{len(values) // 8}d", values))
 
 
 @pytest.fixture
@@ -779,7 +817,7 @@ def test_search_from_the_command_line(model, vectors, tmp_path, monkeypatch, cap
     assert len(PatchSet.load(tmp_path / "both.json").space) == 36
 
     code, _, error = vtv("--algorithm", "annealing", "-o", found)
-    assert code == 1 and "search='annealing' is unknown; choose from attribution, gates" in error
+    assert code == 1 and "'annealing' is not an algorithm; choose from attribution, consistent" in error
     code, _, error = vtv("--task", "lowlight", "-o", found)
     assert code == 1 and "no vector of 'lowlight'" in error
 

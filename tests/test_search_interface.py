@@ -1,5 +1,6 @@
 """What a search asks of an objective, what it keeps in its journal, and the registry: without a model."""
 
+import base64
 import inspect
 import json
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from vtv_nnsight import search
-from vtv_nnsight.digests import bytes_digest
+from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.search.registry import algorithm
 
 
@@ -88,7 +89,7 @@ def test_the_registry_says_what_an_algorithm_takes():
         assert set(own.options) < set(parameters) and "vectors" in parameters
         assert own.takes_size == ("size" in parameters) and own.needs_scores == ("scores" in parameters)
     with_gradient = {name for name, own in search.ALGORITHMS.items() if own.needs_gradient}
-    assert with_gradient == {"attribution", "gates"}
+    assert with_gradient == {"attribution", "consistent_attribution", "gates"}
 
 
 def test_a_new_algorithm_takes_a_decorator(monkeypatch):
@@ -143,48 +144,80 @@ def journal(tmp_path):
     return lines, resume
 
 
-def sealed(content):
-    """A line of a journal."""
-    text = json.dumps(content).encode()
-    return bytes_digest(text).encode() + b" " + text + b"\n"
+def changed(line, **fields):
+    return json.dumps(json.loads(line) | fields).encode() + b"\n"
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+def encoded(*values):
+    return base64.b64encode(torch.tensor(values, dtype=torch.float64).numpy().tobytes()).decode()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda line: b"\n",
-        lambda line: b"\xff\xfe\n",
-        lambda line: line[33:],
-        lambda line: line.replace(b"1", b"2"),
-        lambda line: line[:-4] + b"\n",
+        {"values": encoded(1.0, 2.0)},
+        {"values": ""},
+        {"values": "!!!"},
+        {"values": "AAAA"},
+        {"values": 3},
+        {"values": None},
+        {"count": 0},
+        {"count": -4},
+        {"count": True},
+        {"count": "many"},
+        {"count": 10**30},
+        {"seconds": "soon"},
+        {"seconds": None},
+        {"seconds": float("nan")},
+        {"query": 7},
     ],
 )
-def test_a_damaged_line_is_named(journal, damage, number):
+def test_a_damaged_answer_is_named(journal, damage):
     lines, resume = journal
-    lines[number - 1] = damage(lines[number - 1])
-    with pytest.raises(ValueError, match=f"search.jsonl is no journal of a search, or is damaged at line {number}; "):
-        resume(lines)
+    with pytest.raises(ValueError, match="search.jsonl is damaged at line 2; remove it"):
+        resume([lines[0], changed(lines[1], **damage), *lines[2:]])
 
 
-def test_a_file_that_is_no_journal_is_left_alone(journal, tmp_path):
-    _, resume = journal
-    with pytest.raises(ValueError, match="search.jsonl is no journal of a search"):
-        resume([b"my notes"])
-    assert (tmp_path / "search.jsonl").read_bytes() == b"my notes"
+@pytest.mark.parametrize(
+    "line", [b"\n", b"[1, 2]\n", b"null\n", b"\xff\xfe\n", b'{"query": "a"}\n', b"[" * 9999 + b"\n"]
+)
+def test_a_damaged_line_is_named(journal, line):
+    lines, resume = journal
+    with pytest.raises(ValueError, match="search.jsonl is damaged at line 3; remove it"):
+        resume([*lines[:2], line, *lines[3:]])
+
+
+def test_changed_values_are_noticed_by_their_checksum(journal):
+    lines, resume = journal
+    count = json.loads(lines[1])["count"]
+    values = torch.zeros(count, dtype=torch.float64)
+    with pytest.raises(ValueError, match="damaged at line 2"):
+        resume([lines[0], changed(lines[1], values=encoded(*values.tolist())), *lines[2:]])
+    for value in (float("nan"), float("inf")):
+        values[0] = value
+        damaged = changed(lines[1], values=encoded(*values.tolist()), checksum=tensor_digest(values))
+        with pytest.raises(ValueError, match="damaged at line 2"):
+            resume([lines[0], damaged, *lines[2:]])
+
+
+@pytest.mark.parametrize("line", [b'{"vtv search": 3}\n', b'{"other": {}}\n', b"[]\n", b"7\n", b"\xff\n"])
+def test_a_file_that_is_no_journal_is_named(journal, line):
+    lines, resume = journal
+    with pytest.raises(ValueError, match=r"search.jsonl is not the journal of a search \(line 1\)"):
+        resume([line, *lines[1:]])
 
 
 def test_a_journal_of_another_search_names_what_differs(journal, tmp_path):
     lines, resume = journal
-    header = json.loads(lines[0].partition(b" ")[2])
-    other = sealed(header | {"flips": 9})
+    header = json.loads(lines[0])["vtv search"]
+    other = json.dumps({"vtv search": header | {"flips": 9}}).encode() + b"\n"
     with pytest.raises(ValueError, match="is of another search: its flips is 9, this one's 1"):
         resume([other, *lines[1:]])
     objective = Coins()
     objective.fingerprint = {"space": {"sizes": 1, "kind": "coins"}}
     with pytest.raises(ValueError, match="its space is None, this one's"):
         resume(lines, objective)
-    nested = sealed(header | {"space": {"sizes": 2, "kind": "coins"}})
+    nested = json.dumps({"vtv search": header | {"space": {"sizes": 2, "kind": "coins"}}}).encode() + b"\n"
     with pytest.raises(ValueError, match="its space sizes is 2, this one's 1"):
         resume([nested, *lines[1:]], objective)
     swapped = [lines[0], lines[2], lines[1], *lines[3:]]
@@ -210,3 +243,25 @@ def test_a_loss_that_is_not_a_number_is_not_kept(tmp_path):
         with pytest.raises(ValueError, match="a loss is nan"):
             search.greedy.on(objective, budget=1000, resume=path, progress=False)
     assert len(path.read_bytes().splitlines()) == 1
+
+
+# Results
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    result = search.greedy.on(Coins(), budget=1000, progress=False)
+    from vtv_nnsight.files import read_tensors, write_tensors
+
+    path = tmp_path / "result.safetensors"
+    result.save(path)
+    tensors, metadata = read_tensors(path, "search result")
+    for damage, message in (
+        ((tensors | {"scores": torch.zeros(2)}, metadata), "scores of shape"),
+        ((tensors | {"choices": torch.zeros(2)}, metadata), "choices of shape"),
+        (({"scores": tensors["scores"]}, metadata), "lacks 'history'"),
+        ((tensors, {"space": {}}), "search again"),
+        ((tensors, metadata | {"shoe size": 44}), "search again"),
+    ):
+        write_tensors(path, "search result", *damage)
+        with pytest.raises(ValueError, match=f"result.safetensors is no whole search result: .*{message}"):
+            search.SearchResult.load(path)

@@ -158,9 +158,12 @@ def test_files_of_words_are_read(tmp_path):
     [
         ("a.json", "[1, 2", "a.json is not a .json or .csv file"),
         ("a.json", "[]", "holds no rows"),
-        ("a.json", '"hot"', "a.json is not a .json or .csv file"),
-        ("a.json", '[{"input": "a"}, {"output": "b"}]', "or rows of other columns; expected rows of the same columns"),
-        ("a.csv", "", "a.csv is not a .json or .csv file"),
+        ("a.json", '"hot"', "holds no rows"),
+        ("a.json", '[{"input": "a"}, {"output": "b"}]', "row 1 of .* expected rows of the same columns"),
+        ("a.json", '[{"input": ["a"]}]', "row 0 of"),
+        ("a.csv", "input,output\nhot,cold,warm\n", "row 0 of"),
+        ("a.csv", "input,output\nhot\n", "row 0 of"),
+        ("a.csv", "", "holds no rows"),
     ],
 )
 def test_files_that_are_no_rows_of_texts_are_refused(tmp_path, name, content, sentence):

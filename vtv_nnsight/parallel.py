@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -42,14 +42,13 @@ class Workers:
     """
 
     def __init__(self, jobs: int | None, prepared: Any, prepare: Callable[..., Any], *given: Any) -> None:
-        self._jobs, self._threads = jobs, torch.get_num_threads()
+        self.jobs, self._make, self._threads = jobs, (prepare, *given), torch.get_num_threads()
+        self._begun: dict[tuple[Any, ...], Future[list[str]]] = {}
         self._pool: ProcessPoolExecutor | None = None
-        if jobs is not None and jobs > 1:  # which starts them when the first call comes
-            self._pool = ProcessPoolExecutor(jobs, initializer=_begin_worker, initargs=(prepare, *given))
         _prepared[:] = [prepared]
 
     def __enter__(self) -> Workers:
-        if self._jobs is not None:
+        if self.jobs is not None:
             torch.set_num_threads(1)
         return self
 
@@ -57,25 +56,37 @@ class Workers:
         torch.set_num_threads(self._threads)
         _prepared.clear()
         if self._pool is not None:
-            for process in list(self._pool._processes.values()) if kind else ():
+            processes = self._pool._processes.values() if kind else ()
+            for process in list(processes):
                 process.terminate()
             self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, function: Callable[..., Any], *given: Any) -> Future[list[str]] | None:
+        """Let a worker call `function(prepared, *given)`, where there are workers; once, however often this is said."""
+        if self.jobs in (None, 1):
+            return None
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(self.jobs, initializer=_begin_worker, initargs=self._make)
+        call = (function, *given)
+        if call not in self._begun:
+            self._begun[call] = self._pool.submit(_call, *call)
+        return self._begun[call]
 
     def each(
         self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], show: Callable[[Any], None]
     ) -> Iterator[tuple[Any, ...]]:
-        """Call `function(prepared, *given)` with each of several arguments, and give these as they are done. `show` is
-        called with the last argument of each before, where one is done after the other."""
-        if self._pool is None:
+        """Call a function with each of several arguments, and give these as they are done. `show` is called with the
+        last argument of each before, where one is done after the other."""
+        if self.jobs in (None, 1):
             for given in calls:
                 show(given[-1])
                 function(*_prepared, *given)
                 yield given
         elif calls:
             show("")
-            futures = {self._pool.submit(_call, function, *given): given for given in calls}
+            futures = {self.begin(function, *given): given for given in calls}
             with progress_bar(total=len(calls), unit="task") as bar:
-                for future in as_completed(futures):
+                for future in as_completed(filter(None, futures)):
                     for text in future.result():
                         warnings.warn(text, stacklevel=2)
                     yield futures[future]

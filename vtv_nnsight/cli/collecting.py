@@ -23,9 +23,9 @@ def collect(
     data: options.Data = Settings.data,
     images: options.Images = None,
     split: options.Split = "train",
-    max_images: options.MaxImages = None,
-    prompts: options.Prompts = None,
-    candidates: options.Candidates = None,
+    max_images: options.MaxImages = Settings.max_images,
+    prompts: options.Prompts = Settings.prompts,
+    candidates: options.Candidates = Settings.candidates,
     sites: options.Sites = None,
     order: options.Order = Settings.order,
     seed: options.Seed = Settings.seed,
@@ -38,7 +38,7 @@ def collect(
     """Collect task vectors: the mean activation of every head (or MLP, …: --sites) at every position, task by task."""
     settings = options.settings_of(ctx, model=source)
     setup = steps.set_up(settings, device, batch_size, dtype)
-    rows = load(settings.data, split, settings.max_images, seed)
+    rows = load(settings.data, split, max_images, seed)
     prompts_by_task = {task.name: steps.select(setup, task, rows) for task in steps.servable(settings, rows)}
     steps.collect(setup, prompts_by_task).save(output)
     wrote(output)

@@ -36,11 +36,6 @@ def place_for_folder(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def count(name: str, *flags: str, help: str) -> Any:
-    """The option of a number of the settings."""
-    return typer.Option(*flags, min=1, help=help, show_default=str(getattr(Settings, name)))
-
-
 Source = Annotated[
     str,
     typer.Argument(
@@ -68,10 +63,10 @@ BatchSize = Annotated[
         show_default="32, fewer of large canvases; for searches what fits the device",
     ),
 ]
-Data = Annotated[str, typer.Option(help=f"{DATA} alone. `vtv run` does pascal:ROOT fold by fold.")]
+Data = Annotated[str, typer.Option(help=f"{DATA} alone.")]
 Images = Annotated[Path | None, typer.Option(help="A folder of your own pictures, in place of --data.")]
 Split = Annotated[str, typer.Option(help='The split of the data: "train", "validation" or "test".')]
-MaxImages = Annotated[int | None, count("max_images", help="The most pictures to draw prompts from.")]
+MaxImages = Annotated[int, typer.Option(min=1, help="The most pictures to draw prompts from.")]
 Tasks = Annotated[
     str | None,
     typer.Option(help="Tasks by name, with commas between them.", show_default="VTV's that the data can serve"),
@@ -85,22 +80,16 @@ OneTask = Annotated[
         show_default="the first of VTV's, or of those that the vectors have, that the data can serve",
     ),
 ]
-Prompts = Annotated[
-    int | None, count("prompts", "--prompts", "--n", help="Prompts per task to collect and to search on.")
-]
+Prompts = Annotated[int, typer.Option("--prompts", "--n", min=1, help="Prompts per task.")]
 Candidates = Annotated[
-    int | None,
-    count(
-        "candidates",
+    int,
+    typer.Option(
         "--candidates",
         "--select",
+        min=1,
         help="Random prompts per task that are tried one-shot, of which the best are kept; with fewer than four "
         "pictures per prompt none are tried, and prompts are random.",
     ),
-]
-Search = Annotated[str | None, typer.Option("--search", "--algorithm", help=SEARCHES, show_default=Settings.search)]
-Budget = Annotated[
-    int | None, count("budget", help="Evaluations that a search may spend, one mask on one prompt each.")
 ]
 Granularity = Annotated[str, typer.Option(help='What a unit is: a "head", a head in a "quadrant", or at a "token".')]
 Sites = Annotated[
@@ -108,7 +97,7 @@ Sites = Annotated[
     typer.Option(
         help='What of a layer is collected and patched, with commas between them: "heads", "attn" (the attention\'s '
         'output), "mlp" (the MLP\'s), "residual" (the layer\'s).',
-        show_default="heads; to search, all that the vectors have",
+        show_default=",".join(Settings.sites),
     ),
 ]
 Loss = Annotated[

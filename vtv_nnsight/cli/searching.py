@@ -14,6 +14,7 @@ from vtv_nnsight.data import load
 from vtv_nnsight.patching import PatchSpace
 from vtv_nnsight.runs import steps
 from vtv_nnsight.runs.settings import Settings
+from vtv_nnsight.search import ALGORITHMS
 
 ResultFile = Annotated[
     Path,
@@ -23,6 +24,26 @@ ResultFile = Annotated[
         callback=options.place_for_file,
         help="The result (.safetensors), or its patch set alone (.json).",
     ),
+]
+AlgorithmName = Annotated[str, typer.Option("--algorithm", "--search", help=options.SEARCHES)]
+Budget = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Evaluations to spend, one mask on one prompt each.",
+        show_default=f"{Settings.budget}; the paper's with published",
+    ),
+]
+CollectedSites = Annotated[
+    str | None,
+    typer.Option(
+        help='What of a layer is patched, with commas between them: "heads", "attn", "mlp", "residual", of those that '
+        "were collected.",
+        show_default="all that the vectors have",
+    ),
+]
+Prompts = Annotated[
+    int, typer.Option("--prompts", "--n", min=1, help="Prompts per task; a quarter of them is held out.")
 ]
 
 
@@ -36,7 +57,7 @@ def search(
     source: options.Source,
     vectors: options.Vectors,
     output: ResultFile,
-    algorithm: options.Search = None,
+    algorithm: AlgorithmName = Settings.search,
     tasks: options.OneTask = None,
     judge: Annotated[
         str | None,
@@ -47,16 +68,16 @@ def search(
         ),
     ] = None,
     sparsity: options.Sparsity = Settings.sparsity,
-    budget: options.Budget = None,
+    budget: Budget = None,
     loss: options.Loss = Settings.loss,
     granularity: options.Granularity = Settings.granularity,
-    sites: options.Sites = None,
+    sites: CollectedSites = None,
     data: options.Data = Settings.data,
     images: options.Images = None,
     split: options.Split = "train",
-    max_images: options.MaxImages = None,
-    prompts: options.Prompts = None,
-    candidates: options.Candidates = None,
+    max_images: options.MaxImages = Settings.max_images,
+    prompts: Prompts = Settings.prompts,
+    candidates: options.Candidates = Settings.candidates,
     order: options.Order = Settings.order,
     seed: options.Seed = Settings.seed,
     batch_size: options.BatchSize = None,
@@ -67,11 +88,13 @@ def search(
     device: options.Device = None,
 ) -> None:
     """Search for the units to patch so that the model does a task with no examples; one set for several tasks."""
+    if algorithm not in (*ALGORITHMS, "published"):
+        raise ValueError(f"{algorithm!r} is not an algorithm; choose from {', '.join(ALGORITHMS)}, or published.")
     preset = {"budget": None} if algorithm == "published" else {}
     settings = options.settings_of(ctx, preset | {"most_tasks": 1}, model=source, search=algorithm)
     by_task = options.read_vectors(vectors, settings.tasks, settings.sites if sites else ())
     setup = steps.set_up(settings, device, batch_size, dtype)
-    rows = load(settings.data, split, settings.max_images, seed)
+    rows = load(settings.data, split, max_images, seed)
     to_serve = steps.servable(settings, rows, by_task)
     patched = settings.sites if sites else by_task.sites
     space = PatchSpace(setup.model, setup.layout, granularity, sites=patched)

@@ -66,7 +66,21 @@ class PanelCommand(TyperCommand):
         parameters.sort(key=lambda parameter: list(panels).index(parameter.name))
 
 
+def _count(name: str, *flags: str, help: str) -> Any:
+    """The option of a number of the settings; its default is that of the settings, --quick or --published."""
+    return typer.Option(*flags, min=1, help=help, show_default=_default(name))
+
+
+def _default(name: str) -> str:
+    """The default of a setting, and what else it is with --quick and --published."""
+    default = getattr(Settings, name)
+    quick, published = QUICK.get(name, default), PUBLISHED.get(name, default)
+    others = {"--quick": quick, "--published": "the algorithm's" if published is None else published}
+    return "; ".join([str(default), *(f"{other} with {flag}" for flag, other in others.items() if other != default)])
+
+
 Model = Annotated[str, typer.Option(help="A model, as SOURCE of `vtv info`.", metavar="SOURCE")]
+DataInFolds = Annotated[str, typer.Option(help=f"{options.DATA}; pascal:ROOT is done fold by fold.")]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -77,12 +91,31 @@ Out = Annotated[
         callback=options.place_for_folder,
     ),
 ]
-Folds = Annotated[str | None, typer.Option(help="Folds of Pascal-5i, such as 0,1.", show_default="all four")]
-TestPrompts = Annotated[
-    int | None,
-    options.count("test_prompts", "--test-prompts", "--evaluations", help="Prompts per task to evaluate on."),
+RunTasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks by name, with commas between them.",
+        show_default=f"those of VTV's five that the data can serve; the first {QUICK['most_tasks']} with --quick",
+    ),
 ]
-Draws = Annotated[int | None, options.count("draws", help="Draws of random units to compare with.")]
+Folds = Annotated[str | None, typer.Option(help="Folds of Pascal-5i, such as 0,1.", show_default="all four")]
+MaxImages = Annotated[int | None, _count("max_images", help="The most pictures to draw prompts from.")]
+Prompts = Annotated[
+    int | None, _count("prompts", "--prompts", "--n", help="Prompts per task to collect and search on.")
+]
+Candidates = Annotated[
+    int | None, _count("candidates", "--candidates", "--select", help="Random prompts per task to select them from.")
+]
+Search = Annotated[
+    str | None, typer.Option("--search", "--algorithm", help=options.SEARCHES, show_default=_default("search"))
+]
+Budget = Annotated[int | None, _count("budget", help="Evaluations that a search may spend.")]
+TestPrompts = Annotated[
+    int | None, _count("test_prompts", "--test-prompts", "--evaluations", help="Prompts per task to evaluate on.")
+]
+Draws = Annotated[
+    int | None, _count("draws", help="Draws of random units, uniform and matched, to compare the found ones with.")
+]
 Matrix = Annotated[
     bool,
     typer.Option(
@@ -141,19 +174,19 @@ Open = Annotated[bool, typer.Option("--open", help="Open the report in the brows
 def run(
     ctx: typer.Context,
     model: Model = Settings.model,
-    data: options.Data = Settings.data,
+    data: DataInFolds = Settings.data,
     images: options.Images = None,
     out: Out = None,
-    tasks: options.Tasks = None,
+    tasks: RunTasks = None,
     folds: Folds = None,
-    max_images: options.MaxImages = None,
-    prompts: options.Prompts = None,
-    candidates: options.Candidates = None,
+    max_images: MaxImages = None,
+    prompts: Prompts = None,
+    candidates: Candidates = None,
     granularity: options.Granularity = Settings.granularity,
     sites: options.Sites = None,
-    search: options.Search = None,
+    search: Search = None,
     loss: options.Loss = Settings.loss,
-    budget: options.Budget = None,
+    budget: Budget = None,
     sparsity: options.Sparsity = Settings.sparsity,
     test_prompts: TestPrompts = None,
     draws: Draws = None,

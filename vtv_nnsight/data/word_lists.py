@@ -5,10 +5,11 @@
 >>> task = tasks.Words("mine", data.words("mine.csv"))       # the header names the columns: input,output
 """
 
+import csv
 import json
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 from datasets import Dataset
 
 from vtv_nnsight import tasks
@@ -33,15 +34,21 @@ def words(source: str | Path | None = None) -> Dataset:
     if not path.is_file():
         raise FileNotFoundError(f"{source} is no file, and none of {', '.join(tasks.WORDS)}: check the path.")
     try:
-        if path.suffix.lower() == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            if isinstance(rows, dict):
-                rows = [{"input": word, "output": answer} for word, answer in rows.items()]
-            frame = pd.DataFrame(rows)
-        else:
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, TypeError, AttributeError) as error:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = json.load(file) if path.suffix.lower() == ".json" else list(csv.DictReader(file, strict=True))
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} is not a .json or .csv file with rows of texts: {error}.") from error
-    if frame.empty or frame.isna().any(axis=None):
-        raise ValueError(f"{path} holds no rows, or rows of other columns; expected rows of the same columns of texts.")
-    return Dataset.from_pandas(frame.astype(str), preserve_index=False)
+    if isinstance(rows, dict):
+        rows = [{"input": word, "output": answer} for word, answer in rows.items()]
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} holds no rows; expected a list of rows, or {{input: output}}.")
+    for number, row in enumerate(rows):
+        if (columns := _columns(row)) is None or columns != _columns(rows[0]):
+            raise ValueError(f"row {number} of {path} is {str(row)[:80]}; expected rows of the same columns of texts.")
+    return Dataset.from_list([{name: str(text) for name, text in row.items()} for row in rows])
+
+
+def _columns(row: Any) -> set[str] | None:
+    """The names of a row's columns; None where it is not a row of texts, or numbers, by name."""
+    texts = isinstance(row, dict) and row and all(isinstance(text, (str, int, float)) for text in row.values())
+    return set(row) if texts else None

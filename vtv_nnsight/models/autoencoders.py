@@ -20,6 +20,8 @@ class MaskedAutoencoder(TraceableCanvas):
     """A model of two stages: "encoder" sees CLS and the visible patches, "decoder" CLS and the decoded patches. The
     config has the names of transformers' ViTMAEConfig."""
 
+    reread = ()
+
     @property
     def stages(self) -> tuple[Stage, ...]:
         """Encoder and decoder."""

@@ -213,6 +213,13 @@ class InContextModel(ABC):
         `positions`, or [batch * stream, row, column, width]. A model that says nothing has heads alone."""
         return {}
 
+    @property
+    def reread(self) -> tuple[int, ...] | None:
+        """Layers, counted through the stages, of which something reads the output again after the next layer has: of a
+        network that goes from layer to layer none, (). Searches then start from the last layer before the first that
+        they patch. None, where a model says nothing: they run all of it."""
+        return None
+
     def cached(self, prompts: Any) -> Sequence[torch.Tensor] | None:
         """What no patch at the positions of these prompts' layout can change, such as the keys and values of the tokens
         before them: a tensor for each prompt. A trace of these or some of these prompts with the option `cached`, a

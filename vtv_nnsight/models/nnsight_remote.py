@@ -17,6 +17,7 @@ from nnsight.intervention.backends.remote import RemoteError
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.serialization import CustomCloudPickler
 from nnsight.schema.config import CONFIG
+from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 from nnsight.tracing.tracer import Tracer
 from nnsight.tracing.util import push
@@ -154,6 +155,22 @@ def check_server(model: Any, remote: bool | str) -> None:
         raise RemoteFailure(f"the Hub does not tell what {model.repo_id!r} is: {error} {UNSENT}") from error
     finally:
         api.HOST = before
+
+
+class Weighing(Backend):
+    """Sends nothing, and tells how many bytes it would."""
+
+    def __call__(self, tracer: Any = None) -> None:
+        """Pack the block."""
+        self.bytes = len(RequestModel.serialize(tracer, CONFIG.API.COMPRESS))
+
+
+def weigh(model: Any, function: Callable[..., Any], *arguments: Any) -> int:
+    """The bytes that `there` would send."""
+    backend = Weighing()
+    with model.session(backend=backend):
+        result = save(function(model, *arguments))  # noqa: F841
+    return backend.bytes
 
 
 UNSENT = "Nothing was sent."

@@ -159,6 +159,11 @@ class Painter(TraceableCanvas):
         )
 
     @property
+    def reread(self) -> tuple[int, ...]:
+        """The layers that the decoder reads."""
+        return tuple(self.network.config.intermediate_hidden_state_indices)
+
+    @property
     def losses(self) -> tuple[Loss, ...]:
         """The smooth L1 distance of the masked half, as trained."""
         return (Loss("smooth_l1", self._smooth_l1),)

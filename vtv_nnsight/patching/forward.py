@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,9 @@ from nnsight import save
 
 from vtv_nnsight.finite import WHERE, check_finite
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import PIXELS, InContextModel, Loss, batch_size_of
+from vtv_nnsight.models.inside_trace import first
+from vtv_nnsight.models.interface import PIXELS, InContextModel, Loss, Place, batch_size_of
+from vtv_nnsight.models.sites import place_of
 from vtv_nnsight.patching.patching import patch
 from vtv_nnsight.patching.spaces import PatchSpace
 from vtv_nnsight.prompts import Prompts, VisualPrompt
@@ -71,6 +73,36 @@ def remember(model: InContextModel, prompts: Prompts, batch_size: int) -> list[A
         if sum(value.nbytes for value in kept) / len(kept) * len(prompts) > MEMORY:
             return None
     return kept
+
+
+def layers_of(model: InContextModel) -> list[Place]:
+    """The residual stream that each layer leaves, through the stages."""
+    return [place_of(model, stage.at("residual"), layer) for stage in model.stages for layer in range(stage.layers)]
+
+
+@torch.no_grad()
+def residuals(model: InContextModel, prompts: Prompts, layers: Sequence[int], edit: Edit | None = None) -> list[Any]:
+    """What layers (see `layers_of`) leave, [stream, batch, ...] each, in a tuple where they give one; the model runs up
+    to the last of them."""
+    places = layers_of(model)
+    with model.trace(prompts, **model.scoring) as tracer:
+        if edit is not None:
+            edit(model)
+        outputs = save([places[layer].module.output for layer in layers])
+        tracer.stop()
+    return [give_like(raw, first(raw).unflatten(0, (places[n].streams, -1))) for n, raw in zip(layers, outputs)]
+
+
+def give_like(raw: Any, value: torch.Tensor) -> Any:
+    """A value in the form in which a module gives it."""
+    return (value,) if isinstance(raw, tuple) else value
+
+
+def start_from(model: InContextModel, left: Mapping[int, Any]) -> None:
+    """Inside a trace: leave out all layers up to the last of these, which leave what `residuals` gave."""
+    for number, place in enumerate(layers_of(model)[: max(left) + 1]):
+        value = first(left[number]).flatten(0, 1) if number in left else place.module.input
+        place.module.skip(give_like(left[max(left)], value))
 
 
 def losses(

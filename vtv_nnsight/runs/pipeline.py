@@ -47,6 +47,7 @@ from vtv_nnsight.runs.outputs import identity, read_prompts, write_pictures, wri
 from vtv_nnsight.runs.protocol import fold_draw, search_prompts
 from vtv_nnsight.runs.resuming import STEPS, RunRecord
 from vtv_nnsight.runs.settings import Settings
+from vtv_nnsight.runs.trial import check
 from vtv_nnsight.search import SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
@@ -92,8 +93,8 @@ def run(
 
     Raises:
         ValueError: before anything is done, when the folder was begun with other settings or a file in it was changed,
-            naming them and the steps that depend on them, or when the data cannot serve a task; at its step, when a
-            search cannot be done with these settings: what was done before is kept for others.
+            naming them and the steps that depend on them; when the data cannot serve a task; or when a search cannot be
+            done with these settings.
     """
     out, settings, state = Path(out), settings or Settings(), processes()
     if batch_size is not None and batch_size < 1:
@@ -102,7 +103,7 @@ def run(
     bench = _prepare(*given)
     setup, tasks, folds = bench.setup, bench.tasks, bench.folds
     with quiet():
-        tasks[0].check_model(setup.model)
+        check(settings, folds, tasks, bench.space, setup.model)
         record = RunRecord(out, [fold.folder for fold in folds])
         if state.is_main_process:
             facts = identity(settings, setup.model, folds, tasks)
@@ -118,7 +119,7 @@ def run(
                 if fold.shares is None:
                     work.make("select", _select, "prompts/{}.safetensors")
                     work.collect()
-                    work.make("search", _search, "search/{}.safetensors", together=True)
+                    work.make("search", _search, "search/{}.safetensors", together=True, then=_evaluate)
                 else:
                     work.share(fold.shares)
                 work.make("evaluate", _evaluate, "evaluation/{}.safetensors", "evaluation/{}.parquet")
@@ -258,15 +259,19 @@ class _Work:
             for pattern in (pattern for step in SHARED for pattern in STEPS[step].writes):
                 for source in folder.glob(pattern) if processes().is_main_process else ():
                     path = self.fold.folder / source.relative_to(folder)
-                    with replacing(path) as temporary:
-                        shutil.copyfile(source, temporary)
+                    replace_by_link(source, path)
                     self.record.made(path)
 
     def make(
-        self, step: str, function: Callable[[_Bench, int, str], None], *names: str, together: bool = False
+        self,
+        step: str,
+        function: Callable[[_Bench, int, str], None],
+        *names: str,
+        together: bool = False,
+        then: Callable[[_Bench, int, str], None] | None = None,
     ) -> None:
-        """The files of a step, task by task: by all processes that `torchrun` started together, or by the first
-        alone."""
+        """The files of a step, task by task: by all processes that `torchrun` started together, or by the first alone.
+        `then` is what a worker may begin with when a task is done."""
         with self.begin(step) as working_on:
             files = {
                 task.name: [self.fold.folder / name.format(task.name) for name in names] for task in self.bench.tasks
@@ -275,3 +280,15 @@ class _Work:
             calls = [(self.number, task) for task, paths in files.items() if not set(paths).isdisjoint(lacking)]
             for _, task in self.workers.each(function, calls, working_on):
                 self.record.made(*files[task])
+                if then is not None:
+                    self.workers.begin(then, self.number, task)
+
+
+def replace_by_link(source: Path, path: Path) -> None:
+    """One file under a second path, in the place of what is there; a copy where the system cannot."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:
+        with replacing(path) as temporary:
+            shutil.copyfile(source, temporary)

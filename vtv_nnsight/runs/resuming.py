@@ -1,7 +1,7 @@
 """run.json: what a run was begun with, the digest of every file that it wrote, and how long its steps took.
 
 A run goes on only with files that are as it wrote them. One that was changed, or put there by somebody else, is named,
-and done again if the user says so (`--redo`), with the steps after it.
+and done again if the user says so (`--redo`); what was made of it is done again if it comes out otherwise.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -85,11 +86,17 @@ def read_record(run: str | os.PathLike[str]) -> dict[str, Any]:
 
 def step_of(name: str) -> str | None:
     """The step that writes a file of this name, relative to the run's folder; None where none does."""
-    inside = re.sub(r"^fold\d+/", "", Path(name).as_posix())
+    inside = Path(name).relative_to(fold_of(name))
     for step, (_, patterns, _) in STEPS.items():
-        if any(fnmatch(inside, pattern) and inside.count("/") == pattern.count("/") for pattern in patterns):
+        if any(len(inside.parts) == len(Path(p).parts) and fnmatch(str(inside), p) for p in patterns):
             return step
     return None
+
+
+def fold_of(name: str) -> Path:
+    """The folder of the fold that a file is of, relative to the run's folder; "." where there are no folds."""
+    first = "".join(Path(name).parts[:1])
+    return Path(first if re.fullmatch(r"fold\d+", first) else ".")
 
 
 def check_files(folder: str | os.PathLike[str], *names: str, recorded: bool = True) -> tuple[dict[str, Any], list[str]]:
@@ -191,8 +198,10 @@ class RunRecord:
         }
         self = cls(out, list(folders), content)
         if earlier:
-            spoilt = self._spoilt(earlier["settings"], redo)
-            self._remove(spoilt)
+            differ = [name for name in settings if earlier["settings"].get(name) != settings[name]]
+            spoilt = self._check_settings(differ, earlier["settings"], redo)
+            self._check_changed(spoilt, redo)
+            self._remove(spoilt, self.folders)
             if spoilt:
                 content["notes"] = notes
                 content["seconds"] = {name: s for name, s in content["seconds"].items() if name not in spoilt}
@@ -205,23 +214,28 @@ class RunRecord:
         self.write()
         return self
 
-    def _spoilt(self, earlier: dict[str, Any], redo: bool) -> list[str]:
-        """The steps from the first on that depends on settings that differ from the earlier ones, or wrote a file that
-        was changed; `redo` does them again."""
-        settings = self.content["settings"]
-        differ = [name for name in settings if earlier.get(name) != settings[name]]
-        changed = changed_files(self.out, self.content["files"])
-        touched = {step_of(name) for name in changed}
-        spoils = (name in touched or not set(differ).isdisjoint(step.settings) for name, step in STEPS.items())
-        steps = list(STEPS)[next((i for i, spoilt in enumerate(spoils) if spoilt), len(STEPS)) :]
+    def _check_settings(self, differ: list[str], earlier: dict[str, Any], redo: bool) -> list[str]:
+        """The steps that depend on settings that differ from the earlier ones, which `redo` does again."""
+        first = next((i for i, step in enumerate(STEPS.values()) if set(step.settings) & set(differ)), len(STEPS))
+        steps, settings = list(STEPS)[first:], self.content["settings"]
         if steps and not redo:
-            reasons = [f"{n} was {in_words(earlier.get(n))} and is {in_words(settings[n])}" for n in differ]
-            reasons += [f"{self.out / name} is not as this run wrote it" for name in changed]
+            changes = ", ".join(f"{n} was {in_words(earlier.get(n))} and is {in_words(settings[n])}" for n in differ)
             raise ValueError(
-                f"{self.out} holds a run of other settings or files: {', '.join(reasons)}. Name another folder, put "
-                f"files back, or do {', '.join(steps)} again there with redo (--redo)."
+                f"{self.out} was begun with other settings: {changes}. Name another folder, or do {', '.join(steps)} "
+                "again there with redo (--redo)."
             )
         return steps
+
+    def _check_changed(self, spoilt: list[str], redo: bool) -> None:
+        """Remove files that are not as this run wrote them: they are made again. Without `redo`, refuse them."""
+        changed = [name for name in changed_files(self.out, self.content["files"]) if step_of(name) not in spoilt]
+        if changed and not redo:
+            raise ValueError(
+                f"{', '.join(str(self.out / name) for name in changed)}: not as this run wrote it; put it back, or do "
+                f"{', '.join(dict.fromkeys(str(step_of(name)) for name in changed))} again with redo (--redo)."
+            )
+        for name in changed:
+            (self.out / name).unlink()
 
     def lacking(self, paths: Iterable[Path], together: bool = False) -> list[Path]:
         """Those of a step's files that are to be made: by the first process alone, or by all of them together."""
@@ -232,9 +246,13 @@ class RunRecord:
         return lacking[0]
 
     def made(self, *paths: Path) -> None:
-        """Note files that were written."""
+        """Note files that were written. What later steps made of an earlier one that differs is removed."""
         for path in paths if self.content else ():
-            self.content["files"][str(path.relative_to(self.out))] = file_digest(path)
+            name, digest = str(path.relative_to(self.out)), file_digest(path)
+            if self.content["files"].get(name, digest) != digest:
+                later = list(STEPS).index(step_of(name) or "") + 1
+                self._remove(list(STEPS)[later:], [self.out / fold_of(name)])
+            self.content["files"][name] = digest
             self.write()
 
     @contextmanager
@@ -243,8 +261,13 @@ class RunRecord:
     ) -> Iterator[Callable[[str], None]]:
         """A step, shown by its line of `numbered_steps`, which yields what says what is being done; its time and its
         warnings go into the record, and what kept its state in the folder of a fold is removed when it is done."""
-        began = time.perf_counter()
-        with progress as working_on:
+        began, worked = time.perf_counter(), []
+        with progress as show:
+
+            def working_on(what: str) -> None:
+                worked.append(what)
+                show(what)
+
             try:
                 with warnings.catch_warnings(record=True) as heard:
                     warnings.simplefilter("always", UserWarning)
@@ -253,7 +276,7 @@ class RunRecord:
                     remove(STEPS[name].keeps, folder)
                 processes().wait_for_everyone()
             finally:
-                if self.content:
+                if worked and self.content:
                     notes = [str(warning.message) for warning in heard if warning.category is UserWarning]
                     self.content["notes"] = list(dict.fromkeys([*self.content["notes"], *notes]))
                     spent = self.content["seconds"].get(name, 0) + time.perf_counter() - began
@@ -262,11 +285,12 @@ class RunRecord:
 
     def write(self) -> None:
         """Write run.json as it stands."""
+        self.content["peak memory (MiB)"] = peak_memory()
         write_json(self.out / RECORD, self.content)
 
-    def _remove(self, steps: Iterable[str]) -> None:
+    def _remove(self, steps: Iterable[str], folders: Iterable[Path]) -> None:
         """Remove the files of steps, and what kept their state."""
-        for folder in self.folders:
+        for folder in folders:
             for step in steps:
                 for file in remove(STEPS[step].writes + STEPS[step].keeps, folder):
                     self.content["files"].pop(str(file.relative_to(self.out)), None)
@@ -278,3 +302,13 @@ def remove(patterns: Iterable[str], folder: Path) -> list[Path]:
     for file in files:
         file.unlink()
     return files
+
+
+def peak_memory() -> int | None:
+    """Of this process, in MiB, where the system tells."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -149,7 +149,7 @@ def search(
     return replace(result, history=tuple(moment._replace(seconds=float("nan")) for moment in result.history))
 
 
-def algorithm_of(settings: Settings) -> tuple[Algorithm, dict[str, Any]]:
+def algorithm_of(settings: Settings) -> tuple[Algorithm[...], dict[str, Any]]:
     """The algorithm of the settings, and the options that make it so."""
     price = {"sparsity": settings.sparsity} if settings.sparsity else {}
     if settings.search == "published":

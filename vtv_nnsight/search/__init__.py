@@ -33,6 +33,7 @@ from pkgutil import iter_modules
 
 from vtv_nnsight.models.interface import PIXELS
 from vtv_nnsight.search.baselines import greedy, mediation, random, ranking
+from vtv_nnsight.search.bootstrap import consistent_attribution
 from vtv_nnsight.search.budget import Search, SearchObjective
 from vtv_nnsight.search.gradients import attribution, gates
 from vtv_nnsight.search.objective import Objective
@@ -48,5 +49,5 @@ globals().update(ALGORITHMS)
 
 __all__ = [
     "ALGORITHMS", "PIXELS", "Algorithm", "NamedUnits", "Objective", "Search", "SearchObjective", "SearchResult", "Step",
-    "attribution", "gates", "greedy", "mediation", "random", "ranking", "reinforce",
+    "attribution", "consistent_attribution", "gates", "greedy", "mediation", "random", "ranking", "reinforce",
 ]  # fmt: skip

@@ -51,6 +51,7 @@ class SearchObjective(Protocol):
       and 1 (patched), which `gates` and `attribution` read;
     - `layers`, a number, and `gradient(gates, rows, drop=layer)` without what flows through that layer, which
       `attribution(drop=True)` reads;
+    - `among(sets)`: the objective for sets that are asked together, which may compute once what they share;
     - `stride`: how many rows to ask for at once (all of them, without it);
     - `fingerprint`: a dict of what its losses depend on, as JSON can hold it. A search is not resumed on an objective
       of another fingerprint.
@@ -195,10 +196,10 @@ class Search:
         rows = rows.expand(len(choices), rows.shape[-1])
         which = torch.arange(len(choices)).repeat_interleave(rows.shape[1])
         flat = rows.flatten()
-        values = self._answers(
-            self.objective, lambda piece: (choices[which[piece]], flat[piece]), len(flat), width=1, cost=1
-        )
-        return values.view(rows.shape)
+        evaluate = self.objective.among(choices) if hasattr(self.objective, "among") else self.objective
+        return self._answers(
+            evaluate, lambda piece: (choices[which[piece]], flat[piece]), len(flat), width=1, cost=1
+        ).view(rows.shape)
 
     def gradient(
         self, gates: torch.Tensor, rows: torch.Tensor, drop: int | None = None
@@ -330,6 +331,8 @@ class Search:
             self.evaluations += cost * size
             answers.append(self._journal.answer(questions(slice(start, start + size)), checked))
             self._heard.append(answers[-1])
+            if getattr(self.objective, "jobs", 0):
+                self._bar.set_description_str(f"{self.name}, {self.objective.progress}")
             self._bar.update(cost * size)
             start += size
         return torch.cat(answers)

@@ -9,19 +9,11 @@ from vtv_nnsight.search.registry import algorithm
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """The hard-concrete distribution's own constants (Louizos et al., 2018, §4)."""
-SAMPLES = 200
-"""Bootstrap samples of the prompts."""
 
 
 @algorithm("gradient x (vector - activation), the top units", needs_gradient=True)
 def attribution(
-    search: Search,
-    *,
-    steps: int = 1,
-    drop: bool = False,
-    agreement: float = 0.0,
-    size: int | None = None,
-    tolerance: float = 0.5,
+    search: Search, *, steps: int = 1, drop: bool = False, size: int | None = None, tolerance: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The top units by gradient x (vector - activation), the first-order estimate of `mediation`'s effect (Nanda,
     *Attribution Patching*, 2023; Syed et al., 2023).
@@ -34,9 +26,6 @@ def attribution(
         drop: GradDrop (Kramár et al., *AtP**, 2024, arXiv 2403.00745, §3.2): one gradient for each layer, without what
             flows through it, so that direct and indirect effects that cancel do not hide a unit. Scores are mean
             absolute values, and tell that a unit matters, not which way.
-        agreement: The share of `SAMPLES` bootstrap samples of the prompts in which a score must have its mean's sign;
-            units of less have the score 0. With 0.95 and five steps, as edges were selected in the BlackboxNLP 2025
-            shared task on circuits.
         size: Units to keep; None tries sizes on the training prompts (`Search.top_units`).
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
 
@@ -53,7 +42,7 @@ def attribution(
         raise ValueError(f"drop=True needs two layers or more that gradients can be kept out of; there are {layers}.")
     cost = GRADIENT_COST * steps * layers
     rows = affordable_prompts(search, cost)
-    falls = dropped_falls(search, rows, steps, layers) if drop else estimated_falls(search, rows, steps, agreement)
+    falls = dropped_falls(search, rows, steps, layers) if drop else estimated_falls(search, rows, steps)
     return search.top_units(falls.argsort(descending=True, stable=True), size, tolerance), falls
 
 
@@ -64,16 +53,9 @@ def affordable_prompts(search: Search, cost: int) -> torch.Tensor:
     return search.train[:prompts]
 
 
-def estimated_falls(search: Search, rows: torch.Tensor, steps: int = 1, agreement: float = 0.0) -> torch.Tensor:
-    """How far the loss falls with each unit, as gradients on prompts `rows` [prompt] tell: [unit]; 0 where fewer
-    bootstrap samples of the prompts agree about the sign."""
-    falls = falls_of_prompts(search, rows, steps)
-    mean = search.mean(falls.T, rows)
-    if agreement:
-        drawn = torch.randint(len(rows), (SAMPLES, len(rows)), generator=search.generator)
-        signs = torch.stack([search.mean(falls[sample].T, rows[sample]) for sample in drawn]).sign()
-        mean = torch.where((signs == mean.sign()).double().mean(0) >= agreement, mean, 0.0)
-    return mean
+def estimated_falls(search: Search, rows: torch.Tensor, steps: int = 1) -> torch.Tensor:
+    """How far the loss falls with each unit, as gradients on prompts `rows` [prompt] tell: [unit]."""
+    return search.mean(falls_of_prompts(search, rows, steps).T, rows)
 
 
 def dropped_falls(search: Search, rows: torch.Tensor, steps: int, layers: int) -> torch.Tensor:

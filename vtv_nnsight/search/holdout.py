@@ -39,6 +39,19 @@ def hold_out(prompts: Sequence[Some], held_out: float | Sequence[Some], seed: in
     return list(zip(prompts, held_out))
 
 
+def held_out_count(prompts: int, share: float) -> int:
+    """How many of a task's prompts a share is: at least one.
+
+    Raises:
+        ValueError: when that leaves none to train on.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"held_out={share} is no share of the prompts; give a number from 0 to 1, or prompts.")
+    count = max(1, round(share * prompts))
+    _check_sides(max(0, prompts - count), count, f"{prompts} prompts and held_out={share}")
+    return count
+
+
 def _check_sides(train: int, held_out: int, given: str) -> None:
     if not train or not held_out:
         raise ValueError(f"{given} leave {train} to train on and {held_out} held out; give more prompts.")
@@ -63,13 +76,9 @@ def split_prompts(prompts: Sequence[Prompts], share: float, seed: int = 0) -> li
         When more than a tenth of the prompts is left out, or when too few pictures leave a task nothing to train on
         otherwise, so that its split is by prompt.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"held_out={share} is no share of the prompts; give a number from 0 to 1, or prompts.")
     counts = [len(rows) for rows in prompts]
-    wanted = np.array([max(1, round(share * count)) for count in counts])  # at least one
-    for count, held_out in zip(counts, wanted):
-        _check_sides(max(0, count - held_out), held_out, f"{count} prompts and held_out={share}")
     task = np.repeat(np.arange(len(counts)), counts)
+    wanted = np.array([held_out_count(count, share) for count in counts])
     places = np.concatenate([torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy() for n in counts])
     starts = np.cumsum([0, *counts])[task]
     shuffled = starts + places  # within each task

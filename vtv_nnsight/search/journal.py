@@ -4,21 +4,25 @@ A search is a function of its seed and of the answers to what it asked: the loss
 its answers are all the state there is to keep, whatever the algorithm. Resuming runs the algorithm from its start; it
 asks the same questions, and the journal answers those that were answered before. The end is that of an unbroken run.
 
-A journal is text: on every line a digest and what it is of, a JSON object; first the settings of the search, then its
-answers. Lines are appended whole, and a last line that a kill cut short is dropped, with nothing before it touched.
+A journal is text, a JSON object on every line: first the settings of the search, then its answers. Lines are appended
+whole, and a last line that a kill cut short is dropped, with nothing before it touched. An answer's checksum tells
+values that were damaged on the disk.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from vtv_nnsight.digests import bytes_digest, tensor_digest
+from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.files import check_place, naming
 
 
@@ -63,7 +67,7 @@ class Journal:
         with naming(self.path), self.path.open("ab") as file:
             file.truncate(size)
         if not size:
-            self._append(settings)
+            self._append({"vtv search": settings})
 
     @property
     def seconds(self) -> float:
@@ -91,7 +95,9 @@ class Journal:
         query, rows = tensor_digest(*question), len(question[0])
         if self.next_rows is None:
             values = evaluate(*question)
-            self._append([query, rows, self.seconds, values.flatten().tolist()])
+            encoded = base64.b64encode(values.numpy().astype("<f8").tobytes()).decode()
+            line = {"query": query, "count": rows, "seconds": self.seconds, "values": encoded}
+            self._append(line | {"checksum": tensor_digest(values.flatten())})
             return values
         known = self.answers[self._next]
         if (known.query, known.rows) != (query, rows):
@@ -101,28 +107,41 @@ class Journal:
         self._started = time.perf_counter() - known.seconds
         return known.values.view(rows, -1)
 
-    def _append(self, content: Any) -> None:
+    def _append(self, line: Mapping[str, Any]) -> None:
         if self.path is not None:
-            text = json.dumps(content)
             with naming(self.path), self.path.open("ab") as file:
-                file.write(f"{bytes_digest(text.encode())} {text}\n".encode())
+                file.write(json.dumps(line).encode() + b"\n")
 
     def _read(self, path: Path, settings: Mapping[str, Any]) -> int:
         """Take in the whole lines of the file, and tell how many bytes they are."""
         content = path.read_bytes()
+        if content and not content.startswith(b'{"vtv search": {'):
+            raise ValueError(f"{path} is not the journal of a search (line 1).")
         whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines() or [content] * bool(content), start=1):
-            digest, _, text = line.partition(b" ")
-            if digest != bytes_digest(text).encode():
-                raise ValueError(
-                    f"{path} is no journal of a search, or is damaged at line {number}; remove it, or cut it there."
-                )
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                if number > 1:
+                    self.answers.append(_answer(line))
+                else:
+                    written = json.loads(line)["vtv search"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"{path} is damaged at line {number}; remove it, or cut it there.") from error
             if number == 1:
-                _compare(json.loads(text), settings, path)
-            else:
-                query, rows, seconds, values = json.loads(text)
-                self.answers.append(Answer(query, rows, seconds, torch.tensor(values, dtype=torch.float64)))
+                _compare(written, settings, path)
         return len(whole)
+
+
+def _answer(line: bytes) -> Answer:
+    """The answer in a line; raises where it is none."""
+    content = json.loads(line)
+    query, count, seconds = content["query"], content["count"], float(content["seconds"])
+    numbers = np.frombuffer(base64.b64decode(content["values"], validate=True), "<f8")
+    values = torch.from_numpy(numbers.astype(np.float64))
+    whole = type(query) is str and type(count) is int and count > 0 and len(values) and len(values) % count == 0
+    whole = whole and math.isfinite(seconds) and bool(values.isfinite().all())
+    if not whole or content["checksum"] != tensor_digest(values):
+        raise ValueError("the answer is not whole")
+    return Answer(query, count, seconds, values)
 
 
 def _compare(written: Mapping[str, Any], expected: Mapping[str, Any], path: Path, within: str = "") -> None:

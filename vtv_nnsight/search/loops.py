@@ -46,9 +46,7 @@ def evaluate(model: Any, choices: torch.Tensor, rows: torch.Tensor, data: Any) -
     return values
 
 
-NO_GRADIENT = (
-    "no gradient comes to a block that is run apart from the model; search there with reinforce, which needs none"
-)
+NO_GRADIENT = "no gradient comes to a block that is run apart from the model"
 """What a server says that does not trust the block."""
 
 
@@ -116,6 +114,7 @@ def climb(
     train: torch.Tensor,
     held_out: torch.Tensor,
     groups: torch.Tensor,
+    late: Any,
     images: int,
     masks: int,
     steps: int,
@@ -124,6 +123,7 @@ def climb(
     lr: float,
     decay: float,
     sparsity: float,
+    last_stage: float,
     judge: Any = None,
 ) -> None:
     """The loop of `search.reinforce`: masks, losses, the update, and now and then the likely units on held-out prompts.
@@ -134,11 +134,12 @@ def climb(
         logits: Of the units, changed in place.
         train, held_out: Numbers of prompts.
         groups: Of all prompts, the number of each one's task.
+        late: Bool [unit], those of the last stage, or None.
         images, masks: Prompts a step, and masks for each.
         steps: At most.
         spend: Evaluations that may be spent, after which the rate has decayed.
         every: Steps between two looks at the held-out prompts.
-        lr, decay, sparsity: As for `search.reinforce`.
+        lr, decay, sparsity, last_stage: As for `search.reinforce`.
         judge: Called in place of `ask` for the held-out prompts, with the set [unit] and the mean loss of the step.
     """
     generator, adam = torch.Generator().manual_seed(seed), torch.optim.Adam([logits], lr)
@@ -148,6 +149,8 @@ def climb(
             return
         rows = train[(step * images + torch.arange(images)) % len(train)]
         probabilities = logits.sigmoid()
+        if late is not None and spent / spend < last_stage:
+            probabilities = probabilities * late
         choices = sample(probabilities, (images, masks), generator)
         losses = ask(choices.flatten(0, 1), rows.repeat_interleave(masks)[:, None])
         if losses is None:

@@ -21,15 +21,17 @@ from accelerate.utils.memory import should_reduce_batch_size
 from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.devices import device_of
+from vtv_nnsight.models.inside_trace import first
 from vtv_nnsight.models.interface import InContextModel, batch_size_of
 from vtv_nnsight.models.sites import stop_gradient
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace, patch
-from vtv_nnsight.patching.forward import Edit, find_loss, losses, remember
+from vtv_nnsight.patching.forward import Edit, find_loss, give_like, losses, remember, residuals, start_from
 from vtv_nnsight.patching.patching import as_vectors
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.search.holdout import hold_out
 from vtv_nnsight.search.loops import batches_of
+from vtv_nnsight.search.prefixes import Prefixes, Start
 from vtv_nnsight.tasks import AnyTask
 from vtv_nnsight.vectors import Activations, TaskVector
 from vtv_nnsight.vectors.compatibility import fingerprint
@@ -64,6 +66,8 @@ class Objective:
         prompts: All prompts on the model's device, task by task, those to train on first.
         train, held_out: LongTensors of prompt numbers, tasks taking turns.
         group: LongTensor [prompt], the number of each prompt's task.
+        late: Bool [unit], the units of the last stage; None where layers before them cannot be left out, or there are
+            none.
         differentiable: Whether `gradient` can be asked.
         evaluations: Patched evaluations made, one set on one prompt each, gradients included.
 
@@ -117,6 +121,10 @@ class Objective:
                 held = f"give held_out= as prompts, not {share}" if share is not None else "those held out included"
                 raise ValueError(f"activations of {len(values)} prompts were given for {count}; {held}.")
         numbers = torch.arange(len(self.prompts)).split(sizes.flatten().tolist())
+        chunks = [chunk for part in numbers for chunk in part.split(self.batch_size)]
+        self._prefixes = Prefixes(model, space, self._left, chunks)
+        late = self._prefixes.layer >= sum(stage.layers for stage in model.stages[:-1])
+        self.late = late if model.reread is not None and late.any() else None
         self.train, self.held_out = _in_turn(numbers[0::2]), _in_turn(numbers[1::2])
         self.evaluations = 0
         self.prompts.check_truth()
@@ -145,7 +153,6 @@ class Objective:
             "space": self.space.fingerprint,
         }
 
-    @torch.no_grad()
     def __call__(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The loss of each set on its prompt.
 
@@ -156,11 +163,21 @@ class Objective:
         Returns:
             Float64 [row], on the CPU.
         """
+        return self.among(choices)(choices, rows)
 
-        def of_batch(batch: torch.Tensor) -> torch.Tensor:
-            return self._losses(choices[batch], rows[batch]).double()[:, None]
+    def among(self, sets: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The objective, for sets [set, unit] that are asked together: what they have in common is computed once (see
+        `prefixes`)."""
+        shared = self._prefixes.shared(sets)
 
-        return self._shared(of_batch, rows, 1)[:, 0]
+        @torch.no_grad()
+        def losses_of(choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            def of_batch(batch: torch.Tensor) -> torch.Tensor:
+                return self._losses(choices[batch], rows[batch], shared=shared).double()[:, None]
+
+            return self._shared(of_batch, rows, 1)[:, 0]
+
+        return losses_of
 
     @property
     def layers(self) -> int:
@@ -230,10 +247,20 @@ class Objective:
             stop_gradient(edited, stage, layer)
         return cast(InContextModel, edited)
 
-    def _losses(self, choices: torch.Tensor, rows: torch.Tensor, drop: int | None = None) -> torch.Tensor:
+    def _losses(
+        self, choices: torch.Tensor, rows: torch.Tensor, drop: int | None = None, shared: set[Start] | None = None
+    ) -> torch.Tensor:
         """Losses [row] of one batch of one task."""
         model = self.model if drop is None else self._without(drop)
-        edit, task, rows = self._edit(choices, rows), int(self.group[rows[0]]), rows.to(self._truth.device)
+        left = {} if shared is None else self._prefixes.left(choices, rows, shared)
+        late = self._edit(choices & (self._prefixes.layer > max(left)) if left else choices, rows)
+
+        def edit(model: InContextModel) -> None:
+            late(model)
+            if left:
+                start_from(model, left)
+
+        task, rows = int(self.group[rows[0]]), rows.to(self._truth.device)
         cached = self._cached and [self._cached[row] for row in rows.tolist()]
         return losses(model, self.prompts[rows], self._loss_of[task], self._truth[rows], edit, cached)
 
@@ -241,6 +268,14 @@ class Objective:
     def _cached(self) -> list[Any] | None:
         """Of each prompt, what no set can change."""
         return remember(self.model, self.prompts, self._fits)
+
+    def _left(self, layers: list[int], units: torch.Tensor, rows: torch.Tensor) -> list[Any]:
+        """What layers leave of prompts of one task, under a set [unit]."""
+        parts = [
+            residuals(self.model, self.prompts[part], layers, self._edit(units.expand(len(part), -1), part))
+            for part in rows.split(self._fits)
+        ]
+        return [give_like(raws[0], torch.cat(list(map(first, raws)), 1)) for raws in zip(*parts)]
 
     def _edit(self, choices: torch.Tensor, rows: torch.Tensor) -> Edit:
         """What patches one batch of one task."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec
 
 import torch
 
 from vtv_nnsight.digests import tensor_digest
+from vtv_nnsight.finite import check_finite
 from vtv_nnsight.models.devices import remote_of
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.patching import PatchSpace
@@ -22,11 +24,14 @@ from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import AnyTask
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 
-ALGORITHMS: dict[str, Algorithm] = {}
+ALGORITHMS: dict[str, Algorithm[...]] = {}
 """Name → algorithm, in alphabetical order."""
 
+Options = ParamSpec("Options")
+"""An algorithm's own options, which an editor shows in a call."""
 
-class Algorithm:
+
+class Algorithm(Generic[Options]):
     """A search algorithm, called as `vtv_nnsight.search` describes; `on` runs it on any objective.
 
     Args:
@@ -39,13 +44,15 @@ class Algorithm:
         options: Name → default value of each of its options; `inspect.Parameter.empty` where there is none.
     """
 
-    def __init__(self, function: Callable[..., tuple[Any, ...]], description: str, needs_gradient: bool) -> None:
+    def __init__(
+        self, function: Callable[Concatenate[Search, Options], tuple[Any, ...]], description: str, needs_gradient: bool
+    ) -> None:
         functools.update_wrapper(self, function)
         self.function, self.description, self.needs_gradient = function, description, needs_gradient
         self.name = function.__name__
         options = list(inspect.signature(function).parameters.values())[1:]
         self.options = {parameter.name: parameter.default for parameter in options}
-        shared = list(inspect.signature(Algorithm.__call__).parameters.values())[1:-1]
+        shared = list(inspect.signature(Algorithm.__call__).parameters.values())[1:-2]
         shared = [p.replace(kind=p.KEYWORD_ONLY) if p.default is not p.empty else p for p in shared]
         self.__signature__ = inspect.Signature(shared + options, return_annotation=SearchResult)
 
@@ -76,9 +83,11 @@ class Algorithm:
         progress: bool = True,
         remote: bool | str | None = None,
         remote_evaluations: int = REMOTE_EVALUATIONS,
-        **options: Any,
+        *more: Options.args,
+        **options: Options.kwargs,
     ) -> SearchResult:
         """Search units of a model; the arguments are those that `vtv_nnsight.search` describes."""
+        self._check_options(options)
         shared: Any = {"loss": loss, "batch_size": batch_size, "held_out": held_out, "seed": seed}
         given = (model, vector, task, prompts, space)
         if remote := remote_of(model, remote):
@@ -89,7 +98,7 @@ class Algorithm:
             )
         else:
             objective = Objective(*given, **shared)
-        return self.on(objective, budget, seed, vectors, resume, progress, **options)
+        return self.on(objective, budget, seed, vectors, resume, progress, *more, **options)
 
     def on(
         self,
@@ -99,24 +108,33 @@ class Algorithm:
         vectors: TaskVectors | None = None,
         resume: str | Path | None = None,
         progress: bool = True,
-        **options: Any,
+        *more: Options.args,
+        **options: Options.kwargs,
     ) -> SearchResult:
         """Run it on any objective: see `SearchObjective`."""
+        self._check_options(options)
         settings = {name: _plain(options.get(name, default)) for name, default in self.options.items()}
         search = Search(self.name, objective, budget, seed, settings, vectors, resume, progress)
         try:
-            return search.result(*self.function(search, **options))
+            return search.result(*self.function(search, *more, **options))
         finally:
             search.close()
 
     def __repr__(self) -> str:
         return f"search.{self.name}: {self.description}"
 
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        for name, value in options.items():
+            if isinstance(value, Real):
+                check_finite(float(value), f"{name} of {self.name}", "give a finite number")
 
-def algorithm(description: str, *, needs_gradient: bool = False) -> Callable[[Callable[..., Any]], Algorithm]:
+
+def algorithm(
+    description: str, *, needs_gradient: bool = False
+) -> Callable[[Callable[Concatenate[Search, Options], tuple[Any, ...]]], Algorithm[Options]]:
     """Make a public algorithm of a function, and enter it in `ALGORITHMS`. The arguments are those of `Algorithm`."""
 
-    def declare(function: Callable[..., Any]) -> Algorithm:
+    def declare(function: Callable[Concatenate[Search, Options], tuple[Any, ...]]) -> Algorithm[Options]:
         declared = Algorithm(function, description, needs_gradient)
         ALGORITHMS[declared.name] = declared
         return declared

@@ -7,17 +7,20 @@ cut or too slow loses at most its own.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.interface import ByStage
-from vtv_nnsight.models.nnsight_remote import PLAIN, there
+from vtv_nnsight.models.nnsight_remote import PLAIN, RemoteFailure, there, weigh
 from vtv_nnsight.patching import PatchSet
 from vtv_nnsight.patching.patching import planned
-from vtv_nnsight.search.loops import job, once, tags
+from vtv_nnsight.search.loops import NO_GRADIENT, job, once, tags
 from vtv_nnsight.search.objective import Objective
+from vtv_nnsight.text import duration
 from vtv_nnsight.vectors import Activations
 
 REMOTE_EVALUATIONS = 500
@@ -31,6 +34,10 @@ class RemoteObjective(Objective):
         remote: As for nnsight's `trace`.
         remote_evaluations: Of a job, about.
         *args, **kwargs: As for `Objective`.
+
+    Attributes:
+        jobs: How many were done.
+        waited, ran: Seconds until they were done, and of these the ones that the server says it worked.
 
     Raises:
         ValueError: for a loss that is not the model's own, or vectors that are activations.
@@ -53,7 +60,7 @@ class RemoteObjective(Objective):
             planned(self.model, vector, PatchSet.random(self.space, len(self.space)), self.prompts.layout)
         model: Any = self.model
         prompts: Any = self.prompts
-        self.most = remote_evaluations
+        self.most, self.jobs, self.waited, self.ran = remote_evaluations, 0, 0.0, 0.0
         width = len(self.space)
         numbers = self.space.mask(torch.arange(1, width + 1))
         self.data = {
@@ -74,13 +81,25 @@ class RemoteObjective(Objective):
         """Rows worth asking for at once."""
         return self.most
 
+    @property
+    def progress(self) -> str:
+        """For the bar."""
+        return f"job {self.jobs}, {duration(self.waited)} of which {duration(self.ran)} at work"
+
+    def weigh(self) -> int:
+        """The bytes of a job of a single question."""
+        rows = self.train[torch.arange(self.most) % len(self.train)]
+        choices = torch.ones(self.most, len(self.space)) > 0
+        settings = {"choices": choices, "rows": rows[:, None]}
+        return weigh(self.model, job, once, settings, torch.zeros(0, 1), self.most, self.data)
+
     def ahead(self, loop: Any = None, settings: Any = None, heard: Any = ()) -> None:
         """What is asked from now on are the questions of a loop, of which `heard` has the answers; or single ones."""
         self._loop, self._heard, self._queue = (loop, settings), heard, torch.zeros(0)
 
-    def __call__(self, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def among(self, sets: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Losses [row] of sets [row, unit] on prompts [row]."""
-        return self._values(choices, rows)[:, 0]
+        return lambda choices, rows: self._values(choices, rows)[:, 0]
 
     def gradient(self, gates: torch.Tensor, rows: torch.Tensor, drop: int | None = None) -> Any:
         """Losses [row] and gradients [row, unit]."""
@@ -94,7 +113,18 @@ class RemoteObjective(Objective):
             known = torch.cat(list(self._heard)) if self._heard else torch.zeros(0, 1)
             if loop is None:
                 loop, settings, known = once, {"choices": choices, "rows": rows[:, None]}, known[:0]
-            self._queue = there(self.model, self.remote, job, loop, settings, known, self.most, self.data)
+            start = time.perf_counter()
+            try:
+                self._queue = there(self.model, self.remote, job, loop, settings, known, self.most, self.data)
+            except RemoteFailure as failure:
+                if NO_GRADIENT in str(failure):
+                    raise ValueError(
+                        f"on this server {NO_GRADIENT}; search there with reinforce, which needs none."
+                    ) from failure
+                raise
+            self.jobs += 1
+            self.waited += time.perf_counter() - start
+            self.ran += getattr(self.model, "cost", {}).get("runtime") or 0.0
         answers, self._queue = self._queue[: len(rows)], self._queue[len(rows) :]
         if self._loop[0] is not None and not torch.equal(answers[:, -1], tags(choices, rows)):
             raise RuntimeError("the server drew other sets than this machine; take the release of torch that it has.")

@@ -144,11 +144,18 @@ class SearchResult:
             FileNotFoundError, ValueError: when there is no such file, it is incomplete, or it is something else.
         """
         tensors, metadata = read_tensors(path, "search result")
-        description, names = metadata.pop("space"), metadata.pop("names", None)
-        space: Any = PatchSpace.from_metadata(description) if names is None else NamedUnits(names, description)
-        rows = tensors["history"].tolist()
-        history = tuple(Step(int(n), seconds, train, held, int(size)) for n, seconds, train, held, size in rows)
-        return cls(patches=PatchSet(space, tensors["choices"]), scores=tensors["scores"], history=history, **metadata)
+        try:
+            description, names = metadata.pop("space"), metadata.pop("names", None)
+            space: Any = PatchSpace.from_metadata(description) if names is None else NamedUnits(names, description)
+            rows = tensors["history"].tolist()
+            history = tuple(Step(int(n), seconds, train, held, int(size)) for n, seconds, train, held, size in rows)
+            patches, scores = PatchSet(space, tensors["choices"]), tensors["scores"]
+            if scores.shape != patches.choices.shape:
+                raise ValueError(f"scores of shape {list(scores.shape)} are not one for each of {len(space)} units.")
+            return cls(patches=patches, scores=scores, history=history, **metadata)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
+            raise ValueError(f"{path} is no whole search result: it {what}; search again.") from error
 
 
 PLAIN[SearchResult] = lambda result: SimpleNamespace(patches=result.patches)

@@ -44,6 +44,7 @@ def reinforce(
     masks: int = 8,
     sparsity: float = 0.0,
     judge: str | None = None,
+    last_stage: float = 0.0,
     prune: bool = True,
     tolerance: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -57,7 +58,7 @@ def reinforce(
     - *Threshold, then prune*: not a sample, but the smallest good set of likely units, less what it does without.
 
     Args:
-        recipe: "leave-one-out" or "published". The second takes no decay, masks, prune or tolerance.
+        recipe: "leave-one-out" or "published". The second takes no decay, masks, last_stage, prune or tolerance.
         init: Initial logit of every unit.
         lr: Adam's learning rate at the start; None is 0.3, published 0.1.
         decay: The share of it that is gone when the budget is, linearly.
@@ -66,6 +67,7 @@ def reinforce(
         masks: Masks for each of these prompts, 2 or more.
         sparsity: Times the mean probability, added to the objective: the released code's `regularization_strength`.
         judge: The one of several tasks whose held-out prompts judge; in the released code segmentation. None: all.
+        last_stage: The share of the steps' evaluations for units of the last stage alone: decoder first.
         prune: End with the pruning; False returns the units more likely than not.
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.
 
@@ -94,11 +96,12 @@ def reinforce(
             best, best_loss = logits.sigmoid(), loss
         return losses
 
+    late, most = getattr(search.objective, "late", None), search.budget if steps is None else steps
     every, spend = max(1, search.budget // 12 // cost), search.budget - reserve
-    most = search.budget if steps is None else steps
-    settings = {"seed": search.seed, "logits": logits, "steps": most, "every": every, "spend": spend}
+    settings = {"seed": search.seed, "logits": logits, "late": late, "steps": most, "every": every, "spend": spend}
     settings |= {"train": search.train, "held_out": search.held_out, "groups": search.objective.group}
-    settings |= {"images": images, "masks": masks, "lr": lr, "decay": decay, "sparsity": sparsity}
+    settings |= {"images": images, "masks": masks, "lr": lr, "decay": decay}
+    settings |= {"sparsity": sparsity, "last_stage": last_stage}
     search.follow(climb, settings, judge=judged)
     if not search.history:  # too few steps to be judged on the way
         best = logits.sigmoid()
@@ -168,7 +171,7 @@ def _held_out_of(search: Search, judge: str | None) -> torch.Tensor:
 
 def _published_options(settings: dict[str, Any]) -> Recipe:
     """The paper's recipe with those of its script's options that are given."""
-    fixed = ("decay", "masks", "prune", "tolerance")
+    fixed = ("decay", "masks", "last_stage", "prune", "tolerance")
     if given := [name for name in fixed if settings[name] != reinforce.options[name]]:
         raise ValueError(f"recipe='published' takes no {', '.join(given)}; leave that out, or the recipe.")
     names = ("init", "lr", "steps", "images", "sparsity", "judge")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.inside_trace import first
 from vtv_nnsight.models.interface import QUERY_ONLY, CanvasModel, InContextModel
 from vtv_nnsight.models.nnsight_compat import network_of
-from vtv_nnsight.patching.forward import forward, losses
+from vtv_nnsight.patching.forward import forward, losses, residuals, start_from
 from vtv_nnsight.prompts import Prompts, VisualPrompt
 from vtv_nnsight.vectors import capture
 
@@ -35,6 +36,7 @@ def check_model(model: InContextModel, prompts: Prompts) -> None:
     - An attention's output is affine in its heads, which are what its output projection is given.
     - The residual stream is what came in plus what attention and MLP add, where a model has these sites.
     - Prompts of several invokes get the outputs that each has alone, and an edit stays in its invoke.
+    - A run that starts behind a layer gives the output of a whole one, where `reread` says which others it needs.
     - `restrict_to_output` leaves the losses as they are.
     - Gradients of a differentiable loss reach every layer, and are what finite differences measure.
     - Of a `CanvasModel`: what a prompt hides decides nothing, neither the truth, nor the example of a zero-shot prompt;
@@ -145,6 +147,18 @@ def check_invokes(model: InContextModel, prompts: Prompts) -> Promises:
         yield close(output, alone[1]), f"{place}: an edit of its heads in one invoke changes the output of another."
 
 
+def check_starts(model: InContextModel, prompts: Prompts) -> Promises:
+    """A run that starts behind a layer gives the output of a whole one."""
+    if model.reread is None:
+        return
+    expected, _ = forward(model, prompts)
+    for number, (place, _, _) in enumerate(layers_of(model)):
+        layers = sorted({number, *(other for other in model.reread if other < number)})
+        left = dict(zip(layers, residuals(model, prompts, layers)))
+        same = close(forward(model, prompts, partial(start_from, left=left))[0], expected)
+        yield same, f"{place}: a run that starts behind it gives another output; reread={model.reread} lacks a layer."
+
+
 def check_hidden(model: CanvasModel, prompts: VisualPrompt) -> Promises:
     """What a prompt hides decides nothing."""
     noise = torch.rand(prompts.canvas.shape, generator=torch.Generator().manual_seed(0)).to(prompts.canvas)
@@ -211,7 +225,7 @@ def check_gradients(model: InContextModel, prompts: Prompts) -> Promises:
         yield abs(rise - norm) <= 0.05 * norm + 1e-3 * abs(up), f"{stage.name}: {words}"
 
 
-CHECKS = (check_positions, check_reads, check_writes, check_invokes, check_losses, check_gradients)
+CHECKS = (check_positions, check_reads, check_writes, check_invokes, check_starts, check_losses, check_gradients)
 CANVAS_CHECKS = (check_hidden, check_painting)
 
 

@@ -50,8 +50,7 @@ RANKINGS = {
     ),
     "consistent attribution": Ranking(
         "integrated gradients where 95 % of bootstrap samples of the prompts agree on the sign, else 0",
-        "attribution",
-        {"steps": 5, "agreement": 0.95},
+        "consistent_attribution",
     ),
     "gates": Ranking("the probability that its gate is not shut", "gates", keeps=True),
     "gates from attribution": Ranking("the same", "gates", {"start": "attribution"}, keeps=True),
