@@ -186,19 +186,30 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         return path if path and path.is_file() else None
 
 
-def load(source: str | os.PathLike[str] = EMBEDDED) -> Bundle:
-    """A bundle: of a folder that `vtv run` or `Bundle.save` wrote, of the Hub ("hub:OWNER/NAME"), or of the
-    package by its name: "tiny" is that of the embedded model. Tensors and JSON are read, and nothing is run.
+def from_hub(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Bundle:
+    """The bundle of a repository on the Hugging Face Hub. Tensors and JSON are read, and nothing is run.
 
     Raises:
-        OSError: when there is no such repository.
+        ValueError, OSError: when there is no such repository, or it holds no bundle.
+    """
+    wanted = [VECTORS, "search/*.safetensors", BUNDLE_RECORD, *SHOWN]
+    folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
+    if not (folder / VECTORS).is_file():
+        raise FileNotFoundError(f"{repo_id} on the Hub has no {VECTORS}; expected what Bundle.push_to_hub writes.")
+    return replace(load(folder), name=repo_id)
+
+
+def load(source: str | os.PathLike[str] = EMBEDDED) -> Bundle:
+    """A bundle: of a folder that `vtv run` or `Bundle.save` wrote, of the Hub ("hub:OWNER/NAME"), or of the
+    package by its name: "tiny" is that of the embedded model.
+
+    Raises:
         FileNotFoundError: when there is no such folder, or it has no vectors or no units.
         ValueError: when a file in it was changed, is damaged or is something else.
     """
     kind, path = locate(source)
     if kind == "hub" and str(source).startswith(HUB):
-        wanted = [VECTORS, "search/*.safetensors", BUNDLE_RECORD, *SHOWN]
-        return replace(load(snapshot_download(path, allow_patterns=wanted)), name=path)
+        return from_hub(path)
     folder = next((packaged for packaged in WEIGHTS.iterdir() if packaged.name == str(source)), Path(path))
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; give one that `vtv run` wrote, or {EMBEDDED!r}.")
