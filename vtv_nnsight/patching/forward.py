@@ -90,7 +90,8 @@ def residuals(model: InContextModel, prompts: Prompts, layers: Sequence[int], ed
             edit(model)
         outputs = save([places[layer].module.output for layer in layers])
         tracer.stop()
-    return [give_like(raw, first(raw).unflatten(0, (places[n].streams, -1))) for n, raw in zip(layers, outputs)]
+    by_row = (first(raw).unflatten(0, (-1, places[n].streams)) for n, raw in zip(layers, outputs))
+    return [give_like(raw, value.transpose(0, 1)) for raw, value in zip(outputs, by_row)]
 
 
 def give_like(raw: Any, value: torch.Tensor) -> Any:
@@ -101,7 +102,7 @@ def give_like(raw: Any, value: torch.Tensor) -> Any:
 def start_from(model: InContextModel, left: Mapping[int, Any]) -> None:
     """Inside a trace: leave out all layers up to the last of these, which leave what `residuals` gave."""
     for number, place in enumerate(layers_of(model)[: max(left) + 1]):
-        value = first(left[number]).flatten(0, 1) if number in left else place.module.input
+        value = first(left[number]).transpose(0, 1).flatten(0, 1) if number in left else place.module.input
         place.module.skip(give_like(left[max(left)], value))
 
 
