@@ -187,6 +187,37 @@ def test_a_scan_gives_shapes_alone(module, prompts, units, vector, tmp_path):
         patch(lazy, run, units)
 
 
+def test_rows_that_lack_positions(model, prompts, vector):
+    """Patch ids [batch, patch], as tensors: each row has positions of its own, and there is no layout to compare."""
+    generator = torch.Generator().manual_seed(3)
+    visible = torch.stack([LAYOUT.visible[torch.randperm(147, generator=generator)[:60]] for _ in range(3)])
+    decoded = LAYOUT.all_patches.expand(3, -1)
+    with torch.no_grad(), model.trace(prompts.canvas, visible, decoded):
+        run = capture(model, SITES)
+    assert "order" not in run.fingerprint
+    for row in range(3):
+        alone = VisualPrompt(prompts.canvas[row : row + 1], visible[row], LAYOUT.all_patches, LAYOUT)
+        assert_holds(run[row].values, hooked(model, alone), alone, **CLOSE)
+        assert run.present_rows["encoder"][row].sum() == 61
+    assert run.present["encoder"].sum() < 61 and run.present["decoder"].all()
+    everything = PatchSet(PatchSpace(model, granularity="head"), torch.ones(16))
+    with torch.no_grad(), model.trace(prompts.canvas, visible, decoded):
+        patch(model, run, everything)
+        logits = model.output.logits.save()
+    torch.testing.assert_close(logits, logits_of(model, prompts.canvas, visible, decoded), **CLOSE)
+    words = "encoder cannot be patched at patch .*: the activations lack them"
+    with pytest.raises(ValueError, match=words), model.trace(prompts.canvas, visible.flip(0), decoded):
+        patch(model, run, everything)
+    inputs = (prompts.canvas, LAYOUT.visible, LAYOUT.all_patches)
+    with torch.no_grad(), model.trace(*inputs):
+        patch(model, vector, PatchSet.random(PatchSpace(model), 5))
+        from_tensors = capture(model)
+    with torch.no_grad(), model.trace(prompts):
+        patch(model, vector, PatchSet.random(PatchSpace(model), 5))
+        from_prompts = capture(model)
+    assert_same(from_tensors, from_prompts)
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_gradients_after_a_plain_backward(model, prompts, inside):
     with model.trace(prompts):
@@ -631,6 +662,12 @@ def test_a_verb_that_comes_too_late_says_so(model, prompts, vector, units, verb)
         f"{verb} comes too late: the model has run past encoder.blocks.0.attn.proj.input in this block; write {verb}"
     )
     with pytest.raises(ValueError, match=words), model.trace(prompts):
+        model.encoder.blocks[1].output.save()
+        call()
+    with (
+        pytest.raises(ValueError, match="comes too late"),
+        model.trace(prompts.canvas, prompts.visible, prompts.decoded),
+    ):
         model.encoder.blocks[1].output.save()
         call()
     with torch.no_grad(), model.trace() as tracer:  # the block is too late, an empty invoke is not

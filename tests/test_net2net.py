@@ -1,7 +1,5 @@
 """VQGAN's own transformer, on small random weights in a file as taming-transformers writes them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers import GPT_CODES, GPT_HEADS, GPT_LAYERS, GPT_WIDTH, beit_module, net2net_weights
@@ -117,10 +115,10 @@ def test_hidden_patches_are_not_looked_at(model, prompts):
     shown = prompts.layout.pixels(prompts.visible)
     other = prompts.canvas.clone()
     other[..., ~shown] = 0
-    found = model(replace(prompts, canvas=other))
+    found = model(other, prompts.visible, prompts.decoded)
     assert torch.equal(found.codes, model(prompts).codes)
     other[..., shown] = 1 - other[..., shown]
-    assert not torch.equal(model(replace(prompts, canvas=other)).codes, found.codes)
+    assert not torch.equal(model(other, prompts.visible, prompts.decoded).codes, found.codes)
 
 
 def test_what_is_seen_stays_and_the_codes_are_painted(model, prompts):
@@ -203,6 +201,9 @@ def test_what_it_does_not_offer_is_said(model, prompts):
     for use in (PatchSpace, lambda each: TaskVectors.collect(each, {"identity": prompts}, progress=False)):
         with pytest.raises(ValueError, match="Net2Net has no heads to read or patch: it can be evaluated"):
             use(model)
+    rows = [ids.expand(3, -1) for ids in (prompts.visible, prompts.decoded)]
+    with pytest.raises(ValueError, match="codes are sampled for patches that rows share"):
+        model(prompts.canvas, *rows)
 
 
 def test_what_does_not_fit_is_refused(state, tmp_path):

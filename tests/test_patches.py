@@ -2,6 +2,7 @@ import json
 import math
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -613,11 +614,15 @@ def test_another_layout_than_that_of_the_prompts_is_refused(model, vectors, fact
         with pytest.raises(ValueError, match=f"^{what} {words}"):
             logits(model, others, patched, patches)
         with pytest.raises(ValueError, match=f"^{what} {words}"), model.trace() as tracer:
+            with tracer.invoke(others.canvas, others.visible, others.decoded):
+                pass
             with tracer.invoke(others):
                 pass
             with tracer.invoke():
                 patch(model, patched, patches)
     assert logits(model, others, theirs, names) is not None
+    with torch.no_grad(), model.trace(others.canvas, others.visible, others.decoded):  # tensors tell no layout
+        patch(model, vector, units)
     for call in (
         lambda: search.random(model, vector, task, others, space, budget=4, progress=False),
         lambda: search.random(model, theirs, task, others, space, budget=4, progress=False),
@@ -735,3 +740,20 @@ def test_sets_save_and_load(model, tmp_path):
         PatchSet.load(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         PatchSet.load(tmp_path / "nothing.json")
+
+
+def test_rows_that_see_patches_of_their_own(model, module, prompts, vectors):
+    """Patch ids [batch, patch]: each row as if it were alone with its patches."""
+    generator = torch.Generator().manual_seed(3)
+    shown = LAYOUT.visible
+    visible = torch.stack([shown[torch.randperm(len(shown), generator=generator)[:60]] for _ in range(3)])
+    canvas, decoded = prompts.canvas[:3], LAYOUT.all_patches.expand(3, -1)
+    space = PatchSpace(model, granularity="head")
+    mask = space.mask(torch.rand(3, len(space), generator=generator) < 0.5)
+    with torch.no_grad(), model.trace(canvas, visible, decoded):
+        patch(model, vectors["a"], mask)
+        found = model.output.logits.save()
+    for row in range(3):
+        alone = SimpleNamespace(canvas=canvas[row : row + 1], visible=visible[row], decoded=decoded[row])
+        own = mask.map(lambda values, row=row: values[row])
+        torch.testing.assert_close(found[row], by_hand(module, alone, vectors["a"], own)[0], rtol=1e-4, atol=1e-5)

@@ -98,7 +98,7 @@ def test_prompts_that_differ_do_not_share_a_batch():
     prompt = VisualPrompt.from_canvas(canvases(1))
     with pytest.raises(ValueError, match="horizontal"):
         VisualPrompt.cat([prompt, VisualPrompt.from_canvas(canvases(1), Layout(order="horizontal"))])
-    with pytest.raises(ValueError, match="show other patches cannot share a batch"):
+    with pytest.raises(ValueError, match="show other patches share no batch"):
         VisualPrompt.cat([prompt, prompt.query_only()])
     with pytest.raises(ValueError, match="no prompts"):
         VisualPrompt.cat([])

@@ -387,6 +387,7 @@ def test_a_call_is_one_untraced_forward(folder, module, prompts):
     with torch.no_grad():
         expected = module(prompts.canvas, prompts.visible, prompts.decoded).logits
         assert torch.equal(lazy(prompts).logits, expected)
+        assert torch.equal(lazy(prompts.canvas, prompts.visible, decoded=prompts.decoded).logits, expected)
     with pytest.raises(TypeError, match="was given str; give a VisualPrompt"):
         lazy("picture.png")
 
@@ -407,7 +408,10 @@ def test_a_model_runs_one_trace_at_a_time(module, prompts):
             pass
 
     calls = (traced, scanned, generated, lambda: model.generate(prompts), lambda: model(prompts))
-    calls += (lambda: model.trace(prompts, trace=False),)
+    calls += (
+        lambda: model(prompts.canvas, prompts.visible, prompts.decoded),
+        lambda: model.trace(prompts, trace=False),
+    )
     expected = logits_of(model, prompts)
     for call in calls:
         with pytest.raises(RuntimeError, match=words), model.trace(prompts):
@@ -434,6 +438,36 @@ def test_positions_cannot_be_written(model, prompts):
         model.encoder.positions = torch.arange(3)
 
 
+def test_patches_of_each_row(model, module, prompts):
+    rows = torch.Generator().manual_seed(0)
+    visible = torch.stack([torch.randperm(196, generator=rows)[:20] for _ in range(3)])
+    decoded = torch.arange(196).expand(3, -1)
+    with torch.no_grad():
+        expected = module(prompts.canvas, visible, decoded).logits
+        with model.trace(prompts.canvas, visible, decoded):
+            positions = model.encoder.positions.save()
+            logits = model.output.logits.save()
+        with model.trace() as tracer:
+            with tracer.invoke(prompts.canvas[:1], visible[0], decoded[0]):
+                first = model.output.logits.save()
+            with tracer.invoke(prompts.canvas[1:], visible[1:], decoded[1:]):
+                seen = model.encoder.positions.save()
+                rest = model.output.logits.save()
+    assert torch.equal(positions, torch.cat([torch.zeros(3, 1, dtype=torch.long), 1 + visible], 1))
+    assert torch.equal(logits, expected) and torch.equal(seen, positions[1:])
+    torch.testing.assert_close(torch.cat([first, rest]), expected, rtol=1e-4, atol=1e-5)
+    for wrong, message in (
+        (visible[:2], "visible has 2 rows for 3 canvases"),
+        (visible + torch.tensor([[0], [0], [190]]), r"visible holds patch ids from \d+ to \d+; this"),
+        (visible * torch.tensor([[1], [0], [1]]), "visible names a patch twice in a row"),
+        (visible[:, :0], "visible is empty"),
+    ):
+        with pytest.raises(ValueError, match=message), model.trace(prompts.canvas, wrong, decoded):
+            model.output.save()
+    with pytest.raises(ValueError, match=r"patches that they share; give visible and decoded as \[patch\]"):
+        model.generate(prompts.canvas, visible, decoded)
+
+
 def test_scan_loads_no_weights(folder, prompts):
     model = MAEVQGAN(folder, dtype=torch.bfloat16, attn_implementation="eager")
     single = prompts[:1]
@@ -442,6 +476,8 @@ def test_scan_loads_no_weights(folder, prompts):
         dtype = nnsight.save(model.encoder.blocks[1].attn.heads.dtype)
         heads = model.encoder.blocks[2].attn.heads.shape.save()
         logits = model.output.logits.shape.save()
+    with model.scan(prompts.canvas, prompts.visible, prompts.decoded):
+        plain = model.output.logits.shape.save()
     with model.scan() as tracer:
         with tracer.invoke(prompts):
             pass
@@ -449,7 +485,7 @@ def test_scan_loads_no_weights(folder, prompts):
             alone = model.output.logits.shape.save()
     assert not model.dispatched and model.device.type == "meta"
     assert (tuple(pattern), dtype, tuple(heads)) == ((3, 4, 148, 148), torch.bfloat16, (3, 148, 4, 8))
-    assert tuple(logits) == (3, 196, 64) and tuple(alone) == (1, 196, 64)
+    assert tuple(logits) == tuple(plain) == (3, 196, 64) and tuple(alone) == (1, 196, 64)
     assert model.layout == Layout(112, 8)
 
 
@@ -463,7 +499,7 @@ def test_generate(model, module, prompts):
             attention.heads[:, :, 1] = 0
         edited = tracer.result.save()
     assert torch.equal(model.generate(prompts), expected)
-    assert torch.equal(model.generate(prompts), expected)
+    assert torch.equal(model.generate(prompts.canvas, prompts.visible, decoded=prompts.decoded), expected)
     assert torch.equal(canvas, expected) and canvas.shape == (3, 3, 112, 112)
     assert logits.shape == (3, 196, 64)
     assert not torch.equal(edited, expected)
@@ -661,10 +697,27 @@ def test_golden_heads(checkpoint):
     assert (logits[0, output] - golden["b_one_shot_logits_q4"]).abs().max() < 2e-5
 
 
-def test_what_is_no_prompt_is_refused(model, prompts):
+def test_tensors_as_input(model, prompts):
+    with torch.no_grad():
+        with model.trace(prompts):
+            expected = model.output.logits.save()
+        with model.trace(prompts.canvas, prompts.visible, prompts.decoded):
+            positional = model.output.logits.save()
+        with model.trace(canvas=prompts.canvas, visible=prompts.visible, decoded=prompts.decoded):
+            named = model.output.logits.save()
+    assert same([positional, named], [expected, expected])
+    canvas, ids = prompts.canvas, prompts.visible
     for wrong, message in (
         (("picture.png",), "was given str; give a VisualPrompt"),
-        ((prompts.canvas, prompts.visible), "was given Tensor, Tensor"),
+        ((3,), "was given int"),
+        ((canvas,), r"was given canvas \(1 unnamed\); give a VisualPrompt, or canvas"),
+        ((torch.tensor(1.0),), "was given Tensor"),
+        ((canvas, ids, ids, ids), r"\(4 unnamed\)"),
+        ((prompts, ids), r"\(2 unnamed\)"),
+        ((canvas[:, :, :96], ids, ids), r"canvas has shape \(3, 3, 96, 112\)"),
+        ((canvas / 0, ids, ids), "canvas holds"),
+        ((canvas, ids.float(), ids), "visible must be a LongTensor"),
+        ((canvas, ids + 100, ids), "grid has 0 to 195"),
         ((prompts[:0],), "no canvases"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

@@ -179,9 +179,9 @@ class VisualPrompt(Prompts):
         first = prompts[0]
         for other in prompts[1:]:
             if other.layout != first.layout:
-                raise ValueError(f"prompts of {first.layout} and {other.layout} cannot share a batch; {_APART}")
+                raise ValueError(f"prompts of {first.layout} and {other.layout} cannot share a batch; run them apart.")
             if not (torch.equal(other.visible, first.visible) and torch.equal(other.decoded, first.decoded)):
-                raise ValueError(f"prompts that show other patches cannot share a batch; {_APART}")
+                raise ValueError("prompts that show other patches share no batch; call query_only() on all or none.")
         known = [p.pictures for p in prompts if p.pictures is not None]
         pictures = torch.cat(known) if len(known) == len(prompts) else None
         names = [name for name in first.sources if all(name in p.sources for p in prompts)]
@@ -421,6 +421,3 @@ def _check_patches(name: str, ids: torch.Tensor, layout: Layout) -> None:
         raise ValueError(f"{name} holds patch ids from {low} to {high}; this grid has 0 to {layout.num_patches - 1}.")
     if len(torch.unique(ids)) != len(ids):
         raise ValueError(f"{name} names a patch twice; give each patch id once.")
-
-
-_APART = "run them apart, in a `with model.session():` where values are to pass between traces."

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +28,11 @@ from vtv_nnsight.models.torch_files import StrPath, fill, refuse_differences
 from vtv_nnsight.progress import quiet
 from vtv_nnsight.prompts import Canvases, VisualPrompt
 
+EXPECTED = (
+    "give a VisualPrompt, or canvas [batch, 3, height, width], visible [patch] and decoded [patch] as tensors "
+    "(VisualPrompt.from_canvas makes a prompt of a canvas)."
+)
+
 
 class AdaptedNetwork(nn.Module):
     """A model of transformers' under the names that a trace uses, which sees the patches that a prompt shows.
@@ -49,7 +54,7 @@ class AdaptedNetwork(nn.Module):
 
 
 class TraceableCanvas(TraceableModel, CanvasModel):
-    """A traceable network of canvas, visible and decoded patches (see `Inputs`), which is given prompts.
+    """A traceable network of canvas, visible and decoded patches (see `Inputs`).
 
     Raises:
         TypeError, ValueError, OSError: when it is made: naming the source and what is wrong with it.
@@ -114,8 +119,8 @@ class TraceableCanvas(TraceableModel, CanvasModel):
         is the canvas.
 
         Args:
-            *inputs: A VisualPrompt.
-            layout: Where the cells lie; that of the prompts.
+            *inputs: A VisualPrompt, or canvas, visible and decoded as tensors.
+            layout: Where the cells lie; by default that of the prompts, and of tensors the model's.
             **kwargs: Options of the network. `paste`, of those that paint the whole canvas: keep the canvas's own
                 pixels at the visible patches (default); False gives the model's picture of all of it.
 
@@ -243,34 +248,40 @@ class TraceableCanvas(TraceableModel, CanvasModel):
 
     def count_rows(self, *inputs: Any, **kwargs: Any) -> int:
         """Rows of one input set; 0 when it holds only options, as in `model.trace()` with invokes."""
-        if not inputs:
+        if not inputs and not any(name in kwargs for name in Inputs._fields):
             return 0
-        if len(inputs) > 1 or not isinstance(inputs[0], VisualPrompt):
-            given = ", ".join(type(part).__name__ for part in inputs)
-            raise TypeError(f"a trace was given {given}; give a VisualPrompt (VisualPrompt.from_canvas makes one).")
-        if not len(inputs[0]):
+        canvas = inputs[0] if inputs else kwargs.get("canvas")
+        if not isinstance(canvas, (VisualPrompt, torch.Tensor)) or getattr(canvas, "ndim", 4) == 0:
+            raise TypeError(f"a trace was given {type(canvas).__name__}; {EXPECTED}")
+        if not len(canvas):
             raise ValueError("there are no canvases in this batch; give at least one.")
-        return len(inputs[0])
+        return len(canvas)
 
     def join_inputs(self, invokes: list[tuple[Any, dict[str, Any]]], method: Any) -> tuple[Inputs, dict[str, Any]]:
-        """The prompts of a trace as one forward's arguments, `Inputs` and the options."""
+        """The input sets of a trace as one forward's arguments, `Inputs` and the options."""
         if not invokes:
-            raise ValueError("a trace was given nothing; give a VisualPrompt.")
-        with unset_fake_temporarily():  # a scan's inputs are real, and their values are looked at
+            raise ValueError(f"a trace was given nothing; {EXPECTED}")
+        with unset_fake_temporarily():  # a scan's inputs are real, and their values are checked
             parts, options = zip(*[self.check_inputs(*inputs, **kwargs) for inputs, kwargs in invokes])
             if any(other != options[0] for other in options):
                 raise ValueError(f"the invokes of a trace share one forward; {options} must not differ between them.")
-            device = parts[0].device
-            prompts = parts[0] if len(parts) == 1 else VisualPrompt.cat([part.to(device) for part in parts])
-        painted = {"layout": prompts.layout} if getattr(method, "__name__", method) == "generate" else {}
-        return Inputs(prompts.canvas, prompts.visible, prompts.decoded), painted | options[0]
+            layouts = [part.layout for part in parts if isinstance(part, VisualPrompt)]
+            painted = getattr(method, "__name__", method) == "generate"
+            return _join(parts), ({"layout": layouts[0] if layouts else None} if painted else {}) | options[0]
 
-    def check_inputs(self, prompts: VisualPrompt, **options: Any) -> tuple[VisualPrompt, dict[str, Any]]:
-        """The prompts of an invoke, checked against the model's grid of patches, and the options."""
-        layout = self.layout
-        if (prompts.layout.canvas_size, prompts.layout.patch_size) != (layout.canvas_size, layout.patch_size):
-            raise ValueError(f"a prompt of {prompts.layout} does not fit {layout}; give layout=model.layout.")
-        return prompts, options
+    def check_inputs(self, *inputs: Any, **kwargs: Any) -> tuple[VisualPrompt | Inputs, dict[str, Any]]:
+        """One input set, checked against the model's grid of patches, and what is left: the options."""
+        if len(inputs) == 1 and isinstance(inputs[0], VisualPrompt):
+            prompt, layout = inputs[0], self.layout
+            if (prompt.layout.canvas_size, prompt.layout.patch_size) != (layout.canvas_size, layout.patch_size):
+                raise ValueError(f"a prompt of {prompt.layout} does not fit {layout}; give layout=model.layout.")
+            return prompt, kwargs
+        given = dict(zip(Inputs._fields, inputs)) | drop_none(kwargs, *Inputs._fields)
+        if len(inputs) > len(Inputs._fields) or set(given) != set(Inputs._fields):
+            raise TypeError(f"a trace was given {', '.join(given)} ({len(inputs)} unnamed); {EXPECTED}")
+        tensors = Inputs(**given)
+        _check(tensors, self.layout)
+        return tensors, {name: value for name, value in kwargs.items() if name not in Inputs._fields}
 
 
 def copy_with(module: Any, **options: Any) -> Any:
@@ -285,3 +296,48 @@ def copy_with(module: Any, **options: Any) -> Any:
 def drop_none(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """The options of these names that are set."""
     return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def _join(parts: Sequence[VisualPrompt | Inputs]) -> Inputs:
+    """The rows of input sets, one after the other."""
+    if len(parts) == 1:
+        return Inputs(parts[0].canvas, parts[0].visible, parts[0].decoded)
+    device = parts[0].canvas.device
+    if len({part.layout for part in parts if isinstance(part, VisualPrompt)}) > 1:
+        raise ValueError(f"prompts of different layouts {_APART}")
+    canvas = torch.cat([part.canvas.to(device) for part in parts])
+    return Inputs(canvas, *(_join_ids([getattr(part, name).to(device) for part in parts], parts) for name in _IDS))
+
+
+def _join_ids(every: list[torch.Tensor], parts: Sequence[VisualPrompt | Inputs]) -> torch.Tensor:
+    if all(ids.ndim == 1 and torch.equal(ids, every[0]) for ids in every):
+        return every[0]
+    if any(ids.ndim == 2 for ids in every) and len({ids.shape[-1] for ids in every}) == 1:
+        return torch.cat([ids.expand(len(part.canvas), -1) for ids, part in zip(every, parts)])
+    counts = " and ".join(str(ids.shape[-1]) for ids in every)
+    raise ValueError(f"prompts that show other patches ({counts} of them; one-shot and query_only() ones do) {_APART}")
+
+
+def _check(inputs: Inputs, layout: Layout) -> None:
+    """Refuse tensors that are not a prompt of this layout, whose patch ids may be given for each row."""
+    shared = [ids[0] if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(ids) else ids for ids in inputs[1:]]
+    VisualPrompt(inputs.canvas, shared[0], shared[1], layout)
+    for name, ids in zip(_IDS, inputs[1:]):
+        if ids.ndim == 1 or ids.device.type == "meta":
+            continue
+        if len(ids) != len(inputs.canvas):
+            raise ValueError(f"{name} has {len(ids)} rows for {len(inputs.canvas)} canvases; give a row for each.")
+        if ids.min() < 0 or ids.max() >= layout.num_patches:
+            raise ValueError(
+                f"{name} holds patch ids from {ids.min().item()} to {ids.max().item()}; this layout's grid has 0 to "
+                f"{layout.num_patches - 1}."
+            )
+        if (ids.sort(1).values.diff(dim=1) == 0).any():
+            raise ValueError(f"{name} names a patch twice in a row; give each patch id once.")
+
+
+_IDS = ("visible", "decoded")
+_APART = (
+    "cannot share a batch, which is one forward; trace them one after the other, in a `with model.session():` when "
+    "values are to pass between them."
+)

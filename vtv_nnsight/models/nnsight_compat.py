@@ -158,7 +158,8 @@ class StageEnvoy(Envoy):
 
     @eproperty(key="input", description="absolute positions of the tokens, [token]")
     def positions(self, value: Any) -> torch.Tensor:
-        """Absolute position of every token of the stage, 0 for CLS and 1 + i for patch i: LongTensor [token].
+        """Absolute position of every token of the stage, 0 for CLS and 1 + i for patch i: LongTensor [token], or
+        [batch, token] where the rows were given different patches.
 
         Like any input, it comes before what is inside the stage: read it first.
         """

@@ -229,20 +229,22 @@ class Painter(TraceableCanvas):
                 raise ValueError(f"{source} is a {kind} (it has {why}); load it with {kind}.")
         return PainterNetwork(module.eval())
 
-    def check_inputs(self, prompts: VisualPrompt, **options: Any) -> tuple[VisualPrompt, dict[str, Any]]:
+    def check_inputs(self, *inputs: Any, **kwargs: Any) -> tuple[VisualPrompt | Inputs, dict[str, Any]]:
         """One input set: a prompt in this model's layout that is one-shot or query only; and the options."""
-        layout = self.layout
-        self._check_layout(prompts.layout, "a prompt")
-        if "embedding_type" in options:
+        prompt = inputs[0] if inputs else None
+        if isinstance(prompt, VisualPrompt):
+            self._check_layout(prompt.layout, "a prompt")
+        if "embedding_type" in kwargs:
             raise TypeError("embedding_type= belongs to the model; give it as SegGPT(…, embedding_type=…).")
-        if options.get("feature_ensemble") and not self.typed:
+        if kwargs.get("feature_ensemble") and not self.typed:
             raise TypeError(f"{type(self).__name__} has no feature ensemble; SegGPT has.")
-        patches = [ids.cpu().sort().values for ids in (prompts.visible, prompts.decoded)]
+        given, options = super().check_inputs(*inputs, **kwargs)
+        layout, patches = self.layout, [ids.cpu().sort().values for ids in (given.visible, given.decoded)]
         forms = (layout.visible, layout.all_patches), (layout.regions["query"], layout.query_band)
         if not any(all(map(torch.equal, patches, form)) for form in forms):
             counts = " of ".join(str(ids.shape[-1]) for ids in patches)
             raise ValueError(f"a prompt that shows {counts} patches is neither one-shot nor query only.")
-        return prompts, options | {"embedding_type": self.embedding_type}
+        return given, options | {"embedding_type": self.embedding_type}
 
     def join_inputs(self, invokes: list[Any], method: Any) -> tuple[Inputs, dict[str, Any]]:
         """The input sets of a trace as one forward's arguments; a feature ensemble's are of one query."""

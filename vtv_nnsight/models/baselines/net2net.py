@@ -111,6 +111,8 @@ class Net2NetNetwork(nn.Module):
             top_k: Sample among this many codes of the highest scores.
             seed: Of sampling.
         """
+        if decoded.ndim != 1 or visible.ndim != 1:
+            raise ValueError("codes are sampled for patches that rows share; give visible and decoded as [patch].")
         chance = torch.Generator(canvas.device).manual_seed(seed)
         visible, (decoded, order) = visible.to(canvas.device), decoded.to(canvas.device).sort()
         canvas = torch.where(self.layout.pixels(visible), canvas, 1.0)
