@@ -162,9 +162,9 @@ PARTS = {
     )._replace(table=of_language),
     "rivals": of_bench(
         "language",
-        90,
+        45,
         1,
-        "--seeds 1 --methods references reinforce attribution effects 'function vectors' published",
+        "--model smollm2 --seeds 1 --methods references reinforce attribution effects 'function vectors'",
         "language_rivals",
     )._replace(table=of_language),
     "circuits": of_bench("circuits", 30, 2, "--seeds 2"),
