@@ -39,6 +39,10 @@ def vectors(model, prompts):
     return TaskVectors.collect(model, prompts, progress=False)
 
 
+LEVEL = {"rtol": 0, "atol": 1.01 / 255}
+"""Pictures are rounded to 8 bits, and sums differ with the batch."""
+
+
 @pytest.fixture(scope="module")
 def found(model, vectors):
     """Task → a result, as a search would give it."""
@@ -64,9 +68,9 @@ def test_answers_under_gates_are_those_of_patching(model, prompts, vectors, foun
         with torch.no_grad(), model.generate(asked[1].query_only()) as tracer:
             patch(model, vectors["segmentation"], patches, scale=scale)
             canvas = tracer.result.save()
-        torch.testing.assert_close(row, crop(canvas, "output", asked.layout)[0])
+        torch.testing.assert_close(row, crop(canvas, "output", asked.layout)[0], **LEVEL)
     small = generate_with_gates(model, asked[1], vectors["segmentation"], patches.space, gates, batch_size=2)
-    torch.testing.assert_close(small, cells)
+    torch.testing.assert_close(small, cells, **LEVEL)
     several = generate_with_gates(model, asked[:3], vectors["segmentation"], patches.space, gates)
     assert several.shape == cells.shape
     with pytest.raises(ValueError, match="2 prompts go with 3 rows"):
