@@ -37,6 +37,7 @@ class RunResults(NamedTuple):
         results: Task → name of the fold ("" where there are none) → what its search found.
         scores: Name of the fold → `TaskVectors.score()`; none of a single task.
         explorers: Task → what was looked at closely, in the first fold.
+        anew: Scores at units searched for each pair of a task and a vector; None without, and of a single task.
     """
 
     name: str
@@ -141,7 +142,8 @@ def load_run(run: str | os.PathLike) -> RunResults:
     explored = {name: next(iter(folders.values())) / "shown" / f"{name}.safetensors" for name in names}
     explorers = {name: QueryExplorer.load(p) for name, p in explored.items() if str(p.relative_to(run)) in written}
     matrix = [folder / "matrix" / f"{name}.parquet" for name in names for folder in folders.values()]
-    anew = Table.cat(map(Table.load, matrix)) if all(str(p.relative_to(run)) in written for p in matrix) else None
+    pairs = len(names) > 1 and all(str(path.relative_to(run)) in written for path in matrix)
+    anew = Table.cat(map(Table.load, matrix)) if pairs else None
     return RunResults(run.resolve().name, record, table, results, scores, explorers, anew)
 
 
