@@ -138,6 +138,15 @@ def vtv(monkeypatch, capsys):
     return run
 
 
+def random_results(vectors, space, size):
+    """Task → a result with random units, as a search would give it."""
+    return {
+        name: SearchResult("random", PatchSet.random(space, size, seed), torch.zeros(len(space)).double(), False, 1.0,
+                           1, (), {}, seed)
+        for seed, name in enumerate(vectors)
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def player(small_config):
     """What the page of `vtv demo` computes with: a small model with vectors and units of two tasks."""
@@ -146,12 +155,7 @@ def player(small_config):
     rows = list(data.scenes("train", n=12, seed=0))
     prompts = {t.name: t.prompts(rows, 3, layout=model.layout) for t in (tasks.segmentation, tasks.lowlight)}
     vectors, space = TaskVectors.collect(model, prompts, progress=False), PatchSpace(model)
-    found = {
-        name: SearchResult("random", PatchSet.random(space, 8, seed), torch.zeros(len(space)).double(), False, 1.0, 1,
-                           (), {}, seed)
-        for seed, name in enumerate(vectors)
-    }  # fmt: skip
-    return Player(model, bundles.Bundle(vectors, found), rows)
+    return Player(model, bundles.Bundle(vectors, random_results(vectors, space, 8)), rows)
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +169,7 @@ def word_player(tmp_path_factory):
     asked = [tasks.words(name) for name in ("antonym", "plural")]
     prompts = {task.name: task.prompts(task.rows, 4, shots=2) for task in asked}
     vectors, space = TaskVectors.collect(model, prompts, progress=False), PatchSpace(model)
-    found = {
-        name: SearchResult("random", PatchSet.random(space, 6, seed), torch.zeros(len(space)).double(), False, 1.0, 1,
-                           (), {}, seed)
-        for seed, name in enumerate(vectors)
-    }  # fmt: skip
-    bundles.Bundle(vectors, found).save(folder / "vectors")
+    bundles.Bundle(vectors, random_results(vectors, space, 6)).save(folder / "vectors")
     return load_players(str(folder / "vectors"), str(folder / "model"))[1]
 
 

@@ -389,7 +389,8 @@ def test_files_of_activations_are_checked(model, prompts, tmp_path):
     tensors, metadata = read_tensors(tmp_path / "a", "activations")
     for change, words in (
         ({"encoder/values": tensors["encoder/values"][:, :1]}, "has shape"),
-        ({"encoder/layers": tensors["encoder/layers"] + 1}, "out of bounds"),
+        ({"encoder/layers": tensors["encoder/layers"] + 1}, "has shape"),
+        ({"decoder/positions": tensors["decoder/positions"] - 1}, "has shape"),
         ({"decoder/values": tensors["decoder/values"][:2]}, "not as many of each stage"),
     ):
         write_tensors(tmp_path / "b", "activations", tensors | change, metadata)

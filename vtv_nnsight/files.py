@@ -253,11 +253,11 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
     path = check_file(path)
     with refusing(path, "is not a complete safetensors file"), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("kind") != kind:
         raise ValueError(f"{path} holds {metadata.get('kind', 'something else')}; expected {kind}.")
     check_seal(path)
-    return tensors, json.loads(metadata["facts"])
+    with refusing(path, "is not a complete safetensors file"), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["facts"])  # noqa: SIM118
 
 
 def physical_memory() -> float:

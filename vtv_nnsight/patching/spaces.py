@@ -93,13 +93,13 @@ class PatchSpace:
         with refusing("this", "is not a space of units"):
             facts = dict(metadata)
             units = facts.pop("units")
-            sites = facts.get("sites", (HEADS,))
+            layout, sites = layout_of(facts), facts.get("sites", (HEADS,))
             groups, paths = ByStage(), ByStage()
             for stage in (stage.at(site) for stage in stages_of(facts) for site in sites):
                 content = units[str(stage.key)]
                 paths[stage.key] = content["layers"]
                 if stage.name in facts["patched_stages"]:
-                    groups[stage.key] = {name: torch.tensor(at) for name, at in content["groups"].items()}
+                    groups[stage.key] = {n: _read_places(n, at, layout) for n, at in content["groups"].items()}
                 if len(paths[stage.key]) != stage.layers:
                     raise ValueError("it names more or fewer layers than it has")
             space = cls.__new__(cls)
@@ -229,3 +229,11 @@ class PatchSpace:
             if means:
                 parts.append(torch.stack(means, dim=-1).flatten(-3))
         return torch.cat(parts, dim=-1)
+
+
+def _read_places(name: str, places: Any, layout: Any) -> torch.Tensor:
+    """The positions of a group, from a file."""
+    at = torch.as_tensor(places)
+    if at.dtype != torch.long or at.ndim != 1 or not ((at >= 0) & (at < layout.num_positions)).all():
+        raise ValueError(f"the places of {name!r} are not positions from 0 to {layout.num_positions - 1}")
+    return at

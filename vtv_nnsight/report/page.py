@@ -57,7 +57,8 @@ def write(run: str | os.PathLike) -> Path:
 def _content(run: RunResults) -> dict[str, Any]:
     lines, space = run.lines(), run.space
     nearest = sorted(run.tasks, key=lambda task: _left(lines[task.name]))
-    specific = _specific(run)
+    anew = None if run.anew is None else vector_pairs(run.anew)
+    specific = {} if anew is None else specific_tasks(anew[anew.pictures >= ENOUGH])
     tasks = [_task(run, task, lines[task.name], specific) for task in nearest]
     groups = dict.fromkeys(name for groups in space.groups.values() for name in groups)
     return {
@@ -75,7 +76,7 @@ def _content(run: RunResults) -> dict[str, Any]:
         "tasks": tasks,
         "scores": [_scores(run, fold) for fold in run.scores],
         "searches": _searches(run, lines),
-        "matrix": _matrix(run),
+        "matrix": _matrix(run, anew),
         "overlap": _overlap(run),
         "shared": list(reduce(and_, run.sets.values())),
         "hero": _hero(run, nearest),
@@ -144,8 +145,8 @@ def _searches(run: RunResults, lines: dict[str, Lines]) -> Drawn:
     return draw(partial(all_searches, results, bounds), caption)
 
 
-def _matrix(run: RunResults) -> dict[str, Any]:
-    """Every task's vector at every task's units."""
+def _matrix(run: RunResults, anew: Any) -> dict[str, Any]:
+    """Every task's vector at every task's units, and, where there are pairs, at units searched for each of these."""
     if not run.table.frame.condition.str.startswith(OTHER).any():
         return {}
     pairs = vector_pairs(run.table)
@@ -156,10 +157,10 @@ def _matrix(run: RunResults) -> dict[str, Any]:
     )
     best: Any = best_others(pairs).itertuples()
     titled = {"transfer at fixed units": pairs}
-    if run.anew is not None:
-        titled["units searched for each pair"] = anew = vector_pairs(run.anew)
+    if anew is not None:
+        titled["units searched for each pair"] = anew
     return {
-        "anew": specificity_sentences(anew) if run.anew is not None else [],
+        "anew": [] if anew is None else specificity_sentences(anew),
         "figure": draw(partial(plots.matrix, titled), caption),
         "best": {row.task: transfer_sentence(row) for row in best if row.pictures >= ENOUGH},
     }
@@ -209,14 +210,6 @@ def _badges(run: RunResults, task: Task, verdict: str, specific: Mapping[str, bo
     if task.name in specific:
         badges.append("needs its own vector" if specific[task.name] else "another vector may do as well")
     return badges
-
-
-def _specific(run: RunResults) -> dict[str, bool]:
-    """`specific_tasks` of the tasks that were asked enough pictures, where units were searched for each pair."""
-    if run.anew is None:
-        return {}
-    pairs = vector_pairs(run.anew)
-    return specific_tasks(pairs[pairs.pictures >= ENOUGH])
 
 
 def _unit(run: RunResults) -> str:

@@ -99,20 +99,24 @@ def read_activations(path: str | Path) -> tuple[ByStage, dict[str, Any]]:
     """
     tensors, metadata = read_tensors(path, ACTIVATIONS)
     with refusing(path, "holds no whole activations"):
-        owner, activations = metadata["fingerprint"], ByStage()
+        owner, places, activations = metadata["fingerprint"], metadata["places"], ByStage()
         for stage in (stage.at(site) for stage in stages_of(owner) for site in SITES):
             if f"{stage.key}/values" not in tensors:
                 continue
             values, layers, positions = (tensors[f"{stage.key}/{name}"] for name in ("values", "layers", "positions"))
             expected = (len(values), len(layers), len(positions), stage.heads, stage.head_dim)
-            if values.shape != expected:
+            if values.shape != expected or not _within(layers, stage.layers) or not _within(positions, places):
                 raise ValueError(f"{stage.key}/values has shape {list(values.shape)}, not {list(expected)}")
-            full = values.new_full((len(values), stage.layers, metadata["places"], *expected[3:]), torch.nan)
+            full = values.new_full((len(values), stage.layers, places, *expected[3:]), torch.nan)
             full[:, layers[:, None], positions] = values
             activations[stage.key] = full
         if len({len(values) for values in activations.values()}) != 1:
             raise ValueError("it has no rows, or not as many of each stage")
     return activations, owner
+
+
+def _within(numbers: torch.Tensor, count: int) -> bool:
+    return numbers.dtype == torch.long and bool(((numbers >= 0) & (numbers < count)).all())
 
 
 def check_floating(values: ByStage, label: str, axes: str) -> None:
