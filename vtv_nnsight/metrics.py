@@ -217,9 +217,9 @@ def _check_pair(prediction: torch.Tensor, target: torch.Tensor) -> None:
     for name, pixels in (("the prediction", prediction), ("the target", target)):
         if not isinstance(pixels, torch.Tensor) or not pixels.is_floating_point():
             kind = pixels.dtype if isinstance(pixels, torch.Tensor) else f"a {type(pixels).__name__}"
-            raise TypeError(f"{name} is {kind}; score float tensors, whose pixels are from 0 to 1.")
-        check_finite(pixels, name, "score pictures, whose pixels are from 0 to 1")
+            raise TypeError(f"{name} is {kind}; score float tensors with pixels from 0 to 1.")
+        check_finite(pixels, name, "score pictures with pixels from 0 to 1")
         if pixels.numel() and pixels.abs().max() > MOST:
-            raise ValueError(f"{name} holds {pixels.abs().max():.3g}; score pictures, whose pixels are from 0 to 1.")
+            raise ValueError(f"{name} holds {pixels.abs().max():.3g}; score pictures with pixels from 0 to 1.")
     if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
         raise ValueError(f"{[*prediction.shape]} and {[*target.shape]} must both be [batch, 3, height, width].")

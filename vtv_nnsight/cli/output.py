@@ -15,7 +15,7 @@ from vtv_nnsight.text import printable, shortened
 WIDEST = 100
 """Columns of a table in a terminal, at most."""
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
-"""Errors whose message is meant for the user; of others the kind is told as well."""
+"""Errors with a message that is meant for the user; of others the kind is told as well."""
 
 
 def say(what: str | Table) -> None:

@@ -123,7 +123,7 @@ def prompt(
     name = task or (next(iter(bundle)) if bundle else "identity")
     to_make = tasks.get(name)
     if isinstance(to_make, tasks.Text):
-        options.refuse_unused(ctx, f"for {name}, whose answers are printed", "output", "mask", "order")
+        options.refuse_unused(ctx, f"for {name}: its answers are printed", "output", "mask", "order")
         return _say(to_make, query, files, model, bundle, scale, keywords)
     if mask is not None and len(files) != 1:
         raise ValueError("--mask goes with a single --example file; with two, the second file is the answer.")

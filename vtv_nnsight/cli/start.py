@@ -55,7 +55,7 @@ PANELS = {
 
 
 class PanelCommand(TyperCommand):
-    """A command whose help shows its options in `PANELS`."""
+    """A command that shows its options in `PANELS` when asked for help."""
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)

@@ -17,7 +17,7 @@ from vtv_nnsight.text_prompts import TextLayout, TextPrompts
 from vtv_nnsight.vectors import TaskVector
 
 PACKAGED = "smollm2"
-"""The bundle in the package whose vectors are a language model's."""
+"""The bundle in the package with a language model's vectors."""
 
 
 class WordPlayer(AnyPlayer):

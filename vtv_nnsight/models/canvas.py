@@ -319,7 +319,7 @@ def _join_ids(every: list[torch.Tensor], parts: Sequence[VisualPrompt | Inputs])
 
 
 def _check(inputs: Inputs, layout: Layout) -> None:
-    """Refuse tensors that are not a prompt of this layout, whose patch ids may be given for each row."""
+    """Refuse tensors that are not a prompt of this layout; patch ids may be given for each row."""
     shared = [ids[0] if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(ids) else ids for ids in inputs[1:]]
     VisualPrompt(inputs.canvas, shared[0], shared[1], layout)
     for name, ids in zip(_IDS, inputs[1:]):

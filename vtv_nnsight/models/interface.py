@@ -193,7 +193,7 @@ class InContextModel(ABC):
     @property
     @abstractmethod
     def losses(self) -> tuple[Loss, ...]:
-        """The losses that it was trained with, the default first; none for a model whose only losses are the task's
+        """The losses that it was trained with, the default first; none for a model that has no losses but the task's
         own."""
 
     def task_losses(self, task: Any) -> tuple[Loss, ...]:
@@ -208,8 +208,8 @@ class InContextModel(ABC):
         token], reports show where the answer looks; keys are the tokens of the query token's own stream."""
 
     def outputs(self, stage: str, layer: int) -> dict[str, Any]:
-        """The envoys whose `output` is what a layer has at the sites beside its heads: "attn", "mlp" and "residual" of
-        `SITES`, those that there are. An output, or the first of a tuple, is [batch, token, width] with tokens at
+        """The envoys that give as `output` what a layer has at the sites beside its heads: those that there are of
+        "attn", "mlp" and "residual". An output, or the first of a tuple, is [batch, token, width] with tokens at
         `positions`, or [batch * stream, row, column, width]. A model that says nothing has heads alone."""
         return {}
 
@@ -295,7 +295,7 @@ class InContextModel(ABC):
         Args:
             output: The network's, unrestricted.
             prompts: Those that it answers.
-            task: The task, for a model whose answers depend on its metric.
+            task: The task, for a model that answers by its metric.
             edit: What was done inside the trace, for a model that must run again to answer.
         """
 

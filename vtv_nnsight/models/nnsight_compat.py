@@ -52,7 +52,7 @@ def heads_of(
     """The property `heads` of an attention envoy: z, the input of the module's output projection, head by head.
 
     Args:
-        projection: Name of the output projection, an `nn.Linear` whose input has the heads side by side.
+        projection: Name of the output projection, an `nn.Linear` that reads the heads side by side.
         count: The number of heads, or the module's name of it.
         split: (z, module) → [batch, token, head, head_dim], where z is not [batch, token, width].
         join: Its inverse.
@@ -139,7 +139,7 @@ class AttentionEnvoy(Envoy):
 
 
 def attention_envoy(projection: str, count: str | int) -> type[AttentionEnvoy]:
-    """The envoy of an attention layer of transformers' whose heads can be told apart; arguments are `heads_of`'s."""
+    """The envoy of an attention layer of transformers' that has its heads side by side; arguments are `heads_of`'s."""
     return type("AttentionEnvoy", (AttentionEnvoy,), {"heads": heads_of(projection, count)})
 
 
@@ -342,7 +342,7 @@ class TraceableModel(Traceable, HuggingFaceModel):
 
     - `empty_network(source, **options)`: the network without weights, `loaded_network(source, **options)`: with them,
       and `ready_network(module, **options)`: that of a ready module;
-    - `module_class`: the class of transformers' whose `from_pretrained` reads weights.
+    - `module_class`: the class of transformers' with the `from_pretrained` that reads weights.
     """
 
     _batcher_class = PromptBatcher

@@ -82,11 +82,11 @@ CustomCloudPickler.reducer_override = _travel
 
 
 class Fetching(Backend):
-    """Another backend, whose plain results become ours in the frame around the block.
+    """Another backend; its plain results become ours in the frame around the block.
 
     Args:
         backend: nnsight's, which sends the block.
-        model: The model whose block it is.
+        model: The model of the block.
     """
 
     def __init__(self, backend: Backend, model: Any) -> None:

@@ -50,7 +50,7 @@ class CallingBlock:
         if not isinstance(model, Envoy) or (model.interleaver, model.path) != (traced.interleaver, traced.path):
             raise ValueError(
                 f"{verb} was given a {type(model).__name__} that is not the model of this trace; give the "
-                f"{type(traced).__name__} whose block it is called in."
+                f"{type(traced).__name__} of the block it is called in."
             )
 
     @property
@@ -60,7 +60,7 @@ class CallingBlock:
 
     @property
     def inputs(self) -> list[tuple[Any, ...]]:
-        """The unnamed inputs of the invokes whose rows it sees."""
+        """The unnamed inputs of the invokes that it sees the rows of."""
         start, seen = 0, []
         for inputs, options in self._batcher.invokes:
             if self._group is None or self._group[0] == start:

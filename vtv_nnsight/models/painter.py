@@ -40,7 +40,7 @@ EMBEDDING_TYPES = ("semantic", "instance")
 
 
 class AttentionEnvoy(compat.Envoy):
-    """An attention layer whose heads can be told apart, and in which a row of the batch has both its streams: before
+    """An attention layer with heads that can be told apart, in which a row of the batch has both its streams: before
     the merge, the image's tokens and then the target's, each row by row; after it, one token for a place of both."""
 
     heads: compat.eproperty = compat.heads_of(

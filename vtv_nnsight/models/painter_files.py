@@ -49,8 +49,8 @@ def describe(source: StrPath) -> tuple[SegGptConfig, dict[str, torch.Tensor]]:
     """The sizes of a released file, read off the shapes of its tensors, and these by released name, with zeros for the
     type tokens that a Painter lacks.
 
-    The layer after which the streams merge is the released code's (2), and so are the layers whose features the decoder
-    sees: the last of each quarter.
+    The layer after which the streams merge is the released code's (2), and so are the layers that give the decoder
+    its features: the last of each quarter.
 
     Raises:
         ValueError: naming the tensors that are missing or of another shape.

@@ -66,7 +66,7 @@ class PainterNetwork(AdaptedNetwork):
     """transformers' SegGPT on canvases: its own modules, under the names that a trace uses.
 
     Args:
-        seggpt: The network, whose modules and weights these are.
+        seggpt: The network that has these modules and weights.
 
     Attributes:
         embeddings: Two pictures → tokens [batch * 2, row, column, width], those of a row's image before those of its

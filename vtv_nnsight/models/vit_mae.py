@@ -8,7 +8,7 @@ Learners*, CVPR 2022), which VP compares MAE-VQGAN with (NeurIPS 2022, §4.1).
     >>> canvas = model.generate(prompts)                           # [batch, 3, height, width] in [0, 1]
 
 Canvas, regions and units are MAE-VQGAN's: CLS and the visible patches in the encoder, CLS and the decoded patches in
-the decoder. The weights and the modules are transformers' own `ViTMAEForPreTraining`, whose forward masks at random;
+the decoder. The weights and the modules are transformers' own `ViTMAEForPreTraining`; its forward masks at random:
 here the prompt says what is seen.
 """
 

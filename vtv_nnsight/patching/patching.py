@@ -110,7 +110,7 @@ def ablate(model: InContextModel, patches: Patches, to: str | TaskVector | TaskV
 
     Args:
         model, patches: As for `patch`.
-        to: "zero"; a vector, or all tasks' `TaskVectors`, whose mean is taken; or `Activations`, such as those of the
+        to: "zero"; a vector, or all tasks' `TaskVectors`, for their mean; or `Activations`, such as those of the
             same queries under another task's example (resample ablation).
 
     Raises:

@@ -90,7 +90,7 @@ class PatchSpace:
         Raises:
             ValueError: when it is not the metadata of a space.
         """
-        with refusing("this", "is not a space of units"):
+        with refusing("this metadata", "is not that of a space of units"):
             facts = dict(metadata)
             units = facts.pop("units")
             layout, sites = layout_of(facts), facts.get("sites", (HEADS,))

@@ -27,7 +27,7 @@ def attention_maps(model: InContextModel, prompts: VisualPrompt) -> dict[str, to
     Patterns are computed eagerly meanwhile, however the model was loaded.
 
     Args:
-        model: A model whose attention layers have `pattern`, [batch, head, query token, key token].
+        model: A model; its attention layers have `pattern`, [batch, head, query token, key token].
         prompts: One-shot prompts, or `query_only()` ones.
 
     Returns:

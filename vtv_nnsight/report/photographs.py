@@ -80,7 +80,7 @@ def answers(
 
 def psnrs(task: Task, pictures: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """PSNR against the photograph, in dB: of the query, of the answer with the vector, enlarged, and of the answer
-    carried over. Empty for tasks whose answer is not the photograph."""
+    carried over. Empty for tasks with another answer than the photograph."""
     if QUERY not in pictures or type(task).target is not Task.target:
         return {}
     truth = pictures[PHOTOGRAPH]

@@ -153,7 +153,7 @@ def curves(results: Mapping[str, SearchResult | Sequence[SearchResult]]) -> Figu
     """Best held-out loss so far against evaluations, for several searches on one axis.
 
     Args:
-        results: Label → a result, or several of different seeds, whose mean is drawn with their range behind it.
+        results: Label → a result, or several of different seeds: their mean is drawn with their range behind it.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="patched evaluations", ylabel="best held-out loss so far")

@@ -28,7 +28,7 @@ class Fold(NamedTuple):
 
     Args:
         search: Pictures to search on, in the published protocol; else searches have the prompts that were collected on.
-        shares: The folder whose prompts, vectors and sets are this fold's, too, in the published protocol.
+        shares: The folder with the prompts, vectors and sets that are this fold's, too, in the published protocol.
     """
 
     name: str

@@ -17,7 +17,7 @@ The folder, and what is written in it:
     report.html, table.csv, …    see `vtv_nnsight.report`
 
 Data in folds, such as Pascal-5i, have a folder for each fold; in the published protocol (`runs.protocol`) these have
-the same vectors and sets. A step whose file is there is not done again, a search or a collection that was interrupted
+the same vectors and sets. A step that has its file is not done again, a search or a collection that was interrupted
 goes on, and a folder that was made with other settings is refused, as are files that the run did not write. Of several
 processes (`torchrun --nproc-per-node 2 -m vtv_nnsight run`) the first writes, and searches are shared out; the files
 are those of one process.
@@ -53,7 +53,7 @@ from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors
 
 SHARED = ("select", "collect", "score", "search")
-"""The steps whose files the folds of the published protocol share."""
+"""The steps that have their files shared by the folds of the published protocol."""
 
 
 def run(

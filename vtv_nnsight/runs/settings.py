@@ -30,7 +30,7 @@ class Settings:
         data: As for `data.load`: "pictures" (those in the package), "scenes", a folder of pictures, "pascal:ROOT", …
         folds: Folds of Pascal-5i to test on, by their numbers; by default all four where the data are "pascal:ROOT".
         protocol: "own", or "published": what the released code does. On "pascal:ROOT" that is `runs.protocol`,
-            whose vectors and sets serve all folds; elsewhere it removes duplicates among selected prompts as released.
+            with vectors and sets for all folds; elsewhere it removes duplicates among selected prompts as released.
         search_fold: With the published protocol, the fold of the training half that is searched on.
         tasks: Names; by default those of VTV's five that the data can serve. Doubled ones count once, in every list.
         most_tasks: Of tasks that are not named, at most so many.

@@ -30,7 +30,7 @@ class Prefixes:
     """What is kept for one objective.
 
     Args:
-        model: The model; one whose `reread` says nothing is always run whole.
+        model: The model; where its `reread` says nothing, it is always run whole.
         space: The units.
         compute: Given layers, a set of units and numbers of prompts, what these layers leave, [stream, prompt, ...]
             each. (Prompts of a chunk are computed together, so that no value depends on what was asked before.)

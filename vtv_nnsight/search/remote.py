@@ -28,7 +28,7 @@ REMOTE_EVALUATIONS = 500
 
 
 class RemoteObjective(Objective):
-    """An `Objective` whose losses are computed where the model runs.
+    """An `Objective` that computes its losses where the model runs.
 
     Args:
         remote: As for nnsight's `trace`.

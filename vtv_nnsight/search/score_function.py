@@ -66,7 +66,7 @@ def reinforce(
         images: Prompts a step; None is 2, published 10. With many units, a GPU or several processes, give more.
         masks: Masks for each of these prompts, 2 or more.
         sparsity: Times the mean probability, added to the objective: the released code's `regularization_strength`.
-        judge: The one of several tasks whose held-out prompts judge; in the released code segmentation. None: all.
+        judge: The one of several tasks that the held-out loss is of; in the released code segmentation. None: all.
         last_stage: The share of the steps' evaluations for units of the last stage alone: decoder first.
         prune: End with the pruning; False returns the units more likely than not.
         tolerance: How much worse a smaller set may be, in standard errors of the paired difference.

@@ -36,7 +36,7 @@ ACTIVATIONS, BERNOULLIS = "_mean_activations.pkl", "bernoullis_"
 TASKS = {"lowlight_enhance": "lowlight", "inpaint": "inpainting"}
 """Names of the released files → names of tasks, where they differ."""
 MAX_RESIDUAL = 0.1
-"""Activations whose residual is more than this share of their norm are another model's."""
+"""Activations with a residual of more than this share of their norm are another model's."""
 
 
 def find(paths: StrPath | Iterable[StrPath]) -> tuple[list[Path], list[Path]]:

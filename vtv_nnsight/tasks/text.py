@@ -169,7 +169,7 @@ class Text(AnyTask):
                 `split` would keep them together.
             n: Number of prompts.
             seed: Of what is drawn.
-            layout: A model's, whose positions count; the template is the task's own.
+            layout: A model's, for its positions; the template is the task's own.
             shots: Examples in each.
             positions: How many of the last tokens vectors and sets hold.
 

@@ -163,7 +163,7 @@ class _Run:
 
 def _load_ahead(batches: Batches, step: int, steps: int, device: torch.device) -> DataLoader[Batch]:
     """The batches from a step to the last, this process's share of them, made by others a few steps ahead."""
-    ours, load = processes(), cast(Any, DataLoader)  # whose types ask for a Dataset; numbers of batches will do
+    ours, load = processes(), cast(Any, DataLoader)  # its types ask for a Dataset; numbers of batches will do
     return load(
         range(*(n * ours.num_processes for n in (step, steps)))[ours.process_index :: ours.num_processes],
         batch_size=None,

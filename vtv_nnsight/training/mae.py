@@ -149,7 +149,7 @@ def train_mae(
 
 
 def _take_over(model: MAEVQGANModel, start: MAEVQGANModel) -> None:
-    """Give a model the weights of another but for the head and the tokenizer, whose codes may differ."""
+    """Give a model the weights of another but for the head and the tokenizer: the codes may differ."""
     known = {n: p for n, p in start.state_dict().items() if not n.startswith(("vqgan.", "decoder.head."))}
     ours = model.state_dict()
     if differ := [n for n, p in known.items() if n not in ours or p.shape != ours[n].shape]:

@@ -203,7 +203,7 @@ def train_tokenizer(
         ValueError: when several processes train (`processes`).
     """
     if (many := processes().num_processes) > 1:
-        raise ValueError(f"{many} processes train a tokenizer, whose codebook follows one; start it without torchrun.")
+        raise ValueError(f"{many} processes train a tokenizer; its codebook follows one, so start it without torchrun.")
     torch.manual_seed(seed)
     batches = partial(_pictures, recipe.batch_size, config.layout, seed, corpus)
     module = TokenizerTraining(config, recipe.perceptual)

@@ -98,7 +98,7 @@ def _agree(name: str, facts: Any, expected: Any) -> bool:
 
 
 def sent(what: str, of_it: Mapping[str, Any], values: ByStage) -> dict[str, Any]:
-    """What travels of a vector or a set of units, by site, once it fits the model whose block is being sent.
+    """What travels of a vector or a set of units, by site, once it fits the model of the block that is being sent.
 
     Args:
         what: It, for errors.

@@ -8,7 +8,7 @@ Transformers for High-Resolution Image Synthesis*, CVPR 2021, §3.2), which VP c
     >>> table = evaluate(model, task, prompts)
 
 The published transformers are of canvases of 256×256, a grid of 16×16 codes. A prompt's visible patches have the codes
-that the VQGAN gives them on a canvas whose hidden patches are white; the hidden ones are sampled in the order in which
+that the VQGAN gives them on a canvas with white hidden patches; the hidden ones are sampled in the order in which
 the transformer was trained, row by row, each given all codes before it.
 """
 
@@ -157,7 +157,7 @@ def describe(
     """The sizes of a published checkpoint, and its tensors by the names of `Net2NetNetwork`.
 
     Args:
-        path: The file: a dict whose "state_dict" holds tensors under "transformer." and "first_stage_model.".
+        path: The file: a dict with tensors in "state_dict", under "transformer." and "first_stage_model.".
         num_attention_heads: `n_head` of the model's yaml; the shapes do not tell.
         image_size: Side of the canvas. 16 codes by default, or the fewer that there are places for.
 

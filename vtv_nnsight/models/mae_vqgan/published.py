@@ -94,9 +94,9 @@ def describe(
     convolution of patches as the linear map that it is.
 
     Args:
-        path: The `.pth`: a dict whose "model" is the state dict.
-        vqgan: The tokenizer's own checkpoint (a dict whose "state_dict" is), where `path` has none; where it has, this
-            one is taken.
+        path: The `.pth`: a dict with the state dict as "model".
+        vqgan: The tokenizer's own checkpoint (a dict with it as "state_dict"), where `path` has none; where it has, this one
+            is taken.
         num_attention_heads, decoder_num_attention_heads: The shapes do not tell; 16 in every published size.
 
     Raises:

@@ -25,7 +25,7 @@ from vtv_nnsight.models.torch_files import StrPath
 
 
 class AttentionEnvoy(compat.Envoy):
-    """An attention layer whose heads can be told apart."""
+    """An attention layer with heads that can be told apart."""
 
     heads: compat.eproperty = compat.heads_of("proj")
 

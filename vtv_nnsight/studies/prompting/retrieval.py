@@ -40,7 +40,7 @@ def retrieve(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Draw:
-    """Choose the examples whose inputs are most similar to each query, by the cosine of their features.
+    """Choose the examples with the inputs most similar to each query, by the cosine of their features.
 
     Queries and places stay as they were drawn. As in `tasks.draw`, an example is of the query's class where the data
     has labels. A query's picture is never its example, in whatever row it lies.
