@@ -95,8 +95,8 @@ def describe(
 
     Args:
         path: The `.pth`: a dict with the state dict as "model".
-        vqgan: The tokenizer's own checkpoint (a dict with it as "state_dict"), where `path` has none; where it has, this one
-            is taken.
+        vqgan: The tokenizer's own checkpoint (a dict with it as "state_dict"), where `path` has none; where it has,
+            this one is taken.
         num_attention_heads, decoder_num_attention_heads: The shapes do not tell; 16 in every published size.
 
     Raises:
