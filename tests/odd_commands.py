@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         work = Path(folder) / "work"
         work.mkdir()
         load_commands()  # once, so that forks need not
-        start.page.write = lambda folder: folder / "report.html"  # which is drawn in other tests, and takes long
+        start.page.write = lambda run, results=None: Path(run, "report.html")  # which other tests draw, and takes long
         prepare(work)
         for number, (what, words) in enumerate(lines(work, random.Random(args.seed), args.only)[: args.count]):
             place = Path(folder) / str(number)

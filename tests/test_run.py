@@ -623,7 +623,6 @@ def vtv(monkeypatch):
     """vtv(*args) → (exit code, what was said, the Settings that a run was asked for)."""
     asked = []
     monkeypatch.setattr(pipeline, "run", lambda out, settings, **options: asked.append((out, settings, options)) or out)
-    monkeypatch.setattr(start, "summarise", lambda page: None)
     monkeypatch.setattr(start, "_photographs", lambda images: {})
 
     def call(*args):
@@ -636,7 +635,8 @@ def vtv(monkeypatch):
 def test_options_become_settings(vtv, tmp_path, monkeypatch):
     code, said, (out, settings, options) = vtv("run")
     assert (code, settings, str(out)) == (0, Settings(), "runs/pictures") and "wrote runs/pictures" in said
-    steps = {"explore": explorer.demonstrate, "report": report.write, "remote": None}
+    assert callable(options.pop("report"))
+    steps = {"explore": explorer.demonstrate, "remote": None}
     assert options == {"redo": False, "device": None, "batch_size": None, "jobs": torch.get_num_threads()} | steps
     args = ("--images", tmp_path, "--tasks", "lowlight,identity", "--redo", "--seed", 3)
     _, _, (out, settings, options) = vtv("run", *args)
@@ -672,7 +672,7 @@ def test_a_dry_run_says_what_it_would_take(vtv, tmp_path, model):
 
 
 def test_a_run_ends_with_its_table(finished, capsys):
-    start.summarise(finished)
+    start.summarise(reading.load_run(finished))
     said = capsys.readouterr().out
     table = Table.load(finished / "evaluation" / "lowlight.parquet")
     assert all(name in said for name in (*TASKS, "mIoU ↑", "MSE ↓", "one-shot", "zero-shot", "task vector"))

@@ -240,8 +240,7 @@ def run(
         folders = {seed + i: folder / f"seed{seed + i}" for i in range(seeds)} if seeds > 1 else {seed: folder}
         shared: dict[str, Any] = dict(redo=redo, device=device, batch_size=batch_size, jobs=jobs, remote=remote)
         for number, place in folders.items():
-            pipeline.run(place, replace(settings, seed=number), explore=demonstrate, report=page.write, **shared)
-            summarise(place)
+            _run(place, replace(settings, seed=number), **shared)
         if seeds > 1:
             say("\n".join(merge(folder, folders)))
         if files:
@@ -273,9 +272,21 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def summarise(folder: Path) -> None:
+def _run(folder: Path, settings: Settings, **shared: Any) -> None:
+    """One run and its report, and what it says."""
+    read: list[reading.RunResults] = []
+
+    def report(folder: Path) -> None:
+        read.append(reading.load_run(folder))
+        page.write(folder, read[0])
+
+    pipeline.run(folder, settings, explore=demonstrate, report=report, **shared)
+    if read:  # in the process that wrote it
+        summarise(read[0])
+
+
+def summarise(results: reading.RunResults) -> None:
     """Print the scores of a run, and what they say."""
-    results = reading.load_run(folder)
     lines = results.lines()
     columns = [name for name in FLOOR_TO_CEILING if any(name in task["score"] for task in lines.values())]
     titles = (titled(name, results.table.frame.noun.iloc[0]) for name in columns)

@@ -43,9 +43,10 @@ SUMMARY = (BASELINE, ZERO_SHOT, PATCHED, RANDOM, CEILING, FLOOR)
 """The conditions of the table on top."""
 
 
-def write(run: str | os.PathLike) -> Path:
-    """Write report.html, table.csv, table.md and answers.png in a run's folder."""
-    folder, results = Path(run), load_run(run)
+def write(run: str | os.PathLike, results: RunResults | None = None) -> Path:
+    """Write report.html, table.csv, table.md and answers.png in a run's folder; `results`, where they are at hand, are
+    what `load_run` gives of it."""
+    folder, results = Path(run), results or load_run(run)
     results.table.to_csv(folder / "table.csv")
     write_text(folder / "table.md", "\n\n".join([results.table.markdown(), *verdicts(results.table)]) + "\n")
     if not results.of_texts:

@@ -9,6 +9,7 @@ beat, and which tasks need their own vector.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -136,10 +137,16 @@ def task_verdict(table: Table, task: str) -> list[str]:
                 f"{rank.worst:.3f} to {rank.best:.3f}: p = {rank.p:.3f} by rank, of {rank.least_p:.3f} at the least."
             )
     if any(name.startswith(OTHER) for name in lines):
-        best = best_others(vector_pairs(Table(table.frame[table.frame.task == task]))).iloc[0]
+        pairs = _pairs(table)
+        best = best_others(pairs[pairs.task == task]).iloc[0]
         if best.pictures >= ENOUGH:
             sentences.append(f"Transfer at fixed units: {transfer_sentence(best)}")
     return sentences
+
+
+@lru_cache(maxsize=4)
+def _pairs(table: Table) -> pd.DataFrame:
+    return vector_pairs(table)
 
 
 def beats_copying(metric: metrics.Metric, lines: Mapping[str, Line]) -> bool:
