@@ -108,7 +108,7 @@ def _words(blocks: gr.Blocks, calls: WordCallbacks) -> None:
         page.shots = gr.Slider(1, 16, 8, step=1, label="Examples of the few-shot prompt", elem_id=calls.id("shots"))
     with gr.Row():
         page.said = [
-            gr.Textbox(label=name, elem_id=calls.id(name.replace(" ", "-")), interactive=False, min_width=140)
+            gr.Textbox(label=name, elem_id=calls.id(name.replace(" ", "-")), interactive=False, lines=2, min_width=140)
             for name in SAID
         ]
     page.caption = gr.Markdown(elem_id=calls.id("caption"), elem_classes="caption")
