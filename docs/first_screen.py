@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from vtv_nnsight import MAEVQGAN, bundles, data, patch, tasks
-from vtv_nnsight.images import strip
+from vtv_nnsight.report.pictures import strip
 
 DOCS = Path(__file__).parent
 

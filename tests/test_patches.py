@@ -25,7 +25,8 @@ from vtv_nnsight import (
 from vtv_nnsight.evaluation import Condition
 from vtv_nnsight.layouts import CLS, positions
 from vtv_nnsight.models.interface import GRANULARITIES, QUERY_ONLY, ByStage
-from vtv_nnsight.patching.forward import find_loss, generate_with_gates, losses
+from vtv_nnsight.patching.forward import find_loss, losses
+from vtv_nnsight.report.gates import generate_with_gates
 from vtv_nnsight.runs.bundles import Bundle
 from vtv_nnsight.vectors import zero_vector
 

@@ -136,8 +136,8 @@ def test_from_cells_takes_pictures(tmp_path):
 
 def test_pixels_are_looked_at_once(monkeypatch):
     prompt = VisualPrompt.from_canvas(canvases())
-    monkeypatch.setattr("vtv_nnsight.prompts._check_canvas", lambda *_: pytest.fail("looked at again"))
-    monkeypatch.setattr("vtv_nnsight.prompts._check_patches", lambda *_: pytest.fail("looked at again"))
+    monkeypatch.setattr("vtv_nnsight.prompts.check_canvas", lambda *_: pytest.fail("looked at again"))
+    monkeypatch.setattr("vtv_nnsight.prompts.check_patches", lambda *_: pytest.fail("looked at again"))
     again = VisualPrompt.cat([prompt[0], *prompt[1:].split(1)]).to(torch.float64).query_only().one_shot()
     assert torch.equal(again.canvas, prompt.canvas.double()) and torch.equal(again.visible, prompt.visible)
     assert torch.equal(again.decoded, prompt.decoded) and again.layout == prompt.layout

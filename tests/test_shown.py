@@ -12,11 +12,11 @@ from PIL import Image
 from vtv_nnsight import MAEVQGAN, PatchSet, PatchSpace, TaskVectors, data, patch, tasks
 from vtv_nnsight.models.mae_vqgan import MAEVQGANModel
 from vtv_nnsight.models.mae_vqgan.traced import AttentionEnvoy
-from vtv_nnsight.patching.forward import generate_with_gates
 from vtv_nnsight.prompts import crop
 from vtv_nnsight.report import play
 from vtv_nnsight.report.attention import attention_maps
 from vtv_nnsight.report.explorer import MAX_LOOKS, SCALES, QueryExplorer, demonstrate, median
+from vtv_nnsight.report.gates import generate_with_gates
 from vtv_nnsight.report.hero import animation, save_animation
 from vtv_nnsight.runs import bundles
 from vtv_nnsight.search.result import SearchResult, Step

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy.ndimage import uniform_filter
 from torch.nn import functional as F
 
@@ -187,23 +186,6 @@ def png_of(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=picture.mode == "P")
     return buffer.getvalue()
-
-
-def strip(pictures: Mapping[str, torch.Tensor], side: int = 224, title: str = "") -> Image.Image:
-    """Pictures beside one another, `side` pixels wide and of the first one's proportions, with their names above and a
-    title over all: label → pixels [3, height, width] in [0, 1]."""
-    margin, line = side // 14, max(side // 8, 20)
-    above = line + line * bool(title)
-    *_, rows, columns = next(iter(pictures.values())).shape
-    size = side, round(side * rows / columns)
-    sheet = Image.new("RGB", (margin + (side + margin) * len(pictures), size[1] + above + margin), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(10, side // 15))
-    pen.text((margin, line // 2), title, "#1c2126", font, anchor="lm")
-    for i, (label, pixels) in enumerate(pictures.items()):
-        left = margin + i * (side + margin)
-        sheet.paste(to_pil(pixels).resize(size, Image.Resampling.BICUBIC), (left, above))
-        pen.text((left + side // 2, above - line // 2), label, "#1c2126", font, anchor="mm")
-    return sheet
 
 
 EPSILON = {"light": 1e-2, "colour": 1e-3}

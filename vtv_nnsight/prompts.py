@@ -137,9 +137,9 @@ class VisualPrompt(Prompts):
     has_truth: bool = True
 
     def __post_init__(self) -> None:
-        _check_canvas(self.canvas, self.layout)
+        check_canvas(self.canvas, self.layout)
         for name in ("visible", "decoded"):
-            _check_patches(name, getattr(self, name), self.layout)
+            check_patches(name, getattr(self, name), self.layout)
 
     @classmethod
     def from_canvas(cls, canvas: torch.Tensor, layout: Layout | None = None) -> VisualPrompt:
@@ -393,7 +393,8 @@ def crop(canvas: torch.Tensor, name: str, layout: Layout) -> torch.Tensor:
     return canvas[..., rows, columns]
 
 
-def _check_canvas(canvas: torch.Tensor, layout: Layout) -> None:
+def check_canvas(canvas: torch.Tensor, layout: Layout) -> None:
+    """Refuse what are no canvases of a layout: floats [batch, 3, height, width] in [0, 1]."""
     if not isinstance(canvas, torch.Tensor):
         raise TypeError(f"canvas is a {type(canvas).__name__}; expected a float tensor [batch, 3, height, width].")
     size = layout.canvas_size
@@ -409,15 +410,18 @@ def _check_canvas(canvas: torch.Tensor, layout: Layout) -> None:
         raise ValueError(f"canvas holds {content}; expected pixels in [0, 1], not normalised: the model normalises.")
 
 
-def _check_patches(name: str, ids: torch.Tensor, layout: Layout) -> None:
-    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.long or ids.ndim != 1:
+def check_patches(name: str, ids: torch.Tensor, layout: Layout, rows: int = 0) -> None:
+    """Refuse what are no patch ids of a layout: LongTensor [patch], or where there are `rows` [row, patch], too."""
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.long or ids.ndim not in (1, 2 if rows else 1):
         raise TypeError(f"{name} must be a LongTensor [patch] of patch ids.")
-    if not len(ids):
+    if ids.ndim == 2 and len(ids) != rows:
+        raise ValueError(f"{name} has {len(ids)} rows for {rows} canvases; give a row for each.")
+    if not ids.numel():
         raise ValueError(f"{name} is empty; the model must see at least one patch.")
     if ids.device.type == "meta":
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= layout.num_patches:
         raise ValueError(f"{name} holds patch ids from {low} to {high}; this grid has 0 to {layout.num_patches - 1}.")
-    if len(torch.unique(ids)) != len(ids):
-        raise ValueError(f"{name} names a patch twice; give each patch id once.")
+    if (ids.sort(-1).values.diff(dim=-1) == 0).any():
+        raise ValueError(f"{name} names a patch twice{' in a row' * (ids.ndim == 2)}; give each patch id once.")

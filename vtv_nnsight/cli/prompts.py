@@ -19,12 +19,13 @@ from vtv_nnsight.data.embedded_pictures import SAMPLE
 from vtv_nnsight.evaluation.conditions import BASELINE, PATCHED, ZERO_SHOT
 from vtv_nnsight.files import write_picture
 from vtv_nnsight.finite import check_finite
-from vtv_nnsight.images import read_picture, strip, to_pil
+from vtv_nnsight.images import read_picture, to_pil
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models import load_model
 from vtv_nnsight.patching import patch
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report import photographs
+from vtv_nnsight.report.pictures import strip
 from vtv_nnsight.runs import bundles
 from vtv_nnsight.runs.settings import Settings
 

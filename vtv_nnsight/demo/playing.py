@@ -19,9 +19,10 @@ from vtv_nnsight.images import as_rgb, read_picture, to_pil
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.sources import EMBEDDED
 from vtv_nnsight.patching import PatchSet, PatchSpace
-from vtv_nnsight.patching.forward import forward, generate_with_gates
+from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report import photographs
+from vtv_nnsight.report.gates import generate_with_gates
 from vtv_nnsight.report.play import unit_maps
 from vtv_nnsight.runs import bundles
 from vtv_nnsight.runs.bundles import Bundle

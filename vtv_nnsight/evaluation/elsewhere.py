@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight.evaluation.conditions import Condition
-from vtv_nnsight.models.inside_trace import answer, deciding, followed
+from vtv_nnsight.models.inside_trace import answer, deciding, width_of
 from vtv_nnsight.models.nnsight_remote import there
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.tasks.base import AnyTask
@@ -47,11 +47,11 @@ def ask_there(
 
 def question(model: Any, prompts: Any, writes: Any, task: AnyTask) -> dict[str, Any]:
     """What `inside_trace.answer` is asked, for prompts and what is written inside (see `patching.planned`)."""
-    ids, follow, truth = model.tokens(prompts.texts), model.tokens(prompts.texts, prompts.answers), model.truth(prompts)
-    width = max(map(len, follow))
-    inputs = {"input_ids": followed(ids, follow, width)} | model.scored(width)
-    say = {"input_ids": ids} | model.saying(prompts, truth.shape[1]) if task.metric.reads == "text" else {}
-    return {"inputs": inputs, "writes": writes, "after": width - 1, "truth": truth, "say": say}
+    ((_, inputs),) = model.as_tokens([((prompts,), model.scoring)])
+    truth, say = model.truth(prompts), {}
+    if task.metric.reads == "text":
+        say = {"input_ids": model.tokens(prompts.texts)} | model.saying(prompts, truth.shape[1])
+    return {"inputs": inputs, "writes": writes, "after": width_of(truth) - 1, "truth": truth, "say": say}
 
 
 def answered(model: Any, said: torch.Tensor, prompts: Any, task: AnyTask) -> tuple[Any, Any]:

@@ -26,7 +26,7 @@ from vtv_nnsight.models.painting import Inputs, paint_canvas
 from vtv_nnsight.models.sources import HUB_OPTIONS, locate
 from vtv_nnsight.models.torch_files import StrPath, fill, refuse_differences
 from vtv_nnsight.progress import quiet
-from vtv_nnsight.prompts import Canvases, VisualPrompt
+from vtv_nnsight.prompts import Canvases, VisualPrompt, check_canvas, check_patches
 
 EXPECTED = (
     "give a VisualPrompt, or canvas [batch, 3, height, width], visible [patch] and decoded [patch] as tensors "
@@ -280,7 +280,9 @@ class TraceableCanvas(TraceableModel, CanvasModel):
         if len(inputs) > len(Inputs._fields) or set(given) != set(Inputs._fields):
             raise TypeError(f"a trace was given {', '.join(given)} ({len(inputs)} unnamed); {EXPECTED}")
         tensors = Inputs(**given)
-        _check(tensors, self.layout)
+        check_canvas(tensors.canvas, self.layout)
+        for name in _IDS:
+            check_patches(name, given[name], self.layout, len(tensors.canvas))
         return tensors, {name: value for name, value in kwargs.items() if name not in Inputs._fields}
 
 
@@ -316,24 +318,6 @@ def _join_ids(every: list[torch.Tensor], parts: Sequence[VisualPrompt | Inputs])
         return torch.cat([ids.expand(len(part.canvas), -1) for ids, part in zip(every, parts)])
     counts = " and ".join(str(ids.shape[-1]) for ids in every)
     raise ValueError(f"prompts that show other patches ({counts} of them; one-shot and query_only() ones do) {_APART}")
-
-
-def _check(inputs: Inputs, layout: Layout) -> None:
-    """Refuse tensors that are not a prompt of this layout; patch ids may be given for each row."""
-    shared = [ids[0] if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(ids) else ids for ids in inputs[1:]]
-    VisualPrompt(inputs.canvas, shared[0], shared[1], layout)
-    for name, ids in zip(_IDS, inputs[1:]):
-        if ids.ndim == 1 or ids.device.type == "meta":
-            continue
-        if len(ids) != len(inputs.canvas):
-            raise ValueError(f"{name} has {len(ids)} rows for {len(inputs.canvas)} canvases; give a row for each.")
-        if ids.min() < 0 or ids.max() >= layout.num_patches:
-            raise ValueError(
-                f"{name} holds patch ids from {ids.min().item()} to {ids.max().item()}; this layout's grid has 0 to "
-                f"{layout.num_patches - 1}."
-            )
-        if (ids.sort(1).values.diff(dim=1) == 0).any():
-            raise ValueError(f"{name} names a patch twice in a row; give each patch id once.")
 
 
 _IDS = ("visible", "decoded")

@@ -67,6 +67,7 @@ def heads_of(
     def joined(attention: Envoy, heads: torch.Tensor) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
         return (join(heads, network_of(attention)) if join else heads.flatten(-2),), {}
 
+    @writable("[batch, token, head, head_dim]", joined)
     @eproperty(key=f"{projection}.input", description="outputs z of the heads, [batch, token, head, head_dim]")
     def heads(self: Envoy, value: Any) -> torch.Tensor:
         """Output z = softmax(qkᵀ/√d)·v of every head, before the output projection: [batch, token, head, head_dim].
@@ -79,28 +80,33 @@ def heads_of(
         (z,), _ = value
         return split(editable(z), network_of(self)) if split else editable(z).unflatten(-1, sizes(self))
 
-    @heads.postprocess  # type: ignore[no-redef]
-    def heads(self: Envoy, value: torch.Tensor) -> Any:
-        check_written(heads, self, value, "[batch, token, head, head_dim]")
-        return joined(self, value)
-
-    @heads.transform  # type: ignore[no-redef]
-    def heads(self: Envoy, view: torch.Tensor, raw: Any) -> Any:
-        return joined(self, view)
-
     return heads
 
 
-def check_written(view: eproperty, envoy: Envoy, value: Any, axes: str) -> None:
-    """Refuse what is written to an envoy's view and has not the shape of what it replaces, which would broadcast.
+def writable(
+    axes: str, write: Callable[[Any, torch.Tensor], Any] = lambda envoy, value: value
+) -> Callable[[eproperty], eproperty]:
+    """Let an envoy's view be written, and edited in place.
 
-    Raises:
-        ValueError: naming both shapes.
+    Args:
+        axes: Of what it shows. What is written and has not the shape of what it replaces, and would broadcast, is
+            refused with a ValueError that names both.
+        write: (envoy, what was written or edited) → what the module goes on with; the same by default.
     """
-    expected = list(view._preprocess(envoy, Mediator.value(view._location(envoy))).shape)
-    if not isinstance(value, torch.Tensor) or list(value.shape) != expected:
-        given = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ValueError(f"{envoy.path}.{view.name} was given {given}; expected a tensor {axes} = {expected}.")
+
+    def declare(view: eproperty) -> eproperty:
+        @view.postprocess
+        def checked(envoy: Envoy, value: Any) -> Any:
+            expected = list(view._preprocess(envoy, Mediator.value(view._location(envoy))).shape)
+            if not isinstance(value, torch.Tensor) or list(value.shape) != expected:
+                given = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ValueError(f"{envoy.path}.{view.name} was given {given}; expected a tensor {axes} = {expected}.")
+            return write(envoy, value)
+
+        view.transform(lambda envoy, edited, raw: write(envoy, edited))
+        return view
+
+    return declare
 
 
 def editable(value: torch.Tensor) -> torch.Tensor:

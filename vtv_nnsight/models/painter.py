@@ -39,6 +39,12 @@ from vtv_nnsight.prompts import VisualPrompt, crop
 EMBEDDING_TYPES = ("semantic", "instance")
 
 
+def _join_pattern(attention: compat.Envoy, pattern: torch.Tensor) -> torch.Tensor:
+    """A pattern as the module computes it: the streams side by side."""
+    axes = "batch head (stream query) key -> (batch stream head) query key"
+    return rearrange(pattern, axes, stream=compat.network_of(attention).streams)
+
+
 class AttentionEnvoy(compat.Envoy):
     """An attention layer with heads that can be told apart, in which a row of the batch has both its streams: before
     the merge, the image's tokens and then the target's, each row by row; after it, one token for a place of both."""
@@ -60,6 +66,7 @@ class AttentionEnvoy(compat.Envoy):
         ),
     )
 
+    @compat.writable(compat.PATTERN_AXES, _join_pattern)
     @compat.SourceProperty(
         key="source.torch_nn_functional_softmax_0.output", description="attention pattern, [batch, head, query, key]"
     )
@@ -70,22 +77,6 @@ class AttentionEnvoy(compat.Envoy):
         """
         pattern, attention = "(batch stream head) query key -> batch head (stream query) key", compat.network_of(self)
         return rearrange(compat.editable(value), pattern, stream=attention.streams, head=attention.num_attention_heads)
-
-    @pattern.postprocess  # type: ignore[no-redef]
-    def pattern(self, value: torch.Tensor) -> torch.Tensor:
-        """A pattern that was written, as the module computes it: the streams side by side."""
-        compat.check_written(AttentionEnvoy.pattern, self, value, compat.PATTERN_AXES)
-        return _join_pattern(self, value)
-
-    @pattern.transform  # type: ignore[no-redef]
-    def pattern(self, view: torch.Tensor, raw: Any) -> torch.Tensor:
-        """The same of one that was edited in place."""
-        return _join_pattern(self, view)
-
-
-def _join_pattern(attention: compat.Envoy, pattern: torch.Tensor) -> torch.Tensor:
-    axes = "batch head (stream query) key -> (batch stream head) query key"
-    return rearrange(pattern, axes, stream=compat.network_of(attention).streams)
 
 
 class Painter(TraceableCanvas):

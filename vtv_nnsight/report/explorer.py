@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from vtv_nnsight.files import read_tensors, write_tensors
 from vtv_nnsight.models.interface import InContextModel
-from vtv_nnsight.patching.forward import generate_with_gates
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.report.attention import answer_positions, attention_maps
+from vtv_nnsight.report.gates import generate_with_gates
 from vtv_nnsight.search.result import SearchResult
 from vtv_nnsight.tasks import Task
 from vtv_nnsight.vectors import TaskVectors

@@ -20,9 +20,10 @@ from vtv_nnsight.images import as_rgb, carry_over, enlarge, psnr, to_tensor
 from vtv_nnsight.metrics import MSE
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.patching import PatchSet
-from vtv_nnsight.patching.forward import forward, generate_with_gates
+from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
+from vtv_nnsight.report.gates import generate_with_gates
 from vtv_nnsight.report.pictures import sprite
 from vtv_nnsight.report.rendering import render
 from vtv_nnsight.runs.bundles import Bundle

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from vtv_nnsight.evaluation.conditions import PATCHED
 from vtv_nnsight.images import png_of, to_pil
@@ -44,6 +45,23 @@ def sprite(pictures: torch.Tensor, across: bool = False) -> str:
     joined = rearrange(pictures, "n c h w -> c h (n w)" if across else "n c h w -> c (n h) w")
     picture(joined).save(buffer, "WEBP", quality=85, method=4)
     return data_uri(buffer.getvalue(), "webp")
+
+
+def strip(pictures: Mapping[str, torch.Tensor], side: int = 224, title: str = "") -> Image.Image:
+    """Pictures beside one another, `side` pixels wide and of the first one's proportions, with their names above and a
+    title over all: label → pixels [3, height, width] in [0, 1]."""
+    margin, line = side // 14, max(side // 8, 20)
+    above = line + line * bool(title)
+    *_, rows, columns = next(iter(pictures.values())).shape
+    size = side, round(side * rows / columns)
+    sheet = Image.new("RGB", (margin + (side + margin) * len(pictures), size[1] + above + margin), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(10, side // 15))
+    pen.text((margin, line // 2), title, "#1c2126", font, anchor="lm")
+    for i, (label, pixels) in enumerate(pictures.items()):
+        left = margin + i * (side + margin)
+        sheet.paste(to_pil(pixels).resize(size, Image.Resampling.BICUBIC), (left, above))
+        pen.text((left + side // 2, above - line // 2), label, "#1c2126", font, anchor="mm")
+    return sheet
 
 
 def prompt_cells(run: RunResults, size: float = 92.0) -> list[dict[str, Any]] | str:

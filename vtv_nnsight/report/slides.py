@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from vtv_nnsight.images import png_of, strip
-from vtv_nnsight.report.pictures import sprite
+from vtv_nnsight.images import png_of
+from vtv_nnsight.report.pictures import sprite, strip
 from vtv_nnsight.report.rendering import render
 
 MAX_WIDTH, MAX_HEIGHT = 480, 320

@@ -102,8 +102,8 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
         Raises:
             ValueError, OSError: as `models.load_model`; `check` says whether a model is theirs.
         """
-        owner = next(iter(self.vectors.values())).fingerprint
-        known = {"embedding_type": owner.get("embedding_type"), "vqgan": None if source else self.vqgan}
+        kind = self.vectors.fingerprint.get("embedding_type")
+        known = {"embedding_type": kind, "vqgan": None if source else self.vqgan}
         return load_model(source or self.model or EMBEDDED, **known | options)
 
     def check(self, model: InContextModel) -> None:
@@ -113,8 +113,8 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
             ValueError: when its fingerprint is not that of the vectors.
         """
         device_of(model)
-        owner = next(iter(self.vectors.values())).fingerprint
-        check_compatible(f"the bundle of {self.name}", owner, "this model", fingerprint(model, cached=True))
+        theirs = fingerprint(model, cached=True)
+        check_compatible(f"the bundle of {self.name}", self.vectors.fingerprint, "this model", theirs)
 
     def compact(self) -> Bundle:
         """The same, of the positions that a query-only prompt shows: all that patching without an example needs."""
@@ -142,7 +142,7 @@ class Bundle(Mapping[str, tuple[TaskVector, PatchSet]]):
             facts,
             str(CARD),
             bundle=self,
-            owner=next(iter(self.vectors.values())).fingerprint,
+            owner=self.vectors.fingerprint,
             measured=table.read_text(encoding="utf-8") if table else "",
             picture=self._beside("answers.png"),
         )

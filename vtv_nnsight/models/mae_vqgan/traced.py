@@ -29,23 +29,13 @@ class AttentionEnvoy(compat.Envoy):
 
     heads: compat.eproperty = compat.heads_of("proj")
 
+    @compat.writable(compat.PATTERN_AXES)
     @compat.EagerProperty(
         key="softmax.output", description='attention pattern, [batch, head, query, key] (only "eager")'
     )
     def pattern(self, value: Any) -> torch.Tensor:
         """How much each token attends to each: [batch, head, query token, key token], rows that sum to one."""
         return compat.editable(value)
-
-    @pattern.postprocess  # type: ignore[no-redef]
-    def pattern(self, value: torch.Tensor) -> torch.Tensor:
-        """A pattern that was written, of the shape of the one that it replaces."""
-        compat.check_written(AttentionEnvoy.pattern, self, value, compat.PATTERN_AXES)
-        return value
-
-    @pattern.transform  # type: ignore[no-redef]
-    def pattern(self, edited: torch.Tensor, raw: Any) -> torch.Tensor:
-        """An edited pattern, as the module is to go on with it."""
-        return edited
 
 
 class MAEVQGAN(CodeModel, MaskedAutoencoder):
