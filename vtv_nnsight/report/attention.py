@@ -1,7 +1,7 @@
 """Where the answer looks: the attention of its patches, as maps over the canvas.
 
 >>> maps = attention_maps(model, prompts)                       # stage → [layer, head, position]
->>> prompts.layout.on_grid(maps["decoder"][0, 3])               # [row, column], to lay over a picture
+>>> prompts.layout.on_grid(maps["decoder"].mean((0, 1)))        # [row, column], to lay over a picture
 """
 
 from __future__ import annotations

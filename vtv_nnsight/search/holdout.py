@@ -73,8 +73,8 @@ def split_prompts(prompts: Sequence[Prompts], share: float, seed: int = 0) -> li
         For each task, LongTensors of the numbers of its training and its held-out prompts.
 
     Warns:
-        When more than a tenth of the prompts is left out, or when too few pictures leave a task nothing to train on
-        otherwise, so that its split is by prompt.
+        UserWarning: When more than a tenth of the prompts is left out, or when too few pictures leave a task nothing to
+            train on otherwise, so that its split is by prompt.
     """
     counts = [len(rows) for rows in prompts]
     task = np.repeat(np.arange(len(counts)), counts)
