@@ -45,6 +45,7 @@ from vtv_nnsight.training import recipes
 from vtv_nnsight.training.corpus import Corpus
 from vtv_nnsight.training.curriculum import draw_task, is_held_out
 from vtv_nnsight.training.figures import Generator, cropped, fitted
+from vtv_nnsight.training.loop import Job
 from vtv_nnsight.training.mae import averaged_model, draw_mask, masked_loss, random_mask, train_mae
 from vtv_nnsight.training.recipes import Recipe
 from vtv_nnsight.training.stream import SCENES, as_batch, draw_rows, training_prompts
@@ -233,17 +234,9 @@ def trained(
     distinct = max(1, round(share * recipe.steps))
     stream = partial(draw, layout=config.layout, seed=args.seed, corpus=corpus)
     out = folder / f"{kind}-{share:g}"
-    model = train_mae(
-        config,
-        load_tokenizer(config, folder / "tokenizer"),
-        recipe,
-        out,
-        resume=True,
-        seed=args.seed,
-        device=args.device,
-        canvases=lambda step, n: stream(step % distinct, n),
-        mask=mask,
-    )
+    job = Job(config, recipe, out, resume=True, seed=args.seed, device=args.device)
+    vqgan = load_tokenizer(config, folder / "tokenizer")
+    model = train_mae(job, vqgan, canvases=lambda step, n: stream(step % distinct, n), mask=mask)
     some = {"seen": range(distinct)[:JUDGED], "unseen": range(recipe.steps, recipe.steps + JUDGED)}
     module, losses = averaged_model(config, out).to(args.device), {}
     for name, steps in some.items():
@@ -321,7 +314,7 @@ def main() -> None:
     folder = args.out / args.name / f"{args.size}-{args.steps}x{batch}-seed{args.seed}"
     drawing = replace(size.tokenizer, steps=args.tokenizer_steps, decay=args.tokenizer_steps // 5, validate=10**9)
     corpus, shared = Corpus.read(args.images), dict(resume=True, seed=args.seed, device=args.device)
-    train_tokenizer(size.config, drawing, folder / "tokenizer", corpus=corpus, **shared)
+    train_tokenizer(Job(size.config, drawing, folder / "tokenizer", corpus, **shared))
     scenes, names = data.scenes("test", n=4 * args.test, seed=args.seed), [task.name for task in tasks.VTV]
     test_prompts = {name: tasks.get(name).prompts(scenes, args.test, args.seed, size.config.layout) for name in names}
 

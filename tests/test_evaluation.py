@@ -341,7 +341,7 @@ def test_conditions_are_values(model, prompts, vectors, patches, table):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (dict(shot="two"), "shot='two' is unknown; choose one of one, zero, copy, ceiling"),
+        (dict(shot="two"), "shot='two' is unknown; choose from one, zero, copy, ceiling"),
         (dict(shot="copy", run=print), "shot='copy' does not ask the model"),
         (dict(vectors="v"), "go together"),
         (dict(patches="p"), "go together"),

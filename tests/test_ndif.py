@@ -514,7 +514,7 @@ def test_what_does_not_travel_is_named(hub, near, monkeypatch):
     for why, arguments, options in (
         ("names of units stay here; make a set above the block", (values, names), {}),
         ("2 vectors and 1 patch sets were given", ([values, values], [mask]), {}),
-        ("mode='ad' is unknown; choose one of replace, add", (values, mask), {"mode": "ad"}),
+        ("mode='ad' is unknown; choose from replace, add", (values, mask), {"mode": "ad"}),
         (r"a mask of shape \[3, 2, 4\] does not fit heads; exp", (values, {"heads": torch.ones(3, 2, 4) > 0}), {}),
         ("there is nothing of the mlp to patch in", (values, {"mlp": torch.ones(3, 1, 1) > 0}), {}),
     ):

@@ -91,7 +91,7 @@ def test_some_rows_and_through_load():
         data.pictures("validation")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(dict(split="trn"), "split='trn'.*'train' or 'test'")])
+@pytest.mark.parametrize(("arguments", "message"), [(dict(split="trn"), "split='trn'.*choose from train, test")])
 def test_what_pictures_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         data.pictures(**arguments)

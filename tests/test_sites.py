@@ -264,7 +264,7 @@ def test_odd_sites_and_modes_are_told(model, prompts, vectors):
     chosen = PatchSet.random(PatchSpace(model, sites="mlp"), 3)
     with pytest.raises(ValueError, match="there is nothing of the encoder.mlp, only of the encoder"):
         logits(model, prompts, heads, PatchSet(chosen.space, torch.ones(len(chosen.space))))
-    with pytest.raises(ValueError, match="mode='above' is unknown; choose one of replace, add"):
+    with pytest.raises(ValueError, match="mode='above' is unknown; choose from replace, add"):
         logits(model, prompts, vectors["a"], chosen, mode="above")
     with pytest.raises(ValueError, match="a mask of 'middle' was given"):
         logits(model, prompts, vectors["a"], {"middle": torch.ones(3, 197, 4)})

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vtv_nnsight.digests import bytes_digest, tensor_bytes
 from vtv_nnsight.files import check_file
+from vtv_nnsight.text import check_choice
 
 MIN_SIDE = 8
 """Pictures with a side of fewer pixels than this are refused."""
@@ -216,8 +217,7 @@ def carry_over(photograph: torch.Tensor, answer: torch.Tensor, change: str) -> t
     Raises:
         ValueError: when the change is unknown.
     """
-    if change not in CHANGES:
-        raise ValueError(f"change={change!r} is unknown; choose from {', '.join(CHANGES)}.")
+    check_choice(CHANGES, change=change)
     height, width = photograph.shape[-2:]
     if change == "hole":
         return torch.where((photograph == 0).all(0), enlarge(answer, height, width), photograph)

@@ -26,7 +26,7 @@ from einops import rearrange, repeat
 from PIL import ImageColor
 
 from vtv_nnsight.finite import check_whole
-from vtv_nnsight.text import quoted
+from vtv_nnsight.text import check_choice
 
 ORDERS = ("vertical", "horizontal")
 CLS = 0
@@ -67,8 +67,7 @@ class Layout:
         if isinstance(self.gap, list):
             object.__setattr__(self, "gap", tuple(self.gap))
         check_whole(canvas_size=self.canvas_size, patch_size=self.patch_size, examples=self.examples)
-        if self.order not in ORDERS:
-            raise ValueError(f"order={quoted(self.order)} is not a layout order; choose one of {', '.join(ORDERS)}.")
+        check_choice(ORDERS, order=self.order)
         if self.examples < 1:
             raise ValueError(f"examples={self.examples} leaves nothing to learn from; a layout needs 1 or more.")
         if self.patch_size < 1 or self.canvas_size < 1 or self.canvas_size % self.patch_size:

@@ -50,6 +50,19 @@ def check_kind(value: Any, kind: type, what: str, instead: str) -> None:
         raise TypeError(f"{what} is a {type(value).__name__}; give {instead}.")
 
 
+def check_choice(choices: Iterable[Any], **given: Any) -> None:
+    """Refuse arguments, by their names, that are none of the choices that there are.
+
+    Raises:
+        ValueError: naming the first such argument, and the choices but None.
+    """
+    known = list(choices)
+    for name, value in given.items():
+        if not any(value is choice or value == choice for choice in known):
+            offered = ", ".join(str(choice) for choice in known if choice is not None)
+            raise ValueError(f"{name}={quoted(value)} is unknown; choose from {offered}.")
+
+
 def duration(seconds: float) -> str:
     """Such as "0.4 s", "12 s" or "3 min 20 s"."""
     if seconds < 60:

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from datasets import Dataset
 
-from vtv_nnsight.text import join_words, quoted
-
 SPLITS = ("train", "validation", "test")
 """Of the sources that are divided in three."""
-
-
-def check_split(split: str | None, splits: Sequence[str | None]) -> None:
-    """Refuse a split that is not one of those.
-
-    Raises:
-        ValueError: naming those that there are.
-    """
-    if split not in splits:
-        known = join_words([repr(name) for name in splits if name is not None], "or")
-        raise ValueError(f"split={quoted(split)} is unknown; choose {known}.")
 
 
 def at_most(rows: Dataset, n: int | None, seed: int) -> Dataset:

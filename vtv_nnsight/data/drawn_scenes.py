@@ -18,8 +18,9 @@ from datasets import ClassLabel, Dataset, Features, Image
 from einops import einsum, rearrange
 from PIL import Image as PILImage
 
-from vtv_nnsight.data.checks import SPLITS, check_split
+from vtv_nnsight.data.checks import SPLITS
 from vtv_nnsight.images import LUMA as LUMA_WEIGHTS
+from vtv_nnsight.text import check_choice
 
 FOLDS = (0, 1, 2, 3)
 HUES = {  # degrees; each row is a fold, and the two classes of a shape have neighbouring hues
@@ -63,7 +64,7 @@ def render(
     split: str, indices: Sequence[int], seed: int = 0, *, folds: Sequence[int] = (0, 1, 2), size: int = 64
 ) -> Scenes:
     """The scenes at `indices` of a split, as arrays: what `scenes` wraps and what training streams."""
-    check_split(split, SPLITS)
+    check_choice(SPLITS, split=split)
     if not len(folds) or not set(folds) <= set(FOLDS):
         raise ValueError(f"folds={folds} was passed and some of {FOLDS} were expected: pass, say, folds=(0, 1, 2).")
     if size < MIN_SIZE:

@@ -20,8 +20,9 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from vtv_nnsight.data.checks import at_most, check_split
+from vtv_nnsight.data.checks import at_most
 from vtv_nnsight.progress import quiet
+from vtv_nnsight.text import check_choice
 
 SPLITS = ("train", "test")
 SIZE = 112
@@ -49,7 +50,7 @@ def pictures(split: str = "train", n: int | None = None, seed: int = 0) -> Datas
     Raises:
         ValueError: for another split.
     """
-    check_split(split, SPLITS)
+    check_choice(SPLITS, split=split)
     with quiet():
         rows = Dataset(parquet.read_table(EMBEDDED / f"{split}.parquet")).cast(features())
     parts = [source.split("; ") for source in rows["source"]]

@@ -33,8 +33,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
-from vtv_nnsight.data.checks import check_split
-from vtv_nnsight.text import join_names
+from vtv_nnsight.text import check_choice, join_names
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -84,7 +83,7 @@ def pascal(
     folds = FOLDS if fold is None else (fold,) if isinstance(fold, int) else tuple(fold)
     if not folds or not set(folds) <= set(FOLDS):
         raise ValueError(f"fold={fold!r} is not a fold of Pascal-5i; choose 0, 1, 2, 3, or None for all classes.")
-    check_split(split, SPLITS)
+    check_choice(SPLITS, split=split)
     voc = _voc(root, "JPEGImages", "SegmentationClassAug")
     if published:
         entries = [entry for f in folds for entry in published_list(split, f)]
@@ -136,7 +135,7 @@ def detection(root: str | os.PathLike[str], split: str = "val", *, largest: floa
         FileNotFoundError: when a folder is missing, naming it and what to download.
         ValueError: when an annotation cannot be read, a list names pictures that are not there, or none is left.
     """
-    check_split(split, SPLITS)
+    check_choice(SPLITS, split=split)
     voc = _voc(root, "JPEGImages", "Annotations", "ImageSets/Main")
     file = voc / "ImageSets" / "Main" / ("train.txt" if split == "trn" else "val.txt")
     names = _lines(file)

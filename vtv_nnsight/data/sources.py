@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset, get_dataset_split_names
 
 from vtv_nnsight import tasks
-from vtv_nnsight.data.checks import SPLITS, at_most, check_split
+from vtv_nnsight.data.checks import SPLITS, at_most
 from vtv_nnsight.data.drawn_scenes import scenes
 from vtv_nnsight.data.embedded_pictures import pictures
 from vtv_nnsight.data.folders import folder, pairs
@@ -25,7 +25,7 @@ from vtv_nnsight.data.hub_datasets import hub
 from vtv_nnsight.data.pascal_voc import detection, pascal
 from vtv_nnsight.digests import bytes_digest, json_digest
 from vtv_nnsight.progress import progress_bar
-from vtv_nnsight.text import check_kind, quoted
+from vtv_nnsight.text import check_choice, check_kind, quoted
 
 DRAWN = 500
 """Rows of a generated source by default."""
@@ -118,7 +118,7 @@ def _hub(argument: str, split: str | None, n: int, seed: int) -> Dataset:
 @_source("words")
 def _words(_: str, split: str | None, n: int, seed: int) -> Dataset:
     """lists of words for language models, each a task"""
-    check_split(split, (None, *SPLITS))
+    check_choice((None, *SPLITS), split=split)
     side = 0 if split in (None, "train") else 1
     return Dataset.from_list([{"task": name, **row} for name in tasks.WORDS for row in tasks.words(name).split()[side]])
 
@@ -235,7 +235,7 @@ def _find(spec: str) -> tuple[Source, str]:
 
 def _divided(rows: Dataset, split: str | None, name: str) -> Dataset:
     """A split of rows that have none: a quarter of the pictures, at least two, is for "validation" and "test"."""
-    check_split(split, (None, *SPLITS))
+    check_choice((None, *SPLITS), split=split)
     if split is None:
         return rows
     keys = np.array(identities(rows))

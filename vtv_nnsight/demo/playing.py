@@ -28,6 +28,7 @@ from vtv_nnsight.runs import bundles
 from vtv_nnsight.runs.bundles import Bundle
 from vtv_nnsight.search import gates
 from vtv_nnsight.tasks import Draw, Task
+from vtv_nnsight.text import check_choice
 from vtv_nnsight.vectors import TaskVector, TaskVectors
 
 ONE_SHOT, ZERO_SHOT, VECTOR = MODES = ("one-shot", "zero-shot", "task vector")
@@ -144,8 +145,7 @@ class Player(AnyPlayer):
         Raises:
             ValueError: when the mode is unknown.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is unknown; choose from {', '.join(MODES)}.")
+        check_choice(MODES, mode=mode)
         with self._lock, torch.no_grad():  # a model is traced by one visitor at a time
             if mode == ONE_SHOT:
                 prompt = prompt.to(device_of(self.model))

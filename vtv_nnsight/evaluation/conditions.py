@@ -17,7 +17,7 @@ import torch
 from vtv_nnsight.patching import PatchSet, ablate, patch
 from vtv_nnsight.patching.patching import as_vectors, planned, silence
 from vtv_nnsight.prompts import Prompts
-from vtv_nnsight.text import quoted
+from vtv_nnsight.text import check_choice, quoted
 from vtv_nnsight.vectors import TaskVector
 
 SHOTS = {
@@ -81,8 +81,7 @@ class Condition:
         patched = self.patches is not None or self.run is not None
         object.__setattr__(self, "shot", self.shot or ("zero" if patched and self.prompts_override is None else "one"))
         object.__setattr__(self, "patches", sets_of(self.patches))
-        if self.shot not in SHOTS:
-            raise ValueError(f"shot={self.shot!r} is unknown; choose one of {', '.join(SHOTS)}.")
+        check_choice(SHOTS, shot=self.shot)
         if patched and self.shot in ("copy", "ceiling"):
             raise ValueError(f"shot={self.shot!r} does not ask the model; patches go with 'one' or 'zero'.")
         if (self.vectors is not None or self.ablation is not None) != (self.patches is not None):

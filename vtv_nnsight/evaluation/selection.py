@@ -14,6 +14,7 @@ from vtv_nnsight.patching.forward import forward
 from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import VisualPrompt
 from vtv_nnsight.tasks import Draw, Task, draw
+from vtv_nnsight.text import check_choice
 
 DUPLICATES = ("apart", "published")
 """What is done with candidates that share images."""
@@ -56,8 +57,7 @@ def select_prompts(
     """
     layout = layout or model.layout
     device, batch_size = device_of(model), batch_size_of(model, batch_size)
-    if duplicates not in DUPLICATES:
-        raise ValueError(f"duplicates={duplicates!r} is unknown; choose from {', '.join(DUPLICATES)}.")
+    check_choice(DUPLICATES, duplicates=duplicates)
     drawn = drawn if drawn is not None else draw(images, candidates, layout.examples, seed)
     candidates = len(drawn)
     losses = []

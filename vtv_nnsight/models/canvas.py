@@ -81,6 +81,11 @@ class TraceableCanvas(TraceableModel, CanvasModel):
             raise TypeError(f"{type(source).__name__} is no source of {type(self).__name__}; give {self.source_kinds}.")
         if isinstance(source, str) and locate(source).kind == "hub":
             source = locate(source).path
+        self._of_file = drop_none(kwargs, *self.file_options)
+        if self._of_file and not (isinstance(source, str) and locate(source).kind == "file"):
+            names = ", ".join(self._of_file)
+            raise ValueError(f"{names}= is for a published checkpoint file; this source has its own.")
+        kwargs = {name: value for name, value in kwargs.items() if name not in self.file_options}
         if envoys is None or isinstance(envoys, dict):
             envoys = {**self.envoy_classes, **(envoys or {})}
         super().__init__(source, revision=revision, envoys=envoys, **kwargs)
@@ -177,18 +182,16 @@ class TraceableCanvas(TraceableModel, CanvasModel):
     def loaded_network(self, source: str, **options: Any) -> Any:
         """The network of a source, with its weights."""
         if locate(source).kind != "file":
-            options = self._without_file(options)
             self.read_config(source, **options)
             return self.adapt(self.load_weights(source, **options), source)
-        config, tensors = self.read_released(source, **drop_none(options, *self.file_options))
-        options = {name: value for name, value in options.items() if name not in self.file_options}
+        config, tensors = self.read_released(source, **self._of_file)
         with real_tensors(), torch.device("meta"):
             module = self.module_class(config)
         return self.adapt(copy_with(fill(module, tensors, self.published_name, source, None), **options), source)
 
     def ready_network(self, module: Any, **options: Any) -> Any:
         """The network of a ready module, or of a copy of it where an option is set."""
-        return self.adapt(copy_with(module, **self._without_file(options)), f"this {type(module).__name__}")
+        return self.adapt(copy_with(module, **options), f"this {type(module).__name__}")
 
     def read_config(self, source: str, **options: Any) -> Any:
         """The config of a folder or a Hub id, or that which the tensors of a published file tell.
@@ -197,8 +200,7 @@ class TraceableCanvas(TraceableModel, CanvasModel):
             ValueError, OSError: when it is of another kind of model, or cannot be read.
         """
         if locate(source).kind == "file":
-            return self.read_released(source, **drop_none(options, *self.file_options))[0]
-        options = self._without_file(options)
+            return self.read_released(source, **self._of_file)[0]
         path = locate(source).path
         with refusing(source, "has no usable config"):
             config = AutoConfig.from_pretrained(path, revision=self.revision, **drop_none(options, *HUB_OPTIONS))
@@ -213,11 +215,6 @@ class TraceableCanvas(TraceableModel, CanvasModel):
             ValueError: for a model without such files.
         """
         raise ValueError(f"{source!r} is no source of {type(self).__name__}; give {self.source_kinds}.")
-
-    def _without_file(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        if stray := drop_none(options, *self.file_options):
-            raise ValueError(f"{', '.join(stray)}= is for a published checkpoint file; this source has its own.")
-        return {name: value for name, value in options.items() if name not in self.file_options}
 
     def build(self, config: PretrainedConfig, source: str, **options: Any) -> Any:
         """The module of a config, without weights."""

@@ -44,6 +44,7 @@ from vtv_nnsight.models.sites import place_of
 from vtv_nnsight.models.sources import GGUF, HUB_OPTIONS, locate
 from vtv_nnsight.models.torch_files import StrPath
 from vtv_nnsight.prompts import Prompts
+from vtv_nnsight.text import check_choice
 from vtv_nnsight.text_prompts import TextLayout, TextPrompts
 
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
@@ -184,8 +185,7 @@ class CausalLM(TraceableTexts, InContextModel):
 
     def groups(self, stage: str, granularity: str, layout: TextLayout | None = None) -> dict[str, torch.Tensor]:
         """The last tokens, one by one; for "head", all of them together."""
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity={granularity!r} is unknown; choose from {', '.join(GRANULARITIES)}.")
+        check_choice(GRANULARITIES, granularity=granularity)
         places = (layout or self.layout).places
         return {"all tokens": torch.cat([*places.values()])} if granularity == "head" else places
 

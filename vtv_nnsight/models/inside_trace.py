@@ -174,7 +174,7 @@ def patch(
     if len(vectors) != len(sets):
         raise ValueError(f"{len(vectors)} vectors and {len(sets)} patch sets were given; give as many of both.")
     if mode not in ("replace", "add"):
-        raise ValueError(f"mode={mode!r} is unknown; choose one of replace, add.")
+        raise ValueError(f"mode={mode!r} is unknown; choose from replace, add.")
     pairs = list(zip(vectors, sets))
     for values, masks in pairs:
         for site, mask in masks.items():

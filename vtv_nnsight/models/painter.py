@@ -35,6 +35,7 @@ from vtv_nnsight.models.painting import Inputs
 from vtv_nnsight.models.sources import HUB_OPTIONS, fetch_released
 from vtv_nnsight.models.torch_files import StrPath
 from vtv_nnsight.prompts import VisualPrompt, crop
+from vtv_nnsight.text import check_choice
 
 EMBEDDING_TYPES = ("semantic", "instance")
 
@@ -287,8 +288,7 @@ class SegGPT(Painter):
     def __init__(
         self, source: StrPath | SegGptForImageSegmentation, *, embedding_type: str = "instance", **kwargs: Any
     ) -> None:
-        if embedding_type not in EMBEDDING_TYPES:
-            raise ValueError(f"embedding_type={embedding_type!r} is unknown; choose from {', '.join(EMBEDDING_TYPES)}.")
+        check_choice(EMBEDDING_TYPES, embedding_type=embedding_type)
         super().__init__(source, **kwargs)
         self.embedding_type = embedding_type
 

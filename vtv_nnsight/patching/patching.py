@@ -26,7 +26,7 @@ from vtv_nnsight.models.nnsight_verbs import CallingBlock
 from vtv_nnsight.models.sites import module_path, place_of, running_layout, running_prompts, token_positions
 from vtv_nnsight.patching.sets import PatchSet
 from vtv_nnsight.patching.spaces import PatchSpace
-from vtv_nnsight.text import join_names, quoted
+from vtv_nnsight.text import check_choice, join_names, quoted
 from vtv_nnsight.vectors import Activations, TaskVector, TaskVectors, zero_vector
 from vtv_nnsight.vectors.compatibility import check_compatible, fingerprint, sent
 
@@ -71,8 +71,7 @@ def patch(
             whole head is patched at the tokens there are); when what would be put there is not finite; outside a
             block; or when the model has run past the first of the places.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={quoted(mode)} is unknown; choose one of {', '.join(MODES)}.")
+    check_choice(MODES, mode=mode)
     block = CallingBlock("patch", model, "with model.trace(prompts): patch(model, vector, patches)")
     prompts, layout = running_prompts(block), running_layout(block)
     vectors = as_vectors(vector)

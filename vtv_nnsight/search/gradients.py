@@ -6,6 +6,7 @@ import torch
 
 from vtv_nnsight.search.budget import GRADIENT_COST, Search
 from vtv_nnsight.search.registry import algorithm
+from vtv_nnsight.text import check_choice
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """The hard-concrete distribution's own constants (Louizos et al., 2018, §4)."""
@@ -101,8 +102,7 @@ def gates(
     Returns:
         Its probabilities are those of a gate that is not shut.
     """
-    if start not in (None, "attribution"):
-        raise ValueError(f"start={start!r} is unknown; choose 'attribution' or None.")
+    check_choice((None, "attribution"), start=start)
     cost, held_out = GRADIENT_COST * images, len(search.held_out)
     reserve = search.budget // 5 + held_out
     every = max(1, search.budget // 10 // cost)

@@ -9,6 +9,7 @@ import torch
 from vtv_nnsight.search.budget import Search
 from vtv_nnsight.search.loops import climb, sample
 from vtv_nnsight.search.registry import algorithm
+from vtv_nnsight.text import check_choice
 
 MIN_PROMPTS = 4
 """With fewer prompts the effect of dropping a unit is not worth measuring."""
@@ -75,10 +76,9 @@ def reinforce(
         ValueError: when the recipe, the judge or an option is not among those there are, or masks is below two.
     """
     search.held_out = _held_out_of(search, judge)
+    check_choice(("leave-one-out", "published"), recipe=recipe)
     if recipe == "published":
         return published(search, _published_options(search.settings))
-    if recipe != "leave-one-out":
-        raise ValueError(f"recipe={recipe!r} is unknown; choose 'leave-one-out' or 'published'.")
     if masks < 2:
         raise ValueError(f"masks={masks} leaves none to compare with; give 2 or more.")
     lr, images = 0.3 if lr is None else lr, 2 if images is None else images

@@ -15,14 +15,10 @@ from torch.nn import functional as F
 from vtv_nnsight import metrics
 from vtv_nnsight.images import FITS, luma, resize, to_tensor, upright_size
 from vtv_nnsight.tasks.base import Place, Row, Task, answer_target
+from vtv_nnsight.text import check_choice
 
 PURPLE, YELLOW = "#440154", "#fde725"
 """The colours of VP's other segmentation masks, (68, 1, 84) and (253, 231, 37)."""
-
-
-def _choose(name: str, value: str, *choices: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Segmentation(Task):
     change = "mask"
 
     def __post_init__(self) -> None:
-        _choose("fill", self.fill, "solid", "edges")
+        check_choice(("solid", "edges"), fill=self.fill)
         for colour in (self.foreground, self.background):
             if not isinstance(colour, str):
                 raise ValueError(f"{colour!r} is not a colour; give one as PIL knows it, as 'white' or '#440154'.")
@@ -107,7 +103,7 @@ class Detection(Segmentation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choose("fit", self.fit, *FITS)
+        check_choice(FITS, fit=self.fit)
 
     def mask(self, row: Row) -> Image.Image:
         """The filled box around the mask of a row that has one, PIL "L", 0 or 255."""
@@ -165,7 +161,7 @@ class Inpainting(Task):
     change = "hole"
 
     def __post_init__(self) -> None:
-        _choose("position", self.position, "random", "center")
+        check_choice(("random", "center"), position=self.position)
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
         """The cell with a black square, or a picture of any size with its like: [3, height, width]."""
@@ -190,7 +186,7 @@ class Colorization(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choose("fit", self.fit, *FITS, "crop")
+        check_choice((*FITS, "crop"), fit=self.fit)
 
     def corrupt(self, cell: torch.Tensor, place: Place) -> torch.Tensor:
         """The luma of the cell: [3, size, size]."""

@@ -23,6 +23,7 @@ from vtv_nnsight.models.mae_vqgan.traced import MAEVQGAN
 from vtv_nnsight.training import recipes
 from vtv_nnsight.training.corpus import PHOTO, Corpus
 from vtv_nnsight.training.figures import ListedFigures, cropped, listed
+from vtv_nnsight.training.loop import Job
 from vtv_nnsight.training.mae import random_mask, train_mae
 from vtv_nnsight.training.tokenizer import WEIGHTS, load_tokenizer, train_decoder, train_tokenizer
 
@@ -79,17 +80,13 @@ def pretrain(
     recipe = replace(
         recipe, steps=recipe.steps if steps is None else steps, decay=recipe.decay if decay is None else decay
     )
-    options: dict[str, Any] = {
-        "corpus": Corpus.read(images),
-        "validation": _validation(images),
-        "resume": resume,
-        "seed": seed,
-        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    }
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pictures = Corpus.read(images), _validation(images)
+    job, options = Job(sizes.config, recipe, out / stage, *pictures, resume, seed, device), dict[str, Any]()
     if start is not None and stage != "mae":
         raise ValueError(f"start={str(start)!r} is for the stage mae; {stage} begins with what {out} holds.")
     if stage == "tokenizer":
-        return train_tokenizer(sizes.config, recipe, out / stage, **options)
+        return train_tokenizer(job)
     if data is not None:
         figures = _figures(data)
         options["canvases"] = lambda step, n: cropped(step, n, sizes.config.image_size, seed, figures)
@@ -97,9 +94,9 @@ def pretrain(
     polished = stage == "mae" and (out / "decoder" / WEIGHTS).is_file()
     vqgan = load_tokenizer(sizes.config, out / ("decoder" if polished else "tokenizer"))
     if stage == "decoder":
-        return train_decoder(sizes.config, vqgan, recipe, out / stage, **options)
+        return train_decoder(job, vqgan)
     known = None if start is None else MAEVQGAN(start, dispatch=True).network
-    return train_mae(sizes.config, vqgan, recipe, out / stage, start=known, **options)
+    return train_mae(job, vqgan, known, **options)
 
 
 def _figures(data: str | os.PathLike[str]) -> Corpus | ListedFigures:

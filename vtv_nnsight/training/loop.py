@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vtv_nnsight.files import make_folder, naming, replacing
+from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.progress import progress_bar
+from vtv_nnsight.training.corpus import Corpus
 from vtv_nnsight.training.optimizers import build_optimizers, has_fast_bf16
 from vtv_nnsight.training.recipes import Recipe
 
@@ -108,6 +111,31 @@ def train(
                 run.save(checkpoint)
                 saved_at = time.monotonic()
     return run.average
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage is trained with.
+
+    Args:
+        config: The model's sizes.
+        recipe, out, resume, seed, device: As for `train`.
+        corpus, validation: Pictures to train on and to validate on, beside scenes.
+    """
+
+    config: MAEVQGANConfig
+    recipe: Recipe
+    out: Path
+    corpus: Corpus | None = None
+    validation: Corpus | None = None
+    resume: bool = False
+    seed: int = 0
+    device: str = "cpu"
+
+    def train(self, module: nn.Module, batches: Batches, loss: Loss, validate: Validation) -> Any:
+        """As `train`."""
+        options: dict[str, Any] = {"resume": self.resume, "seed": self.seed, "device": self.device}
+        return train(module, batches, loss, validate, self.recipe, self.out, **options)
 
 
 class _Run:

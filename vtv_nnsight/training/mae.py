@@ -20,9 +20,7 @@ from vtv_nnsight.models.mae_vqgan.published import save_whole
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.prompts import VisualPrompt, crop
-from vtv_nnsight.training.corpus import Corpus
-from vtv_nnsight.training.loop import CHECKPOINT, LossValue, train
-from vtv_nnsight.training.recipes import Recipe
+from vtv_nnsight.training.loop import CHECKPOINT, Job, LossValue
 from vtv_nnsight.training.stream import SAMPLED_FROM, training_prompts, validation_prompts
 
 QUERY_ONLY, RANDOM = 0.08, 0.10
@@ -73,22 +71,14 @@ def masked_loss(
 
 
 def train_mae(
-    config: MAEVQGANConfig,
+    job: Job,
     vqgan: VQGAN,
-    recipe: Recipe,
-    out: Path,
-    *,
-    corpus: Corpus | None = None,
-    validation: Corpus | None = None,
     start: MAEVQGANModel | None = None,
-    resume: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
     canvases: Callable[[int, int], torch.Tensor] | None = None,
     mask: Callable[[Layout, int, torch.Generator], tuple[torch.Tensor, torch.Tensor]] = draw_mask,
 ) -> Path:
-    """Train the transformer over a trained tokenizer; `out` receives `checkpoint.pt`, `log.jsonl` and the averaged
-    model as a folder for `from_pretrained`; its path is returned.
+    """Train the transformer over a trained tokenizer; the job's folder receives `checkpoint.pt`, `log.jsonl` and the
+    averaged model as a folder for `from_pretrained`; its path is returned.
 
     Args:
         start: A model of the same size to begin with, whatever its codes.
@@ -96,32 +86,31 @@ def train_mae(
             training stream.
         mask: What they hide, as `draw_mask` says it.
     """
-    torch.manual_seed(seed)
-    model = MAEVQGANModel(config)
+    torch.manual_seed(job.seed)
+    model, layout = MAEVQGANModel(job.config), job.config.layout
     if start is not None:
         _take_over(model, start)
     model.vqgan.load_state_dict(vqgan.state_dict())
     model.vqgan.requires_grad_(False)
     _start_head(model)
     if start is not None:
-        sample = training_prompts(SAMPLED_FROM, SAMPLE, config.layout, seed, corpus).canvas
+        sample = training_prompts(SAMPLED_FROM, SAMPLE, layout, job.seed, job.corpus).canvas
         with torch.no_grad():
             recode(start.decoder.head, model.decoder.head, start.vqgan.encode(sample), vqgan.encode(sample))
-    on_cpu = torch.device(device).type == "cpu"
+    on_cpu = torch.device(job.device).type == "cpu"
     if on_cpu:
         model.set_attn_implementation("eager")  # twice as fast there: its fused kernel is slow on small heads
-    layout = config.layout
-    canvases = canvases or (lambda step, n: training_prompts(step, n, layout, seed, corpus).canvas)
+    canvases = canvases or (lambda step, n: training_prompts(step, n, layout, job.seed, job.corpus).canvas)
     held_out = [
-        (f"{task.name}, {source}", task, prompts.to(device))
+        (f"{task.name}, {source}", task, prompts.to(job.device))
         for task in tasks.VTV
-        for source, prompts in validation_prompts(task, VALIDATION, layout, validation).items()
+        for source, prompts in validation_prompts(task, VALIDATION, layout, job.validation).items()
     ]
-    vqgan.to(device)
+    vqgan.to(job.device)
     ceilings = {f"{name}, ceiling": _ceiling(vqgan, task, prompts) for name, task, prompts in held_out}
 
     def batches(step: int) -> tuple[torch.Tensor, ...]:
-        canvas = canvases(step, recipe.batch_size)
+        canvas = canvases(step, job.recipe.batch_size)
         if not on_cpu:
             return (canvas,)  # its codes are found on the GPU
         with torch.no_grad():
@@ -140,12 +129,12 @@ def train_mae(
             numbers[f"{name}, without example"] = one_shot(model, task, prompts.query_only())
         return numbers
 
-    average = train(model, batches, loss, validate, recipe, out, resume=resume, seed=seed, device=device)
+    average = job.train(model, batches, loss, validate)
     average.vqgan.load_state_dict(vqgan.state_dict())  # its decoder may have learned on since the run began
     average.set_attn_implementation("sdpa")
     if processes().is_main_process:
-        save_whole(average.cpu(), out / "model")
-    return out / "model"
+        save_whole(average.cpu(), job.out / "model")
+    return job.out / "model"
 
 
 def _take_over(model: MAEVQGANModel, start: MAEVQGANModel) -> None:

@@ -31,14 +31,12 @@ from torch.nn import functional as F
 
 from vtv_nnsight import tasks
 from vtv_nnsight.files import replacing
-from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.mae_vqgan import MAEVQGANConfig
 from vtv_nnsight.models.mae_vqgan.vqgan import VQGAN
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.training.corpus import PHOTO, Corpus
-from vtv_nnsight.training.loop import CHECKPOINT, LossValue, train
+from vtv_nnsight.training.loop import CHECKPOINT, Job, LossValue
 from vtv_nnsight.training.perceptual import PerceptualDistance
-from vtv_nnsight.training.recipes import Recipe
 from vtv_nnsight.training.stream import SAMPLED_FROM, training_crops, training_prompts, validation_prompts
 
 CODEBOOK_DECAY = 0.98
@@ -184,61 +182,28 @@ def _water_level(variances: torch.Tensor, bits: float) -> torch.Tensor:
     return middle.exp()
 
 
-def train_tokenizer(
-    config: MAEVQGANConfig,
-    recipe: Recipe,
-    out: Path,
-    *,
-    corpus: Corpus | None = None,
-    validation: Corpus | None = None,
-    resume: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-) -> Path:
-    """Train a tokenizer on the canvases of the training stream; `out` receives `checkpoint.pt`, `log.jsonl` and the
-    averaged weights, `vqgan.safetensors`; its path is returned. `validation` are the pictures to validate on, beside
-    scenes.
+def train_tokenizer(job: Job) -> Path:
+    """Train a tokenizer on the canvases of the training stream; the job's folder receives `checkpoint.pt`, `log.jsonl`
+    and the averaged weights, `vqgan.safetensors`; its path is returned.
 
     Raises:
         ValueError: when several processes train (`processes`).
     """
     if (many := processes().num_processes) > 1:
         raise ValueError(f"{many} processes train a tokenizer; its codebook follows one, so start it without torchrun.")
-    torch.manual_seed(seed)
-    batches = partial(_pictures, recipe.batch_size, config.layout, seed, corpus)
-    module = TokenizerTraining(config, recipe.perceptual)
-    if not (resume and (out / CHECKPOINT).exists()):
-        sample = torch.cat([batches(SAMPLED_FROM + i)[0] for i in range(-(-SAMPLE // recipe.batch_size))])
-        module.start(sample, torch.Generator().manual_seed(seed))
-    validate = _validation(config.layout, validation, device)
-    average = train(
-        module,
-        batches,
-        TokenizerTraining.loss,
-        lambda module: validate(module.vqgan),
-        recipe,
-        out,
-        resume=resume,
-        seed=seed,
-        device=device,
-    )
-    return _save(average.vqgan, out)
+    torch.manual_seed(job.seed)
+    batches, validate = partial(_pictures, job), _validation(job)
+    module = TokenizerTraining(job.config, job.recipe.perceptual)
+    if not (job.resume and (job.out / CHECKPOINT).exists()):
+        sample = torch.cat([batches(SAMPLED_FROM + i)[0] for i in range(-(-SAMPLE // job.recipe.batch_size))])
+        module.start(sample, torch.Generator().manual_seed(job.seed))
+    average = job.train(module, batches, TokenizerTraining.loss, lambda module: validate(module.vqgan))
+    return _save(average.vqgan, job.out)
 
 
-def train_decoder(
-    config: MAEVQGANConfig,
-    vqgan: VQGAN,
-    recipe: Recipe,
-    out: Path,
-    *,
-    corpus: Corpus | None = None,
-    validation: Corpus | None = None,
-    resume: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-) -> Path:
+def train_decoder(job: Job, vqgan: VQGAN) -> Path:
     """Train the decoder of a tokenizer on; the codes stay what they are. Otherwise as `train_tokenizer`."""
-    distance = Distance(recipe.perceptual)
+    distance = Distance(job.recipe.perceptual)
     for part in (vqgan.encoder, vqgan.quant_conv, vqgan.codebook):
         part.requires_grad_(False)
 
@@ -248,24 +213,22 @@ def train_decoder(
             quantised = vqgan.codebook(vqgan.encode(pixels))
         return distance(vqgan.decode_latent(quantised).float(), 2 * pixels - 1)
 
-    batches = partial(_pictures, recipe.batch_size, config.layout, seed, corpus)
-    validate = _validation(config.layout, validation, device)
-    return _save(train(vqgan, batches, loss, validate, recipe, out, resume=resume, seed=seed, device=device), out)
+    return _save(job.train(vqgan, partial(_pictures, job), loss, _validation(job)), job.out)
 
 
-def _pictures(n: int, layout: Layout, seed: int, corpus: Corpus | None, step: int) -> tuple[torch.Tensor]:
+def _pictures(job: Job, step: int) -> tuple[torch.Tensor]:
     """What a step draws: canvases, and pictures without one where there are photographs."""
-    corpus = corpus or Corpus(())
+    corpus, layout, n = job.corpus or Corpus(()), job.config.layout, job.recipe.batch_size
     plain = round(CROPS * n) if corpus.has(PHOTO) else 0
-    canvas = training_prompts(step, n - plain, layout, seed, corpus).canvas
+    canvas = training_prompts(step, n - plain, layout, job.seed, corpus).canvas
     if plain:
-        canvas = torch.cat([canvas, training_crops(step, plain, layout.canvas_size, seed, corpus)])
+        canvas = torch.cat([canvas, training_crops(step, plain, layout.canvas_size, job.seed, corpus)])
     return (canvas,)
 
 
-def _validation(layout: Layout, corpus: Corpus | None, device: str) -> Callable[[VQGAN], dict[str, float]]:
-    prompts = validation_prompts(tasks.identity, 64, layout, corpus)
-    canvases = {name: batch.canvas.to(device) for name, batch in prompts.items()}
+def _validation(job: Job) -> Callable[[VQGAN], dict[str, float]]:
+    prompts = validation_prompts(tasks.identity, 64, job.config.layout, job.validation)
+    canvases = {name: batch.canvas.to(job.device) for name, batch in prompts.items()}
 
     def validate(vqgan: VQGAN) -> dict[str, float]:
         scores = {name: reconstruction(vqgan, canvas) for name, canvas in canvases.items()}

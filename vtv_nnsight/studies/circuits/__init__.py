@@ -12,23 +12,7 @@ from vtv_nnsight.studies.circuits.nearest_centroid import centroid_accuracy
 from vtv_nnsight.studies.circuits.rankings import RANKINGS, ComplementObjective, rank_units
 
 __all__ = [
-    "DIRECTIONS",
-    "RANKINGS",
-    "SIZES",
-    "Curves",
-    "ComplementObjective",
-    "KnownCircuit",
-    "Measure",
-    "answer_loss",
-    "answer_metric",
-    "auroc",
-    "by_head",
-    "centroid_accuracy",
-    "counterfactual",
-    "faithfulness",
-    "log_ratio",
-    "nodes",
-    "plots",
-    "rank_units",
-    "write_nodes",
-]
+    "DIRECTIONS", "RANKINGS", "SIZES", "Curves", "ComplementObjective", "KnownCircuit", "Measure", "answer_loss",
+    "answer_metric", "auroc", "by_head", "centroid_accuracy", "counterfactual", "faithfulness", "log_ratio", "nodes",
+    "plots", "rank_units", "write_nodes",
+]  # fmt: skip

@@ -19,10 +19,10 @@ what is left without any unit. Two directions:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -105,11 +105,11 @@ def faithfulness(
         sets |= {_key(choices): choices for choices in prefixes(order, len(space), counts)}
     prompts = prompts.to(device_of(model))
     vector = vector if isinstance(vector, Activations) else vector.to(device_of(model))
-    settings = _settings(model, vector, prompts, space, measures, direction)
+    asked = _Asked(model, vector, space, measures)
+    journal = Journal(resume, asked.settings(prompts) | {"direction": direction})
     total = len(prompts) * (len(sets) + (direction == "in"))
-    journal, measured = Journal(resume, settings), partial(_measure, model, vector, space, measures)
     with progress_bar(total=total, desc=f"curves, {direction}", unit="answer", disable=not progress) as bar:
-        answers = partial(_values, measured, batch_size_of(model, batch_size), journal, bar)
+        answers = partial(asked.values, batch_size_of(model, batch_size), journal, bar)
         if direction == "out":
             values = dict(zip(sets, answers(prompts, [~choices for choices in sets.values()])))
             full = values[_key(everything)]
@@ -146,62 +146,47 @@ def _key(choices: torch.Tensor) -> bytes:
     return choices.numpy().tobytes()
 
 
-def _values(
-    measure: Callable[[VisualPrompt, torch.Tensor, torch.Tensor], torch.Tensor],
-    batch_size: int,
-    journal: Journal,
-    bar: Any,
-    prompts: VisualPrompt,
-    sets: Sequence[torch.Tensor],
-) -> list[np.ndarray]:
-    """m of every prompt under every set that is patched: arrays [measure, prompt]."""
-    values = []
-    which = torch.arange(len(sets)).repeat_interleave(len(prompts))
-    numbers = torch.arange(len(prompts)).repeat(len(sets))
-    for part, rows in zip(which.split(batch_size), numbers.split(batch_size)):
-        choices = torch.stack([sets[i] for i in part.tolist()])
-        values.append(journal.answer((choices, rows), partial(measure, prompts)))
-        bar.update(len(rows))
-    return list(torch.cat(values).view(len(sets), len(prompts), -1).mT.numpy())
+class _Asked(NamedTuple):
+    """What is asked of prompts under sets that are patched."""
 
+    model: InContextModel
+    vector: TaskVector | Activations
+    space: PatchSpace
+    measures: Sequence[Measure]
 
-@torch.no_grad()
-def _measure(
-    model: InContextModel,
-    vector: TaskVector | Activations,
-    space: PatchSpace,
-    measures: Sequence[Measure],
-    prompts: VisualPrompt,
-    choices: torch.Tensor,
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    """All measures of the prompts of numbers `rows`, each patched with its own set: float64 [row, measure]."""
-    device = device_of(model)
-    vector = vector[rows].to(device) if isinstance(vector, Activations) else vector
-    rows = rows.to(device)
-    edit = partial(patch, vector=vector, patches=space.mask(choices.to(device)))
-    restrict = all(measure.narrows for measure in measures)
-    output, answered = forward(model, prompts[rows], edit, restrict=restrict)
-    values = torch.stack([measure.value(output, answered, rows).double().cpu() for measure in measures], dim=1)
-    check_finite(values, "a measure", WHERE)
-    return values
+    def values(
+        self, batch_size: int, journal: Journal, bar: Any, prompts: VisualPrompt, sets: Sequence[torch.Tensor]
+    ) -> list[np.ndarray]:
+        """m of every prompt under every set: arrays [measure, prompt]."""
+        values = []
+        which = torch.arange(len(sets)).repeat_interleave(len(prompts))
+        numbers = torch.arange(len(prompts)).repeat(len(sets))
+        for part, rows in zip(which.split(batch_size), numbers.split(batch_size)):
+            choices = torch.stack([sets[i] for i in part.tolist()])
+            values.append(journal.answer((choices, rows), partial(self.measure, prompts)))
+            bar.update(len(rows))
+        return list(torch.cat(values).view(len(sets), len(prompts), -1).mT.numpy())
 
+    @torch.no_grad()
+    def measure(self, prompts: VisualPrompt, choices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """All measures of the prompts of numbers `rows`, each patched with its own set: float64 [row, measure]."""
+        device, vector = device_of(self.model), self.vector
+        vector = vector[rows].to(device) if isinstance(vector, Activations) else vector
+        rows = rows.to(device)
+        edit = partial(patch, vector=vector, patches=self.space.mask(choices.to(device)))
+        restrict = all(measure.narrows for measure in self.measures)
+        output, answered = forward(self.model, prompts[rows], edit, restrict=restrict)
+        values = torch.stack([measure.value(output, answered, rows).double().cpu() for measure in self.measures], dim=1)
+        check_finite(values, "a measure", WHERE)
+        return values
 
-def _settings(
-    model: InContextModel,
-    vector: TaskVector | Activations,
-    prompts: VisualPrompt,
-    space: PatchSpace,
-    measures: Sequence[Measure],
-    direction: str,
-) -> dict[str, Any]:
-    """What the answers depend on, in words and digests (JSON values)."""
-    compared = [tensor for measure in measures for tensor in measure.truths]
-    return {
-        "algorithm": "faithfulness",
-        "direction": direction,
-        "measures": [measure.name for measure in measures],
-        "model": fingerprint(model),
-        "data": [prompts.digest, tensor_digest(*vector.values.values(), *compared)],
-        "space": space.fingerprint,
-    }
+    def settings(self, prompts: VisualPrompt) -> dict[str, Any]:
+        """What the answers depend on, in words and digests (JSON values)."""
+        compared = [tensor for measure in self.measures for tensor in measure.truths]
+        return {
+            "algorithm": "faithfulness",
+            "measures": [measure.name for measure in self.measures],
+            "model": fingerprint(self.model),
+            "data": [prompts.digest, tensor_digest(*self.vector.values.values(), *compared)],
+            "space": self.space.fingerprint,
+        }

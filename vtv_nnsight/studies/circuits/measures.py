@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.interface import InContextModel
+from vtv_nnsight.models.interface import InContextModel, Loss
 from vtv_nnsight.patching.forward import find_loss
 from vtv_nnsight.prompts import Prompts, VisualPrompt
 from vtv_nnsight.tasks.base import AnyTask
@@ -40,12 +40,8 @@ def answer_loss(model: InContextModel, prompts: VisualPrompt, loss: str | None =
     Raises:
         ValueError: when the model has no such loss.
     """
-    scored, truth = find_loss(model, loss), model.truth(prompts.to(device_of(model)))
-
-    def value(output: Any, answered: VisualPrompt, rows: torch.Tensor) -> torch.Tensor:
-        return -scored.value(output, answered, truth[rows])
-
-    return Measure(f"− {scored.name} loss", value, True, (truth,))
+    scored = find_loss(model, loss)
+    return _minus(scored, f"− {scored.name} loss", model.truth(prompts.to(device_of(model))), narrows=True)
 
 
 def answer_metric(model: InContextModel, task: AnyTask, prompts: Prompts) -> Measure:
@@ -60,11 +56,12 @@ def answer_metric(model: InContextModel, task: AnyTask, prompts: Prompts) -> Mea
     if scored is None:
         raise ValueError(f"{task.metric.name!r} reads what is generated, not an output; take answer_loss.")
     truth = (scored.truth or model.truth)(prompts.to(device_of(model)))
+    return _minus(scored, f"{task.name}'s metric", truth, narrows=False)
 
-    def value(output: Any, answered: Prompts, rows: torch.Tensor) -> torch.Tensor:
-        return -scored.value(output, answered, truth[rows])
 
-    return Measure(f"{task.name}'s metric", value, False, (truth,))
+def _minus(loss: Loss, name: str, truth: torch.Tensor, narrows: bool) -> Measure:
+    """A loss with its sign turned."""
+    return Measure(name, lambda output, answered, rows: -loss.value(output, answered, truth[rows]), narrows, (truth,))
 
 
 def log_ratio(model: InContextModel, prompts: VisualPrompt, others: VisualPrompt, loss: str | None = None) -> Measure:

@@ -18,7 +18,7 @@ from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import device_of
 from vtv_nnsight.models.interface import InContextModel
 from vtv_nnsight.prompts import VisualPrompt, crop
-from vtv_nnsight.studies.learning import descend
+from vtv_nnsight.studies.learning import Descent, descend
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,19 +47,7 @@ class Border:
         return prompts._with(canvas=canvas)
 
 
-def learn_border(
-    model: InContextModel,
-    prompts: VisualPrompt,
-    *,
-    width: int | None = None,
-    loss: str | None = None,
-    steps: int = 200,
-    lr: float = 0.02,
-    batch_size: int = 16,
-    held_out: float | VisualPrompt = 0.25,
-    seed: int = 0,
-    progress: bool = True,
-) -> Border:
+def learn_border(model: InContextModel, prompts: VisualPrompt, *, width: int | None = None, **options: Any) -> Border:
     """The border that lowers a model's loss most.
 
     Adam goes down the gradient of the loss from no border at all. The held-out prompts are looked at ten times, and the
@@ -69,22 +57,18 @@ def learn_border(
         model: The model, on its device and in its dtype.
         prompts: One-shot prompts of the task with the truth in their output cells.
         width: Of the border in pixels; None is the paper's share of a cell's side, 30 of 224.
-        loss: The name of one of the model's losses that have gradients, by default its first.
-        steps, lr, batch_size: Of Adam; pixels are in [0, 1].
-        held_out: The share of the prompts that is held out, or other prompts.
-        seed: Of the split and the order.
-        progress: Show a progress bar.
+        **options: Those of `learning.Descent`, such as `steps=60`; pixels are in [0, 1].
 
     Raises:
         ValueError: when the model has no such loss, the prompts show no example, or nothing is to be learned.
     """
-    layout = prompts.layout
+    layout, how = prompts.layout, Descent(**options)
     size = layout.cell_size
     width = max(1, round(size * 30 / 224)) if width is None else width
-    if not 1 <= width <= (size + 1) // 2 or steps < 1:
+    if not 1 <= width <= (size + 1) // 2 or how.steps < 1:
         raise ValueError(
-            f"a border of {width} pixels and {steps} steps leave nothing to learn on cells of {size} pixels; give a "
-            f"width from 1 to {(size + 1) // 2}, and 1 step or more."
+            f"a border of {width} pixels and {how.steps} steps leave nothing to learn on cells of {size} pixels; give "
+            f"a width from 1 to {(size + 1) // 2}, and 1 step or more."
         )
     examples = torch.cat([layout.regions[name] for name in _example_cells(layout)])
     if not torch.isin(examples, prompts.visible.cpu()).any():
@@ -92,10 +76,7 @@ def learn_border(
     frame = torch.ones(size, size, device=device_of(model))
     frame[width : size - width, width : size - width] = 0
     pixels = torch.zeros(3, size, size, device=frame.device, requires_grad=True)
-    options: dict[str, Any] = dict(
-        loss=loss, steps=steps, lr=lr, batch_size=batch_size, held_out=held_out, seed=seed, progress=progress
-    )
-    (best,) = descend(model, prompts, [pixels], show=lambda rows: Border(frame * pixels, layout)(rows), **options)
+    (best,) = descend(model, prompts, [pixels], how, show=lambda rows: Border(frame * pixels, layout)(rows))
     return Border(frame * best, layout)
 
 
