@@ -22,7 +22,7 @@ from vtv_nnsight.demo.page import launch, make_page
 from vtv_nnsight.demo.words import load_players
 from vtv_nnsight.report.hero import save_animation
 
-TASK, QUERY = "lowlight", 5
+TASK, QUERY = "lowlight", 3
 """What is shown, and the number of the thumbnail that is clicked at."""
 
 
