@@ -142,17 +142,17 @@ def of_bench(name: str, minutes: int, seeds: int, options: str = "", kept: str =
     return Part(command, minutes, seeds, files, of_file)
 
 
-def of_seeds(data: str, minutes: int, matrix: str = "") -> Part:
+def of_seeds(data: str, minutes: int, options: str = "") -> Part:
     """`vtv run` over five seeds."""
     folder = f"runs/seeds-{data}"
     files = {f"run_{data}.csv": f"{folder}/table.csv", f"seeds_{data}.csv": f"{folder}/seeds.csv"}
-    command = f"vtv run --data {data} --seeds 5 {matrix} --out {folder}".replace("  ", " ")
+    command = f"vtv run --data {data} --seeds 5 {options} --out {folder}".replace("  ", " ")
     return Part(command, minutes, 5, files, of_run)
 
 
 SPECIFICITY = "vtv bench specificity --runs runs/seeds-pictures --seeds 5 --out benchmarks/results"
 PARTS = {
-    "pictures": of_seeds("pictures", 45, "--matrix"),
+    "pictures": of_seeds("pictures", 45, "--budget 4000 --matrix"),
     "matrix": Part(SPECIFICITY, 1, 5, {"specificity.json": None}, of_matrix),
     "scenes": of_seeds("scenes", 30),
     "held_out": of_bench("held_out_tasks", 15, 3, "--runs runs/held-out-tasks")._replace(table=of_lines),
