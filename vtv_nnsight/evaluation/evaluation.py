@@ -27,6 +27,8 @@ from vtv_nnsight.progress import progress_bar
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.tasks.base import AnyTask
 
+Conditions = Mapping[str, Condition | str | tuple[Any, ...] | None | Sequence[Condition]]
+"""Name → a condition, its short form (see `Condition.of`), or one that is drawn several times."""
 UNPATCHED = (BASELINE, ZERO_SHOT, CEILING, FLOOR)
 """What is compared where no conditions are given."""
 
@@ -35,7 +37,7 @@ def evaluate(
     model: InContextModel,
     task: AnyTask,
     prompts: Prompts,
-    conditions: Mapping[str, Condition | str | tuple[Any, ...] | None | Sequence[Condition]] | None = None,
+    conditions: Conditions | None = None,
     *,
     fold: int = 0,
     batch_size: int | None = None,
@@ -111,11 +113,7 @@ def evaluate(
     return Table(_frame(task, prompts, values, loss, fold), kept)
 
 
-def _plans(
-    conditions: Mapping[str, Condition | str | tuple[Any, ...] | None | Sequence[Condition]],
-    prompts: Prompts,
-    device: torch.device,
-) -> dict[tuple[str, int], Condition]:
+def _plans(conditions: Conditions, prompts: Prompts, device: torch.device) -> dict[tuple[str, int], Condition]:
     """(name, number of the draw) → condition on the model's device."""
     drawn = {name: value if isinstance(value, list) else [value] for name, value in conditions.items()}
     plans = {(name, i): Condition.of(value, name) for name, draws in drawn.items() for i, value in enumerate(draws)}

@@ -67,8 +67,6 @@ def heads_of(
     def joined(attention: Envoy, heads: torch.Tensor) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
         return (join(heads, network_of(attention)) if join else heads.flatten(-2),), {}
 
-    @writable("[batch, token, head, head_dim]", joined)
-    @eproperty(key=f"{projection}.input", description="outputs z of the heads, [batch, token, head, head_dim]")
     def heads(self: Envoy, value: Any) -> torch.Tensor:
         """Output z = softmax(qkᵀ/√d)·v of every head, before the output projection: [batch, token, head, head_dim].
 
@@ -80,7 +78,8 @@ def heads_of(
         (z,), _ = value
         return split(editable(z), network_of(self)) if split else editable(z).unflatten(-1, sizes(self))
 
-    return heads
+    view = eproperty(f"{projection}.input", "outputs z of the heads, [batch, token, head, head_dim]")(heads)
+    return writable("[batch, token, head, head_dim]", joined)(view)
 
 
 def writable(
@@ -95,7 +94,6 @@ def writable(
     """
 
     def declare(view: eproperty) -> eproperty:
-        @view.postprocess
         def checked(envoy: Envoy, value: Any) -> Any:
             expected = list(view._preprocess(envoy, Mediator.value(view._location(envoy))).shape)
             if not isinstance(value, torch.Tensor) or list(value.shape) != expected:
@@ -103,6 +101,7 @@ def writable(
                 raise ValueError(f"{envoy.path}.{view.name} was given {given}; expected a tensor {axes} = {expected}.")
             return write(envoy, value)
 
+        view.postprocess(checked)
         view.transform(lambda envoy, edited, raw: write(envoy, edited))
         return view
 

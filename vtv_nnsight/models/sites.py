@@ -171,8 +171,3 @@ def read_layers(
             end_run()
 
     block.run(run, steps=steps, whole=True)
-
-
-def stop_gradient(model: InContextModel, stage: Stage, layer: int) -> None:
-    """Inside a trace: let gradients pass by a layer, along the residual stream, and none through what it adds."""
-    inside_trace.stop_gradient(model.outputs(stage.name, layer)["residual"])

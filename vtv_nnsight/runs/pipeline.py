@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vtv_nnsight import tasks as registry
-from vtv_nnsight.evaluation import Table
+from vtv_nnsight.evaluation import Table, each_vector, evaluate, search_each
 from vtv_nnsight.evaluation.conditions import PATCHED
 from vtv_nnsight.files import replacing
 from vtv_nnsight.models.devices import device_of
@@ -213,10 +213,15 @@ def _demonstrate(bench: _Bench, fold: int, task: str) -> None:
 
 def _search_anew(bench: _Bench, fold: int, task: str) -> None:
     """One task's row of the matrix, in all processes that `torchrun` started."""
-    part, setup = bench.folds[fold], bench.setup
+    part, setup, asked = bench.folds[fold], bench.setup, registry.get(task)
+    settings, model, batch_size = setup.settings, setup.model, setup.batch_size
     prompts = read_prompts(part.folder / f"prompts/{task}.safetensors", setup.layout)
-    given = (prompts, part.test, TaskVectors.load(part.folder / "vectors.safetensors"), bench.space, part.number)
-    table = steps.search_anew(setup, registry.get(task), *given, part.folder / "matrix")
+    vectors = TaskVectors.load(part.folder / "vectors.safetensors")
+    shared: dict[str, Any] = {"budget": settings.matrix, "resume": part.folder / "matrix", "batch_size": batch_size}
+    shared |= {"loss": settings.loss, "seed": settings.seed}
+    conditions = each_vector(task, vectors, search_each(model, asked, prompts, vectors, bench.space, **shared))
+    queries = steps.prompts_to_test(setup, asked, part.test)
+    table = evaluate(model, asked, queries, conditions, fold=part.number, batch_size=batch_size, keep=0)
     if processes().is_main_process:
         table.to_parquet(part.folder / f"matrix/{task}.parquet")
 

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from vtv_nnsight import models
 from vtv_nnsight import tasks as registry
-from vtv_nnsight.evaluation import (
-    Condition,
-    Table,
-    comparison,
-    controls,
-    each_vector,
-    search_each,
-    select_prompts,
-    with_other_examples,
-)
+from vtv_nnsight.evaluation import Condition, Table, comparison, controls, select_prompts, with_other_examples
 from vtv_nnsight.evaluation import evaluate as evaluate_conditions
 from vtv_nnsight.layouts import Layout
 from vtv_nnsight.models.devices import resolve_device
@@ -167,40 +157,18 @@ def evaluate(
 ) -> Table:
     """Scores and first answers on prompts of pictures that were not searched on, of every condition; without vectors
     those that need none. Controls that are many are asked fewer prompts: see `Settings`."""
-    prompts, conditions = prompts_to_test(setup, task, rows), None
+    prompts = prompts_to_test(setup, task, rows)
+    conditions: dict[str, Condition | list[Condition]] | None = None
     if vectors is not None and patches is not None:
-        conditions = _conditions(task, vectors, patches, setup.settings) | _other_examples(setup, task, rows, prompts)
+        settings, vector = setup.settings, vectors[task.name]
+        drawn: dict[str, int] = {"draws": settings.draws, "seed": settings.seed, "prompts": settings.control_prompts}
+        conditions = dict[str, Condition | list[Condition]](comparison(vector, patches, seed=settings.seed))
+        conditions |= controls(vector, patches, vectors, **drawn)
+        others = (other for other in registry.VTV if other.name != task.name and other.needs in rows.column_names)
+        if other := next(others, None):
+            wrong = prompts_to_test(setup, other, rows)  # of the same rows
+            conditions |= with_other_examples(prompts, wrong, settings.control_prompts)
     return evaluate_conditions(setup.model, task, prompts, conditions, fold=fold, batch_size=setup.batch_size)
-
-
-def _other_examples(
-    setup: Setup, task: Task, rows: Dataset, prompts: VisualPrompt
-) -> dict[str, Condition | list[Condition]]:
-    """The same queries under an example of another of VTV's tasks, and under a blank one."""
-    others = (other for other in registry.VTV if other.name != task.name and other.needs in rows.column_names)
-    if (other := next(others, None)) is None:
-        return {}
-    wrong = prompts_to_test(setup, other, rows)  # of the same rows
-    return dict(with_other_examples(prompts, wrong, setup.settings.control_prompts))
-
-
-def search_anew(
-    setup: Setup,
-    task: Task,
-    prompts: VisualPrompt,
-    rows: Dataset,
-    vectors: TaskVectors,
-    space: PatchSpace,
-    fold: int = 0,
-    resume: Path | None = None,
-) -> Table:
-    """Every vector on a task at units that are searched for it: see `evaluation.searched_anew`."""
-    settings = setup.settings
-    shared: dict[str, Any] = {"loss": settings.loss, "seed": settings.seed, "batch_size": setup.batch_size}
-    results = search_each(setup.model, task, prompts, vectors, space, budget=settings.matrix, resume=resume, **shared)
-    conditions = each_vector(task.name, vectors, results)
-    asked = prompts_to_test(setup, task, rows)
-    return evaluate_conditions(setup.model, task, asked, conditions, fold=fold, batch_size=setup.batch_size, keep=0)
 
 
 def prompts_to_test(setup: Setup, task: Task, rows: Dataset) -> VisualPrompt:
@@ -211,13 +179,3 @@ def prompts_to_test(setup: Setup, task: Task, rows: Dataset) -> VisualPrompt:
     if is_published_detection(settings):
         return detection_prompts(task, rows, settings, setup.layout)
     return task.prompts(rows, settings.test_prompts, settings.seed, setup.layout)
-
-
-def _conditions(
-    task: Task, vectors: TaskVectors, patches: PatchSet, settings: Settings
-) -> dict[str, Condition | list[Condition]]:
-    """What a run compares: `comparison`, with `controls` in the place of its single ones."""
-    vector, seed = vectors[task.name], settings.seed
-    conditions = comparison(vector, patches, seed=seed)
-    drawn = controls(vector, patches, vectors, draws=settings.draws, seed=seed, prompts=settings.control_prompts)
-    return conditions | drawn

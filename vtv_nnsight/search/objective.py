@@ -21,9 +21,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from vtv_nnsight.digests import tensor_digest
 from vtv_nnsight.finite import check_whole
 from vtv_nnsight.models.devices import device_of
-from vtv_nnsight.models.inside_trace import first
+from vtv_nnsight.models.inside_trace import first, stop_gradient
 from vtv_nnsight.models.interface import InContextModel, batch_size_of
-from vtv_nnsight.models.sites import stop_gradient
 from vtv_nnsight.parallel import processes
 from vtv_nnsight.patching import PatchSpace, patch
 from vtv_nnsight.patching.forward import Edit, find_loss, give_like, losses, remember, residuals, start_from
@@ -196,7 +195,7 @@ class Objective:
             gates: Float [row, unit], from 0 (the activation as it is) to 1 (the vector).
             rows: Prompt numbers [row].
             drop: The number of a layer, counted through the stages, that gradients do not flow through: they pass it by
-                along the residual stream (`sites.stop_gradient`).
+                along the residual stream (`inside_trace.stop_gradient`).
 
         Returns:
             Float64 losses [row] and gradients [row, unit], on the CPU.
@@ -244,7 +243,7 @@ class Objective:
         """The model, with a layer that gradients do not flow through."""
         stage, layer = [(stage, layer) for stage in self.model.stages for layer in range(stage.layers)][drop]
         with self.model.edit() as (_, edited):
-            stop_gradient(edited, stage, layer)
+            stop_gradient(edited.outputs(stage.name, layer)["residual"])
         return cast(InContextModel, edited)
 
     def _losses(

@@ -101,8 +101,13 @@ def collect_rows(
     with progress_bar(total=len(prompts), desc="collecting", unit="prompt", disable=not progress) as bar:
         batches = list(prompts.split(batch_size_of(model, batch_size, prompts=prompts)))
         if remote:
-            parts = [ByStage() for _ in batches]
-            _rows_there(model, remote, batches, sites, parts, positions)
+            far, stage = cast(Any, model), model.stages[0]
+            inputs, names = [far.seen(batch) for batch in batches], list(validate_sites(model, sites))
+            for batch, values in zip(batches, there(model, remote, inside_trace.collect_rows, inputs, names)):
+                parts.append(ByStage())
+                for site, layers in values.items():
+                    for layer, z in enumerate(layers):
+                        keep(0, stage.at(site), layer, z, model.positions(stage.name, batch))
         for batch in () if remote else batches:
             parts.append(ByStage())
             with torch.no_grad(), model.trace(batch.to(device)):
@@ -128,19 +133,6 @@ def _moments_there(
         )
         for task, total in every.items()
     }
-
-
-def _rows_there(
-    model: Any, remote: bool | str, batches: Sequence[Any], sites: Any, parts: list[ByStage], positions: int
-) -> None:
-    """Put the activations of batches, read where the model runs, to where they belong."""
-    stage, sites = model.stages[0], list(validate_sites(model, sites))
-    inputs = [model.seen(batch) for batch in batches]
-    for batch, part, values in zip(batches, parts, there(model, remote, inside_trace.collect_rows, inputs, sites)):
-        seen = model.positions(stage.name, batch)
-        for site, layers in values.items():
-            for layer, z in enumerate(layers):
-                put_rows(part, stage.at(site), layer, z, seen, positions)
 
 
 def put_rows(values: ByStage, stage: Stage, layer: int, z: torch.Tensor, seen: torch.Tensor, places: int) -> None:
