@@ -1,4 +1,4 @@
-"""Pictures as people have them, to tensors and back."""
+"""Pictures as people have them, to tensors and back; and a model's answer carried over to a photograph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs of words, and rows of texts: the lists that the package carries, and files of yours.
+"""Pairs of words, and rows of texts: those of `tasks.words` (`tasks/words.json`), and files of yours.
 
 >>> words("antonym")[0]
 {'task': 'antonym', 'input': 'hot', 'output': 'cold'}

@@ -1,4 +1,7 @@
-"""REINFORCE over independent Bernoullis: score-function gradients of the expected loss."""
+"""REINFORCE over independent Bernoullis: score-function gradients of the expected loss.
+
+The update itself, which a server can run, is `loops.climb`.
+"""
 
 from __future__ import annotations
 
