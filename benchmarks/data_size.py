@@ -312,6 +312,7 @@ def main() -> None:
     batch = args.batch or size.mae.batch_size
     recipe = replace(size.mae, steps=args.steps, batch_size=batch, decay=args.steps // 5, validate=args.steps)
     folder = args.out / args.name / f"{args.size}-{args.steps}x{batch}-seed{args.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
     drawing = replace(size.tokenizer, steps=args.tokenizer_steps, decay=args.tokenizer_steps // 5, validate=10**9)
     corpus, shared = Corpus.read(args.images), dict(resume=True, seed=args.seed, device=args.device)
     train_tokenizer(Job(size.config, drawing, folder / "tokenizer", corpus, **shared))
