@@ -709,7 +709,7 @@ def test_sets_of_unknown_units_are_refused(model, tmp_path):
     ):
         wrong = {name: held for name, held in content["space"].items() if name != "units"} | {name: value}
         path.write_text(json.dumps(content | {"space": wrong}))
-        with pytest.raises(ValueError, match="not a space of units"):
+        with pytest.raises(ValueError, match="not that of a space of units"):
             PatchSet.load(path)
     for stage, at in (("encoder", [10**9]), ("decoder", ["x"]), ("decoder", [-5000])):
         wrong = json.loads(json.dumps(content))
