@@ -715,7 +715,7 @@ def test_sets_of_unknown_units_are_refused(model, tmp_path):
         wrong = json.loads(json.dumps(content))
         wrong["space"]["units"][stage]["groups"]["query"] = at
         path.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match="not a space of units"):
+        with pytest.raises(ValueError, match="not that of a space of units"):
             PatchSet.load(path)
 
 
