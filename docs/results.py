@@ -125,8 +125,9 @@ def of_language(contents: dict[str, Any]) -> str:
         rows = [[task, *(f"{scores[name]:.2f}" for name in methods)] for task, scores in found["by_task"].items()]
         rows.append(["mean", *("{:.2f} [{:.2f}, {:.2f}]".format(*facts["mean"]) for facts in methods.values())])
         for other in next(iter(methods.values()))["less"]:
-            less = [facts["less"][other] for facts in methods.values()]
-            rows.append([f"less {other}", *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*values) for values in less)])
+            less = [facts["less"].get(other) for facts in methods.values()]
+            cells = ("" if values is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*values) for values in less)
+            rows.append([f"less {other}", *cells])
         for name in ("evaluations", "seconds"):
             spent = [facts[name] for facts in methods.values()]
             rows.append([name, *("" if math.isnan(value) else f"{value:.0f}" for value in spent)])
@@ -142,19 +143,19 @@ def of_bench(name: str, minutes: int, seeds: int, options: str = "", kept: str =
     return Part(command, minutes, seeds, files, of_file)
 
 
-def of_seeds(data: str, minutes: int, options: str = "") -> Part:
-    """`vtv run` over five seeds."""
+def of_seeds(data: str, minutes: int, options: str = "", seeds: int = 5) -> Part:
+    """`vtv run` over several seeds."""
     folder = f"runs/seeds-{data}"
     files = {f"run_{data}.csv": f"{folder}/table.csv", f"seeds_{data}.csv": f"{folder}/seeds.csv"}
-    command = f"vtv run --data {data} --seeds 5 {options} --out {folder}".replace("  ", " ")
-    return Part(command, minutes, 5, files, of_run)
+    command = f"vtv run --data {data} --seeds {seeds} {options} --out {folder}".replace("  ", " ")
+    return Part(command, minutes, seeds, files, of_run)
 
 
 SPECIFICITY = "vtv bench specificity --runs runs/seeds-pictures --seeds 5 --out benchmarks/results"
 PARTS = {
     "pictures": of_seeds("pictures", 45, "--budget 4000 --matrix"),
     "matrix": Part(SPECIFICITY, 1, 5, {"specificity.json": None}, of_matrix),
-    "scenes": of_seeds("scenes", 30),
+    "scenes": of_seeds("scenes", 15, "--budget 2000", seeds=3),
     "held_out": of_bench("held_out_tasks", 15, 3, "--runs runs/held-out-tasks")._replace(table=of_lines),
     "learned": of_bench("learned_vectors", 35, 3)._replace(table=of_rows),
     "language": of_bench(
@@ -164,7 +165,8 @@ PARTS = {
         "language",
         45,
         1,
-        "--model smollm2 --seeds 1 --methods references reinforce attribution effects 'function vectors'",
+        "--model smollm2 --seeds 1 --methods references reinforce 'other vector, searched' attribution effects "
+        "'function vectors'",
         "language_rivals",
     )._replace(table=of_language),
     "circuits": of_bench("circuits", 30, 2, "--seeds 2"),
