@@ -3,7 +3,7 @@
     python benchmarks/attention.py [--quick] [--model tiny] [--tasks segmentation colorization]
 
 Shares of the attention of the output's patches, by layer, averaged over prompts, heads and patches; one-shot, and with
-the query alone, whose decoder sees no example. "Even" is the share of a region were attention spread evenly over all
+the query alone: the decoder sees no example. "Even" is the share of a region were attention spread evenly over all
 tokens.
 """
 

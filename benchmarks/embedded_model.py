@@ -51,7 +51,7 @@ Source = Callable[[tasks.Task, int], VisualPrompt | None]
 def main() -> None:
     parser = options(__file__, __doc__, "4 prompts a task, of scenes only")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--corpus", type=Path, help="a corpus whose test pictures are asked about as well")
+    parser.add_argument("--corpus", type=Path, help="a corpus: its test pictures are asked about as well")
     parser.add_argument("--photographs", type=Path, help="a folder of photographs that are asked about as well")
     parser.add_argument("-n", type=int, default=256, help="prompts a task")
     parser.add_argument("--markdown", type=Path, help="write the tables here")

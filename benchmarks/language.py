@@ -9,7 +9,7 @@ there is not done again. `--methods` does a part.
 
 Protocol, fixed before the first run. Tasks: all lists of `tasks.WORDS`, template "Q: {input}\\nA: {output}\\n\\n",
 scored by first-token accuracy. A seed s draws everything: three tenths of the words, `task.split(s)`, are for tests
-alone, one 8-shot prompt each, whose examples are of these words, too; 24 8-shot prompts of the others make the vector,
+alone, one 8-shot prompt each, with examples of these words, too; 24 8-shot prompts of the others make the vector,
 and each of the others is asked once, zero-shot, by the searches (a quarter held out). Every search, and the ranking of
 heads by indirect effect, may spend 1920 evaluations; the published recipe, which validates every 16 000, gets 16 400. A
 function vector's layer, and its k of 10, 20 and 40 heads, are the best on 16 training words (these evaluations come on
@@ -343,7 +343,7 @@ def report(name: str, found: Mapping[str, Any]) -> None:
 
 
 def random_model() -> CausalLM:
-    """A tiny Llama of chance weights whose tokens are characters: for `--quick`, where numbers say nothing."""
+    """A tiny Llama of chance weights, with characters as tokens: for `--quick`, where numbers say nothing."""
     characters = sorted({*"".join(str(row) for name in tasks.WORDS for row in tasks.words(name).rows), *"QA:\n", "§"})
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="§"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

@@ -2,7 +2,7 @@
 
     python benchmarks/memory_format.py [--quick] [--sizes embedded small vit-l] [--batch 8]
 
-`VQGAN.decode_latent` starts from a view whose format is channels-last, and every layer keeps the format that it is
+`VQGAN.decode_latent` starts from a view in channels-last format, and every layer keeps the format that it is
 given. On a CPU it makes the view of a narrow VQGAN contiguous first, because torch's GroupNorm of channels-last maps is
 slow where a group has few channels; this is what tells whether that is still right. Both sides draw the same codes with
 made-up weights, and must draw the same.

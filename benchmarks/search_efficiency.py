@@ -10,7 +10,7 @@ sizes, and the one-shot prompts. Budgets count held-out evaluations too, and a g
 The published REINFORCE runs its 500 steps of 320 masks once a seed. What an algorithm needs to reach it is the smallest
 budget at which its mean loss over seeds is no higher: by held-out loss, and by test loss. The published search is held
 against the same target, its own mean test loss at the end: after how many of its evaluations it is there, by the best
-sample so far, as published, and by the units whose probability is over one half, which it would not have to draw; by
+sample so far, as published, and by the units of probability over one half, which it would not have to draw; by
 the mean over seeds, which the factors are to, and seed by seed. It looks after every 50th step, so these are known to
 16 000 evaluations. The area is that under the mean test loss over the logarithm of the budget, divided by the width: a
 mean loss over budgets. Intervals are 95 % over seeds (Student's t).

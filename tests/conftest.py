@@ -1,4 +1,4 @@
-"""Golden numbers, and checkpoints whose weights are a function of their names (see data/make_checkpoint.py)."""
+"""Golden numbers, and checkpoints with weights that are a function of their names (see data/make_checkpoint.py)."""
 
 import importlib.util
 import json
@@ -90,7 +90,7 @@ def checkpoint(make_checkpoint):
 
 @pytest.fixture(scope="session")
 def split_checkpoint(make_checkpoint, tmp_path_factory):
-    """The same, with the tokenizer in a file of its own: (path, vqgan)."""
+    """The same, with the tokenizer in a second file: (path, vqgan)."""
     vqgan = tmp_path_factory.mktemp("vqgan") / "last.ckpt"
     return make_checkpoint("--split-vqgan", vqgan), vqgan
 
@@ -103,7 +103,7 @@ def shapes():
 
 @pytest.fixture(scope="session")
 def golden_model(checkpoint):
-    """The model whose numbers are golden. Do not change its weights."""
+    """The model of the golden numbers. Do not change its weights."""
     return load_checkpoint(checkpoint)
 
 

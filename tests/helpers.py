@@ -96,7 +96,7 @@ FAST = dict(vqgan_fold=4, vqgan_channel_multipliers=(1, 1), vqgan_attention_leve
 
 
 def random_module(seed=0, **sizes):
-    """A small model whose weights are large enough for every edit to show in the logits."""
+    """A small model with weights large enough for every edit to show in the logits."""
     torch.manual_seed(seed)
     module = MAEVQGANModel(make_config(**FINE | sizes)).eval()
     for parameter in module.parameters():
@@ -157,7 +157,7 @@ DALLE_CODES = 32
 
 
 class Conv(nn.Module):
-    """A convolution whose parameters are called as in the published files."""
+    """A convolution with parameters called as in the published files."""
 
     def __init__(self, a, b, size):
         super().__init__()

@@ -505,7 +505,7 @@ def test_what_is_wrong_is_said_in_a_sentence(model, tmp_path):
 
 
 def test_circuits_on_texts(model, vectors):
-    """CPR and CMD, whose curves end where nothing and everything is patched, by hand."""
+    """CPR and CMD, of curves that end where nothing and everything is patched, by hand."""
     space, measure = PatchSpace(model), circuits.answer_loss(model, FEW)
     few = replace(FEW, layout=replace(FEW.layout, shots=1), query_texts=("A:", "A:", "A:"))
     scores, ends = {"some": torch.arange(len(space)).double()}, dict(sizes=(0.5, 1.0), progress=False)

@@ -364,7 +364,7 @@ def test_what_bootstrap_samples_disagree_about_is_not_kept():
 
 
 def test_units_that_tell_tasks_apart_are_right_more_often(model):
-    """By hand: a unit with a direction for each task, one of noise, and one whose length alone differs."""
+    """By hand: a unit with a direction for each task, one of noise, and one that differs in length alone."""
     space = PatchSpace(model, granularity="head")
     generator, activations = torch.Generator().manual_seed(0), {}
     for task, number in (("a", 0), ("b", 1)):

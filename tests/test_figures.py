@@ -86,7 +86,7 @@ def test_no_figure_holds_the_parts_of_a_task_that_is_held_out(corpus, monkeypatc
 
 
 def test_parts_of_a_figure_keep_to_their_area_and_aspect():
-    """On a picture whose colours tell the place, the part's extent is read off."""
+    """On a picture with colours that tell the place, the part's extent is read off."""
     across, down = np.meshgrid(np.arange(256), np.arange(256))
     figure = Image.fromarray(np.stack([across, down, 0 * down], -1).astype(np.uint8))
     generator, mirrored = np.random.default_rng(0), 0

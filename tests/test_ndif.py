@@ -430,7 +430,7 @@ def test_a_session_knows_nothing_of_the_trace_before(hub, near, monkeypatch):
         alone = capture(local)
     assert torch.equal(first.values["layers"], alone.values["layers"])
     values, expected = run.values["layers"], here.values["layers"]
-    assert values.shape == expected.shape  # whose padding is NaN, which a session does not know
+    assert values.shape == expected.shape  # its padding is NaN, which a session does not know
     assert torch.equal(values[~expected.isnan()], expected[~expected.isnan()])
 
 

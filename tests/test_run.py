@@ -635,7 +635,12 @@ def vtv(monkeypatch):
 def test_options_become_settings(vtv, tmp_path, monkeypatch):
     code, said, (out, settings, options) = vtv("run")
     assert (code, settings, str(out)) == (0, Settings(), "runs/pictures") and "wrote runs/pictures" in said
-    assert callable(options.pop("report"))
+    written = []
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "load_run", lambda folder: f"what is in {folder}")
+        patched.setattr(report, "write", lambda *given: written.append(given))
+        options.pop("report")(out)
+    assert written == [(out, f"what is in {out}")]
     steps = {"explore": explorer.demonstrate, "remote": None}
     assert options == {"redo": False, "device": None, "batch_size": None, "jobs": torch.get_num_threads()} | steps
     args = ("--images", tmp_path, "--tasks", "lowlight,identity", "--redo", "--seed", 3)
@@ -669,6 +674,16 @@ def test_a_dry_run_says_what_it_would_take(vtv, tmp_path, model):
         "search: 400 evaluations",
         "evaluate: 76 answers",
     ]
+
+
+def test_a_run_is_read_once_for_its_report_and_its_summary(monkeypatch, tmp_path):
+    read, said = [], []
+    monkeypatch.setattr(pipeline, "run", lambda out, settings, report, **options: report(out))
+    monkeypatch.setattr(reading, "load_run", lambda folder: read.append(folder) or "results")
+    monkeypatch.setattr(report, "write", lambda folder, results: said.append(results))
+    monkeypatch.setattr(start, "summarise", said.append)
+    assert CliRunner().invoke(cli.app, ["run", "--out", str(tmp_path / "run")]).exit_code == 0
+    assert read == [tmp_path / "run"] and said == ["results", "results"]
 
 
 def test_a_run_ends_with_its_table(finished, capsys):

@@ -90,7 +90,7 @@ def test_a_demonstration(model, prompts, vectors, found, shown, tmp_path):
     ]  # fmt: skip
     assert shown.units == list(patches) and shown.vectors == list(vectors)
     whole, own = shown.pictures["scale"][-1].int(), shown.pictures["vectors"][0].int()
-    assert (whole - own).abs().max() <= 1  # of another batch, whose sums may differ in the last digit
+    assert (whole - own).abs().max() <= 1  # of another batch: its sums may differ in the last digit
     row = prompts["segmentation"][2]
     left = (row.region("query") * 255).round().byte()
     assert torch.equal(shown.pictures["query"], left)

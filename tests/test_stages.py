@@ -24,7 +24,7 @@ def module():
 
 
 def changed(module, change):
-    """A copy of a module whose weights were changed."""
+    """A copy of a module with changed weights."""
     other = copy.deepcopy(module)
     with torch.no_grad():
         change(other)

@@ -568,7 +568,7 @@ def test_transparency_is_white():
 
 
 def on_its_side(upright, path):
-    """A JPEG whose pixels lie on their side and whose EXIF says so."""
+    """A JPEG with pixels that lie on their side and EXIF that says so."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)

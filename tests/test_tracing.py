@@ -27,7 +27,7 @@ from vtv_nnsight.prompts import Canvases, crop
 
 @pytest.fixture(scope="module")
 def module():
-    """A small model whose weights are large enough for every edit to show in the logits."""
+    """A small model with weights large enough for every edit to show in the logits."""
     torch.manual_seed(0)
     module = MAEVQGANModel(make_config(**FINE)).eval()
     for parameter in module.parameters():

@@ -158,7 +158,7 @@ def test_files_that_are_not_whole_or_something_else(vectors, tmp_path):
 
 
 def damaged(path, change):
-    """A file of vectors whose tensors, metadata or description were changed."""
+    """A file of vectors with changed tensors, metadata or description."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()

@@ -88,6 +88,12 @@ def vector_pairs(table: Table) -> pd.DataFrame:
     Raises:
         ValueError: when no task of the table has vectors of others.
     """
+    return _pairs(table).copy()
+
+
+@lru_cache(maxsize=4)
+def _pairs(table: Table) -> pd.DataFrame:
+    """What `vector_pairs` returns, resampled once a table: a report and a summary ask for it several times."""
     parts = []
     for name, rows in table.frame.groupby("task", sort=False):
         names = [c for c in rows.condition.unique() if c == PATCHED or c.startswith(OTHER)]
@@ -137,16 +143,11 @@ def task_verdict(table: Table, task: str) -> list[str]:
                 f"{rank.worst:.3f} to {rank.best:.3f}: p = {rank.p:.3f} by rank, of {rank.least_p:.3f} at the least."
             )
     if any(name.startswith(OTHER) for name in lines):
-        pairs = _pairs(table)
+        pairs = vector_pairs(table)
         best = best_others(pairs[pairs.task == task]).iloc[0]
         if best.pictures >= ENOUGH:
             sentences.append(f"Transfer at fixed units: {transfer_sentence(best)}")
     return sentences
-
-
-@lru_cache(maxsize=4)
-def _pairs(table: Table) -> pd.DataFrame:
-    return vector_pairs(table)
 
 
 def beats_copying(metric: metrics.Metric, lines: Mapping[str, Line]) -> bool:
