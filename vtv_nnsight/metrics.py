@@ -177,7 +177,8 @@ def register(metric: Metric) -> Metric:
 
 def token_loss(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of logits [batch, patch, code] against the tokenizer's codes [batch, patch] of the truth."""
-    return F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").mean(1)
+    rows = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")  # faster than [b, code, p]
+    return rows.view(codes.shape).mean(1)
 
 
 @cache
