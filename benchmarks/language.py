@@ -22,8 +22,8 @@ frequent among the training answers.
 `--speed` prints in their place how many evaluations a second the searches make of a zero-shot prompt: at its last
 tokens alone, as they do, and of all tokens, and how far the losses differ.
 
-Means are over tasks and seeds, intervals 95 % over seeds and words within tasks (`evaluation.resampling`), paired where
-they are differences.
+Means are over tasks and the seeds that have a row, intervals 95 % over seeds and words within tasks
+(`evaluation.resampling`), paired where they are differences.
 """
 
 from __future__ import annotations
@@ -297,34 +297,47 @@ def speed(name: str, args: argparse.Namespace) -> None:
 
 
 def summary(cells: Sequence[Cell]) -> dict[str, Any]:
-    """By task and method the mean over seeds; of each method the mean over tasks, its interval, and differences."""
-    names = [n for n, r in cells[0].records.items() if "scores" in r and all(n in cell.records for cell in cells)]
-    words = [cell.test.queries.numpy() for cell in cells]
-    folds = np.concatenate([[list(cells[0].others).index(c.task.name)] * len(w) for c, w in zip(cells, words)])
-    factors = np.stack([np.concatenate([[c.seed] * len(w) for c, w in zip(cells, words)]), np.concatenate(words)], 1)
-    scores = {name: np.concatenate([cell.records[name]["scores"] for cell in cells]) for name in names}
-    against = [name for name in (FEW, *FUNCTION.values(), "random units") if name in names]
-    methods: dict[str, Any] = {}
-    for name in names:
-        series = [scores[name], *(scores[name] - scores[other] for other in against)]
-        mean, *differences = intervals(series, folds, factors)
-        spent = {key: np.mean([c.records[name].get(key, np.nan) for c in cells]).item() for key in SPENT}
-        methods[name] = {"mean": mean, "less": dict(zip(against, differences))} | spent
-    by_task = {
-        task: {
-            n: np.mean([np.mean(c.records[n]["scores"]) for c in cells if c.task.name == task]).item() for n in names
-        }
-        for task in cells[0].others
-    }
-    done = {what: np.mean([cell.records["done"].get(what, np.nan) for cell in cells]).item() for what in METHODS}
-    return {"methods": methods, "by_task": by_task, "seeds": len({cell.seed for cell in cells}), "seconds": done}
+    """By task and method the mean over the seeds at which every task has it; of each method the mean over tasks, its
+    interval, and differences, paired at the seeds of both."""
+    names = dict.fromkeys(name for cell in cells for name, record in cell.records.items() if "scores" in record)
+    lacking = {name: {cell.seed for cell in cells if name not in cell.records} for name in names}
+    of = {name: [cell for cell in cells if cell.seed not in seeds] for name, seeds in lacking.items()}
+    of = {name: own for name, own in of.items() if own}
+    order = list(cells[0].others)
+
+    def interval(name: str, other: str | None = None) -> Any:
+        asked = [cell for cell in of[name] if other is None or cell.seed not in lacking[other]]
+        if not asked:
+            return None
+        words = [cell.test.queries.numpy() for cell in asked]
+        folds = np.concatenate([[order.index(c.task.name)] * len(w) for c, w in zip(asked, words)])
+        seeds = np.concatenate([[c.seed] * len(w) for c, w in zip(asked, words)])
+        scores = np.concatenate([c.records[name]["scores"] for c in asked])
+        if other is not None:
+            scores = scores - np.concatenate([c.records[other]["scores"] for c in asked])
+        return intervals([scores], folds, np.stack([seeds, np.concatenate(words)], 1))[0]
+
+    against = [name for name in (FEW, *FUNCTION.values(), "random units") if name in of]
+    methods, by_task = {}, {task: {} for task in order}
+    for name, own in of.items():
+        spent = {key: np.mean([cell.records[name].get(key, np.nan) for cell in own]).item() for key in SPENT}
+        less = {other: interval(name, other) for other in against}
+        seeds = len({cell.seed for cell in own})
+        methods[name] = {"mean": interval(name), "less": less, "seeds": seeds} | spent
+        for task, row in by_task.items():
+            row[name] = np.mean(
+                [np.mean(cell.records[name]["scores"]) for cell in own if cell.task.name == task]
+            ).item()
+    done = {w: [c.records["done"][w] for c in cells if w in c.records["done"]] for w in METHODS}
+    seconds = {what: np.mean(values).item() for what, values in done.items() if values}
+    return {"methods": methods, "by_task": by_task, "seconds": seconds}
 
 
 def report(name: str, found: Mapping[str, Any]) -> None:
     """Print what a model came to."""
     by_task, methods = found["by_task"], found["methods"]
     seconds = ", ".join(f"{what} {value:.1f} s" for what, value in found["loading_seconds"].items()) or "nothing"
-    print(f"\n## {name}: {found['seeds']} seed(s); loading {seconds}; peak {found['peak_memory_MiB']:.0f} MiB\n")
+    print(f"\n## {name}: loading {seconds}; peak {found['peak_memory_MiB']:.0f} MiB\n")
     shown = [n for n in methods if ", k=" not in n]
     print(table(["task", *shown], ([task, *(row[n] for n in shown)] for task, row in by_task.items())))
     against = list(methods[ZERO]["less"])
@@ -333,12 +346,13 @@ def report(name: str, found: Mapping[str, Any]) -> None:
         [
             n,
             text(*m["mean"]),
-            *(text(*m["less"][o]) for o in against),
+            *(text(*m["less"][o]) if m["less"][o] else "" for o in against),
+            m["seeds"],
             *("" if np.isnan(m[key]) else m[key] for key in SPENT),
         ]
         for n, m in methods.items()
     )
-    print("\n" + table(["", "mean", *(f"less {o}" for o in against), *SPENT], rows))
+    print("\n" + table(["", "mean", *(f"less {o}" for o in against), "seeds", *SPENT], rows))
     print("\n" + table(["", "processor seconds of a task and seed"], found["seconds"].items()))
 
 

@@ -41,6 +41,7 @@ CONDITIONS = {
 }
 SOURCE = "https://github.com/OWNER/vtv-nnsight/blob/main"
 README = ("one-shot", "zero-shot", "task vector")
+SPENT = ("evaluations", "seconds")
 
 
 class Part(NamedTuple):
@@ -118,29 +119,29 @@ def of_file(contents: dict[str, Any]) -> str:
 
 
 def of_language(contents: dict[str, Any]) -> str:
-    """First-token accuracy of every method, by task and in the mean, of each model."""
+    """First-token accuracy of each model: every method in the mean, with what it took, and by task."""
     (content,), parts = contents.values(), []
     for model, found in content["models"].items():
         methods = found["methods"]
-        rows = [[task, *(f"{scores[name]:.2f}" for name in methods)] for task, scores in found["by_task"].items()]
-        rows.append(["mean", *("{:.2f} [{:.2f}, {:.2f}]".format(*facts["mean"]) for facts in methods.values())])
-        for other in next(iter(methods.values()))["less"]:
-            less = [facts["less"].get(other) for facts in methods.values()]
-            cells = ("" if values is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*values) for values in less)
-            rows.append([f"less {other}", *cells])
-        for name in ("evaluations", "seconds"):
-            spent = [facts[name] for facts in methods.values()]
-            rows.append([name, *("" if math.isnan(value) else f"{value:.0f}" for value in spent)])
-        parts.append(f"{model}, seeds: {found['seeds']}.\n\n" + _markdown(["task", *methods], rows))
+        against = [name for name in next(iter(methods.values()))["less"] if name != "random units"]
+        rows = []
+        for name, facts in methods.items():
+            less = [facts["less"][other] if other != name else None for other in against]
+            rows.append([name, "{:.3f} [{:.3f}, {:.3f}]".format(*facts["mean"])])
+            rows[-1] += ["" if values is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values) for values in less]
+            rows[-1] += ["" if math.isnan(facts[key]) else f"{facts[key]:.0f}" for key in SPENT]
+            rows[-1].append(str(facts["seeds"]))
+        head = ["", "mean", *(f"less {name}" for name in against), *SPENT, "seeds"]
+        shown = [name for name in methods if ", k=" not in name]
+        tasks = [[task, *(f"{scores[name]:.2f}" for name in shown)] for task, scores in found["by_task"].items()]
+        parts += [f"{model}:", _markdown(head, rows), _markdown([f"{model}, by task", *shown], tasks)]
     return "\n\n".join(parts)
 
 
-def of_bench(name: str, minutes: int, seeds: int, options: str = "", kept: str = "") -> Part:
-    """A benchmark that writes NAME.json, which is kept in another name where a part of it is another table."""
-    folder = f"runs/{kept}" if kept else "benchmarks/results"
-    command = f"vtv bench {name} {options} --out {folder}".replace("  ", " ")
-    files = {f"{kept}.json": f"{folder}/{name}.json"} if kept else {f"{name}.json": None}
-    return Part(command, minutes, seeds, files, of_file)
+def of_bench(name: str, minutes: int, seeds: int, options: str = "") -> Part:
+    """A benchmark that writes NAME.json."""
+    command = f"vtv bench {name} {options} --out benchmarks/results".replace("  ", " ")
+    return Part(command, minutes, seeds, {f"{name}.json": None}, of_file)
 
 
 def of_seeds(data: str, minutes: int, options: str = "", seeds: int = 5) -> Part:
@@ -158,17 +159,7 @@ PARTS = {
     "scenes": of_seeds("scenes", 15, "--budget 2000", seeds=3),
     "held_out": of_bench("held_out_tasks", 15, 3, "--runs runs/held-out-tasks")._replace(table=of_lines),
     "learned": of_bench("learned_vectors", 35, 3)._replace(table=of_rows),
-    "language": of_bench(
-        "language", 45, 3, "--model smollm2 --seeds 3 --methods references reinforce gates controls residual"
-    )._replace(table=of_language),
-    "rivals": of_bench(
-        "language",
-        45,
-        1,
-        "--model smollm2 --seeds 1 --methods references reinforce 'other vector, searched' attribution effects "
-        "'function vectors'",
-        "language_rivals",
-    )._replace(table=of_language),
+    "language": of_bench("language", 400, 5)._replace(table=of_language),
     "circuits": of_bench("circuits", 30, 2, "--seeds 2"),
     "search_efficiency": of_bench("search_efficiency", 60, 2, "--seeds 2 --budgets 1000 4000 --published-steps 200"),
     "patch_sets": of_bench("patch_sets", 20, 1, "--seeds 1 --budget 2000"),

@@ -122,7 +122,8 @@ def run(
                     work.make("search", _search, "search/{}.safetensors", together=True, then=_evaluate)
                 else:
                     work.share(fold.shares)
-                work.make("evaluate", _evaluate, "evaluation/{}.safetensors", "evaluation/{}.parquet")
+                shown = _demonstrate if bench.explore is not None else None
+                work.make("evaluate", _evaluate, "evaluation/{}.safetensors", "evaluation/{}.parquet", then=shown)
                 if bench.explore is not None:
                     work.make("demonstrate", _demonstrate, "shown/{}.safetensors")
                 if settings.matrix:
