@@ -42,7 +42,7 @@ from vtv_nnsight.models.nnsight_verbs import projection_of
 from vtv_nnsight.patching.forward import find_loss, forward, losses, remember
 from vtv_nnsight.report import compare, load_run
 from vtv_nnsight.runs.outputs import read_prompts
-from vtv_nnsight.studies import circuits
+from vtv_nnsight.studies import circuits, function_vectors
 from vtv_nnsight.testing import check_model
 
 FAMILIES = {
@@ -645,3 +645,73 @@ def test_the_packaged_vectors_speak(smollm2):
             smollm2.say(prompt, edit=partial(patch, vector=bundle[name][0], patches=bundle[name][1])),
         ]
         assert [text.split("\n")[0].strip() == answer for (text,) in said] == [False, True], (name, said)
+
+
+ADDING = {
+    "Glm4": GROUPED | {"head_dim": 8, "pad_token_id": 0},
+    "Gemma2": GROUPED | {"head_dim": 8},
+    "Olmo2": SIZES | {"intermediate_size": 48, "pad_token_id": 0},
+    "Mistral": GROUPED,
+}
+"""Families by whether, and where, norms stand between what attention and MLP give and the residual stream."""
+
+
+@pytest.mark.parametrize("name", ADDING)
+def test_attention_and_mlp_are_what_is_added_to_the_residual_stream(name):
+    torch.manual_seed(0)
+    network = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**ADDING[name]))
+    model = CausalLM(network, tokenizer=letters())
+    with torch.no_grad(), model.trace(FEW):
+        seen = capture(model, ["attn", "mlp", "residual"])
+    attention, mlp, stream = (seen.values["layers", site] for site in ("attn", "mlp", "residual"))
+    added = attention + mlp
+    assert added.nan_to_num().abs().max() > 1e-3  # where a row is shorter there is none
+    assert torch.allclose(stream[:, 1:], stream[:, :-1] + added[:, 1:], atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Bloom", dict(vocab_size=110, hidden_size=32, n_layer=2, n_head=4)),  # the modules' outputs hold the stream
+        ("Granite", GROUPED | {"residual_multiplier": 0.2}),  # a part of the modules' outputs is added
+    ],
+)
+def test_no_sites_where_no_output_is_what_is_added(name, sizes):
+    network = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes))
+    model = CausalLM(network, tokenizer=letters())
+    vectors = TaskVectors.collect(model, {"opposite": FEW}, sites=["heads", "residual"], progress=False)
+    with pytest.raises(ValueError, match="choose from heads, residual"):
+        TaskVectors.collect(model, {"opposite": FEW}, sites="attn", progress=False)
+    with pytest.raises(ValueError, match="choose from heads, residual"):
+        function_vectors.function_vector(model, vectors["opposite"], PatchSet.random(PatchSpace(model), 2))
+
+
+def test_texts_of_no_token_and_answers_beyond_the_context_are_refused(model):
+    for texts in ("", ["hi", ""]):
+        with pytest.raises(ValueError, match="has no token"):
+            model(texts)
+    with pytest.raises(ValueError, match="no prompts to answer"):
+        model.say(TextPrompts(()))
+    most = model.network.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"takes 1 to {most}"):
+        model.say(TextPrompts("Q: hot\nA:"), most=most)
+
+
+def test_sources_that_are_none_are_named(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match="no file missing.gguf"):
+        CausalLM("missing.gguf")
+    with pytest.raises(OSError, match="nobody/nothing"):
+        load_model("nobody/nothing")
+    with pytest.raises(ValueError, match="float17"):
+        CausalLM(module_of("llama"), tokenizer=letters(), dtype="float17")
+    with pytest.raises(TypeError, match="Linear"):
+        CausalLM(torch.nn.Linear(2, 2), tokenizer=letters())
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.* could not be loaded"):
+        CausalLM(str(tmp_path), dispatch=True)
+
+
+def test_a_task_of_pictures_is_refused_in_one_sentence(model):
+    with pytest.raises(ValueError, match="words are for language models"):
+        evaluate(model, tasks.segmentation, FEW, progress=False)

@@ -158,6 +158,10 @@ def test_a_model_paints_the_output(vtv, tmp_path, checkpoint):
         (["run", "--search-fold", 1], "--search-fold has no use but with --published"),
         (["prompt", "--example", SUPPORT, "--query", QUERY, "--dtype", "AAAA"], "--dtype has no use without a model"),
         (["prompt", "--example", SUPPORT, "--query", QUERY, "--scale", 2], "--scale has no use without --vectors"),
+        (
+            ["prompt", "--task", "antonym", "--example", "big", "small", "--query", "hot", "--scale", 2],
+            "no use without",
+        ),
         (["prompt", "--vectors", "tiny", "--query", QUERY, "--scale", "nan"], "--scale is nan; give a number"),
         (["prompt", "--example", SUPPORT, "--query", QUERY, "--mask", QUERY], "--mask has no use for identity"),
         (["prompt", "--vectors", "tiny", "--query", QUERY, "--order", "vertical"], "--order has no use with --vectors"),

@@ -121,3 +121,38 @@ def test_the_best_layer_is_where_the_vector_helps_most(setting, mode):
     assert best.patches.choices.tolist() == [i == layer for i in range(3)]
     table = evaluate(model, judged, prompts, {"best": best}, keep=0, progress=False)
     assert table.values(TASK.name, "best").tolist() == pytest.approx(by_layer[layer].tolist(), abs=1e-6)
+
+
+def test_one_example_has_no_other_order_and_two_are_swapped():
+    with pytest.raises(ValueError, match="shots=1"):
+        rival.corrupted_prompts(TASK, TASK.rows, 3, shots=1)
+    right, wrong = TASK.prompts(TASK.rows, 8, shots=2), rival.corrupted_prompts(TASK, TASK.rows, 8, shots=2)
+    assert not any(one == other for one, other in zip(right.texts, wrong.texts))
+
+
+def test_heads_are_counted_and_their_effects_finite(setting):
+    model, effects = setting[0], torch.arange(12.0)
+    assert rival.top_heads(model, effects, 2).choices.nonzero().flatten().tolist() == [10, 11]
+    for k in (-2, 0, 13, 2.5):
+        with pytest.raises((TypeError, ValueError), match=f"k={k}"):
+            rival.top_heads(model, effects, k)
+    with pytest.raises(ValueError, match="an effect"):
+        rival.top_heads(model, effects * torch.nan, 2)
+
+
+def test_a_function_vector_is_of_this_model_and_of_heads_at_the_last_token(setting):
+    model, network, vector, prompts = setting
+    heads = rival.top_heads(model, torch.arange(12.0), 2)
+    other = CausalLM(AutoModelForCausalLM.from_config(network.config).eval(), tokenizer=model.tokenizer)
+    with pytest.raises(ValueError, match="other weights"):
+        rival.function_vector(other, vector, heads)
+    before = PatchSpace(model, TASK.prompts(TASK.rows, 1, shots=2, positions=2).layout)
+    with pytest.raises(ValueError, match="at the last token"):
+        rival.function_vector(model, vector, PatchSet(before, torch.ones(len(before), dtype=torch.bool)))
+    stream = TaskVectors.collect(model, {TASK.name: prompts}, sites="residual", progress=False)[TASK.name]
+    with pytest.raises(ValueError, match="has no heads"):
+        rival.function_vector(model, stream, heads)
+    with pytest.raises(ValueError, match="1 corrupted prompt"):
+        rival.indirect_effects(model, vector, TASK, prompts[:1])
+    with pytest.raises(TypeError, match="vectors"):
+        rival.best_layer(model, TASK, prompts, vector)

@@ -180,3 +180,45 @@ def test_the_source_words_has_a_side_of_every_list():
     task = tasks.words("antonym")
     assert task.prompts(train, n=20).texts == task.prompts(task.split()[0], n=20).texts
     assert list(data.words("antonym")) == [{"task": "antonym", **row} for row in task.rows]
+
+
+def test_a_template_with_braces_ends_answers_as_they_are_written():
+    task = tasks.Words("json", {"a": "A", "b": "B"}, '{{"in": "{input}", "out": "{output}"}}\n')
+    prompt = task.prompt(task.rows[:1], "b")
+    assert task.stop == prompt.layout.stop == '"}\n'
+    assert prompt.texts == ('{"in": "a", "out": "A"}\n{"in": "b", "out": "',)
+
+
+@pytest.mark.parametrize(
+    "template", ["{input -> {output}\n", "{input} -> {output}\n{", "{input} -> {{output}}\n", "{input:d} {output}\n", 3]
+)
+def test_what_is_no_template_is_named(template):
+    with pytest.raises((TypeError, ValueError), match="template="):
+        tasks.Words("x", {"a": "b", "c": "d"}, template)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "reason"),
+    [
+        ([{"input": "a", "output": float("nan")}, {"input": "b", "output": "c"}], "row 0 of 'x' has no 'output'"),
+        ({"a": ["b", "c"], "d": "e"}, "give one text as 'output'"),
+        (None, "pairs=None"),
+        ([1, 2], "1 is not a pair"),
+    ],
+)
+def test_pairs_that_are_no_texts_are_named(pairs, reason):
+    with pytest.raises((TypeError, ValueError), match=reason):
+        tasks.Words("x", pairs)
+
+
+@pytest.mark.parametrize("answer", [(), ("v",), ("v", "v"), ("v", "w", "s")])
+def test_an_answer_is_a_column_or_a_pair(answer):
+    with pytest.raises(ValueError, match="no pair of columns"):
+        tasks.Text("x", [{"q": "a", "v": "b", "w": "c", "s": "d"}] * 2, "{q}: {v}\n", answer=answer)
+
+
+@pytest.mark.parametrize("arguments", [{"n": 2.5}, {"n": "3"}, {"shots": 1.5}, {"seed": -1}, {"positions": 1.5}])
+def test_counts_of_prompts_are_whole_numbers(arguments):
+    task = tasks.words("antonym")
+    with pytest.raises((TypeError, ValueError), match=next(iter(arguments))):
+        task.prompts(task.rows, **{"n": 2, "shots": 1} | arguments)

@@ -40,7 +40,7 @@ def quoted(value: Any) -> str:
     return shortened(repr(value), 80)
 
 
-def check_kind(value: Any, kind: type, what: str, instead: str) -> None:
+def check_kind(value: Any, kind: type | tuple[type, ...], what: str, instead: str) -> None:
     """Refuse what is of another kind.
 
     Raises:

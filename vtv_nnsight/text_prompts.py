@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 import torch
 
 from vtv_nnsight.digests import bytes_digest, json_digest
+from vtv_nnsight.finite import check_whole
 from vtv_nnsight.prompts import Prompts
+from vtv_nnsight.text import check_kind, quoted
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class TextLayout:
     """What units of granularity "quadrant" are by."""
 
     def __post_init__(self) -> None:
+        check_whole(shots=self.shots, positions=self.positions)
         if self.shots < 0 or self.positions < 1:
             raise ValueError(f"shots={self.shots} and positions={self.positions}; expected 0 and 1, or more.")
 
@@ -88,11 +91,14 @@ class TextPrompts(Prompts):
     def __post_init__(self) -> None:
         for name in ("texts", "answers", "query_texts", "wrong_answers"):
             if (value := getattr(self, name)) is not None:
+                check_kind(value, Sequence, f"{name}={quoted(value)}", "a text or several")
                 strings = (value,) if isinstance(value, str) else tuple(value)
                 strings = strings or (self.texts if name == "query_texts" else ())
                 object.__setattr__(self, name, strings)
                 if len(strings) != len(self.texts):
                     raise ValueError(f"there are {len(strings)} {name} for {len(self.texts)} texts; give one for each.")
+                if (other := next((string for string in strings if not isinstance(string, str)), None)) is not None:
+                    raise TypeError(f"{quoted(other)} of {name} is no text; give texts.")
                 if (empty := next((i for i, string in enumerate(strings) if not string.strip()), None)) is not None:
                     raise ValueError(f"number {empty} of {name} is empty; give each at least a word.")
         if self.identifiers is None:

@@ -119,6 +119,9 @@ def prompt(
         raise ValueError(f"--example names {len(files)} files; give an input and its output, or one picture.")
     if not files and not vectors:
         raise ValueError("there is no --example; give one, or --vectors, which need none.")
+    if not vectors:
+        options.refuse_unused(ctx, "without --vectors", "scale")
+    check_finite(scale, "--scale", "give a number from 0 (as it is) to 1 (the vector), or beyond")
     keywords = options.given(vqgan=vqgan, embedding_type=embedding_type, dtype=dtype)
     bundle = bundles.load(vectors) if vectors else None
     name = task or (next(iter(bundle)) if bundle else "identity")
@@ -132,9 +135,6 @@ def prompt(
         options.refuse_unused(ctx, "without a model", "vqgan", "embedding_type", "dtype")
     if vectors:
         options.refuse_unused(ctx, "with --vectors, which know it", "order")
-    else:
-        options.refuse_unused(ctx, "without --vectors", "scale")
-    check_finite(scale, "--scale", "give a number from 0 (as it is) to 1 (the vector), or beyond")
     if to_make.needs != "mask":
         options.refuse_unused(ctx, f"for {name}, which asks for no mask", "mask")
     output = output or Path(f"{Path(query).stem}-{name}.png")
@@ -180,6 +180,7 @@ def _say(
         raise ValueError(f"{task.name} is for language models; say which (--model).")
     model: Any = bundle.load_model(source, **keywords) if bundle else load_model(str(source), **keywords)
     task.check_model(model)
+    model.dispatch()
     zero_shot = task.prompt([], query)
     said = {ZERO_SHOT: model.say(zero_shot)}
     if example:

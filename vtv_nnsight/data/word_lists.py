@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from vtv_nnsight import tasks
+from vtv_nnsight.text import check_kind, quoted
 
 
 def words(source: str | Path | None = None) -> Dataset:
@@ -30,13 +31,14 @@ def words(source: str | Path | None = None) -> Dataset:
     if source is None or source in tasks.WORDS:
         named = map(tasks.words, tasks.WORDS if source is None else [str(source)])
         return Dataset.from_list([{"task": task.name, **row} for task in named for row in task.rows])
+    check_kind(source, (str, Path), f"source={quoted(source)}", "the name of a list, or a path")
     path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{source} is no file, and none of {', '.join(tasks.WORDS)}: check the path.")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = json.load(file) if path.suffix.lower() == ".json" else list(csv.DictReader(file, strict=True))
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} is not a .json or .csv file with rows of texts: {error}.") from error
     if isinstance(rows, dict):
         rows = [{"input": word, "output": answer} for word, answer in rows.items()]

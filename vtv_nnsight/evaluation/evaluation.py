@@ -71,6 +71,7 @@ def evaluate(
         if not isinstance(value, kind):
             given = f"a {type(value).__name__} where a {kind.__name__} belongs"
             raise TypeError(f"evaluate was given {given}; write evaluate(model, task, prompts, {{name: condition}}).")
+    task.check_model(model)
     if not len(prompts):
         raise ValueError(f"there are no prompts of {task.name!r} to evaluate on; give at least one.")
     prompts.check_truth()

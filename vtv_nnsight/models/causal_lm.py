@@ -6,7 +6,7 @@ and all others of decoder layers with an attention and its output projection.
     ...     z = model.layers[3].self_attn.heads.save()          # [batch, token, head, head_dim]
     ...     logits = model.output.logits.save()                 # [batch, token, vocabulary]
     >>> with model.generate(prompts, max_new_tokens=4) as tracer:
-    ...     ids = tracer.result.save()                          # [batch, token + 4]
+    ...     ids = tracer.result.save()                          # [batch, token + at most 4]
 
 Texts are padded on the left. Positions are counted from the end of the prompt: 0 is its last token. The tokens of an
 answer that follows it (`model.trace(prompts, answers=True)`) have none, nor has padding.
@@ -32,6 +32,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -41,7 +42,7 @@ from vtv_nnsight.models.interface import GRANULARITIES, HEADS, InContextModel, L
 from vtv_nnsight.models.nnsight_compat import TraceableTexts, attention_envoy
 from vtv_nnsight.models.nnsight_remote import PLAIN, SENDERS, check_remote
 from vtv_nnsight.models.sites import place_of
-from vtv_nnsight.models.sources import GGUF, HUB_OPTIONS, locate
+from vtv_nnsight.models.sources import GGUF, HUB_OPTIONS, locate, naming
 from vtv_nnsight.models.torch_files import StrPath
 from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.text import check_choice
@@ -49,6 +50,8 @@ from vtv_nnsight.text_prompts import TextLayout, TextPrompts
 
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 """Names of an attention's output projection, in the families of transformers."""
+NORMS = (("post_attention_layernorm", "post_feedforward_layernorm"), ("post_self_attn_layernorm", "post_mlp_layernorm"))
+"""Names of the norms through which what attention and MLP add goes, where a family has them, as Gemma 3 and GLM-4."""
 CACHES = ("cache", "past_key_values")
 """Names of a forward's argument for the keys and values of earlier tokens, in the releases of transformers."""
 
@@ -97,6 +100,10 @@ class CausalLM(TraceableTexts, InContextModel):
         name = type(source).__name__ if isinstance(source, nn.Module) else os.fspath(source)
         self.nameless = name if isinstance(source, nn.Module) or locate(source).kind != "hub" else None
         check_remote(remote, self.nameless)
+        if isinstance(source, nn.Module) and not isinstance(getattr(source, "config", None), PretrainedConfig):
+            raise TypeError(f"a {name} is no model of transformers'; give one, as LlamaForCausalLM.")
+        if isinstance(dtype := kwargs.get("dtype"), str):
+            check_choice(("auto", "float32", "bfloat16", "float16", "float64"), dtype=dtype)
         if isinstance(source, nn.Module) and tokenizer is None:
             raise TypeError(f"a {type(source).__name__} came without its tokenizer; give tokenizer= beside it.")
         if isinstance(source, PreTrainedModel) and (not source.can_generate() or source.config.is_encoder_decoder):
@@ -111,9 +118,9 @@ class CausalLM(TraceableTexts, InContextModel):
         at, layers = self._stage.at, range(self._stage.layers)
         self.places = {site: [place_of(self, at(site), layer) for layer in layers] for site in sites}
         if self.tokenizer.pad_token is None:
-            raise ValueError(f"the tokenizer of {self.repo_id!r} has no padding token; set tokenizer.pad_token.")
+            raise ValueError(f"the tokenizer of {name} has no padding token; set tokenizer.pad_token.")
         if chat and not self.tokenizer.chat_template:
-            raise ValueError(f"the tokenizer of {self.repo_id!r} has no chat template; leave chat=True out.")
+            raise ValueError(f"the tokenizer of {name} has no chat template; leave chat=True out.")
 
     def trace(self, *inputs: Any, remote: bool | str = False, **kwargs: Any) -> Any:
         """As nnsight's; with `remote`, prompts travel as tokens."""
@@ -135,10 +142,11 @@ class CausalLM(TraceableTexts, InContextModel):
         width, heads = getattr(linear, "in_features", None) or linear.nx, config.num_attention_heads
         stream = None if width == config.hidden_size else config.hidden_size
         self._stage = Stage("layers", config.num_hidden_layers, heads, width // heads, stream=stream)
-        after = hasattr(layer, "post_feedforward_layernorm")  # norms of what is added, as Gemma has them
-        sites = {"attn": "post_attention_layernorm" if after else self._attention}
-        sites["mlp"] = "post_feedforward_layernorm" if after else "mlp"
-        self._sites = {site: name for site, name in sites.items() if hasattr(layer, name)}
+        names = next(
+            (norms for norms in NORMS if all(hasattr(layer, norm) for norm in norms)), (self._attention, "mlp")
+        )
+        sites = {} if getattr(config, "residual_multiplier", 1) != 1 else dict(zip(("attn", "mlp"), names))
+        self._sites = {site: name for site, name in sites.items() if _is_added(getattr(layer, name, None))}
         self._envoys_of_heads.setdefault(type(attention), attention_envoy(projection, heads))
         return module.eval()
 
@@ -259,9 +267,8 @@ class CausalLM(TraceableTexts, InContextModel):
 
     def identity(self) -> dict[str, Any]:
         """The architecture, whether prompts are chats, and whether texts begin with a beginning-of-sequence token."""
-        bos = (
-            self.tokenizer.bos_token_id is not None and self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
-        )
+        begins = self.tokenizer("a").input_ids[:1]
+        bos = self.tokenizer.bos_token_id is not None and begins == [self.tokenizer.bos_token_id]
         return super().identity() | {"architecture": self.network.config.model_type, "chat": self.chat, "bos": bos}
 
     def save_pretrained(self, folder: StrPath, **kwargs: Any) -> None:
@@ -315,6 +322,8 @@ class CausalLM(TraceableTexts, InContextModel):
         with unset_fake_temporarily():
             arguments, options = super().join_inputs(rows, method)
             mask = options.get("attention_mask")
+            if mask is not None and not mask.any(1).all():
+                raise ValueError(f"text {int(mask.any(1).int().argmin())} has no token; give each at least a word.")
             if mask is not None and not mask[:, -1].all():
                 raise ValueError("these tokens are padded on the right; pad them on the left, or give texts.")
             self._check_length(0 if mask is None else int(mask.sum(1).max()))
@@ -371,6 +380,9 @@ class CausalLM(TraceableTexts, InContextModel):
         """Options of `generate` for an answer of `most` tokens and what ends it."""
         stop = prompts.layout.stop
         most += len(self.tokenizer(stop, add_special_tokens=False).input_ids) if stop else 0
+        if not len(prompts):
+            raise ValueError("there are no prompts to answer; give at least one.")
+        self._check_length(int(self.lengths(prompts).max()) + most)
         return {"max_new_tokens": most, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
 
     def said(self, prompts: TextPrompts, ids: torch.Tensor) -> list[str]:
@@ -395,13 +407,16 @@ def _located(source: str, tokenizer: Any, options: dict[str, Any]) -> tuple[Any,
         if Path(source).suffix != GGUF:
             raise ValueError(f"{source!r} is no source of a CausalLM; give a Hub id, a folder or a {GGUF} file.")
         folder, name = str(Path(source).parent), Path(source).name
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"there is no file {source}; check the path.")
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, gguf_file=name)
         kept = {name: options.pop(name) for name in list(options) if name not in ("rename", "dispatch", "interleaver")}
         module: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **kept)
         module.hf_quantizer = None  # its weights are plain now, and can be saved
         vars(module.config).pop("quantization_config", None)
         return module, tokenizer
-    config = AutoConfig.from_pretrained(place.path, **asked)
+    with naming(source):
+        config = AutoConfig.from_pretrained(place.path, **asked)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise ValueError(f"{source!r} is a {config.model_type} model; expected a causal language model.")
     return place.path, tokenizer or AutoTokenizer.from_pretrained(place.path, **asked)
@@ -422,6 +437,11 @@ def _find_layers(module: PreTrainedModel) -> tuple[str, str, str]:
                 if type(attention).__name__.endswith("Attention") and projection and alike:
                     return path, name, projection
     raise ValueError(f"{type(module).__name__} has no decoder layers with an output projection that is known.")
+
+
+def _is_added(module: nn.Module | None) -> bool:
+    """Whether a module's output is what is added to the residual stream: Bloom's have the stream in it."""
+    return module is not None and "residual" not in inspect.signature(type(module).forward).parameters
 
 
 def _texts(prompts: Prompts) -> tuple[str, ...]:

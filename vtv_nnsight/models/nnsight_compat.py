@@ -28,6 +28,7 @@ from nnsight.modeling.mixins.meta import MetaDevice
 from nnsight.modeling.transformers import TransformersModel
 from torch import nn
 
+from vtv_nnsight.files import refusing
 from vtv_nnsight.layouts import positions
 from vtv_nnsight.models.inside_trace import called
 from vtv_nnsight.models.nnsight_batching import PromptBatcher
@@ -333,7 +334,8 @@ class TraceableTexts(Traceable, TransformersModel):
         return self.adapt(super()._load_meta(*args, **kwargs))
 
     def _load(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return self.adapt(super()._load(*args, **kwargs))
+        with refusing(self.repo_id, "could not be loaded"):
+            return self.adapt(super()._load(*args, **kwargs))
 
     def _wrap(self, *args: Any, **kwargs: Any) -> nn.Module:
         return self.adapt(super()._wrap(*args, **kwargs))

@@ -8,6 +8,8 @@ nowhere else.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -89,7 +91,7 @@ def locate(source: StrPath) -> Place:
     if source.startswith(HUB):
         return Place("hub", source.removeprefix(HUB))
     path = Path(source)
-    if path.suffix in (".pth", ".pt", ".ckpt") or (path.exists() and not path.is_dir()):
+    if path.suffix in (".pth", ".pt", ".ckpt", GGUF) or (path.exists() and not path.is_dir()):
         return Place("file", source)
     if source.startswith((".", "/", "~")) and not path.is_dir():
         raise FileNotFoundError(f"there is no folder {source}; give one that holds a model, or a Hub id.")
@@ -131,7 +133,8 @@ def family_of(source: str, **kwargs: Any) -> str:
     if path in RELEASED:
         return RELEASED[path][0]
     options = {name: kwargs[name] for name in ("revision", *HUB_OPTIONS) if name in kwargs}
-    family = PretrainedConfig.get_config_dict(path, **options)[0].get("model_type")
+    with naming(source):
+        family = PretrainedConfig.get_config_dict(path, **options)[0].get("model_type")
     if family == "seggpt" and not _has_values(path, "model.embeddings.type_token_semantic"):
         return "painter"
     if family not in FAMILIES and family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -139,6 +142,22 @@ def family_of(source: str, **kwargs: Any) -> str:
     if family not in FAMILIES:
         raise ValueError(f"{source!r} is a {family} model; expected one of {', '.join(FAMILIES)}.")
     return family
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """What reading a config raises in the block, naming the source where the Hub's own message does not.
+
+    Raises:
+        OSError: the same, or one that says that there is no such folder either.
+    """
+    try:
+        yield
+    except OSError as error:
+        if source in str(error):
+            raise
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise OSError(f"{source!r} is no folder or file here, nor to be had from the Hub: {reason}") from error
 
 
 def fetch_released(source: str, **options: Any) -> str:

@@ -24,14 +24,17 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from vtv_nnsight import metrics
+from vtv_nnsight.finite import check_whole
 from vtv_nnsight.tasks.base import AnyTask, Row
-from vtv_nnsight.text import join_names
+from vtv_nnsight.text import check_kind, join_names, quoted
 from vtv_nnsight.text_prompts import TextLayout, TextPrompts, number_of
 
 TEMPLATE = "Q: {input}\nA: {output}\n\n"
 """Of Todd et al., *Function Vectors in Large Language Models* (ICLR 2024)."""
 TEST_SHARE = 0.3
 """The part of a task's rows that `split` keeps for tests."""
+SEVERAL = (Mapping, list, tuple, set, np.ndarray)
+"""Kinds of what is no single text."""
 _LISTS: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
 WORDS = tuple(_LISTS)
 """The lists of words that the package carries: "capital", "antonym", …"""
@@ -66,13 +69,18 @@ class Text(AnyTask):
     def __post_init__(self) -> None:
         if not isinstance(self.answer, str):
             object.__setattr__(self, "answer", tuple(self.answer))
+            if len({*self.answer}) != 2 or len(self.answer) != 2:
+                raise ValueError(f"answer={self.answer!r} is no pair of columns; give one column, or two that differ.")
         default = metrics.FIRST_TOKEN if len(self.outputs) == 1 else metrics.PREFERENCE
         object.__setattr__(self, "metric", self.metric or default)
         super().__post_init__()
+        check_kind(self.name, str, f"name={quoted(self.name)}", "a text")
+        check_kind(self.rows, Iterable, f"rows={quoted(self.rows)}", "rows, or pairs")
         if not re.fullmatch(r"[\w.-]([\w. -]*[\w.-])?", self.name):
             raise ValueError(f"name={self.name!r} cannot be a file's; take letters, digits, '_', '-', '.' and spaces.")
-        placeholder = f"{{{self.needs}}}"
-        if self.template.count(placeholder) != 1 or not self.stop or not self.inputs or _columns(self.stop):
+        placeholder, columns = f"{{{self.needs}}}", _columns(self.template)
+        once = columns.count(self.needs) == self.template.count(placeholder) == 1 and columns[-1] == self.needs
+        if not once or len(columns) < 2 or not self.stop:
             raise ValueError(f"template={self.template!r} must hold a column, {placeholder} once, and an end of it.")
         rows = [dict(row) if isinstance(row, Mapping) else row for row in self.rows]
         kinds = {row.get("task", "") for row in rows if isinstance(row, dict) and "task" not in self.inputs}
@@ -106,13 +114,13 @@ class Text(AnyTask):
 
     @property
     def stop(self) -> str:
-        """What ends an answer."""
-        return self._parts[1]
+        """What ends an answer, as prompts have it: "}" where the template has "}}"."""
+        return self._parts[1].format()
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The columns of a query."""
-        return _columns(self._parts[0])
+        return tuple(dict.fromkeys(_columns(self._parts[0])))
 
     def read(self, rows: Iterable[Row], answered: bool = True) -> tuple[Row, ...]:
         """The task's columns of some rows, as texts; of rows with a column "task", those that are this task's.
@@ -127,7 +135,9 @@ class Text(AnyTask):
             if "task" not in self.inputs and row.get("task", self.name) != self.name:
                 continue
             columns = (*self.inputs, *self.outputs) if answered else self.inputs
-            texts.append({name: "" if row.get(name) is None else str(row[name]).strip() for name in columns})
+            texts.append({name: _text(row.get(name)) for name in columns})
+            if several := [name for name in columns if isinstance(row.get(name), SEVERAL)]:
+                raise ValueError(f"row {number} of {self.name!r} is {_short(row)}; give one text as {several[0]!r}.")
             if empty := [name for name in columns if not texts[-1][name]]:
                 raise ValueError(f"row {number} of {self.name!r} has no {empty[0]!r}; it has {_short(row)}.")
             if answered and any(self.stop in texts[-1][name] for name in self.outputs):
@@ -141,6 +151,7 @@ class Text(AnyTask):
         Raises:
             ValueError: when all rows hang together.
         """
+        check_whole(seed=seed)
         groups = self._groups(self.rows)
         order = np.random.default_rng(seed).permutation(groups.max() + 1)
         sizes = np.bincount(groups)[order]
@@ -183,6 +194,7 @@ class Text(AnyTask):
         self, rows: Iterable[Row], n: int, seed: int = 0, *, shots: int = 8
     ) -> Iterator[tuple[tuple[Row, ...], Row]]:
         """The examples and the query of each of the `prompts` that these arguments make."""
+        check_whole(n=n, shots=shots, seed=seed)
         rows, generator = self.read(rows), np.random.default_rng(seed)
         if n < 1 or not 0 <= shots < len(rows):
             raise ValueError(f"n={n} prompts of {self.name!r} with shots={shots} cannot be made of {len(rows)} rows.")
@@ -203,6 +215,7 @@ class Text(AnyTask):
         """
         examples = self.read([examples] if isinstance(examples, Mapping) else examples)
         query = {self.inputs[0]: query} if isinstance(query, str) else query
+        check_kind(query, Mapping, f"query={quoted(query)}", "a row, or a text")
         answered = all(query.get(name) is not None for name in self.outputs)
         (query,) = self.read([{name: query.get(name) for name in (*self.inputs, *self.outputs)}], answered)
         asked = self._query(query)
@@ -255,8 +268,10 @@ class Words(Text):
         metric: metrics.Metric | str = "",
     ) -> None:
         rows: list[Row] = []
+        check_kind(pairs, Iterable, f"pairs={quoted(pairs)}", "{input: output}, pairs or rows")
         for pair in pairs.items() if isinstance(pairs, Mapping) else pairs:
-            if isinstance(pair, str) or not isinstance(pair, Mapping) and len(pair) != 2:
+            two = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+            if not two and not isinstance(pair, Mapping):
                 raise ValueError(f"{pair!r} is not a pair of {name!r}; give an input and an output.")
             rows.append(pair if isinstance(pair, Mapping) else dict(zip(("input", "output"), pair)))
         super().__init__(name, tuple(rows), template, metric=metric)
@@ -268,14 +283,31 @@ def words(name: str, template: str = TEMPLATE) -> Words:
     Raises:
         ValueError: naming the lists there are.
     """
-    if name not in _LISTS:
+    if not isinstance(name, str) or name not in _LISTS:
         raise ValueError(f"{name!r} is not a list of words; choose from {', '.join(WORDS)}, or give tasks.Words yours.")
     return Words(name, _LISTS[name], template)
 
 
-def _columns(text: str) -> tuple[str, ...]:
-    """The columns that a template asks for, each once."""
-    return tuple(dict.fromkeys(name for _, name, _, _ in Formatter().parse(text) if name is not None))
+def _columns(template: str) -> tuple[str, ...]:
+    """The columns that a template asks for.
+
+    Raises:
+        TypeError, ValueError: naming the template, when it is none.
+    """
+    check_kind(template, str, f"template={quoted(template)}", f"a text such as {TEMPLATE!r}")
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template={template!r}: {error}; write {{column}}, and {{{{ or }}}} for a brace.") from error
+    if formatted := next((name for _, name, form, kind in parts if form or kind or name == ""), None):
+        raise ValueError(f"template={template!r} has a form for {formatted!r}; write {{column}} alone.")
+    return tuple(name for _, name, _, _ in parts if name is not None)
+
+
+def _text(value: Any) -> str:
+    """A cell as a text, stripped; "" for one that is missing, also as pandas has it."""
+    missing = value is None or not isinstance(value, str) and str(value) in ("nan", "<NA>")
+    return "" if missing else str(value).strip()
 
 
 def _short(row: Row) -> str:
