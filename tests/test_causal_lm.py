@@ -710,6 +710,11 @@ def test_sources_that_are_none_are_named(tmp_path, model):
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=f"{tmp_path.name}.* could not be loaded"):
         CausalLM(str(tmp_path), dispatch=True)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=f"^[^\n]*{tmp_path.name} could not be loaded: OSError: Error no file named[^\n]*$"
+    ):
+        CausalLM(str(tmp_path), dispatch=True)
 
 
 def test_a_task_of_pictures_is_refused_in_one_sentence(model):

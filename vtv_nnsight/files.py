@@ -139,6 +139,8 @@ def refusing(path: str | os.PathLike[str], damaged: str) -> Iterator[None]:
         raise
     except Exception as error:  # what is damaged can raise anything
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        if "Traceback (most recent call last)" in reason:  # of what was tried, as transformers tells it
+            reason = reason.strip().splitlines()[-1]
         raise ValueError(f"{path} {damaged}: {' '.join(reason.split()).rstrip('.')}.") from error
 
 

@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from vtv_nnsight.models.canvas import drop_none
+from vtv_nnsight.models.devices import floating_dtype
 from vtv_nnsight.models.inside_trace import NONE, answer_loss, differ, first, first_tokens, followed, read
 from vtv_nnsight.models.interface import GRANULARITIES, HEADS, InContextModel, Loss, Place, Stage
 from vtv_nnsight.models.nnsight_compat import TraceableTexts, attention_envoy
@@ -102,8 +103,7 @@ class CausalLM(TraceableTexts, InContextModel):
         check_remote(remote, self.nameless)
         if isinstance(source, nn.Module) and not isinstance(getattr(source, "config", None), PretrainedConfig):
             raise TypeError(f"a {name} is no model of transformers'; give one, as LlamaForCausalLM.")
-        if isinstance(dtype := kwargs.get("dtype"), str):
-            check_choice(("auto", "float32", "bfloat16", "float16", "float64"), dtype=dtype)
+        floating_dtype(kwargs.get("dtype"))
         if isinstance(source, nn.Module) and tokenizer is None:
             raise TypeError(f"a {type(source).__name__} came without its tokenizer; give tokenizer= beside it.")
         if isinstance(source, PreTrainedModel) and (not source.can_generate() or source.config.is_encoder_decoder):
