@@ -687,6 +687,9 @@ def test_no_sites_where_no_output_is_what_is_added(name, sizes):
 
 
 def test_texts_of_no_token_and_answers_beyond_the_context_are_refused(model):
+    for prompts in (5, (1, 2)):
+        with pytest.raises(TypeError, match="text"):
+            TextPrompts(prompts)
     for texts in ("", ["hi", ""]):
         with pytest.raises(ValueError, match="has no token"):
             model(texts)

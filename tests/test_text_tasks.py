@@ -190,7 +190,15 @@ def test_a_template_with_braces_ends_answers_as_they_are_written():
 
 
 @pytest.mark.parametrize(
-    "template", ["{input -> {output}\n", "{input} -> {output}\n{", "{input} -> {{output}}\n", "{input:d} {output}\n", 3]
+    "template",
+    [
+        "{input -> {output}\n",
+        "{input} -> {output}\n{",
+        "{input} -> {{output}}\n",
+        "{input:d} {output}\n",
+        "{} {output}\n",
+        3,
+    ],
 )
 def test_what_is_no_template_is_named(template):
     with pytest.raises((TypeError, ValueError), match="template="):
@@ -202,7 +210,7 @@ def test_what_is_no_template_is_named(template):
     [
         ([{"input": "a", "output": float("nan")}, {"input": "b", "output": "c"}], "row 0 of 'x' has no 'output'"),
         ({"a": ["b", "c"], "d": "e"}, "give one text as 'output'"),
-        (None, "pairs=None"),
+        (None, "pairs is a NoneType"),
         ([1, 2], "1 is not a pair"),
     ],
 )

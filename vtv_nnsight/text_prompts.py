@@ -91,7 +91,7 @@ class TextPrompts(Prompts):
     def __post_init__(self) -> None:
         for name in ("texts", "answers", "query_texts", "wrong_answers"):
             if (value := getattr(self, name)) is not None:
-                check_kind(value, Sequence, f"{name}={quoted(value)}", "a text or several")
+                check_kind(value, Sequence, name, "a text or several")
                 strings = (value,) if isinstance(value, str) else tuple(value)
                 strings = strings or (self.texts if name == "query_texts" else ())
                 object.__setattr__(self, name, strings)

@@ -75,7 +75,7 @@ class Text(AnyTask):
         object.__setattr__(self, "metric", self.metric or default)
         super().__post_init__()
         check_kind(self.name, str, f"name={quoted(self.name)}", "a text")
-        check_kind(self.rows, Iterable, f"rows={quoted(self.rows)}", "rows, or pairs")
+        check_kind(self.rows, Iterable, "rows", "rows, or pairs")
         if not re.fullmatch(r"[\w.-]([\w. -]*[\w.-])?", self.name):
             raise ValueError(f"name={self.name!r} cannot be a file's; take letters, digits, '_', '-', '.' and spaces.")
         placeholder, columns = f"{{{self.needs}}}", _columns(self.template)
@@ -268,7 +268,7 @@ class Words(Text):
         metric: metrics.Metric | str = "",
     ) -> None:
         rows: list[Row] = []
-        check_kind(pairs, Iterable, f"pairs={quoted(pairs)}", "{input: output}, pairs or rows")
+        check_kind(pairs, Iterable, "pairs", "{input: output}, pairs or rows")
         for pair in pairs.items() if isinstance(pairs, Mapping) else pairs:
             two = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
             if not two and not isinstance(pair, Mapping):
@@ -299,8 +299,8 @@ def _columns(template: str) -> tuple[str, ...]:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"template={template!r}: {error}; write {{column}}, and {{{{ or }}}} for a brace.") from error
-    if formatted := next((name for _, name, form, kind in parts if form or kind or name == ""), None):
-        raise ValueError(f"template={template!r} has a form for {formatted!r}; write {{column}} alone.")
+    if any(form or kind or name == "" for _, name, form, kind in parts):
+        raise ValueError(f"template={template!r} has more or less than a name between braces; write {{column}}.")
     return tuple(name for _, name, _, _ in parts if name is not None)
 
 
