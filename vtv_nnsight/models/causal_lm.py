@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from vtv_nnsight.models.canvas import drop_none
+from vtv_nnsight.models.decoder_layers import find_added, find_layers
 from vtv_nnsight.models.devices import floating_dtype
 from vtv_nnsight.models.inside_trace import NONE, answer_loss, differ, first, first_tokens, followed, read
 from vtv_nnsight.models.interface import GRANULARITIES, HEADS, InContextModel, Loss, Place, Stage
@@ -49,10 +50,6 @@ from vtv_nnsight.prompts import Prompts
 from vtv_nnsight.text import check_choice
 from vtv_nnsight.text_prompts import TextLayout, TextPrompts
 
-PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
-"""Names of an attention's output projection, in the families of transformers."""
-NORMS = (("post_attention_layernorm", "post_feedforward_layernorm"), ("post_self_attn_layernorm", "post_mlp_layernorm"))
-"""Names of the norms through which what attention and MLP add goes, where a family has them, as Gemma 3 and GLM-4."""
 CACHES = ("cache", "past_key_values")
 """Names of a forward's argument for the keys and values of earlier tokens, in the releases of transformers."""
 
@@ -134,7 +131,7 @@ class CausalLM(TraceableTexts, InContextModel):
 
     def adapt(self, module: Any) -> Any:
         """The module, in eval mode, once its layers and their heads are known."""
-        self._path, self._attention, projection = _find_layers(module)
+        self._path, self._attention, projection = find_layers(module)
         config = module.config.get_text_config()
         layer = module.get_submodule(f"{self._path}.0")
         attention = getattr(layer, self._attention)
@@ -142,11 +139,7 @@ class CausalLM(TraceableTexts, InContextModel):
         width, heads = getattr(linear, "in_features", None) or linear.nx, config.num_attention_heads
         stream = None if width == config.hidden_size else config.hidden_size
         self._stage = Stage("layers", config.num_hidden_layers, heads, width // heads, stream=stream)
-        names = next(
-            (norms for norms in NORMS if all(hasattr(layer, norm) for norm in norms)), (self._attention, "mlp")
-        )
-        sites = {} if getattr(config, "residual_multiplier", 1) != 1 else dict(zip(("attn", "mlp"), names))
-        self._sites = {site: name for site, name in sites.items() if _is_added(getattr(layer, name, None))}
+        self._sites = find_added(layer, self._attention, config)
         self._envoys_of_heads.setdefault(type(attention), attention_envoy(projection, heads))
         return module.eval()
 
@@ -420,28 +413,6 @@ def _located(source: str, tokenizer: Any, options: dict[str, Any]) -> tuple[Any,
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise ValueError(f"{source!r} is a {config.model_type} model; expected a causal language model.")
     return place.path, tokenizer or AutoTokenizer.from_pretrained(place.path, **asked)
-
-
-def _find_layers(module: PreTrainedModel) -> tuple[str, str, str]:
-    """Where a model's decoder layers are, the name of the attention in each, and of its output projection.
-
-    Raises:
-        ValueError: when there are none that are known.
-    """
-    count = module.config.get_text_config().num_hidden_layers
-    for path, layers in module.named_modules():
-        if isinstance(layers, nn.ModuleList) and len(layers) == count:
-            for name, attention in layers[0].named_children():
-                projection = next((known for known in PROJECTIONS if hasattr(attention, known)), None)
-                alike = all(type(getattr(layer, name, None)) is type(attention) for layer in layers)
-                if type(attention).__name__.endswith("Attention") and projection and alike:
-                    return path, name, projection
-    raise ValueError(f"{type(module).__name__} has no decoder layers with an output projection that is known.")
-
-
-def _is_added(module: nn.Module | None) -> bool:
-    """Whether a module's output is what is added to the residual stream: Bloom's have the stream in it."""
-    return module is not None and "residual" not in inspect.signature(type(module).forward).parameters
 
 
 def _texts(prompts: Prompts) -> tuple[str, ...]:
