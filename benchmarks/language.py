@@ -372,13 +372,14 @@ def random_model() -> CausalLM:
 
 def figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Means and intervals of every method and model."""
-    drawing = Figure(figsize=(9, 1 + 0.3 * max(len(one["methods"]) for one in found.values())), layout="constrained")
+    names = list(dict.fromkeys(name for one in found.values() for name in one["methods"] if ", k=" not in name))
+    drawing = Figure(figsize=(9, 1 + 0.4 * len(names)), layout="constrained")
     axis = drawing.subplots()
-    for number, (name, one) in enumerate(found.items()):
-        methods = {n: m for n, m in one["methods"].items() if ", k=" not in n}
-        low, mean, high = np.array([[m["mean"][1], m["mean"][0], m["mean"][2]] for m in methods.values()]).T
-        axis.errorbar(mean, np.arange(len(mean)) + 0.15 * number, xerr=[mean - low, high - mean], fmt="o", label=name)
-        axis.set_yticks(range(len(methods)), list(methods))
+    for number, (model, one) in enumerate(found.items()):
+        at = {name: row + 0.15 * number for row, name in enumerate(names) if name in one["methods"]}
+        mean, low, high = np.array([one["methods"][name]["mean"] for name in at]).T
+        axis.errorbar(mean, list(at.values()), xerr=[mean - low, high - mean], fmt="o", label=model)
+    axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set_xlabel("first-token accuracy, mean over tasks")
     axis.legend()

@@ -159,7 +159,7 @@ PARTS = {
     "scenes": of_seeds("scenes", 15, "--budget 2000", seeds=3),
     "held_out": of_bench("held_out_tasks", 15, 3, "--runs runs/held-out-tasks")._replace(table=of_lines),
     "learned": of_bench("learned_vectors", 35, 3)._replace(table=of_rows),
-    "language": of_bench("language", 400, 5)._replace(table=of_language),
+    "language": of_bench("language", 720, 5)._replace(table=of_language),
     "circuits": of_bench("circuits", 30, 2, "--seeds 2"),
     "search_efficiency": of_bench("search_efficiency", 60, 2, "--seeds 2 --budgets 1000 4000 --published-steps 200"),
     "patch_sets": of_bench("patch_sets", 20, 1, "--seeds 1 --budget 2000"),
@@ -168,7 +168,8 @@ PARTS = {
     "ablations": of_bench("ablations", 25, 1, "--seeds 1 --budget 2000"),
     "attention": of_bench("attention", 3, 1),
 }
-"""Name → table, in the order in which `--run` makes what is missing. Cut in seeds and budgets to fit six hours."""
+"""Name → table, in the order in which `--run` makes what is missing. All but "language" are cut in seeds and budgets to
+fit six hours together."""
 
 
 def main() -> None:
