@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -28,8 +27,7 @@ from vtv_nnsight.text import duration
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
 progress_bar = partial(tqdm, leave=None, bar_format=BAR)
 """`tqdm`, which says how long is left; a bar that is done stays on the screen unless it is below another. Give it a
-`with` block where the loop may
-raise: what is left open takes in the bars that come after it."""
+`with` block where the loop may raise: what is left open takes in the bars that come after it."""
 
 
 def numbered_steps(total: int, disable: bool = False) -> Callable[[str], AbstractContextManager[Callable[[str], None]]]:
@@ -58,15 +56,17 @@ def numbered_steps(total: int, disable: bool = False) -> Callable[[str], Abstrac
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of other libraries, about what takes a moment."""
+    """No progress bars of transformers, and of datasets where that is loaded, about what takes a moment."""
     logging: Any = transformers_logging
-    transformers_bars, datasets_bars = logging.is_progress_bar_enabled(), is_progress_bar_enabled()
+    datasets: Any = sys.modules.get("datasets")  # which takes a second to import: models do without
+    bars, rows = logging.is_progress_bar_enabled(), datasets is not None and datasets.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    disable_progress_bars()
+    if rows:
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if transformers_bars:
+        if bars:
             logging.enable_progress_bar()
-        if datasets_bars:
-            enable_progress_bars()
+        if rows:
+            datasets.enable_progress_bars()
