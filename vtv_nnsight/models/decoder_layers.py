@@ -34,7 +34,7 @@ def find_layers(module: PreTrainedModel) -> tuple[str, str, str]:
 
 def find_added(layer: Any, attention: str, config: Any) -> dict[str, str]:
     """Site → the module of a layer that puts out what attention and MLP add to the residual stream. None in Granite,
-    which adds a part of it, nor in Bloom, in whose outputs the stream is."""
+    which adds a part of it, nor in Bloom, where the modules' outputs have the stream in them."""
     if getattr(config, "residual_multiplier", 1) != 1:
         return {}
     normed = (norms for norms in NORMS if all(hasattr(layer, norm) for norm in norms))

@@ -110,7 +110,7 @@ def function_vector(model: CausalLM, vector: TaskVector, heads: PatchSet) -> Tas
         ValueError: when the vector or the heads are of another model, or of other tokens than the last; or where what
             attention adds to the stream is no module's output.
     """
-    check_compatible(f"the vector of {vector.task}", vector.fingerprint, "this model", fingerprint(model))
+    check_compatible(f"the vector of {vector.task}", vector.fingerprint, "this model", fingerprint(model, cached=True))
     (stage,) = model.stages
     if not heads.choices.any() or any(mask[:, 1:].any() for mask in heads.mask.values()):
         raise ValueError("a function vector is of one head or more at the last token; give units of PatchSpace(model).")

@@ -128,20 +128,20 @@ class Text(AnyTask):
         Raises:
             ValueError: naming the row and the column that is missing or empty, or an answer that holds what ends it.
         """
-        texts = []
+        texts, inputs, stop = [], self.inputs, self.stop
+        columns = (*inputs, *self.outputs) if answered else inputs
         for number, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 raise ValueError(f"row {number} of {self.name!r} is {row!r:.80}; expected {{column: text}}.")
-            if "task" not in self.inputs and row.get("task", self.name) != self.name:
+            if "task" not in inputs and row.get("task", self.name) != self.name:
                 continue
-            columns = (*self.inputs, *self.outputs) if answered else self.inputs
             texts.append({name: _text(row.get(name)) for name in columns})
             if several := [name for name in columns if isinstance(row.get(name), SEVERAL)]:
                 raise ValueError(f"row {number} of {self.name!r} is {_short(row)}; give one text as {several[0]!r}.")
             if empty := [name for name in columns if not texts[-1][name]]:
                 raise ValueError(f"row {number} of {self.name!r} has no {empty[0]!r}; it has {_short(row)}.")
-            if answered and any(self.stop in texts[-1][name] for name in self.outputs):
-                raise ValueError(f"the answer in row {number} of {self.name!r} holds {self.stop!r}, which ends it.")
+            if answered and any(stop in texts[-1][name] for name in self.outputs):
+                raise ValueError(f"the answer in row {number} of {self.name!r} holds {stop!r}, which ends it.")
         return tuple(texts)
 
     def split(self, seed: int = 0) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
